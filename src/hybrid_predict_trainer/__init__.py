@@ -1,0 +1,35 @@
+"""Train any PyTorch model; predict part of the training instead of computing it, where that pays."""
+
+__version__ = "0.1.0"
+
+from .config import CheckpointConfig as CheckpointConfig
+from .config import DivergenceConfig as DivergenceConfig
+from .config import GateConfig as GateConfig
+from .config import HybridTrainerConfig as HybridTrainerConfig
+from .config import LinearConfig as LinearConfig
+from .config import MetricsConfig as MetricsConfig
+from .config import PredictorConfig as PredictorConfig
+from .config import SecantConfig as SecantConfig
+from .predictors import Predictor as Predictor
+from .records import BasisSpec as BasisSpec
+from .records import CheckpointError as CheckpointError
+from .records import ConfigError as ConfigError
+from .records import DivergenceError as DivergenceError
+from .records import EpochResult as EpochResult
+from .records import HybridError as HybridError
+from .records import Phase as Phase
+from .records import PhasePrediction as PhasePrediction
+from .records import StepResult as StepResult
+from .records import Verdict as Verdict
+from .records import Window as Window
+from .toml_io import load as load_config
+from .toml_io import preset_config as preset_config
+from .toml_io import with_values as with_values
+from .trainer import HybridTrainer as HybridTrainer
+
+__all__ = [
+    "BasisSpec", "CheckpointConfig", "CheckpointError", "ConfigError", "DivergenceConfig", "DivergenceError",
+    "EpochResult", "GateConfig", "HybridError", "HybridTrainer", "HybridTrainerConfig", "LinearConfig",
+    "MetricsConfig", "Phase", "PhasePrediction", "Predictor", "PredictorConfig", "SecantConfig", "StepResult",
+    "Verdict", "Window", "load_config", "preset_config", "with_values",
+]  # fmt: skip

@@ -1,0 +1,247 @@
+"""Settings: frozen dataclasses that check their ranges.  Reading and writing is in ``toml_io``."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import typing
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .records import ConfigError
+
+Clock = Literal["cost", "credited", "claimed"]
+
+
+def _check(ok: bool, key: str, value: object, legal: str) -> None:
+    if not ok:
+        raise ConfigError(f"{key} = {value!r} is out of range: must be {legal}")
+
+
+def _number(key: str, value: object, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{key} = {value!r} is not a number")
+    left = "(" if open_low else "["
+    inside = (value > low if open_low else value >= low) and value <= high and math.isfinite(value)
+    _check(inside, key, value, f"in {left}{low:g}, {high:g}]" if math.isfinite(high) else f"{'>' if open_low else '>='} {low:g}")
+
+
+def _whole(key: str, value: object, low: int, high: int = 1_000_000_000) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"{key} = {value!r} is not a whole number")
+    _check(low <= value <= high, key, value, f"in [{low}, {high}]")
+
+
+def _choice(key: str, value: object, legal: tuple[str, ...]) -> None:
+    if value not in legal:
+        near = difflib.get_close_matches(str(value), legal, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"{key} = {value!r} is unknown: must be one of {', '.join(legal)}{hint}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SecantConfig:
+    """Multi-secant quadratic model of the loss in the span of the trajectory."""
+
+    num_displacements: int = 16  # K: secant pairs kept
+    damping: tuple[float, ...] = (0.1, 0.01, 0.001)  # lambda: floor of |mu| relative to the largest
+    rank_tolerance: float = 1e-2  # relative length under which a direction is rounding noise
+    max_scale: float = 8.0  # longest multiple of the jump the gate may try
+    finite_horizon: bool = False  # limit each direction to what Y gradient steps would do
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _whole("predictor.secant.num_displacements", self.num_displacements, 2, 256)
+        _check(len(self.damping) > 0, "predictor.secant.damping", self.damping, "a list of at least one number")
+        for value in self.damping:
+            _number("predictor.secant.damping", value, 0.0, 1.0, open_low=True)
+        _number("predictor.secant.rank_tolerance", self.rank_tolerance, 0.0, 0.5)
+        _number("predictor.secant.max_scale", self.max_scale, 1.0, 1024.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearConfig:
+    """Online ridge on hindsight-optimal coefficients."""
+
+    feature_dim: int = 128  # upper bound on the encoded features used
+    l2_regularization: float = 0.01
+    forgetting: float = 0.9  # weight of a window one window later
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _whole("predictor.linear.feature_dim", self.feature_dim, 1, 4096)
+        _number("predictor.linear.l2_regularization", self.l2_regularization, 0.0, open_low=True)
+        _number("predictor.linear.forgetting", self.forgetting, 0.0, 1.0, open_low=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PredictorConfig:
+    """The window, the storage of the basis, and one table per predictor."""
+
+    window: int = 10  # N: real steps whose mean is one basis point
+    basis_dtype: Literal["float32", "bfloat16", "param"] = "param"
+    offload: bool = False  # keep the basis in host memory
+    secant: SecantConfig = field(default_factory=SecantConfig)
+    linear: LinearConfig = field(default_factory=LinearConfig)
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _whole("predictor.window", self.window, 1, 1_000_000)
+        _choice("predictor.basis_dtype", self.basis_dtype, ("float32", "bfloat16", "param"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateConfig:
+    """How a proposal is judged and what it may cost."""
+
+    judge_at: Literal["auto", "current", "average"] = "auto"  # auto: the raw weights if every batch is the same
+    exact: Literal["auto", "always", "never"] = "auto"  # every batch is the whole data set; auto: looks
+    overhead_budget: float = 0.01  # share of the run that prediction may lose
+    significance: float = 0.05  # one-sided level of the paired test
+    max_chunks: int = 8  # pieces a half batch is cut into for the paired test
+    max_relative_length: float = 50.0  # rho: RMS of the jump over the RMS the basis spans, per tensor
+    min_reduction_ratio: float = 0.0  # measured >= ratio * predicted reduction
+    control_fraction: float = 0.1  # approved jumps that are skipped to measure the true effect
+    max_backoff: int = 64  # windows to wait at most after refusals
+    switch_off_after: int = 8  # consecutive ledger checks that show a loss
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _choice("gate.judge_at", self.judge_at, ("auto", "current", "average"))
+        _choice("gate.exact", self.exact, ("auto", "always", "never"))
+        _number("gate.overhead_budget", self.overhead_budget, 0.0, 1.0)
+        _number("gate.significance", self.significance, 0.0, 0.5, open_low=True)
+        _whole("gate.max_chunks", self.max_chunks, 2, 1024)
+        _number("gate.max_relative_length", self.max_relative_length, 0.0, open_low=True)
+        _number("gate.min_reduction_ratio", self.min_reduction_ratio, 0.0, 1.0)
+        _number("gate.control_fraction", self.control_fraction, 0.0, 0.5)
+        _whole("gate.max_backoff", self.max_backoff, 1)
+        _whole("gate.switch_off_after", self.switch_off_after, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DivergenceConfig:
+    """Thresholds of the divergence monitor."""
+
+    gradient_norm_multiplier: float = 10.0  # warning, over the warm-up baseline; caution at 0.3 of it
+    critical_multiplier: float = 100.0
+    vanishing_gradient_threshold: float = 0.01
+    prediction_error_caution: float = 0.1
+    prediction_error_threshold: float = 0.2
+    prediction_error_critical: float = 1.0  # loss above 2x predicted
+    max_sign_changes: int = 3  # of the detrended, smoothed loss in 10 steps
+    confidence_exit: float = 0.70
+    check_interval_steps: int = 10  # how often an accelerator's losses are read
+    max_consecutive_nonfinite: int = 20
+    max_rollbacks: int = 5
+    recovery_full_steps: int = 40  # full steps forced by a warning
+    retry_learning_rate_factor: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _number("divergence.gradient_norm_multiplier", self.gradient_norm_multiplier, 1.0, open_low=True)
+        _number("divergence.critical_multiplier", self.critical_multiplier, 1.0, open_low=True)
+        _check(
+            self.critical_multiplier >= self.gradient_norm_multiplier,
+            "divergence.critical_multiplier", self.critical_multiplier,
+            f"at least divergence.gradient_norm_multiplier = {self.gradient_norm_multiplier:g}",
+        )  # fmt: skip
+        _number("divergence.vanishing_gradient_threshold", self.vanishing_gradient_threshold, 0.0, 1.0)
+        _number("divergence.prediction_error_caution", self.prediction_error_caution, 0.0, open_low=True)
+        _number("divergence.prediction_error_threshold", self.prediction_error_threshold, 0.0, open_low=True)
+        _number("divergence.prediction_error_critical", self.prediction_error_critical, 0.0, open_low=True)
+        _whole("divergence.max_sign_changes", self.max_sign_changes, 1, 10)
+        _number("divergence.confidence_exit", self.confidence_exit, 0.0, 1.0)
+        _whole("divergence.check_interval_steps", self.check_interval_steps, 1)
+        _whole("divergence.max_consecutive_nonfinite", self.max_consecutive_nonfinite, 1)
+        _whole("divergence.max_rollbacks", self.max_rollbacks, 0)
+        _whole("divergence.recovery_full_steps", self.recovery_full_steps, 1)
+        _number("divergence.retry_learning_rate_factor", self.retry_learning_rate_factor, 0.0, 1.0, open_low=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetricsConfig:
+    """What is recorded, and where to."""
+
+    path: str = ""  # JSONL file; empty: in memory only
+    log_interval: int = 100
+    histogram_bins: int = 50
+    save_predictions: bool = False
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _whole("metrics.log_interval", self.log_interval, 1)
+        _whole("metrics.histogram_bins", self.histogram_bins, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointConfig:
+    """When checkpoints are written and how many are kept."""
+
+    directory: str = ""  # empty: only on request
+    save_interval: int = 1000
+    keep_last_n: int = 3
+    include_predictor: bool = True
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _whole("checkpoint.save_interval", self.save_interval, 1)
+        _whole("checkpoint.keep_last_n", self.keep_last_n, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HybridTrainerConfig:
+    """All settings of a :class:`~hybrid_predict_trainer.HybridTrainer`; see docs/configuration.md."""
+
+    warmup_steps: int = 100
+    full_steps: int = 20
+    max_predict_steps: int = 80
+    confidence_threshold: float = 0.5
+    divergence_threshold: float = 3.0  # sigma over the loss EMA; TOML also divergence.loss_sigma_threshold
+    predictor_type: str = "secant"  # TOML predictor.type
+    predictor_memory_mb: float = 50.0  # of the predictor itself; TOML predictor.memory_budget_mb
+    collect_metrics: bool = True  # TOML metrics.enabled
+
+    enabled: bool = True  # False: the plain loop, bit for bit
+    min_predict_steps: int = 1
+    correct_steps: int = 5  # real steps on probation after a jump
+    segments: int = 1  # gate checks per jump
+    clock: Clock = "cost"
+    gradient_clip_norm: float = 0.0  # 0: off
+    explore_outcomes: int = 3  # proposals made whatever the confidence, to learn what it is worth
+    seed: int = 0  # of the trainer's own random generator (control group)
+
+    predictor: PredictorConfig = field(default_factory=PredictorConfig)
+    gate: GateConfig = field(default_factory=GateConfig)
+    divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _whole("training.warmup_steps", self.warmup_steps, 0)
+        _whole("training.full_steps", self.full_steps, 1)
+        _whole("training.max_predict_steps", self.max_predict_steps, 0)
+        _whole("training.min_predict_steps", self.min_predict_steps, 1)
+        _whole("training.correct_steps", self.correct_steps, 0)
+        _whole("training.segments", self.segments, 1, 1000)
+        _number("training.confidence_threshold", self.confidence_threshold, 0.0, 1.0)
+        _number("training.divergence_threshold", self.divergence_threshold, 0.0, open_low=True)
+        _choice("training.clock", self.clock, typing.get_args(Clock))
+        _number("training.gradient_clip_norm", self.gradient_clip_norm, 0.0)
+        _whole("training.explore_outcomes", self.explore_outcomes, 0)
+        _whole("training.seed", self.seed, 0, 2**63 - 1)
+        _number("predictor.memory_budget_mb", self.predictor_memory_mb, 0.0, open_low=True)
+        _check(
+            self.min_predict_steps <= max(1, self.max_predict_steps),
+            "training.min_predict_steps", self.min_predict_steps,
+            f"at most training.max_predict_steps = {self.max_predict_steps}",
+        )  # fmt: skip
+        for name in ("enabled", "collect_metrics"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"training.{name} = {getattr(self, name)!r} must be true or false")
+
+    @property
+    def never_predicts(self) -> bool:
+        """Whether these settings rule out every jump, so that nothing need be observed."""
+        return not self.enabled or self.max_predict_steps == 0 or self.confidence_threshold >= 1.0

@@ -1,0 +1,186 @@
+"""Divergence signals, one pure function each, and the monitor that folds them into one alarm.
+
+Thresholds and rulings: docs/design.md, "Divergence".  The oscillation signal works on the detrended,
+smoothed loss: raw minibatch losses are near white noise and change sign in half of all steps on a
+perfectly healthy run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from .config import DivergenceConfig
+from .history import History, Reading
+from .records import Action, Alarm, Level, State
+
+#: Steps over which sign changes are counted, and of the moving average before that.
+OSCILLATION_STEPS = 10
+OSCILLATION_SMOOTHING = 5
+
+
+def loss_deviation(loss: float, mean: float, std: float, sigma: float) -> Alarm:
+    """Loss above its EMA: caution at 2/3 of ``sigma`` standard deviations, warning at ``sigma``."""
+    if not math.isfinite(loss):
+        return Alarm(level=Level.CRITICAL, action=Action.SKIP_STEP, signal="loss_nonfinite", value=loss, threshold=math.inf)
+    if not (math.isfinite(mean) and std > 1e-12 * max(1.0, abs(mean))):
+        return Alarm()
+    z = (loss - mean) / std
+    if z > sigma:
+        return Alarm(level=Level.WARNING, action=Action.FORCE_FULL, signal="loss_deviation", value=z, threshold=sigma)
+    if z > sigma * 2 / 3:
+        return Alarm(level=Level.CAUTION, signal="loss_deviation", value=z, threshold=sigma * 2 / 3)
+    return Alarm()
+
+
+def gradient_explosion(norm: float, baseline: float, warning: float, critical: float) -> Alarm:
+    """Gradient norm over its warm-up baseline: caution at 0.3 of ``warning``."""
+    if not math.isfinite(norm):
+        return Alarm(
+            level=Level.CRITICAL, action=Action.SKIP_STEP, signal="gradient_nonfinite", value=norm, threshold=math.inf
+        )
+    if not baseline > 0:
+        return Alarm()
+    ratio = norm / baseline
+    if ratio > critical:
+        return Alarm(
+            level=Level.CRITICAL, action=Action.ROLLBACK, signal="gradient_explosion", value=ratio, threshold=critical
+        )
+    if ratio > warning:
+        return Alarm(
+            level=Level.WARNING, action=Action.FORCE_FULL, signal="gradient_explosion", value=ratio, threshold=warning
+        )
+    if ratio > 0.3 * warning:
+        return Alarm(level=Level.CAUTION, signal="gradient_explosion", value=ratio, threshold=0.3 * warning)
+    return Alarm()
+
+
+def gradient_vanishing(
+    recent_norms: Sequence[float], baseline: float, threshold: float, loss: float, loss_baseline: float
+) -> Alarm:
+    """Gradient norm far below its baseline for 10 steps in a row, though the loss has not come down.
+
+    Near a minimum the gradient vanishes because it should (for a quadratic the loss falls with its
+    square); a physics-informed network's falls a thousandfold on the way to success.
+    """
+    if len(recent_norms) < 10 or not baseline > 0 or loss < 0.1 * loss_baseline:
+        return Alarm()
+    ratio = max(list(recent_norms)[-10:]) / baseline
+    if ratio < threshold:
+        return Alarm(
+            level=Level.WARNING, action=Action.FORCE_FULL, signal="gradient_vanishing", value=ratio, threshold=threshold
+        )
+    return Alarm()
+
+
+def prediction_error(actual: float, predicted: float, caution: float, correct: float, critical: float) -> Alarm:
+    """Loss above the predicted one.  Compared by multiplication: near zero a ratio would be noise."""
+    if not (math.isfinite(actual) and math.isfinite(predicted)):
+        return Alarm()
+    error, scale = actual - predicted, abs(predicted)
+    relative = error / scale if scale > 0 else math.inf if error > 0 else 0.0
+    if error > critical * scale:
+        return Alarm(
+            level=Level.CRITICAL, action=Action.ROLLBACK, signal="prediction_error", value=relative, threshold=critical
+        )
+    if error > correct * scale:
+        return Alarm(
+            level=Level.WARNING, action=Action.CORRECT, signal="prediction_error", value=relative, threshold=correct
+        )
+    if abs(error) > caution * scale:
+        return Alarm(level=Level.CAUTION, signal="prediction_error", value=relative, threshold=caution)
+    return Alarm()
+
+
+def sign_changes(losses: Sequence[float]) -> int:
+    """Sign changes of the detrended, smoothed loss over the last 10 steps."""
+    need = OSCILLATION_STEPS + OSCILLATION_SMOOTHING - 1
+    if len(losses) < need:
+        return 0
+    recent = np.asarray(list(losses)[-need:], dtype=np.float64)
+    kernel = np.full(OSCILLATION_SMOOTHING, 1 / OSCILLATION_SMOOTHING)
+    smooth = np.convolve(recent, kernel, mode="valid")
+    t = np.arange(len(smooth))
+    residual = smooth - np.polyval(np.polyfit(t, smooth, 1), t)
+    # an oscillation below a thousandth of the loss is rounding, not instability
+    residual = np.where(np.abs(residual) < 1e-3 * np.abs(smooth).mean(), 0.0, residual)
+    signs = np.sign(residual)
+    signs = signs[signs != 0]
+    return int(np.sum(signs[1:] != signs[:-1])) if len(signs) > 1 else 0
+
+
+def oscillation(losses: Sequence[float], max_changes: int) -> Alarm:
+    """More than ``max_changes`` sign changes: the weights swing across a valley."""
+    changes = sign_changes(losses)
+    if changes > max_changes:
+        return Alarm(
+            level=Level.WARNING, action=Action.CORRECT, signal="oscillation", value=changes, threshold=max_changes
+        )
+    return Alarm()
+
+
+def low_confidence(confidence: float, enter: float, leave: float) -> Alarm:
+    """Confidence of a prediction under way: caution below ``enter``, warning below ``leave``."""
+    if confidence < leave:
+        return Alarm(level=Level.WARNING, action=Action.FORCE_FULL, signal="confidence", value=confidence, threshold=leave)
+    if confidence < enter:
+        return Alarm(level=Level.CAUTION, signal="confidence", value=confidence, threshold=enter)
+    return Alarm()
+
+
+def worst(alarms: Sequence[Alarm]) -> Alarm:
+    """The most severe alarm, the first among equals."""
+    return max(alarms, key=lambda alarm: alarm.level, default=Alarm())
+
+
+class Monitor:
+    """Watches readings; keeps only what deciding on an action needs."""
+
+    def __init__(self, config: DivergenceConfig, sigma: float) -> None:
+        """Args: config: thresholds.  sigma: of the loss deviation."""
+        self.config = config
+        self.sigma = sigma
+        self.num_consecutive_critical = 0
+        self.num_rollbacks = 0
+
+    def check(self, reading: Reading, history: History, *, warming_up: bool) -> Alarm:
+        """Alarm of one real step, judged against the history *before* that step.
+
+        During warm-up only non-finite values count: there is no baseline yet.
+        """
+        c = self.config
+        norm = reading.gradient_norm
+        alarms = [loss_deviation(reading.loss, history.loss_ema.mean, history.loss_ema.std, self.sigma)]
+        if norm is not None:
+            baseline = history.norm_baseline.mean
+            alarms.append(gradient_explosion(norm, baseline, c.gradient_norm_multiplier, c.critical_multiplier))
+            vanishing = gradient_vanishing(
+                history.norms, baseline, c.vanishing_gradient_threshold, reading.loss, history.loss_baseline.mean
+            )
+            alarms.append(vanishing)
+        alarms.append(oscillation(history.losses, c.max_sign_changes))
+        alarm = worst(alarms)
+        if warming_up and reading.finite:
+            alarm = Alarm()
+        self.num_consecutive_critical = self.num_consecutive_critical + 1 if alarm.level is Level.CRITICAL else 0
+        return self._escalated(alarm)
+
+    def _escalated(self, alarm: Alarm) -> Alarm:
+        """Skipping does not help a run whose every step is bad: after too many, give up clearly."""
+        if self.num_consecutive_critical > self.config.max_consecutive_nonfinite:
+            return Alarm(
+                level=Level.CRITICAL, action=Action.ABORT, signal=alarm.signal,
+                value=self.num_consecutive_critical, threshold=self.config.max_consecutive_nonfinite,
+            )  # fmt: skip
+        return alarm
+
+    def state_dict(self) -> State:
+        """Plain numbers."""
+        return {"num_consecutive_critical": self.num_consecutive_critical, "num_rollbacks": self.num_rollbacks}
+
+    def load_state_dict(self, state: State) -> None:
+        """Inverse of :meth:`state_dict`."""
+        self.num_consecutive_critical = state["num_consecutive_critical"]
+        self.num_rollbacks = state["num_rollbacks"]

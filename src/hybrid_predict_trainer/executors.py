@@ -1,0 +1,440 @@
+"""One function per phase: the only place where weights are moved or restored.
+
+``real_step`` is the plain loop with observation between backward and optimizer step.
+``run_predict`` is a transaction: propose, judge, then either the recorded vector is applied or
+everything is as it was.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import batches, gate, weights
+from .gate import Part
+from .ledger import FORWARD_UNITS, STEP_UNITS, Account
+from .records import Action, Alarm, Decision, Level, Origin, Phase, PhasePrediction, Reason, Verdict
+from .run import Probation, Run, Segment
+from .snapshot import quiet_forward
+from .weights import Tensors
+
+
+@dataclass(slots=True)
+class Execution:
+    """What one executor did, for the monitor and the record."""
+
+    loss: Tensor
+    gradient_norm: Tensor | None = None
+    skipped: bool = False
+    verdict: Verdict | None = None
+    prediction: PhasePrediction | None = None
+    applied: Tensor | None = None  # (G, K) coefficients of the accepted jump, its scale included
+    consumed: bool = True  # False: the batch may be used again, nothing was learnt from it
+    kept: bool | None = None  # verdict of a finished probation
+    probation: tuple[float, float] | None = None  # (loss before, loss after) of a finished probation
+    forwards: float = 0.0
+    backwards: int = 0
+    claimed: int = 0
+    prediction_ms: float = 0.0
+    events: list[dict[str, Any]] = field(default_factory=list)
+
+
+# ---- real steps ---------------------------------------------------------------------------------
+
+
+def run_plain(run: Run, batch: Any, decision: Decision) -> Execution:
+    """The plain loop and nothing else: what ``enabled = False`` runs."""
+    run.optimizer.zero_grad(set_to_none=True)
+    loss = checked_loss(run.loss_fn(run.model, batch))
+    _backward(run, loss)
+    if run.config.gradient_clip_norm > 0:
+        torch.nn.utils.clip_grad_norm_(run.parameters, run.config.gradient_clip_norm)
+    _optimizer_step(run)
+    _count_real(run)
+    return Execution(loss.detach(), forwards=1, backwards=1)
+
+
+def run_full(run: Run, batch: Any, decision: Decision) -> Execution:
+    """One real step, observed."""
+    if not run.on_cpu:
+        _keep_anchor(run)
+    run.buffers.before()
+    run.optimizer.zero_grad(set_to_none=True)
+    loss = checked_loss(run.loss_fn(run.model, batch))
+    _backward(run, loss)
+    grads = weights.gradients(run.parameters)
+    norm = weights.global_norm(grads)
+    usable = _usable(run, loss.detach(), norm)
+    if not usable:
+        return _skip(run, loss, norm)
+    run.buffers.after()
+    last = run.observing and run.basis.num_steps + 1 >= run.config.predictor.window
+    if run.observing:
+        run.basis.accumulate()
+        run.basis.before_step(last=last)
+        run.lr_integral += run.learning_rate
+    if run.config.gradient_clip_norm > 0:
+        torch.nn.utils.clip_grads_with_norm_(run.parameters, run.config.gradient_clip_norm, norm)
+    _optimizer_step(run)
+    _count_real(run)
+    return Execution(loss.detach(), norm, forwards=1, backwards=1)
+
+
+def checked_loss(loss: Any) -> Tensor:
+    """The loss, if it is a scalar tensor with a graph.
+
+    Raises:
+        TypeError: it is not; the message says what was returned.
+    """
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"loss_fn must return a scalar tensor, not {type(loss).__name__}")
+    if loss.numel() != 1:
+        raise TypeError(f"loss_fn must return a scalar tensor, not one of shape {tuple(loss.shape)}: take its mean")
+    if not loss.requires_grad:
+        raise TypeError("loss_fn returned a tensor without a graph: do not detach the loss or compute it under no_grad")
+    return loss if loss.dim() == 0 else loss.reshape(())
+
+
+def _backward(run: Run, loss: Tensor) -> None:
+    scaler = run.grad_scaler
+    (loss if scaler is None else scaler.scale(loss)).backward()
+    if scaler is not None:
+        scaler.unscale_(run.optimizer)
+
+
+def _optimizer_step(run: Run) -> None:
+    scaler = run.grad_scaler
+    if scaler is None:
+        run.optimizer.step()
+    else:
+        scaler.step(run.optimizer)
+        scaler.update()
+
+
+def _count_real(run: Run) -> None:
+    c = run.counters
+    c.num_attempted_steps += 1
+    c.num_real_steps += 1
+    c.num_forward += 1
+    c.num_backward += 1
+    run.num_real_steps_since_predict += 1
+    run.num_forced_full_steps = max(0, run.num_forced_full_steps - 1)
+    run.step_scheduler()
+
+
+def _usable(run: Run, loss: Tensor, norm: Tensor) -> bool:
+    """Whether a step may touch the weights.  On an accelerator this is found out later (anchor)."""
+    if not run.on_cpu:
+        return True
+    if not (math.isfinite(float(loss)) and math.isfinite(float(norm))):
+        return False
+    baseline = run.history.norm_baseline.mean
+    limit = run.config.divergence.critical_multiplier * baseline
+    return run.phase is Phase.WARMUP or not baseline > 0 or float(norm) <= limit
+
+
+def _skip(run: Run, loss: Tensor, norm: Tensor) -> Execution:
+    """A step that does not count: buffers as before, weights and optimizer never touched."""
+    run.buffers.undo()
+    if run.grad_scaler is not None:
+        # the scaler refuses the step itself and shrinks its scale
+        _optimizer_step(run)
+    run.optimizer.zero_grad(set_to_none=True)
+    c = run.counters
+    c.num_attempted_steps += 1
+    c.num_skipped_steps += 1
+    c.num_forward += 1
+    c.num_backward += 1
+    run.step_scheduler()
+    return Execution(loss.detach(), norm, skipped=True, forwards=1, backwards=1)
+
+
+def _keep_anchor(run: Run) -> None:
+    """Accelerators: an exact copy at the start of every reading interval."""
+    if run.anchor is None:
+        run.anchor = run.take_snapshot()
+        run.counters.num_passes += 6
+
+
+def settle_anchor(run: Run, *, finite: bool) -> None:
+    """The interval's readings are in: go back to its start if any was not finite."""
+    if run.anchor is not None and not finite:
+        run.restore(run.anchor, rng=False)
+        run.basis.restart_window()
+    run.anchor = None
+
+
+# ---- predicted steps ------------------------------------------------------------------------------
+
+
+def run_predict(run: Run, batch: Any, decision: Decision) -> Execution:
+    """Propose, judge, then apply the accepted multiple of the jump or nothing at all."""
+    started = time.perf_counter()
+    c = run.counters
+    c.num_jumps_proposed += 1
+    run.num_windows_since_proposal = 0
+    run.num_real_steps_since_predict = 0
+    before_units = c.extra_units
+    segment = run.segment
+    prediction, deltas, verdict = _propose(run, decision, segment)
+    execution = Execution(torch.tensor(math.nan))
+    if verdict is None:
+        assert prediction is not None
+        saved = weights.clone(run.parameters)
+        with quiet_forward(run.model):
+            verdict = _judge(run, batch, prediction, deltas, saved)
+        weights.copy_(run.parameters, saved)
+        c.num_passes += 4
+        if verdict.accepted and _is_control(run):
+            verdict = replace(verdict, accepted=False, reason=Reason.CONTROL_SKIP)
+            c.num_controls += 1
+        _book(run, verdict, prediction)
+        if verdict.accepted:
+            execution.applied = _accept(run, prediction, deltas, saved, verdict)
+            execution.claimed = prediction.horizon
+    loss = verdict.loss_after if verdict.accepted else verdict.loss_before
+    execution.loss = torch.tensor(loss)
+    execution.verdict, execution.prediction = verdict, prediction
+    execution.consumed = verdict.accepted
+    execution.forwards = verdict.num_forward
+    c.num_forward += verdict.num_forward
+    run.ledger.spend(c.extra_units - before_units)
+    if verdict.reason is not Reason.CONTROL_SKIP:
+        run.ledger.note_verdict(verdict.accepted)
+    _next_segment(run, prediction, verdict)
+    if not verdict.accepted or run.probation is None:
+        if verdict.reason is not Reason.CONTROL_SKIP:
+            run.record.record(verdict.accepted)
+    run.step_scheduler()
+    execution.prediction_ms = 1e3 * (time.perf_counter() - started)
+    return execution
+
+
+def _propose(
+    run: Run, decision: Decision, segment: Segment | None
+) -> tuple[PhasePrediction | None, list[Tensors], Verdict | None]:
+    """Ask the predictor and check what comes back; a verdict means it is refused already."""
+    try:
+        prediction = segment.prediction if segment is not None else run.predictor.predict(decision.horizon)
+        if segment is None and run.config.segments > 1:
+            prediction = _first_piece(prediction, run.config.segments)
+        candidates = [prediction.coefficients]
+        if run.deterministic:  # where losses are exact, more candidates cost forwards but no luck
+            candidates += prediction.alternatives
+        expected = (run.groups.num_groups, run.predictor.spec.num_columns)
+        if any(tuple(c.shape) != expected for c in candidates):
+            return prediction, [], Verdict(accepted=False, reason=Reason.WRONG_SHAPE)
+        if not all(bool(torch.isfinite(c).all()) for c in candidates):
+            return prediction, [], Verdict(accepted=False, reason=Reason.NOT_FINITE)
+        deltas = [run.basis.combine(c) for c in candidates]
+    except Exception as error:  # whatever a predictor raises must not end a run
+        run.note_predictor_failure(error)
+        return None, [], Verdict(accepted=False, reason=Reason.PREDICTOR_FAILED)
+    run.counters.num_passes += len(candidates) * run.basis.num_columns
+    if not all(weights.all_finite(d) for d in deltas):
+        return prediction, [], Verdict(accepted=False, reason=Reason.NOT_FINITE)
+    lengths = weights.per_tensor_rms(deltas[0])
+    if not any(lengths):
+        return prediction, [], Verdict(accepted=False, reason=Reason.ZERO_JUMP)
+    spans = run.basis.displacement_rms().tolist()
+    if not gate.within_radius(lengths, spans, run.config.gate.max_relative_length):
+        return prediction, [], Verdict(accepted=False, reason=Reason.TOO_LONG)
+    return prediction, deltas, None
+
+
+def _first_piece(prediction: PhasePrediction, segments: int) -> PhasePrediction:
+    """One of ``segments`` equal pieces of a jump."""
+    return replace(
+        prediction,
+        coefficients=prediction.coefficients / segments,
+        alternatives=tuple(c / segments for c in prediction.alternatives),
+        horizon=max(1, prediction.horizon // segments),
+        predicted_reduction=prediction.predicted_reduction / segments,
+    )
+
+
+def _judge(run: Run, batch: Any, prediction: PhasePrediction, deltas: Sequence[Tensors], saved: Tensors) -> Verdict:
+    """Measure losses at x + a d and let the gate decide."""
+    exact = run.deterministic
+    origin_kind = Origin.CURRENT if exact else Origin.AVERAGE
+    if run.config.gate.judge_at != "auto":
+        origin_kind = Origin(run.config.gate.judge_at)
+    origin = saved if origin_kind is Origin.CURRENT else run.basis.average()
+    size = batches.num_samples(batch)
+    split = size >= 4 and not exact
+    middle = size // 2 if split else size
+    max_chunks = run.config.gate.max_chunks
+    parts: dict[Part, list[Any]] = {
+        "whole": [batch],
+        "length": [batches.narrow(batch, 0, middle)] if split else [batch],
+        "judge": batches.chunks(batch, middle if split else 0, size, max_chunks) if size >= 2 else [batch],
+    }
+
+    def evaluate(candidate: int, scale: float, part: Part) -> list[float]:
+        weights.move_(run.parameters, origin, deltas[candidate], scale)
+        run.counters.num_passes += 3
+        losses = torch.stack([run.evaluate_loss(piece).reshape(()) for piece in parts[part]])
+        return [float(v) for v in losses.tolist()]
+
+    price = _price(run)
+    settings = run.config.gate
+    if exact:
+        verdict = gate.judge_exact(
+            evaluate, len(deltas), max_scale=prediction.max_scale, price=price,
+            predicted_reduction=prediction.predicted_reduction, min_ratio=settings.min_reduction_ratio,
+        )  # fmt: skip
+    else:
+        verdict = gate.judge_noisy(
+            evaluate, max_scale=min(prediction.max_scale, 2.0), level=settings.significance, price=price, split=split,
+            predicted_reduction=prediction.predicted_reduction, min_ratio=settings.min_reduction_ratio,
+        )  # fmt: skip
+    return replace(verdict, origin=origin_kind)
+
+
+def _price(run: Run) -> Callable[[float], float]:
+    """Forwards -> loss that the same cost in real training would have bought, over the persistence."""
+    pace = max(-run.loss_slope, 0.0)
+    persistence = max(run.ledger.persistence, 0.05)
+    return lambda forwards: forwards * FORWARD_UNITS / STEP_UNITS * pace / persistence
+
+
+def _is_control(run: Run) -> bool:
+    """Skip a random share of approved jumps; the draw is from the run's own generator."""
+    return float(torch.rand((), generator=run.generator)) < run.config.gate.control_fraction
+
+
+def _book(run: Run, verdict: Verdict, prediction: PhasePrediction) -> None:
+    """Open the ledger's account for an approved jump, applied or skipped."""
+    if not verdict.accepted and verdict.reason is not Reason.CONTROL_SKIP:
+        return
+    step = run.counters.num_real_steps
+    run.ledger.open_account(
+        Account(
+            step=step, due=step + run.config.predictor.window, skipped=not verdict.accepted,
+            horizon=prediction.horizon, loss=run.window_loss, slope=run.loss_slope, gain=verdict.gain,
+        )  # fmt: skip
+    )
+
+
+def _accept(run: Run, prediction: PhasePrediction, deltas: Sequence[Tensors], saved: Tensors, verdict: Verdict) -> Tensor:
+    """Move the weights by the recorded vector, and start probation."""
+    c = run.counters
+    delta = deltas[verdict.candidate]
+    if run.config.correct_steps > 0 and run.probation is None:
+        run.probation = Probation(
+            snapshot=run.take_snapshot(), basis=run.basis.mark(), num_schedule_steps=run.num_schedule_steps,
+            num_steps_left=run.config.correct_steps,
+            loss_before=run.history.loss_ema.mean, std_before=run.history.loss_ema.std,
+            predicted_loss=max(prediction.predicted_loss, verdict.loss_after), claimed=prediction.horizon,
+        )  # fmt: skip
+        c.num_passes += 8  # weights and two moments, read and written
+    elif run.probation is not None:
+        run.probation.claimed += prediction.horizon
+    weights.move_(run.parameters, saved, delta, verdict.scale)
+    run.basis.translate(delta, verdict.scale)
+    run.history.note_jump()
+    run.lr_integral = run.norm_sum = 0.0
+    c.num_jumps_accepted += 1
+    c.num_claimed_steps += prediction.horizon
+    candidates = [prediction.coefficients, *prediction.alternatives]
+    return candidates[verdict.candidate] * verdict.scale
+
+
+def _next_segment(run: Run, prediction: PhasePrediction | None, verdict: Verdict) -> None:
+    if not verdict.accepted or prediction is None or run.config.segments == 1:
+        run.segment = None
+        return
+    left = run.segment.num_left if run.segment is not None else run.config.segments
+    run.segment = Segment(prediction, left - 1) if left > 1 else None
+
+
+# ---- correction -------------------------------------------------------------------------------------
+
+
+def run_correct(run: Run, batch: Any, decision: Decision) -> Execution:
+    """A real step on probation; the last one keeps the jump or takes it back."""
+    execution = run_full(run, batch, decision)
+    probation = run.probation
+    assert probation is not None, "CORRECT without a jump on probation"
+    probation.num_steps_left -= 1
+    if execution.skipped:
+        probation.worst_level = Level.CRITICAL
+    else:
+        probation.losses.append(float(execution.loss))
+    if probation.num_steps_left > 0 and probation.worst_level < Level.CRITICAL:
+        return execution
+    after = sum(probation.losses) / len(probation.losses) if probation.losses else math.inf
+    execution.probation = (probation.loss_before, after)
+    execution.kept = probation_passes(probation, run.config.divergence_threshold)
+    if execution.kept:
+        run.record.record(True)
+        run.horizon = min(2 * run.horizon, max(run.config.max_predict_steps, 1))
+    else:
+        _roll_back(run, probation)
+    run.probation = None
+    return execution
+
+
+def probation_passes(probation: Probation, sigma: float) -> bool:
+    """Whether the smoothed loss on probation is no worse than before the jump.
+
+    Degraded means: more than ``sigma`` standard errors above the smoothed loss before, or a critical
+    alarm on the way.
+    """
+    if probation.worst_level >= Level.CRITICAL or not probation.losses:
+        return False
+    n = len(probation.losses)
+    after = sum(probation.losses) / n
+    tolerance = sigma * max(probation.std_before, 1e-6 * abs(probation.loss_before)) / math.sqrt(n)
+    return after <= probation.loss_before + tolerance
+
+
+def _roll_back(run: Run, probation: Probation) -> None:
+    """Everything as it was before the jump, bit for bit; the steps since are lost and paid for."""
+    c = run.counters
+    run.restore(probation.snapshot)
+    run.basis.revert(probation.basis)
+    run.num_schedule_steps = probation.num_schedule_steps  # the clock catches up with the next step
+    run.lr_integral = run.norm_sum = 0.0
+    run.ledger.cancel_account()
+    run.ledger.note_verdict(False)
+    lost = run.config.correct_steps - probation.num_steps_left
+    run.ledger.spend(lost * STEP_UNITS)
+    run.record.record(False)
+    run.horizon = max(run.horizon // 2, run.config.min_predict_steps)
+    c.num_claimed_steps -= probation.claimed
+    c.num_rollbacks += 1
+    c.num_passes += 8
+
+
+Executor = Callable[[Run, Any, Decision], Execution]
+
+EXECUTORS: dict[Phase, Executor] = {
+    Phase.WARMUP: run_full,
+    Phase.FULL: run_full,
+    Phase.PREDICT: run_predict,
+    Phase.CORRECT: run_correct,
+}
+
+
+def force_full(run: Run, num_steps: int, *, by_alarm: bool) -> None:
+    """No proposals for the next real steps."""
+    run.num_forced_full_steps = max(run.num_forced_full_steps, num_steps)
+    run.forced_by_alarm = by_alarm
+
+
+def respond(run: Run, alarm: Alarm) -> None:
+    """Apply what an alarm asks for."""
+    settings = run.config.divergence
+    if run.probation is not None:
+        run.probation.worst_level = max(run.probation.worst_level, alarm.level)
+    if alarm.action is Action.REDUCE_HORIZON:
+        run.horizon = max(run.horizon // 2, run.config.min_predict_steps)
+    elif alarm.action in (Action.FORCE_FULL, Action.SKIP_STEP, Action.ROLLBACK, Action.CORRECT):
+        force_full(run, settings.recovery_full_steps, by_alarm=True)

@@ -1,0 +1,299 @@
+"""What is recorded: one JSON object per line while the run goes, one summary at its end.
+
+Every figure is computed from what was counted or measured.  A sink that fails (a full disk) must
+not end a run: it is switched off, said once, and the summary carries ``metrics_incomplete``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from .executors import Execution
+from .history import RunningMoments
+from .records import Alarm, Decision, Phase, State, StepResult
+from .run import Run
+
+SCHEMA = 1
+
+
+def jsonable(value: Any) -> Any:
+    """Plain JSON value; a number that is not finite becomes null (JSON has no NaN)."""
+    if isinstance(value, bool) or value is None or isinstance(value, str | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(k): jsonable(v) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return [jsonable(v) for v in value]
+    return jsonable(value.tolist() if hasattr(value, "tolist") else str(value))
+
+
+class Sink(Protocol):
+    """Where records go."""
+
+    incomplete: bool
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Take one record."""
+
+    def close(self) -> None:
+        """Nothing more will come."""
+
+
+class NullSink:
+    """Records go nowhere."""
+
+    incomplete = False
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Drop it."""
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+class JsonlSink:
+    """Appends one line per record and flushes it, so that a killed run loses at most one line."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Open for appending; the folder is made if needed."""
+        self.incomplete = False
+        self._path = Path(path)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._path.open("a", encoding="utf-8")
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Write a line; after a failure write no more."""
+        if self.incomplete:
+            return
+        try:
+            self._file.write(json.dumps(jsonable(record), allow_nan=False, separators=(",", ":")) + "\n")
+            self._file.flush()
+        except OSError as error:
+            self.incomplete = True
+            warnings.warn(f"{self._path}: {error.strerror}; metrics are no longer written, training goes on", stacklevel=2)
+
+    def close(self) -> None:
+        """Close the file."""
+        try:
+            self._file.close()
+        except OSError:
+            self.incomplete = True
+
+
+class Metrics:
+    """Turns steps into records, and counts into the summary."""
+
+    def __init__(self, sink: Sink, *, log_interval: int) -> None:
+        """Args: sink: where records go.  log_interval: steps between flushes of device scalars."""
+        self.sink = sink
+        self.log_interval = log_interval
+        self.divergence_events: list[dict[str, Any]] = []
+        self.jump_lengths: list[int] = []
+        self.confidences = RunningMoments(decay=0.999)
+        self.loss_pairs: list[tuple[float, float]] = []  # (predicted, measured)
+        self.cosines: list[float] = []
+        self.step_ms = RunningMoments(decay=0.99)
+        self.predict_ms: list[float] = []
+        self.observe_ms: list[float] = []
+        self.total_ms = 0.0
+        self.overhead_ms = 0.0
+        self._last_phase = Phase.WARMUP
+        self._started = time.perf_counter()
+
+    def record(self, run: Run, decision: Decision, execution: Execution, result: StepResult) -> None:
+        """Record one step and whatever happened in it."""
+        c = run.counters
+        self.total_ms += result.step_time_ms
+        if result.phase is not self._last_phase:
+            self._write(run, "transition", {"from": self._last_phase, "to": result.phase, "reason": decision.reason})
+            self._last_phase = result.phase
+        if result.phase is Phase.FULL:
+            self.step_ms.push(result.step_time_ms)
+        if execution.verdict is not None:
+            self._jump(run, decision, execution)
+        if execution.probation is not None:
+            before, after = execution.probation
+            reason = "kept" if execution.kept else "rolled back"
+            self._write(
+                run, "correction", {"kept": execution.kept, "reason": reason, "loss_before": before, "loss_after": after}
+            )
+        if not isinstance(self.sink, NullSink):
+            self._write(
+                run,
+                "step",
+                {
+                    "phase": result.phase, "loss": result.loss, "gradient_norm": result.gradient_norm,
+                    "lr": run.learning_rate, "cost_units": c.cost_units, "num_real_steps": c.num_real_steps,
+                    "confidence": result.confidence, "was_predicted": result.was_predicted,
+                    "step_time_ms": result.step_time_ms, "skipped": result.skipped, "reason": decision.reason,
+                },
+            )  # fmt: skip
+
+    def _jump(self, run: Run, decision: Decision, execution: Execution) -> None:
+        verdict, prediction = execution.verdict, execution.prediction
+        assert verdict is not None
+        self.predict_ms.append(execution.prediction_ms)
+        self.overhead_ms += execution.prediction_ms
+        self.confidences.push(decision.confidence)
+        if verdict.accepted and prediction is not None:
+            self.jump_lengths.append(prediction.horizon)
+            self.loss_pairs.append((prediction.predicted_loss, verdict.loss_after))
+        self._write(
+            run,
+            "jump",
+            {
+                "cost_units": run.counters.cost_units, "accepted": verdict.accepted, "reason": verdict.reason,
+                "horizon": decision.horizon, "scale": verdict.scale, "candidate": verdict.candidate,
+                "origin": verdict.origin, "loss_before": verdict.loss_before, "loss_after": verdict.loss_after,
+                "predicted_loss": None if prediction is None else prediction.predicted_loss,
+                "predicted_reduction": None if prediction is None else prediction.predicted_reduction,
+                "measured_reduction": verdict.gain, "upper_bound": verdict.upper_bound, "price": verdict.price,
+                "confidence": decision.confidence, "predictor": run.predictor.name, "num_forward": verdict.num_forward,
+                "coefficients": None if execution.applied is None else execution.applied.tolist(),
+            },
+        )  # fmt: skip
+
+    def note_alarm(self, run: Run, alarm: Alarm) -> None:
+        """Record a divergence alarm of any level above normal."""
+        event = {
+            "step": run.counters.num_steps, "severity": alarm.level.name.lower(), "signal": alarm.signal,
+            "action": alarm.action.value, "value": alarm.value, "threshold": alarm.threshold,
+        }  # fmt: skip
+        run.counters.num_divergence_events += 1
+        if len(self.divergence_events) < 1000:
+            self.divergence_events.append({**event, "recovery_successful": None})
+        self._write(run, "divergence", {**event, "level": event["severity"]})
+
+    def note_recovery(self) -> None:
+        """A finite, quiet step: the alarms so far are over."""
+        for event in reversed(self.divergence_events):
+            if event["recovery_successful"] is not None:
+                break
+            event["recovery_successful"] = True
+
+    def note_outcomes(self, run: Run, accounts: list[Any]) -> None:
+        """Record settled ledger accounts."""
+        for a in accounts:
+            self._write(
+                run, "outcome",
+                {"skipped": a.skipped, "gate_gain": a.gain, "gain_left": a.left, "persistence": run.ledger.persistence},
+            )  # fmt: skip
+
+    def note_window(self, observe_ms: float, cosine: float | None) -> None:
+        """Time spent observing a window, and how well its displacement was predicted."""
+        self.observe_ms.append(observe_ms)
+        self.overhead_ms += observe_ms
+        if cosine is not None:
+            self.cosines.append(cosine)
+
+    def validation(self, run: Run, val_loss: float, wall_s: float) -> None:
+        """Record a validation loss measured outside the run's cost."""
+        c = run.counters
+        self._write(
+            run, "validation",
+            {"cost_units": c.cost_units, "num_real_steps": c.num_real_steps, "wall_s": wall_s, "val_loss": val_loss},
+        )  # fmt: skip
+
+    def _write(self, run: Run, event: str, values: Mapping[str, Any]) -> None:
+        self.sink.write({"schema": SCHEMA, "event": event, "step": run.counters.num_steps, **values})
+
+    # ---- summary ----------------------------------------------------------------------------------------
+
+    def summary(self, run: Run) -> dict[str, Any]:
+        """Summary in the published schema, plus ``ledger`` and ``statistics``.
+
+        ``wall_clock_speedup`` and ``baseline_loss_estimate`` are null: one run cannot know them; only
+        a comparison against a baseline can (``hpt compare``).
+        """
+        c = run.counters
+        lengths = self.jump_lengths
+        return {
+            "training_summary": {
+                "total_steps": c.num_steps, "warmup_steps": c.warmup_steps, "full_steps": c.full_steps,
+                "predict_steps": c.predict_steps, "correct_steps": c.correct_steps,
+                "backward_reduction_pct": c.backward_reduction_pct, "wall_clock_speedup": None,
+                "final_loss": jsonable(run.history.loss_ema.mean), "baseline_loss_estimate": None, "loss_gap_pct": None,
+            },
+            "phase_statistics": {
+                "avg_predict_length": sum(lengths) / len(lengths) if lengths else None,
+                "max_predict_length": max(lengths) if lengths else None,
+                "avg_confidence": jsonable(self.confidences.mean),
+                "prediction_accuracy": {
+                    "loss_mae": _mean([abs(p - m) for p, m in self.loss_pairs]),
+                    "loss_correlation": _correlation(self.loss_pairs),
+                    "weight_cosine_similarity": _mean(self.cosines),
+                },
+            },
+            "divergence_events": [jsonable(e) for e in self.divergence_events],
+            "divergence_exits_per_100_steps": 100 * c.num_divergence_events / c.num_steps if c.num_steps else 0.0,
+            "predictor_overhead": {
+                "encode_time_ms_avg": _mean(self.observe_ms),
+                "predict_time_ms_avg": _mean(self.predict_ms),
+                "update_time_ms_avg": _mean(self.observe_ms),
+                "memory_used_mb": run.predictor.memory_bytes() / 2**20,
+                "basis_mb": sum(run.basis.memory_bytes().values()) / 2**20,
+                "pct_of_step_time": 100 * self.overhead_ms / self.total_ms if self.total_ms else None,
+            },
+            "ledger": {k: jsonable(v) for k, v in run.ledger.summary().items()},
+            "statistics": statistics(run),
+            "metrics_incomplete": self.sink.incomplete,
+        }  # fmt: skip
+
+    def state_dict(self) -> State:
+        """What a summary after a resume needs."""
+        return {
+            "divergence_events": list(self.divergence_events), "jump_lengths": list(self.jump_lengths),
+            "confidences": self.confidences.state_dict(), "loss_pairs": [list(p) for p in self.loss_pairs],
+            "cosines": list(self.cosines), "step_ms": self.step_ms.state_dict(), "predict_ms": list(self.predict_ms),
+            "observe_ms": list(self.observe_ms), "total_ms": self.total_ms, "overhead_ms": self.overhead_ms,
+            "last_phase": self._last_phase.value,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: State) -> None:
+        """Inverse of :meth:`state_dict`."""
+        for name in ("divergence_events", "jump_lengths", "cosines", "predict_ms", "observe_ms"):
+            setattr(self, name, list(state[name]))
+        self.loss_pairs = [(p, m) for p, m in state["loss_pairs"]]
+        self.confidences.load_state_dict(state["confidences"])
+        self.step_ms.load_state_dict(state["step_ms"])
+        self.total_ms, self.overhead_ms = state["total_ms"], state["overhead_ms"]
+        self._last_phase = Phase(state["last_phase"])
+
+
+def statistics(run: Run) -> dict[str, Any]:
+    """Counts of a run, JSON-able."""
+    c = run.counters
+    return {
+        "num_steps": c.num_steps, "num_real_steps": c.num_real_steps, "num_skipped_steps": c.num_skipped_steps,
+        "num_claimed_steps": c.num_claimed_steps, "num_credited_steps": run.ledger.num_credited_steps,
+        "num_forward": c.num_forward, "num_backward": c.num_backward,
+        "num_jumps_proposed": c.num_jumps_proposed, "num_jumps_accepted": c.num_jumps_accepted,
+        "num_controls": c.num_controls, "num_rollbacks": c.num_rollbacks,
+        "num_predictor_failures": run.num_predictor_failures, "num_divergence_events": c.num_divergence_events,
+        "cost_units": c.cost_units, "backward_reduction_pct": c.backward_reduction_pct,
+        **{k: jsonable(v) for k, v in run.ledger.steps_gained().items()},
+    }  # fmt: skip
+
+
+def _mean(values: list[float]) -> float | None:
+    finite = [v for v in values if math.isfinite(v)]
+    return sum(finite) / len(finite) if finite else None
+
+
+def _correlation(pairs: list[tuple[float, float]]) -> float | None:
+    """Pearson correlation, None below three pairs or for a constant."""
+    pairs = [(a, b) for a, b in pairs if math.isfinite(a) and math.isfinite(b)]
+    if len(pairs) < 3:
+        return None
+    mean_a, mean_b = (sum(v) / len(pairs) for v in zip(*pairs, strict=True))
+    cov = sum((a - mean_a) * (b - mean_b) for a, b in pairs)
+    var_a, var_b = sum((a - mean_a) ** 2 for a, _ in pairs), sum((b - mean_b) ** 2 for _, b in pairs)
+    return cov / math.sqrt(var_a * var_b) if var_a > 0 and var_b > 0 else None

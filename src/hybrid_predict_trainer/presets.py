@@ -1,0 +1,33 @@
+"""Named starting points, as dotted TOML keys over the defaults.
+
+The numbers are those the specification gives for model sizes and uses.  What it also names per
+preset and this version does not have (RSSM sizes, ensembles) is left to the predictor's table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    # by size of the model (methodology document, section "Presets")
+    "small": {
+        "training.warmup_steps": 100, "training.full_steps": 20, "training.max_predict_steps": 60,
+        "training.divergence_threshold": 3.0,
+    },
+    "medium": {
+        "training.warmup_steps": 200, "training.full_steps": 30, "training.max_predict_steps": 80,
+        "training.divergence_threshold": 2.5,
+    },
+    "large": {
+        "training.warmup_steps": 500, "training.full_steps": 50, "training.max_predict_steps": 100,
+        "training.divergence_threshold": 2.0, "predictor.basis_dtype": "bfloat16", "predictor.offload": True,
+    },
+    # by breadth of the data
+    "specialist": {
+        "training.warmup_steps": 100, "training.full_steps": 15, "training.max_predict_steps": 120,
+    },
+    "generalist": {
+        "training.warmup_steps": 500, "training.full_steps": 50, "training.max_predict_steps": 80,
+    },
+}  # fmt: skip

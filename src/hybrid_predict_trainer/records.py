@@ -1,0 +1,335 @@
+"""The nouns of the system: frozen records that flow from one module to the next.
+
+Shape letters used everywhere: ``G`` parameter groups, ``K`` basis columns, ``Y`` horizon in real
+optimizer steps, ``N`` steps of a window.  ``theta`` are the weights, ``x`` the averaged weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum, StrEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: What ``state_dict`` methods return: nested plain containers, scalars and tensors, never pickled.
+State = dict[str, Any]
+
+
+class Phase(StrEnum):
+    """The four phases of the cycle."""
+
+    WARMUP = "warmup"
+    FULL = "full"
+    PREDICT = "predict"
+    CORRECT = "correct"
+
+    @property
+    def computes_backward(self) -> bool:
+        """Whether a step of this phase runs a backward pass."""
+        return self is not Phase.PREDICT
+
+
+class Origin(StrEnum):
+    """The point at which the gate compares losses; an accepted jump always moves theta itself.
+
+    Raw weights carry an oscillation that hides a small gain under minibatch noise; their window
+    mean does not.  With the whole data set in every batch there is no noise and theta is judged.
+    """
+
+    CURRENT = "current"  # theta, the raw weights
+    AVERAGE = "average"  # x, the mean of the last window
+
+
+class Reason(StrEnum):
+    """Why a decision or a verdict came out as it did; the value is what a user reads."""
+
+    WARMING_UP = "warm-up is not over"
+    BASELINE_UNSTABLE = "the loss has not settled yet, warm-up goes on"
+    WINDOW_OPEN = "the window is not full yet"
+    FORCED_FULL = "full steps were forced"
+    NEVER = "prediction is off"
+    SWITCHED_OFF = "prediction does not pay on this run and has been switched off"
+    NOT_READY = "the predictor has not seen enough windows"
+    NOT_CONFIDENT = "confidence is below the threshold"
+    OVER_BUDGET = "the overhead budget does not allow a proposal yet"
+    BACKING_OFF = "waiting after refused proposals"
+    RECENT_ALARM = "a recent divergence alarm forces full steps"
+    CONFIDENT = "confident, affordable and due"
+    EXPLORING = "too few outcomes to know: trying"
+    SEGMENT = "next segment of the jump"
+    PROBATION = "a jump is on probation"
+    CORRECTING = "a monitor asks for correction"
+    # verdicts
+    ACCEPTED = "the loss fell by more than the jump cost"
+    NOT_FINITE = "the proposal holds NaN or infinity"
+    WRONG_SHAPE = "the proposal has the wrong shape"
+    PREDICTOR_FAILED = "the predictor raised an error"
+    LOSS_NOT_FINITE = "the loss at the candidate is not finite"
+    TOO_LONG = "the jump leaves the trust radius"
+    ZERO_JUMP = "the proposal does not move the weights"
+    NO_DESCENT = "no length of the jump lowers the loss"
+    NOT_SIGNIFICANT = "the improvement is not significant at its price"
+    MODEL_DISAGREES = "the measured reduction is far from the predicted one"
+    CONTROL_SKIP = "approved, but skipped as a control for the ledger"
+    # probation
+    KEPT = "probation passed"
+    DEGRADED = "the loss degraded on probation, the jump was taken back"
+
+
+class Level(IntEnum):
+    """Severity of a divergence signal."""
+
+    NORMAL = 0
+    CAUTION = 1
+    WARNING = 2
+    CRITICAL = 3
+
+
+class Action(StrEnum):
+    """What the trainer does about an alarm."""
+
+    CONTINUE = "continue"
+    REDUCE_HORIZON = "reduce_predict_ratio"
+    CORRECT = "correct"
+    FORCE_FULL = "force_full_phase"
+    SKIP_STEP = "skip_step"
+    ROLLBACK = "rollback_and_retry"
+    ABORT = "abort"
+
+
+class HybridError(Exception):
+    """Base of every error this library raises on purpose."""
+
+
+class ConfigError(HybridError, ValueError):
+    """A setting is unknown, of the wrong type or out of range."""
+
+
+class DivergenceError(HybridError, RuntimeError):
+    """The run cannot be saved by rolling back; the message says what to do."""
+
+
+class CheckpointError(HybridError, RuntimeError):
+    """A checkpoint is missing, damaged or belongs to another run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """What the controller wants the next step to be, and why."""
+
+    phase: Phase
+    reason: Reason
+    horizon: int = 0  # Y; 0 unless phase is PREDICT
+    confidence: float = 0.0
+    fallback_threshold: float = math.inf  # loss above which a predicted phase is abandoned
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BasisSpec:
+    """Which directions a predictor needs kept.
+
+    Columns are ordered: ``num_displacements`` window displacements, newest first, then ``lag``
+    (x - theta), ``optimizer`` (the base optimizer's own update direction) and ``gradient``.
+    """
+
+    num_displacements: int = 2
+    lag: bool = False
+    optimizer: bool = False
+    gradient: bool = False
+    curvature: bool = False  # keep gradient differences, so that S'Y is known
+
+    @property
+    def extras(self) -> tuple[str, ...]:
+        """Names of the columns behind the displacements."""
+        named = (("lag", self.lag), ("optimizer", self.optimizer), ("gradient", self.gradient))
+        return tuple(name for name, wanted in named if wanted)
+
+    @property
+    def num_columns(self) -> int:
+        """K."""
+        return self.num_displacements + len(self.extras)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Products:
+    """Inner products of the basis per parameter group: all a predictor sees of weight space.
+
+    ``b_k`` are the K columns; all tensors are float64 on the CPU.  Columns not yet observed are
+    zero in every product.
+    """
+
+    BB: Tensor  # (G, K, K)  b_k . b_l
+    BY: Tensor  # (G, K, K)  b_k . y_l   y_l the gradient difference that belongs to displacement l
+    Bg: Tensor  # (G, K)     b_k . g     g the mean gradient of the last window
+    gg: Tensor  # (G,)       g . g
+
+    @property
+    def num_groups(self) -> int:
+        """G."""
+        return self.BB.shape[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hindsight:
+    """The last window's displacement T seen through the basis as it was one window ago."""
+
+    BB: Tensor  # (G, K, K)  Gram matrix of that earlier basis
+    BT: Tensor  # (G, K)     its inner products with T
+    TT: Tensor  # (G,)       T . T
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Window:
+    """One closed window of N real steps, as the predictors observe it."""
+
+    index: int
+    num_steps: int  # N
+    num_columns: int  # displacement columns that hold data, <= K
+    step: int  # real steps at the end of the window
+    loss: float  # mean training loss over the window
+    loss_slope: float  # change of the loss per real step, from the windows before
+    gradient_norm: float  # mean over the window
+    learning_rate: float  # at the end
+    lr_integral: float  # sum of the learning rate over the window
+    lr_ahead: float  # planned sum of the learning rate per step over the next N steps
+    jumped: bool  # a jump was accepted since the window before: the displacement is not pure drift
+    features: Tensor  # (F,) encoded loss curve
+    products: Products
+    hindsight: Hindsight | None  # None for the first windows and across a jump
+    group_sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhasePrediction:
+    """Where a predictor says the weights will be after Y real steps.
+
+    ``alternatives`` are other coefficients of the same model (more damping, say) that the gate may
+    try where it tries ``coefficients``.
+    """
+
+    coefficients: Tensor  # (G, K)
+    horizon: int  # Y
+    predicted_loss: float
+    loss_trajectory: tuple[tuple[int, float], ...] = ()  # sparse (step ahead, loss)
+    loss_interval: tuple[float, float] = (-math.inf, math.inf)
+    confidence: float = 0.0
+    predicted_reduction: float = 0.0  # of the model's own loss, >= 0
+    alternatives: tuple[Tensor, ...] = ()
+    max_scale: float = 2.0  # the gate may lengthen the jump up to this factor
+    epistemic: float = 0.0  # spread between members
+    aleatoric: float = 0.0  # spread within one
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What the gate says of a proposal."""
+
+    accepted: bool
+    reason: Reason
+    scale: float = 0.0  # accepted multiple a of the proposal
+    candidate: int = 0  # which of the proposal's coefficient sets
+    loss_before: float = math.nan
+    loss_after: float = math.nan
+    upper_bound: float = math.nan  # of the paired loss difference
+    price: float = 0.0  # in loss units
+    num_forward: float = 0.0  # in full-batch forwards
+    origin: Origin = Origin.CURRENT
+
+    @property
+    def gain(self) -> float:
+        """Measured reduction of the loss; 0 unless both losses are known."""
+        gain = self.loss_before - self.loss_after
+        return gain if math.isfinite(gain) else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alarm:
+    """The most severe divergence signal of a step."""
+
+    level: Level = Level.NORMAL
+    action: Action = Action.CONTINUE
+    signal: str = ""
+    value: float = 0.0
+    threshold: float = 0.0
+
+    @property
+    def quiet(self) -> bool:
+        """Whether nothing is wrong."""
+        return self.level is Level.NORMAL
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Residual:
+    """What a prediction got wrong, with the state it was made in."""
+
+    features: Tensor  # (F,)
+    coefficients: Tensor  # (G, K) hindsight minus predicted
+    loss: float  # actual minus predicted
+    horizon: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What one call of ``HybridTrainer.step`` did.
+
+    ``loss`` and ``gradient_norm`` are read from the device when they are asked for, so that a loop
+    which does not look at them never waits for the device.
+    """
+
+    loss_tensor: Tensor
+    phase: Phase
+    was_predicted: bool
+    prediction_error: float | None
+    confidence: float
+    step_time_ms: float
+    step: int
+    reason: str
+    gradient_norm_tensor: Tensor | None = None
+    skipped: bool = False  # a non-finite step that did not touch the weights
+    num_forward: float = 0.0
+    num_backward: int = 0
+    num_claimed_steps: int = 0
+    verdict: Verdict | None = None
+    alarm: Alarm = field(default_factory=Alarm)
+    metrics: Mapping[str, float] | None = None
+    consumed: bool = True  # False: nothing was learnt from the batch, it may be used again
+
+    @property
+    def loss(self) -> float:
+        """The loss of this step's batch (waits for the device)."""
+        return float(self.loss_tensor)
+
+    @property
+    def gradient_norm(self) -> float | None:
+        """Global gradient norm, None where no backward pass ran (waits for the device)."""
+        return None if self.gradient_norm_tensor is None else float(self.gradient_norm_tensor)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EpochResult:
+    """What one pass over a loader did."""
+
+    num_steps: int
+    mean_loss: float
+    final_loss: float
+    phase_counts: Mapping[str, int]
+    num_real_steps: int
+    num_claimed_steps: int
+    num_credited_steps: float
+    num_forward: float
+    num_backward: int
+    num_jumps_proposed: int
+    num_jumps_accepted: int
+    backward_reduction_pct: float
+    cost_units: float
+    epoch_time_s: float
+    stopped_early: bool = False
+
+
+def zeros_like_coefficients(num_groups: int, num_columns: int) -> Tensor:
+    """Coefficients (G, K) of the jump that goes nowhere."""
+    return torch.zeros(num_groups, num_columns, dtype=torch.float64)

@@ -1,0 +1,57 @@
+"""Models and data for `hpt train`, `compare`, `validate` and `bench`, by name.
+
+Reading order: `base` (what a task is), `optim` (optimizers and schedules by name), `text` and `gpt`,
+`images` and `vision`, `mlp`, `regression`, `equations` and `pinn`. A leaf of the package: it imports nothing
+from the rest of the library.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+from .base import Batch, Task, TaskDefaults, TaskSettings, unknown_name, with_steps
+from .equations import PROBLEMS
+from .gpt import GptTask
+from .optim import build_optimizer, build_scheduler, lr_factor
+from .pinn import PinnTask
+from .regression import RegressionTask
+from .vision import RECIPES, ImageTask
+
+TASKS: dict[str, Callable[[TaskSettings], Task]] = {
+    "gpt": GptTask,
+    **{name: functools.partial(ImageTask, name) for name in RECIPES},
+    "regression": RegressionTask,
+    **{name: functools.partial(PinnTask, name) for name in PROBLEMS},
+}
+
+
+def make_task(name: str, settings: TaskSettings | None = None) -> Task:
+    """Return the task called `name`.
+
+    Args:
+        name: a key of `TASKS`.
+        settings: what differs from the task's own values.
+
+    Raises:
+        ValueError: unknown name, or settings that do not fit the task or its data.
+        FileNotFoundError: the data are not there.
+        ModuleNotFoundError: the task needs an optional library that is not installed.
+    """
+    if name not in TASKS:
+        raise unknown_name("task", name, TASKS)
+    return TASKS[name](settings or TaskSettings())
+
+
+__all__ = [
+    "TASKS",
+    "Batch",
+    "Task",
+    "TaskDefaults",
+    "TaskSettings",
+    "build_optimizer",
+    "build_scheduler",
+    "lr_factor",
+    "make_task",
+    "with_steps",
+]

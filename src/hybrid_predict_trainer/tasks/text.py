@@ -1,0 +1,229 @@
+"""Text as tokens: the corpus every Python carries, local files, named sets, streams from a hub.
+
+A token is a byte. Every source ends in one `Corpus`: two uint8 tensors in memory and where they came from.
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import hashlib
+import importlib
+import platform
+import re
+import sysconfig
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import data_dir, missing_extra
+
+NUM_BYTE_TOKENS = 256
+STDLIB_BYTES = 8_000_000  # of the library's 12 MB: read in half a second; 4000 steps of 16 x 128 are one pass
+LOCAL_BYTES = 256_000_000
+STREAM_BYTES = 64_000_000
+VALID_EVERY = 20  # files or documents; of a single file the last 1 / VALID_EVERY
+
+STDLIB_EXCLUDED = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
+PART_NAME = re.compile(r"(?:^|[_.-])(train|valid|test)[_.-]")
+TEXT_SUFFIXES = (".txt", ".py", ".md", ".gz")
+NAMED_SETS = ("tinystories", "wikitext-2", "novels", "tinyshakespeare")
+HUB_PREFIX = "hf:"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Tokens for training and validation.
+
+    Attributes:
+        train: (num_tokens,) uint8.
+        valid: (num_tokens,) uint8, from other files or documents, or the end of a single file.
+        source: provenance, JSON-able.
+    """
+
+    train: Tensor
+    valid: Tensor
+    source: dict[str, Any]
+
+
+def load_corpus(data: str | Path | None, max_bytes: int | None = None) -> Corpus:
+    """Return the corpus that `data` names.
+
+    Args:
+        data: a file or folder; else one of `NAMED_SETS` (under `HPT_DATA_DIR`); else `hf:<owner>/<name>`;
+            `None` for the Python standard library's source text.
+        max_bytes: read at most this much training text, or the source's own limit.
+
+    Raises:
+        FileNotFoundError: there is no such file, folder or set.
+        ValueError: there is no text in it.
+        ModuleNotFoundError: a hub set is asked for and `datasets` is not installed.
+    """
+    if data is None:
+        return load_stdlib(max_bytes or STDLIB_BYTES)
+    name = str(data)
+    if name.startswith(HUB_PREFIX):
+        return load_hub(name.removeprefix(HUB_PREFIX), max_bytes or STREAM_BYTES)
+    path = Path(data)
+    if not path.exists() and name in NAMED_SETS:
+        path = data_dir(f"data set {name!r}") / "text" / name
+    if path.is_dir():
+        return load_folder(path, max_bytes or LOCAL_BYTES, name)
+    if path.is_file():
+        return load_file(path, max_bytes or LOCAL_BYTES, name)
+    sets = ", ".join(NAMED_SETS)
+    known = f"a text file, a folder of them, hf:<owner>/<name> or one of {sets}"
+    raise FileNotFoundError(f"no file or folder {path}; pass {known}")
+
+
+@functools.lru_cache(maxsize=1)
+def load_stdlib(max_bytes: int) -> Corpus:
+    """Return the Python standard library's source text, without its tests, split by file; kept in memory."""
+    root = Path(sysconfig.get_path("stdlib"))
+    files = [path for path in root.rglob("*.py") if STDLIB_EXCLUDED.isdisjoint(path.relative_to(root).parts)]
+    if not files:
+        raise ValueError(f"no Python source text in {root}; pass a text file or folder with --data")
+    train, valid = split_by_hash({path.relative_to(root).as_posix(): path for path in files})
+    name = f"Python {platform.python_version()} standard library"
+    return _corpus(name, read_files(train, max_bytes), read_files(valid, max_bytes))
+
+
+def load_file(path: Path, max_bytes: int, name: str) -> Corpus:
+    """Return one file's text, the last twentieth of it for validation, under the name reports call it by."""
+    text = read_text(path, max_bytes)
+    if not text:
+        raise ValueError(f"{path} is empty; pass a file with text in it")
+    if b"\0" in text[:4096]:
+        raise ValueError(f"{path} holds binary data; pass a text file, or one compressed as .gz")
+    cut = len(text) - len(text) // VALID_EVERY
+    return _corpus(name, [text[:cut]], [text[cut:]])
+
+
+def load_folder(path: Path, max_bytes: int, name: str) -> Corpus:
+    """Return a folder's text: split by name if all files are called train, valid or test, else by file.
+
+    Args:
+        path: searched with its subfolders.
+        max_bytes: read at most this much training text, and as much for validation.
+        name: what reports call it.
+    """
+    candidates = (p for p in path.rglob("*") if p.is_file() and p.suffix in TEXT_SUFFIXES)
+    files = sorted(p for p in candidates if p.stat().st_size > 0)
+    if not files:
+        raise ValueError(
+            f"no text in {path}: no file in it ends in {', '.join(TEXT_SUFFIXES)} and is not empty"
+        )
+    if len(files) == 1:
+        return load_file(files[0], max_bytes, name)
+    parts = [PART_NAME.search(p.name) for p in files]
+    train = [p for p, part in zip(files, parts, strict=True) if part and part[1] == "train"]
+    valid = [p for p, part in zip(files, parts, strict=True) if part and part[1] == "valid"]
+    # Every name must say its part: a project with a train.py and a valid.py is not a split data set.
+    if not (all(parts) and train and valid):
+        train, valid = split_by_hash({p.relative_to(path).as_posix(): p for p in files})
+    return _corpus(name, read_files(train, max_bytes), read_files(valid, max_bytes))
+
+
+def load_hub(name: str, max_bytes: int) -> Corpus:
+    """Return the first documents of a hub set, `max_bytes` in all, every twentieth for validation."""
+    try:
+        load_dataset = importlib.import_module("datasets").load_dataset
+    except ModuleNotFoundError as error:
+        raise missing_extra("datasets", "hf") from error
+    parts: tuple[list[bytes], list[bytes]] = ([], [])
+    size = 0
+    for index, text in enumerate(stream_texts(load_dataset, name)):
+        document = text.encode()
+        parts[index % VALID_EVERY == VALID_EVERY - 1].append(document)
+        size += len(document)
+        if size >= max_bytes:
+            break
+    train, valid = parts
+    if not valid:
+        have = f"{HUB_PREFIX}{name} gave {len(train)} documents in {max_bytes} bytes"
+        raise ValueError(
+            f"{have}, at least {VALID_EVERY} are needed; choose a larger set or raise data_bytes"
+        )
+    return _corpus(HUB_PREFIX + name, train, valid)
+
+
+def stream_texts(
+    load_dataset: Callable[..., Iterable[dict[str, Any]]], name: str, **options: Any
+) -> Iterator[str]:
+    """Yield the texts of a set's training split without downloading it first.
+
+    Args:
+        load_dataset: `datasets.load_dataset`, or anything that takes the same arguments.
+        name: as on the hub, or a loader's name such as "json" with `data_files` among the options.
+        options: passed on.
+
+    Raises:
+        ValueError: the documents have no field "text".
+    """
+    for row in load_dataset(name, split="train", streaming=True, **options):
+        if "text" not in row:
+            raise ValueError(f'{name} has no field "text", only {", ".join(row)}; choose a text set')
+        yield row["text"]
+
+
+def name_hash(name: str) -> int:
+    """Return a 64-bit hash of a name that is the same in every process (Python's `hash` is not)."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
+
+
+def split_by_hash(files: dict[str, Path]) -> tuple[list[Path], list[Path]]:
+    """Return (train, valid), about every twentieth file for validation and at least one; needs two files.
+
+    By the hash of its name, so that a file stays on its side when others come and go; in the hash's order, so
+    that a limit on the bytes read does not favour the beginning of the alphabet.
+    """
+    names = sorted(files, key=lambda name: (name_hash(name), name))
+    valid = [name for name in names if name_hash(name) % VALID_EVERY == 0] or names[:1]
+    if len(valid) == len(names):
+        valid = names[:1]
+    held_out = set(valid)
+    return [files[name] for name in names if name not in held_out], [files[name] for name in valid]
+
+
+def read_text(path: Path, max_bytes: int) -> bytes:
+    """Return the first `max_bytes` of a file, decompressed if its name ends in .gz."""
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            return file.read(max_bytes)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is not a readable gzip file ({error}); unpack or replace it") from error
+
+
+def read_files(paths: Iterable[Path], max_bytes: int) -> list[bytes]:
+    """Return the files' texts in this order, `max_bytes` in all: one may be cut, the rest left out."""
+    texts: list[bytes] = []
+    left = max_bytes
+    for path in paths:
+        if left <= 0:
+            break
+        texts.append(read_text(path, left))
+        left -= len(texts[-1])
+    return texts
+
+
+def _corpus(name: str, train: list[bytes], valid: list[bytes]) -> Corpus:
+    texts = [b"\n\n".join(documents) for documents in (train, valid)]
+    source = {
+        "name": name,
+        "tokens": "bytes",
+        "num_train_tokens": len(texts[0]),
+        "num_valid_tokens": len(texts[1]),
+        "num_train_documents": len(train),
+        "num_valid_documents": len(valid),
+        "sha256": hashlib.sha256(b"".join(texts)).hexdigest()[:16],
+    }
+    return Corpus(_tokens(texts[0]), _tokens(texts[1]), source)
+
+
+def _tokens(text: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else torch.empty(0, dtype=torch.uint8)

@@ -1,0 +1,233 @@
+"""Image classification over many epochs: small convolutional networks on little data.
+
+Shapes: N images, B batch, S height and width (images are square), C channels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .base import (
+    Batch,
+    TaskDefaults,
+    TaskSettings,
+    count_parameters,
+    counter_rng,
+    mean_loss,
+    reject_settings,
+    seeded_model,
+    torch_dtype,
+    unknown_name,
+)
+from .images import ImageSet, crop_and_flip, load_digits, load_images
+
+NORMS = ("groupnorm", "batchnorm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageRecipe:
+    """What tells one image task from another.
+
+    Attributes:
+        load: `settings.data` -> images; called once.
+        stages: widths of the convolutions, one tuple per resolution.
+        batch_size: default.
+        pad: random crops shift by at most this many pixels; 0 for neither crops nor flips.
+        defaults: how it is trained.
+    """
+
+    load: Callable[[str | Path | None], ImageSet]
+    stages: tuple[tuple[int, ...], ...]
+    batch_size: int
+    pad: int
+    defaults: TaskDefaults
+
+
+class ConvNet(nn.Module):
+    """3 x 3 convolutions, each with norm and ReLU; pooled by two between stages; mean over space; linear.
+
+    Args:
+        in_channels: of the images.
+        stages: widths, one tuple per resolution.
+        norm: "groupnorm" (groups of 8 channels) or "batchnorm".
+        num_classes: of the output.
+    """
+
+    def __init__(
+        self, in_channels: int, stages: Sequence[Sequence[int]], norm: str, num_classes: int
+    ) -> None:
+        """Draw all weights."""
+        super().__init__()
+        layers: list[nn.Module] = []
+        for index, stage in enumerate(stages):
+            if index > 0:
+                layers.append(nn.MaxPool2d(2))
+            for width in stage:
+                layers.append(nn.Conv2d(in_channels, width, 3, padding=1, bias=False))
+                layers.append(
+                    nn.GroupNorm(width // 8, width) if norm == "groupnorm" else nn.BatchNorm2d(width)
+                )
+                layers.append(nn.ReLU())
+                in_channels = width
+        self.features = nn.Sequential(*layers)
+        self.head = nn.Linear(in_channels, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits (B, classes) for images (B, C, S, S)."""
+        return self.head(self.features(images).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+RECIPES: dict[str, ImageRecipe] = {
+    "digits": ImageRecipe(
+        load=load_digits,
+        stages=((16, 16), (32, 32)),
+        batch_size=64,
+        pad=0,
+        defaults=TaskDefaults(
+            optimizer="adamw",
+            lr=3e-3,
+            weight_decay=1e-2,
+            steps=690,  # 30 epochs
+            lr_grid=(1e-3, 3e-3, 1e-2, 3e-2),
+            predictor="hold",
+        ),
+    ),
+    "cifar": ImageRecipe(
+        load=load_images,
+        stages=((32, 32), (64, 64), (128, 128)),
+        batch_size=128,
+        pad=4,
+        defaults=TaskDefaults(
+            optimizer="sgd",
+            lr=2e-2,
+            momentum=0.9,
+            weight_decay=5e-4,
+            steps=780,  # 10 epochs of 10,000 images
+            lr_grid=(1e-2, 2e-2, 5e-2, 1e-1),
+            predictor="hold",
+        ),
+    ),
+}
+
+
+class ImageTask:
+    """A `Task`: classification with a small CNN; the batch is (images (B, C, S, S), labels (B,)).
+
+    Args:
+        name: one of `RECIPES`.
+        settings: preset is one of `NORMS`.
+    """
+
+    deterministic = False
+
+    def __init__(self, name: str, settings: TaskSettings) -> None:
+        """Load the images and check that a batch fits into them."""
+        reject_settings(name, settings, "data_bytes", "context", "gradient_checkpointing")
+        self.preset = settings.preset or NORMS[0]
+        if self.preset not in NORMS:
+            raise unknown_name(f"preset of task {name!r}", self.preset, NORMS)
+        self.name = name
+        self.settings = settings
+        self.recipe = RECIPES[name]
+        self.defaults = self.recipe.defaults
+        self.batch_size = settings.batch_size or self.recipe.batch_size
+        self.dtype = torch_dtype(settings.dtype)
+        images = self.recipe.load(settings.data)
+        self.steps_per_epoch = len(images.train_x) // self.batch_size
+        if self.steps_per_epoch == 0:
+            have = f"{images.source} has {len(images.train_x)} training images"
+            raise ValueError(f"{have}, fewer than batch_size = {self.batch_size}; lower --batch-size")
+        self.source = images.source
+        self._fingerprint = hashlib.sha256(images.train_x.numpy().tobytes()).hexdigest()[:16]
+        self.num_classes = int(images.train_y.max()) + 1
+        # Statistics per channel over the training images only.
+        pixels = images.train_x.flatten(0, 2).double() / 255
+        self._mean, self._std = (self._place(s) for s in (pixels.mean(0), pixels.std(0).clamp_min(1e-3)))
+        device = settings.device
+        self._train = (images.train_x.to(device), images.train_y.to(device))
+        self._valid = (images.valid_x.to(device), images.valid_y.to(device))
+
+    def _place(self, values: Tensor) -> Tensor:
+        return values.to(device=self.settings.device, dtype=self.dtype)
+
+    def _new_model(self) -> nn.Module:
+        return ConvNet(self._train[0].shape[3], self.recipe.stages, self.preset, self.num_classes)
+
+    def _normalise(self, images: Tensor) -> Tensor:
+        return ((self._place(images) / 255 - self._mean) / self._std).permute(0, 3, 1, 2).contiguous()
+
+    def build_model(self, seed: int) -> nn.Module:
+        """Return a new `ConvNet`."""
+        return seeded_model(self._new_model, seed, self.settings, self.dtype)
+
+    def batches(self, seed: int, start: int = 0) -> Iterator[Batch]:
+        """Yield batches of one permutation per epoch, augmented; batch k depends on (seed, k) only.
+
+        The images left over at the end of an epoch wait for another one, so that all batches have one size.
+        """
+        x, y = self._train
+        step = start
+        epoch = order = None
+        while True:
+            if step // self.steps_per_epoch != epoch:
+                epoch = step // self.steps_per_epoch
+                # The 0 and 1 keep the streams of orders and of augmentations apart.
+                order = torch.from_numpy(counter_rng(seed, 0, epoch).permutation(len(x))).to(x.device)
+            assert order is not None
+            first = step % self.steps_per_epoch * self.batch_size
+            chosen = order[first : first + self.batch_size]
+            images = x[chosen]
+            if self.recipe.pad:
+                images = crop_and_flip(images, self.recipe.pad, counter_rng(seed, 1, step))
+            yield self._normalise(images), y[chosen]
+            step += 1
+
+    def loss_fn(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the mean cross-entropy of an image, nats."""
+        assert isinstance(batch, tuple)
+        images, labels = batch
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.settings.autocast_bf16):
+            logits: Tensor = model(images)
+        return functional.cross_entropy(logits.float() if logits.dtype == torch.bfloat16 else logits, labels)
+
+    def _valid_parts(self) -> Iterator[tuple[Batch, int]]:
+        for x, y in zip(*(torch.split(part, 4 * self.batch_size) for part in self._valid), strict=True):
+            yield (self._normalise(x), y), len(x)
+
+    def evaluate(self, model: nn.Module) -> float:
+        """Return the loss on the validation images, not augmented."""
+        return mean_loss(self.loss_fn, model, self._valid_parts())
+
+    def accuracy(self, model: nn.Module) -> float:
+        """Return the share of validation images classified right."""
+
+        def share_right(model: nn.Module, batch: Batch) -> Tensor:
+            assert isinstance(batch, tuple)
+            images, labels = batch
+            logits: Tensor = model(images)
+            return logits.argmax(1).eq(labels).double().mean()
+
+        return mean_loss(share_right, model, self._valid_parts())
+
+    def describe(self) -> dict[str, Any]:
+        """Return variant, sizes, data provenance and precision."""
+        return {
+            "task": self.name,
+            "preset": self.preset,
+            "data": {"name": self.source, "sha256": self._fingerprint},
+            "num_parameters": count_parameters(self._new_model),
+            "num_train_images": len(self._train[0]),
+            "num_valid_images": len(self._valid[0]),
+            "batch_size": self.batch_size,
+            "steps_per_epoch": self.steps_per_epoch,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "autocast_bf16": self.settings.autocast_bf16,
+        }

@@ -1,0 +1,399 @@
+"""The report page: parses, loads nothing, escapes everything, says what it does not know."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hybrid_predict_trainer.experiments import svg
+from hybrid_predict_trainer.experiments.report import build_report, mean_std, number, shown, write_report
+
+HOSTILE = "<script>alert('x')</script>\"&\x00\u202e"
+VOID = {"meta", "br", "hr", "img", "input", "link"}
+REFUSALS = (
+    "no length of the jump lowers the loss",
+    "the improvement is not significant at its price",
+    "approved, but skipped as a control for the ledger",
+    "the jump leaves the trust radius",
+)
+Row = dict[str, Any]
+
+
+# ---------------------------------------------------------------------------------------- made-up data
+
+
+def fake_run(
+    folder: Path, arm: str, seed: int, num_steps: int, budget: float = 1.0, lead: float = 0.0
+) -> None:
+    """Write one run with a decaying loss; ``lead`` > 0 makes it a hybrid run that is that far ahead."""
+    rng = random.Random(f"{arm}{seed}")
+    rows: list[Row] = []
+    cost, phase, hybrid = 0.0, "warmup", arm in ("hybrid", "jump-of-zero")
+    stop = int(num_steps * budget)
+    for step in range(stop):
+        phase = "warmup" if step < num_steps // 10 else "full"
+        if hybrid and phase == "full":
+            phase = {0: "predict", 1: "correct", 2: "correct", 3: "correct"}.get(step % 25, "full")
+        cost += 0.4 if phase == "predict" else 1.0
+        decay = 0.25 * max(0.0, step / stop - 0.8)
+        true = 2.2 + 3.3 * math.exp(-(1 + lead) * step / (0.16 * num_steps)) - decay - 0.04 * lead
+        loss = true + rng.gauss(0, 0.05) + (1.5 if step == num_steps // 2 else 0.0)
+        spent = {"step": step, "cost_units": cost, "num_real_steps": step}
+        rows.append({"event": "step", "phase": phase, "loss": loss, "gradient_norm": None, "lr": 3e-3,
+                     "confidence": 0.9, "was_predicted": phase == "predict", "step_time_ms": 12.0,
+                     "skipped": False, **spent})  # fmt: skip
+        if phase == "predict":
+            gain = rng.uniform(-0.02, 0.12) * lead
+            accepted = gain > 0.015
+            skipped = accepted and rng.random() < 0.15
+            reason = "the loss fell enough" if accepted else rng.choice(REFUSALS[:2] * 3 + REFUSALS)
+            after = None if reason == REFUSALS[3] else true - gain
+            rows.append({"event": "jump", "accepted": accepted and not skipped, "horizon": 20, "scale": 1.0,
+                         "reason": REFUSALS[2] if skipped else reason, "loss_before": true,
+                         "loss_after": after,
+                         "predicted_loss": true - abs(gain) * rng.uniform(0.5, 2),
+                         "upper_bound": -gain / 2,
+                         "price": 0.003, "num_forward": 1.2, "confidence": 0.8, "predictor": "secant",
+                         **spent})  # fmt: skip
+            if accepted:
+                left = 0.3 * gain * (not skipped) + rng.gauss(0, 0.01)
+                rows.append({"event": "outcome", "step": step, "skipped": skipped, "gate_gain": gain,
+                             "gain_left": left, "persistence": 0.3})  # fmt: skip
+                rows.append({"event": "correction", "step": step, "kept": rng.random() < 0.9, "reason": "",
+                             "loss_before": true, "loss_after": after})  # fmt: skip
+        if step % (num_steps // 20) == 0 or step == stop - 1:
+            measured = {"val_loss": true + rng.gauss(0, 0.015), "wall_s": cost / 80}
+            rows.append({"event": "validation", **measured, **spent})
+        if step == num_steps // 2 and hybrid:
+            rows.append({"event": "divergence", "step": step, "signal": "loss above EMA", "level": 2,
+                         "action": "force_full_phase", "value": 4.5, "threshold": 3.0})  # fmt: skip
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    ledger = {"steps_gained": 41.5 + seed, "steps_gained_ci95": [12.0, 70.25], "persistence": 0.31,
+              "num_controls": 4, "num_treated": 31, "returned_units": 52.5, "spent_units": 17.25,
+              "state": "paying"}  # fmt: skip
+    summary: Row = {"training_summary": {"num_steps": stop}, "predictor_overhead": {"frac": 0.004}}
+    (folder / "summary.json").write_text(json.dumps(summary | ({"ledger": ledger} if hybrid else {})))
+
+
+def fake_compare(root: Path, num_steps: int = 200, seeds: int = 2, **changes: object) -> Path:
+    """Write a comparison of five arms; ``changes`` replace keys of compare.json."""
+    leads = {"plain": 0.0, "hybrid": 0.6, "jump-of-zero": 0.0, "plain@0.5": 0.0, "plain@0.75": 0.0}
+    arms: list[Row] = []
+    for k, (name, lead) in enumerate(leads.items()):
+        budget = float(name.partition("@")[2] or 1)
+        for seed in range(seeds):
+            fake_run(root / "runs" / f"{name}-s{seed}", name, seed, num_steps, budget, lead)
+        arms.append({"name": name, "final_val_loss": 2.15432 + 0.01 * k, "final_val_loss_std": 0.0123,
+                     "n": seeds, "cost_units": 1234.5 * budget,
+                     "wall_s": 61.7, "num_forward": 1300, "num_backward": 1187,
+                     "num_real_steps": 1187, "num_claimed_steps": 240 if lead else 0,
+                     "num_credited_steps": 41.5,
+                     "num_jumps_proposed": 48, "num_jumps_accepted": 31, "odd": [1]})  # fmt: skip
+    compare = {
+        "task": "tiny language model, bytes", "seeds": list(range(seeds)), "arms": arms,
+        "speedup_at_equal_loss": 1.37, "speedup_ci95": [1.21, 1.52], "speedup_per_seed": [1.33, 1.41],
+        "speedup_reason": "interpolated between plain budgets", "loss_gap_at_equal_cost_pct": -1.84,
+        "backward_reduction_pct": 4.25,
+        "verdict": "The hybrid run reached the same loss at 0.73 of the cost.",
+        "environment": {"torch": "2.13.0", "python": "3.11.2", "num_threads": 2, "commit": "abc123"},
+        "settings": {"warmup_steps": 100, "gate": {"overhead_budget": 0.01}, "lrs": [0.001, 0.003]},
+        "unknown_key": {"a": None},
+    }  # fmt: skip
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "compare.json").write_text(json.dumps(compare | changes), encoding="utf-8")
+    return root
+
+
+class Page(HTMLParser):
+    """Checks that tags balance and collects tags, attributes and visible text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert len({name for name, _ in attrs}) == len(attrs), f"doubled attribute in {tag}"
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open[-1:] == [tag], f"</{tag}> closes {self.open[-1:]}"
+        self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        """The words, white space folded."""
+        return re.sub(r"\s+", " ", " ".join(self.words)).replace("\u202f", " ").replace("\xa0", " ")
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A comparison, made once."""
+    return fake_compare(tmp_path_factory.mktemp("data") / "demo")
+
+
+# ------------------------------------------------------------------------------------------- the page
+
+
+def test_page_is_well_formed_and_loads_nothing(compared: Path) -> None:
+    text = build_report(compared)
+    page = Page(text)
+    assert "script" not in page.tags
+    assert not re.search(r"https?:|url\(|@import|src=|href=|nan|inf[^o]", text.lower().replace("final", ""))
+    assert not any(name.startswith("on") for name, _ in page.attributes)
+    assert len(text) < 400_000
+
+
+def test_page_shows_the_numbers_in_order(compared: Path) -> None:
+    text = Page(build_report(compared)).text
+    at = 0
+    for expected in (
+        "Comparison: demo", "tiny language model, bytes", "at 0.73 of the cost", "1.37\u00d7", "1.21 to 1.52",
+        "1.33, 1.41", "interpolated between plain budgets", "\u22121.84 %", "4.25 %", "2.154 ± 0.012",
+        "1 234",
+        "1 187", "31 of 48", "1. Loss against cost", "plain@0.75", "2. Phases", "jumps accepted", "3. Jumps",
+        "no length of the jump lowers the loss", "4. The ledger", "52.5", "41.5", "12 to 70.25", "paying",
+        "Divergence", "loss above EMA", "warning", "How to read this page", "Jump of zero", "Environment",
+        "abc123", "gate.overhead_budget", "0.001, 0.003",
+    ):  # fmt: skip
+        found = text.find(expected, at)
+        assert found >= 0, f"{expected!r} missing after {text[max(0, at - 40) : at]!r}"
+        at = found
+
+
+def test_unknown_speedup_is_said_plainly(tmp_path: Path) -> None:
+    why = "no plain run reached the hybrid run's loss"
+    fake_compare(tmp_path, 60, 1, speedup_at_equal_loss=None, speedup_ci95=None, speedup_reason=why, arms=[])
+    text = Page(build_report(tmp_path)).text
+    assert "Equal-loss speed-up unknown No plain run reached the hybrid run's loss" in text
+    assert "jump-of-zero" in text  # the arms come from the runs instead
+
+
+def test_interval_that_includes_one_claims_nothing(tmp_path: Path) -> None:
+    fake_compare(tmp_path, 40, 1, speedup_at_equal_loss=1.02, speedup_ci95=[0.97, 1.06])
+    assert "the interval includes 1, so no speed-up has been shown" in Page(build_report(tmp_path)).text
+
+
+def test_missing_keys_are_not_measured(tmp_path: Path) -> None:
+    text = '{"arms": [{"name": "plain", "cost_units": NaN}, 3], "seeds": null}'
+    (tmp_path / "compare.json").write_text(text)
+    page = Page(build_report(tmp_path))
+    assert page.text.count("not measured") > 10
+    assert "nan" not in page.text.lower()
+    assert "No validation losses were recorded" in page.text
+
+
+def test_hostile_names_are_escaped(tmp_path: Path) -> None:
+    arms = [{"name": HOSTILE, "n": HOSTILE, "final_val_loss": "0"}]
+    fake_compare(tmp_path, 40, 1, arms=arms, task=HOSTILE, verdict=HOSTILE, speedup_reason=HOSTILE,
+                 environment={HOSTILE: {HOSTILE: [HOSTILE, "\ud800"]}},
+                 speedup_at_equal_loss=None)  # fmt: skip
+    bad = tmp_path / "runs" / '<img src=x onerror="a">-s0'
+    bad.mkdir()
+    rows = [
+        {"event": "validation", "step": 1, "cost_units": 1, "val_loss": 2},
+        {"event": "validation", "step": 2, "cost_units": 2, "val_loss": 1},
+        {"event": "step", "step": 1, "phase": HOSTILE, "loss": 10**400},
+        {"event": "jump", "step": HOSTILE, "reason": HOSTILE, "predicted_loss": 1, "loss_after": 1},
+        {"event": "divergence", "signal": HOSTILE, "level": HOSTILE, "action": HOSTILE, "value": [HOSTILE]},
+        {"event": "outcome", "step": HOSTILE, "gate_gain": 1e300, "gain_left": True},
+    ]
+    (bad / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (bad / "summary.json").write_text(json.dumps({"ledger": {"state": HOSTILE}, "x": {HOSTILE: HOSTILE}}))
+    out = write_report(tmp_path)
+    assert out == tmp_path / "report.html"
+    page = Page(out.read_text(encoding="utf-8"))
+    assert not {"script", "img"} & set(page.tags)
+    assert not any(name.startswith("on") for name, _ in page.attributes)
+    assert HOSTILE[:-2] in "".join(page.words)
+    assert "\x00" not in "".join(page.words)
+
+
+# ------------------------------------------------------------------------------------------- bad input
+
+
+def test_one_run_without_comparison(tmp_path: Path) -> None:
+    fake_run(tmp_path / "mine", "hybrid", 0, 100, lead=0.5)
+    text = Page(build_report(tmp_path / "mine")).text
+    assert "Run: mine" in text
+    assert "no speed-up is claimed" in text
+    assert "Steps gained, mine 41.5 95 % confidence interval 12 to 70.25 steps" in text
+
+
+def test_torn_tail_is_left_out_with_a_notice(tmp_path: Path) -> None:
+    fake_run(tmp_path / "runs" / "plain-s0", "plain", 0, 40)
+    file = tmp_path / "runs" / "plain-s0" / "metrics.jsonl"
+    file.write_bytes(file.read_bytes()[:-9])
+    assert "plain-s0: the last line of metrics.jsonl was torn and has been left out" in build_report(tmp_path)
+
+
+@pytest.mark.parametrize("torn", [b'{"event": "st', b"[1]", b"\xff\xfe\x00", b"[" * 100_000])
+def test_torn_middle_names_file_and_line(tmp_path: Path, torn: bytes) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"event": "step"}\n' + torn + b'\n{"event": "step"}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: ") as caught:
+        build_report(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_resumed_run_shows_the_later_attempt(tmp_path: Path) -> None:
+    steps = [(0, 9.0), (1, 8.0), (2, 77.0), (2, 7.0), (3, 6.0)]
+    lines = [json.dumps({"event": "step", "phase": "full", "step": s, "loss": x}) for s, x in steps]
+    late = {"event": "validation", "step": 3, "cost_units": 3, "val_loss": 55.0}
+    lines.insert(3, json.dumps(late))
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    text = build_report(tmp_path)
+    assert "resumed: 2 records of an abandoned attempt" in text
+    assert "No validation losses were recorded" in text
+
+
+def test_nothing_to_report(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nothing to report"):
+        build_report(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no such directory"):
+        build_report(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", "\ufeff{]"])
+def test_damaged_compare_is_one_clear_line(tmp_path: Path, content: str) -> None:
+    (tmp_path / "compare.json").write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"compare\.json: ") as caught:
+        build_report(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_empty_metrics_file_gives_a_page(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("")
+    text = Page(build_report(tmp_path)).text
+    for expected in (
+        "No validation losses",
+        "No run predicted",
+        "No jump was proposed",
+        "No ledger",
+        "None.",
+    ):
+        assert expected in text
+
+
+# -------------------------------------------------------------------------------------------- the parts
+
+
+@pytest.mark.parametrize(
+    ("lo", "hi", "expected"),
+    [
+        (0, 10, (0, 2, 4, 6, 8, 10)),
+        (0, 1, (0, 0.2, 0.4, 0.6, 0.8, 1.0)),
+        (-1, 1, (-1, -0.5, 0, 0.5, 1)),
+        (0, 97, (0, 20, 40, 60, 80)),
+        (2.13, 2.31, (2.15, 2.2, 2.25, 2.3)),
+        (1e6, 3e6, (1e6, 1.5e6, 2e6, 2.5e6, 3e6)),
+        (5, 5, (5,)),
+        (1.0, 1.0 + 2.3e-16, (1.0,)),
+    ],
+)
+def test_nice_ticks(lo: float, hi: float, expected: tuple[float, ...]) -> None:
+    assert svg.nice_ticks(lo, hi) == pytest.approx(expected)
+
+
+def test_ticks_refuse_what_cannot_be_drawn() -> None:
+    with pytest.raises(ValueError, match="finite"):
+        svg.nice_ticks(0, math.inf)
+    with pytest.raises(ValueError, match="0 < lo"):
+        svg.log_ticks(0, 1)
+
+
+def test_log_ticks() -> None:
+    assert svg.log_ticks(1, 100) == (1, 2, 5, 10, 20, 50, 100)
+    assert svg.log_ticks(0.5, 3e5) == (1, 10, 100, 1000, 1e4, 1e5)
+    assert len(svg.log_ticks(1e-90, 1e90)) <= 8
+
+
+@pytest.mark.parametrize(
+    ("ticks", "expected"),
+    [
+        ((0, 0.5, 1), ("0", "0.5", "1.0")),
+        ((0, 5000, 10000), ("0", "5k", "10k")),
+        ((-2, 0, 2), ("\u22122", "0", "2")),
+        ((1e-5, 1e-4), ("1e-5".replace("-", "\u2212"), "1e-4".replace("-", "\u2212"))),
+        ((1, 10, 100), ("1", "10", "100")),
+        ((), ()),
+    ],
+)
+def test_tick_labels(ticks: tuple[float, ...], expected: tuple[str, ...]) -> None:
+    assert svg.tick_labels(ticks) == expected
+
+
+def test_scale_chooses_logarithm_beyond_a_decade() -> None:
+    assert not svg.Scale.fit([1, 9], 0, 100).log
+    assert svg.Scale.fit([1, 11], 0, 100).log
+    assert not svg.Scale.fit([0, 11], 0, 100).log
+    for values in ([3.0], [], [1e-9, 1e9], [-5, 5]):
+        scale = svg.Scale.fit(values, 0, 100)
+        assert all(0 <= scale(v) <= 100 for v in values)
+        assert scale.ticks()
+
+
+def test_envelope_keeps_the_spikes() -> None:
+    points = [(float(k), 1.0) for k in range(100_000)]
+    points[54_321], points[70_000] = (54_321.0, 99.0), (70_000.0, -3.0)
+    kept = svg.envelope(points, 1000)
+    assert len(kept) <= 1000
+    assert {99.0, -3.0} <= {y for _, y in kept}
+    assert list(kept) == sorted(kept)
+    assert svg.envelope(points[:10]) == tuple(points[:10])
+
+
+def test_spread_keeps_a_gap() -> None:
+    placed = svg.spread([50, 50, 51, 5], 10, 0, 70)
+    assert sorted(placed) == [5, 50, 60, 70]
+    assert svg.spread([], 10, 0, 70) == ()
+
+
+def test_over_seeds() -> None:
+    a, b = [(0.0, 1.0), (2.0, 3.0)], [(0.0, 3.0), (4.0, 5.0)]
+    assert svg.over_seeds([a, b]) == (((0, 2), (3, 4)), ((0, 1), (3, 3)), ((0, 3), (3, 5)))
+    mean, low, high = svg.over_seeds([a, [(1.0, 0.0), (1.5, 0.0), (3.0, 3.0)]])
+    assert [x for x, _ in mean] == [1.0, 1.5, 2.0]
+    assert [y for _, y in low] == pytest.approx([0, 0, 1])
+    assert [y for _, y in high] == pytest.approx([2, 2.5, 3])
+    assert svg.over_seeds([[], a]) == (tuple(a), (), ())
+    assert svg.over_seeds([]) == ((), (), ())
+
+
+def test_spans_join_and_vote() -> None:
+    steps = [(float(k), "a" if k < 6 else "b") for k in range(10)]
+    assert svg.spans(steps) == ((0, 6, "a"), (6, 10, "b"))
+    busy = [(float(k), "b" if k % 25 == 0 else "a") for k in range(100_000)]
+    assert len(svg.spans(busy, 400)) <= 401
+    assert svg.spans([]) == ()
+
+
+def test_numbers_are_shown_as_measured() -> None:
+    assert [number(v) for v in (True, "1", None, math.nan, math.inf, 10**400, 2)] == [None] * 6 + [2.0]
+    assert shown(1234567) == "1&#8239;234&#8239;567"
+    assert shown(-0.00123456) == "&minus;0.001235"
+    assert mean_std(2.15432, 0.0123) == "2.154 &plusmn; 0.012"
+    assert mean_std(2.5, None) == "2.5"
+    assert "not measured" in mean_std(None, 0.1)
