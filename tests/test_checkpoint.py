@@ -645,24 +645,22 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
 def test_stale_temporary_directories_are_swept(tmp_path: Path) -> None:
     child = subprocess.Popen(["true"])
     child.wait()
-    host = checkpoint._host()
-    dead = tmp_path / f".tmp-checkpoint_step_4-{child.pid}-{host}00000000"
-    alive = tmp_path / f".tmp-checkpoint_step_4-{os.getpid()}-{host}00000000"
-    elsewhere = tmp_path / f".tmp-checkpoint_step_4-{child.pid}-{'f' * 6}00000000"
-    forgotten = tmp_path / f".tmp-checkpoint_step_5-{child.pid}-{'f' * 6}00000000"
-    foreign = tmp_path / ".tmp-something"
-    for path in (dead, alive, elsewhere, forgotten, foreign):
-        path.mkdir()
-        (path / "x").write_text("x")
-    os.utime(forgotten, (0, 0))
+    prefix, host, mine = ".tmp-checkpoint_step_4-", checkpoint._host(), checkpoint._PROCESS
+    stays = {
+        f"{prefix}{child.pid}-{host}{'0' * 16}": False,
+        f"{prefix}{os.getppid()}-{host}{'0' * 16}": True,
+        f"{prefix}{os.getpid()}-{host}{mine}{'0' * 8}": True,  # another thread, say
+        f"{prefix}{os.getpid()}-{host}{'0' * 16}": False,  # pid 1 of the last run
+        f"{prefix}{child.pid}-{'f' * 6}{'0' * 16}": True,  # another host
+        f"{prefix}{child.pid}-{'f' * 6}{'1' * 16}": False,  # another host, long ago
+        ".tmp-something": True,
+    }
+    for name in stays:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x").write_text("x")
+    os.utime(tmp_path / f"{prefix}{child.pid}-{'f' * 6}{'1' * 16}", (0, 0))
     checkpoint.save(tmp_path, 4, small_parts())
-    assert [path.exists() for path in (dead, alive, elsewhere, forgotten, foreign)] == [
-        False,
-        True,
-        True,
-        False,
-        True,
-    ]
+    assert {name: (tmp_path / name).exists() for name in stays} == stays
 
 
 # ---------------------------------------------------------------- faults while saving

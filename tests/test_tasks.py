@@ -125,7 +125,15 @@ def test_two_fresh_tasks_agree_and_leave_the_global_random_state_alone(
 def test_evaluate_disturbs_nothing(settings: tuple[str, TaskSettings]) -> None:
     name, setting = settings
     task = make_task(name, replace(setting, preset="batchnorm") if name == "cifar" else setting)
-    model = nn.Sequential(task.build_model(0), nn.Dropout(0.5))
+
+    class Draw(nn.Module):
+        """Moves the global random state in eval mode too."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            torch.rand(1)
+            return x
+
+    model = nn.Sequential(task.build_model(0), nn.Dropout(0.5), Draw())
     model.train()
     model[0].eval()  # a mixed state must come back as it was
     modes = [module.training for module in model.modules()]

@@ -98,11 +98,11 @@ class Basis:
             if p.grad is not None and not p.grad.is_sparse:
                 sums.append(total)
                 terms.append(p.grad)
-        if all(t.dtype == s.dtype and t.device == s.device for s, t in zip(sums, terms, strict=True)):
+        if all(t.device == s.device for s, t in zip(sums, terms, strict=True)):
             torch._foreach_add_(sums, terms)
         else:
             for total, term in zip(sums, terms, strict=True):
-                total += term.to(device=total.device, dtype=total.dtype)
+                total += term.to(device=total.device)
 
     @torch.no_grad()
     def before_step(self, *, last: bool) -> None:

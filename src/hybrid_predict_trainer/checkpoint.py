@@ -54,12 +54,15 @@ CONFIG = "config.toml"
 MAX_MANIFEST_BYTES = 2**24
 MAX_STATE_BYTES = 2**28
 
-#: A temporary directory of another host is taken for dead after a day; arbitrary, far above any save.
+#: A temporary directory is abandoned after a day, whoever made it; arbitrary, far above any save.
 STALE_S = 86_400
+
+#: Tells this process from an earlier one with its pid: in a container every run may be pid 1.
+_PROCESS = secrets.token_hex(4)
 
 _NAME = re.compile(r"checkpoint_step_(0|[1-9][0-9]{0,17})")
 _NAME_OR_OLD = re.compile(_NAME.pattern + r"(\.old)?")
-_TMP = re.compile(rf"\.tmp-{_NAME.pattern}-([0-9]{{1,9}})-([0-9a-f]{{6}})[0-9a-f]{{8}}")
+_TMP = re.compile(rf"\.tmp-{_NAME.pattern}-([0-9]{{1,9}})-([0-9a-f]{{6}})([0-9a-f]{{8}})[0-9a-f]{{8}}")
 _PLAIN_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 #: What parsing a document raises that is not what we wrote (RecursionError is a RuntimeError).
 _MALFORMED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RuntimeError)
@@ -335,7 +338,7 @@ def _fill(
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         library_version=_library_version(),
-        torch_version=torch.__version__,
+        torch_version=str(torch.__version__),
         step=step,
         files={
             path.name: FileRecord(path.stat().st_size, _sha256(path)) for path in sorted(temporary.iterdir())
@@ -372,7 +375,7 @@ def _sweep(directory: Path) -> None:
     """Finish what a killed save left: unnamed directories go, a set-aside checkpoint comes back."""
     for path in list(directory.iterdir()):
         temporary = _TMP.fullmatch(path.name)
-        if temporary and not _may_be_in_use(path, pid=int(temporary[2]), host=temporary[3]):
+        if temporary and not _may_be_in_use(path, int(temporary[2]), temporary[3], temporary[4]):
             _discard(path)
         if path.name.endswith(".old") and _NAME_OR_OLD.fullmatch(path.name):
             target = path.with_suffix("")
@@ -420,16 +423,20 @@ def _quarantine(path: Path) -> None:
 
 def _temporary(target: Path) -> Path:
     name = target.name.removesuffix(".old")
-    return target.with_name(f".tmp-{name}-{os.getpid()}-{_host()}{secrets.token_hex(4)}")
+    return target.with_name(f".tmp-{name}-{os.getpid()}-{_host()}{_PROCESS}{secrets.token_hex(4)}")
 
 
 def _host() -> str:
     return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
 
 
-def _may_be_in_use(path: Path, *, pid: int, host: str) -> bool:
+def _may_be_in_use(path: Path, pid: int, host: str, process: str) -> bool:
+    if time.time() - path.lstat().st_mtime > STALE_S:
+        return False
     if host != _host() or os.name == "nt":  # there, signal 0 is no question but a Ctrl-C
-        return time.time() - path.lstat().st_mtime < STALE_S
+        return True
+    if pid == os.getpid():
+        return process == _PROCESS
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

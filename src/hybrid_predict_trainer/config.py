@@ -99,7 +99,7 @@ class GateConfig:
     overhead_budget: float = 0.01  # share of the run that prediction may lose
     significance: float = 0.05  # one-sided level of the paired test
     max_chunks: int = 8  # pieces a half batch is cut into for the paired test
-    max_relative_length: float = 50.0  # rho: RMS of the jump over the RMS the basis spans, per tensor
+    max_relative_length: float = 1000.0  # rho: RMS of the jump over the RMS the basis spans, per tensor
     min_reduction_ratio: float = 0.0  # measured >= ratio * predicted reduction
     control_fraction: float = 0.1  # approved jumps that are skipped to measure the true effect
     max_backoff: int = 64  # windows to wait at most after refusals
@@ -134,7 +134,7 @@ class DivergenceConfig:
     check_interval_steps: int = 10  # how often an accelerator's losses are read
     max_consecutive_nonfinite: int = 20
     max_rollbacks: int = 5
-    recovery_full_steps: int = 40  # full steps forced by a warning
+    recovery_full_steps: int = 0  # full steps forced by a warning; 0: twice training.full_steps
     retry_learning_rate_factor: float = 0.5
 
     def __post_init__(self) -> None:
@@ -155,7 +155,7 @@ class DivergenceConfig:
         _whole("divergence.check_interval_steps", self.check_interval_steps, 1)
         _whole("divergence.max_consecutive_nonfinite", self.max_consecutive_nonfinite, 1)
         _whole("divergence.max_rollbacks", self.max_rollbacks, 0)
-        _whole("divergence.recovery_full_steps", self.recovery_full_steps, 1)
+        _whole("divergence.recovery_full_steps", self.recovery_full_steps, 0)
         _number("divergence.retry_learning_rate_factor", self.retry_learning_rate_factor, 0.0, 1.0, open_low=True)
 
 
@@ -196,7 +196,7 @@ class HybridTrainerConfig:
     warmup_steps: int = 100
     full_steps: int = 20
     max_predict_steps: int = 80
-    confidence_threshold: float = 0.5
+    confidence_threshold: float = 0.15
     divergence_threshold: float = 3.0  # sigma over the loss EMA; TOML also divergence.loss_sigma_threshold
     predictor_type: str = "secant"  # TOML predictor.type
     predictor_memory_mb: float = 50.0  # of the predictor itself; TOML predictor.memory_budget_mb

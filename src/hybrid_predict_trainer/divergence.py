@@ -19,6 +19,9 @@ from .records import Action, Alarm, Level, State
 #: Steps over which sign changes are counted, and of the moving average before that.
 OSCILLATION_STEPS = 10
 OSCILLATION_SMOOTHING = 5
+_KERNEL = np.full(OSCILLATION_SMOOTHING, 1 / OSCILLATION_SMOOTHING)
+_LINE = np.stack([np.ones(OSCILLATION_STEPS), np.arange(OSCILLATION_STEPS, dtype=np.float64)], axis=1)
+_DETREND = np.eye(OSCILLATION_STEPS) - _LINE @ np.linalg.pinv(_LINE)  # residual of the least-squares line
 
 
 def loss_deviation(loss: float, mean: float, std: float, sigma: float) -> Alarm:
@@ -94,31 +97,30 @@ def prediction_error(actual: float, predicted: float, caution: float, correct: f
     return Alarm()
 
 
-def sign_changes(losses: Sequence[float]) -> int:
-    """Sign changes of the detrended, smoothed loss over the last 10 steps."""
+def sign_changes(losses: Sequence[float]) -> tuple[int, float]:
+    """Sign changes of the detrended, smoothed loss over the last 10 steps, and its RMS."""
     need = OSCILLATION_STEPS + OSCILLATION_SMOOTHING - 1
     if len(losses) < need:
-        return 0
-    recent = np.asarray(list(losses)[-need:], dtype=np.float64)
-    kernel = np.full(OSCILLATION_SMOOTHING, 1 / OSCILLATION_SMOOTHING)
-    smooth = np.convolve(recent, kernel, mode="valid")
-    t = np.arange(len(smooth))
-    residual = smooth - np.polyval(np.polyfit(t, smooth, 1), t)
-    # an oscillation below a thousandth of the loss is rounding, not instability
-    residual = np.where(np.abs(residual) < 1e-3 * np.abs(smooth).mean(), 0.0, residual)
-    signs = np.sign(residual)
-    signs = signs[signs != 0]
-    return int(np.sum(signs[1:] != signs[:-1])) if len(signs) > 1 else 0
+        return 0, 0.0
+    residual = _DETREND @ np.convolve(np.asarray(losses[-need:], dtype=np.float64), _KERNEL, mode="valid")
+    signs = np.sign(residual[residual != 0])
+    return int(np.count_nonzero(signs[1:] != signs[:-1])), float(np.sqrt(np.mean(residual**2)))
 
 
 def oscillation(losses: Sequence[float], max_changes: int) -> Alarm:
-    """More than ``max_changes`` sign changes: the weights swing across a valley."""
-    changes = sign_changes(losses)
-    if changes > max_changes:
-        return Alarm(
-            level=Level.WARNING, action=Action.CORRECT, signal="oscillation", value=changes, threshold=max_changes
-        )
-    return Alarm()
+    """More than ``max_changes`` sign changes, wider than usual: the weights swing across a valley.
+
+    Width counts because a healthy loss changes sign too (smoothed white noise more than 3 times in 10
+    steps about every sixth time): the swing must be three times the median of the 64 steps before.
+    """
+    losses = list(losses)
+    changes, width = sign_changes(losses)
+    if changes <= max_changes:
+        return Alarm()
+    usual = sorted(sign_changes(losses[:-back])[1] for back in range(14, min(78, len(losses) - 13), 8))
+    if not usual or not width > 3 * usual[len(usual) // 2]:
+        return Alarm()
+    return Alarm(level=Level.WARNING, action=Action.CORRECT, signal="oscillation", value=changes, threshold=max_changes)
 
 
 def low_confidence(confidence: float, enter: float, leave: float) -> Alarm:

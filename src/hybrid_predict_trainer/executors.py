@@ -338,7 +338,6 @@ def _accept(run: Run, prediction: PhasePrediction, deltas: Sequence[Tensors], sa
         run.probation.claimed += prediction.horizon
     weights.move_(run.parameters, saved, delta, verdict.scale)
     run.basis.translate(delta, verdict.scale)
-    run.history.note_jump()
     run.lr_integral = run.norm_sum = 0.0
     c.num_jumps_accepted += 1
     c.num_claimed_steps += prediction.horizon
@@ -437,4 +436,4 @@ def respond(run: Run, alarm: Alarm) -> None:
     if alarm.action is Action.REDUCE_HORIZON:
         run.horizon = max(run.horizon // 2, run.config.min_predict_steps)
     elif alarm.action in (Action.FORCE_FULL, Action.SKIP_STEP, Action.ROLLBACK, Action.CORRECT):
-        force_full(run, settings.recovery_full_steps, by_alarm=True)
+        force_full(run, settings.recovery_full_steps or 2 * run.config.full_steps, by_alarm=True)

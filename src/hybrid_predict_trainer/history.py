@@ -149,7 +149,7 @@ class History:
         self.loss_ema = RunningMoments(decay=0.95)
         self.norm_baseline = Baseline()
         self.loss_baseline = Baseline()
-        self._window_losses: deque[tuple[int, float]] = deque(maxlen=64)  # (step, mean) since the last jump
+        self._window_losses: deque[tuple[int, float]] = deque(maxlen=256)  # (step, mean)
 
     def push(self, reading: Reading, *, warming_up: bool) -> None:
         """Add a finite reading; warm-up readings also make the baselines."""
@@ -176,19 +176,23 @@ class History:
         self._window_losses.append((step, mean))
         return mean
 
-    def note_jump(self) -> None:
-        """Windows before a jump say nothing of the slope after it, but for the last one."""
-        while len(self._window_losses) > 1:
-            self._window_losses.popleft()
-
-    def loss_slope(self, min_windows: int = 4) -> float:
+    def loss_slope(self) -> float:
         """Change of the training loss per real step (negative while it falls), 0 if unknown.
 
-        Least squares over the most recent half of the jump-free windows: half, because a slope over
-        the whole run would be the steep beginning's.
+        From a least-squares line through the log of the window means of the latter half of the run,
+        times the present loss: the second half because the whole run's slope would be the steep
+        beginning's, the log because a loss that falls over decades has no other common slope, and a
+        long stretch because a high learning rate makes single windows jump up and down.  Progress by
+        accepted jumps is included, which makes the pace of real training look faster and credits
+        smaller: the careful side.
         """
         points = list(self._window_losses)
-        points = points[-max(min_windows, len(points) // 2) :]
+        points = points[-max(4, len(points) // 2) :]
+        if len(points) < 3:
+            return 0.0
+        if min(loss for _, loss in points) > 0:
+            recent = [math.log(loss) for _, loss in points[-4:]]
+            return slope((s, math.log(v)) for s, v in points) * math.exp(sum(recent) / len(recent))
         return slope(points)
 
     def state_dict(self) -> State:
@@ -206,7 +210,7 @@ class History:
         self.loss_ema.load_state_dict(state["loss_ema"])
         self.norm_baseline.load_state_dict(state["norm_baseline"])
         self.loss_baseline.load_state_dict(state["loss_baseline"])
-        self._window_losses = deque(((int(s), float(v)) for s, v in state["window_losses"]), maxlen=64)
+        self._window_losses = deque(((int(s), float(v)) for s, v in state["window_losses"]), maxlen=256)
 
 
 def slope(points: Iterable[tuple[float, float]]) -> float:

@@ -33,7 +33,7 @@ PASS_UNITS = UPDATE_UNITS / 7
 
 #: Persistence assumed before the first account is settled, and its weight in jumps.
 PRIOR_PERSISTENCE = 0.5
-PRIOR_WEIGHT = 1.0
+PRIOR_WEIGHT = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +141,7 @@ class Ledger:
         # recent jumps count more: a run's early gains are not its late ones
         recent = jumps[-32:]
         gains = sum(a.gain / a.loss for a in recent)
-        left = sum(min(a.left / a.loss - drift, a.gain / a.loss) for a in recent)
+        left = sum(a.left / a.loss - drift for a in recent)
         prior = PRIOR_WEIGHT * (gains / len(recent)) if recent else 1.0
         value = (left + PRIOR_PERSISTENCE * prior) / (gains + prior) if gains + prior > 0 else 0.0
         return min(max(value, 0.0), 1.0)

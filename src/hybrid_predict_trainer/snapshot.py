@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -208,38 +208,34 @@ class BufferGuard:
     """Undoes what one forward did to buffers, if the step turns out not to count.
 
     Which buffers a forward changes is learned from their version counters, so that constant ones (a
-    causal mask, a rotary table) are never copied.
+    causal mask, a rotary table) are copied once and never again.
     """
 
     def __init__(self, model: nn.Module) -> None:
         """Watch the buffers of ``model``."""
         self._model = model
-        self._mutable: set[str] | None = None  # None: not known yet, copy all
-        self._saved: dict[str, tuple[Tensor, int]] = {}
+        self._mutable: list[Tensor] | None = None  # None: not known yet, copy all
+        self._saved: list[tuple[Tensor, Tensor, int]] = []
 
     @torch.no_grad()
     def before(self) -> None:
         """Remember the buffers that a forward is known (or may be about) to change."""
-        self._saved = {
-            name: (b.detach().clone(), b._version)
-            for name, b in self._model.named_buffers()
-            if self._mutable is None or name in self._mutable
-        }
+        watched = list(self._model.buffers()) if self._mutable is None else self._mutable
+        self._saved = [(b, b.detach().clone(), b._version) for b in watched]
 
     def after(self) -> None:
         """The forward was fine: learn which buffers it changed, drop the copies."""
-        live = dict(self._model.named_buffers())
-        changed = {name for name, (_, version) in self._saved.items() if name in live and live[name]._version != version}
-        self._mutable = changed if self._mutable is None else self._mutable
-        self._saved = {}
+        if self._mutable is None:
+            self._mutable = [b for b, _, version in self._saved if b._version != version]
+        self._saved = []
+
+    def forget(self) -> None:
+        """Learn anew (buffers may have been registered or replaced since)."""
+        self._mutable = None
 
     @torch.no_grad()
     def undo(self) -> None:
         """Restore the copies."""
-        live = dict(self._model.named_buffers())
-        for name, (saved, _) in self._saved.items():
-            live[name].copy_(saved)
-        self._saved = {}
-
-
-Forward = Callable[[nn.Module, Any], Tensor]
+        for live, saved, _ in self._saved:
+            live.copy_(saved)
+        self._saved = []

@@ -235,6 +235,7 @@ class HybridTrainer:
         self.metrics.note_outcomes(run, run.ledger.settle(run.counters.num_real_steps, window.loss))
         run.counters.num_passes += 2 * run.basis.num_columns + 6
         run.window_just_closed = True
+        run.buffers.forget()
         self.metrics.note_window(1e3 * (time.perf_counter() - started), None)
 
     def _learn(self, window: Any) -> None:
