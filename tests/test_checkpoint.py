@@ -13,7 +13,7 @@ import stat
 import struct
 import subprocess
 import sys
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
@@ -26,6 +26,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.optim import lr_scheduler
 
 from hybrid_predict_trainer import checkpoint, state_tree
 from hybrid_predict_trainer.records import CheckpointError, State
@@ -183,6 +184,7 @@ def test_round_trip_of_the_hard_cases(tmp_path: Path) -> None:
         "meets": {"a": {"b": torch.ones(1)}, "a.b": torch.zeros(1)},
         "overlapping": [base[:4], base[2:], base.view(2, 3), base.view(2, 3).t()],
         "zero_dim": torch.tensor(3),
+        "counters": [Counter({"a": 1, 2: 0}), Counter()],
         "empty": [torch.empty(0), torch.empty(0, 3, dtype=torch.int64)],
         "conjugate": torch.tensor([1 + 2j], dtype=torch.complex128).conj(),
     }
@@ -212,6 +214,20 @@ def test_parameters_and_ordered_dicts_become_plain() -> None:
     assert type(state) is dict
     assert type(state["weight"]) is Tensor
     assert not state["weight"].requires_grad
+
+
+@pytest.mark.parametrize("name", ["MultiStepLR", "OneCycleLR", "SequentialLR", "ReduceLROnPlateau"])
+def test_scheduler_states_round_trip(name: str, tmp_path: Path) -> None:
+    make: dict[str, Any] = {
+        "MultiStepLR": lambda o: lr_scheduler.MultiStepLR(o, [2, 3, 3]),
+        "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 1.0, total_steps=9),
+        "SequentialLR": lambda o: lr_scheduler.SequentialLR(
+            o, [lr_scheduler.ConstantLR(o), lr_scheduler.ExponentialLR(o, 0.9)], [3]
+        ),
+        "ReduceLROnPlateau": lr_scheduler.ReduceLROnPlateau,
+    }
+    state = make[name](torch.optim.SGD([nn.Parameter(torch.ones(1))], 0.1)).state_dict()
+    assert same(through_bytes(state, tmp_path / "x"), state)
 
 
 class Colour(StrEnum):

@@ -282,16 +282,15 @@ def _judge(run: Run, batch: Any, prediction: PhasePrediction, deltas: Sequence[T
         losses = torch.stack([run.evaluate_loss(piece).reshape(()) for piece in parts[part]])
         return [float(v) for v in losses.tolist()]
 
-    price = _price(run)
     settings = run.config.gate
     if exact:
         verdict = gate.judge_exact(
-            evaluate, len(deltas), max_scale=prediction.max_scale, price=price,
+            evaluate, len(deltas), max_scale=prediction.max_scale,
             predicted_reduction=prediction.predicted_reduction, min_ratio=settings.min_reduction_ratio,
         )  # fmt: skip
     else:
         verdict = gate.judge_noisy(
-            evaluate, max_scale=min(prediction.max_scale, 2.0), level=settings.significance, price=price, split=split,
+            evaluate, max_scale=min(prediction.max_scale, 2.0), level=settings.significance, price=_price(run), split=split,
             predicted_reduction=prediction.predicted_reduction, min_ratio=settings.min_reduction_ratio,
         )  # fmt: skip
     return replace(verdict, origin=origin_kind)
@@ -317,7 +316,8 @@ def _book(run: Run, verdict: Verdict, prediction: PhasePrediction) -> None:
     run.ledger.open_account(
         Account(
             step=step, due=step + run.config.predictor.window, skipped=not verdict.accepted,
-            horizon=prediction.horizon, loss=run.window_loss, slope=run.loss_slope, gain=verdict.gain,
+            horizon=prediction.horizon, loss=run.window_loss, pace=-run.loss_slope / abs(run.window_loss or 1.0),
+            gain=-verdict.upper_bound / abs(verdict.loss_before or 1.0),
         )  # fmt: skip
     )
 

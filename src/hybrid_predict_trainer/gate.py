@@ -105,17 +105,19 @@ def agrees(measured: float, predicted: float, ratio: float) -> bool:
 
 
 def judge_exact(
-    evaluate: Evaluate, num_candidates: int, *, max_scale: float, price: Callable[[float], float],
+    evaluate: Evaluate, num_candidates: int, *, max_scale: float,
     predicted_reduction: float = 0.0, min_ratio: float = 0.0,
 ) -> Verdict:  # fmt: skip
     """Judge where every batch is the same and losses are exact.
+
+    Any reduction is accepted: the forwards are spent either way, and whether to propose again is the
+    ledger's question.  Asking for more than their price here was measured to lose (LOG.md).
 
     Args:
         evaluate: Loss of a candidate at a multiple.
         num_candidates: Candidates, most careful first; the search stops at the first that is worse
             than the one before.
         max_scale: Longest multiple tried.
-        price: Forwards spent -> loss that this many forwards of real training would have bought.
         predicted_reduction: Of the predictor's model.
         min_ratio: Least share of it that must be measured.
     """
@@ -147,16 +149,11 @@ def judge_exact(
         if loss >= best_loss:
             break
         best_loss, scale = loss, min(2 * scale, max_scale)
-    cost = price(forwards)
     gain = before - best_loss
-    reason = Reason.ACCEPTED
-    if gain <= cost:
-        reason = Reason.NOT_SIGNIFICANT
-    elif not agrees(gain, predicted_reduction, min_ratio):
-        reason = Reason.MODEL_DISAGREES
+    reason = Reason.ACCEPTED if agrees(gain, predicted_reduction, min_ratio) else Reason.MODEL_DISAGREES
     return Verdict(
         accepted=reason is Reason.ACCEPTED, reason=reason, scale=scale, candidate=candidate, loss_before=before,
-        loss_after=best_loss, upper_bound=-gain, price=cost, num_forward=forwards,
+        loss_after=best_loss, upper_bound=-gain, num_forward=forwards,
     )  # fmt: skip
 
 

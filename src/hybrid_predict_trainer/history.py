@@ -170,9 +170,15 @@ class History:
         return self.loss_ema.mean <= self.loss_baseline.high + 1e-12
 
     def close_window(self, step: int, num_steps: int) -> float:
-        """Mean loss over the last ``num_steps`` steps, remembered for the slope."""
-        recent = list(self.losses)[-num_steps:]
-        mean = sum(recent) / len(recent) if recent else math.nan
+        """Trimmed mean loss over the last ``num_steps`` steps, remembered for the slope.
+
+        A fifth is dropped at either end: at a high learning rate the loss has spikes ten times its
+        usual value, which in a plain mean hide any progress.
+        """
+        recent = sorted(list(self.losses)[-num_steps:])
+        cut = len(recent) // 5
+        kept = recent[cut : len(recent) - cut]
+        mean = sum(kept) / len(kept) if kept else math.nan
         self._window_losses.append((step, mean))
         return mean
 

@@ -8,6 +8,7 @@ object with one key that starts with ``$``::
     {"$complex": "layer.phase"}    the same, stored as pairs of reals
     {"$tuple": [...]}              a tuple
     {"$items": [[key, value]]}     a dict with a key that is an int or starts with "$"
+    {"$counter": [[key, value]]}   a collections.Counter, which MultiStepLR keeps in its state
     {"$int": "0x..."}              an int beyond 2**53, which other JSON readers would round
     {"$float": "7ff8..."}          nan, inf: the eight bytes of the IEEE double, big end first
     {"$str": "..."}                a string with lone surrogates, as hexadecimal UTF-8
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -221,7 +222,7 @@ def _encode(value: object, path: tuple[object, ...], tensors: _Tensors) -> Json:
     if isinstance(value, list | tuple) and kind in (list, tuple):
         items = [_encode(item, (*path, i), tensors) for i, item in enumerate(value)]
         return items if kind is list else {"$tuple": items}
-    if isinstance(value, dict) and kind in (dict, OrderedDict):
+    if isinstance(value, dict) and kind in (dict, OrderedDict, Counter):
         return _encode_dict(value, path, tensors)
     hint = _hint(value)
     raise TypeError(f"{describe_path(path)} is a {_type_name(kind)}, which a checkpoint cannot hold{hint}")
@@ -233,9 +234,13 @@ def _encode_dict(value: dict[Any, Any], path: tuple[object, ...], tensors: _Tens
             raise TypeError(f"{describe_path(path)} has the key {key!r}; only str and int keys can be saved")
     plain = all(type(key) is str and _is_utf8(key) and not key.startswith("$") for key in value)
     items = [(key, _encode(item, (*path, key), tensors)) for key, item in value.items()]
-    if plain:
+    if plain and type(value) is not Counter:
         return dict(items)
-    return {"$items": [[_encode(key, path, tensors), item] for key, item in items]}
+    return {
+        "$counter" if type(value) is Counter else "$items": [
+            [_encode(key, path, tensors), item] for key, item in items
+        ]
+    }
 
 
 def _check_tensor(tensor: Tensor, path: tuple[object, ...]) -> None:
@@ -272,14 +277,14 @@ def _decode(tree: Json, tensors: Mapping[str, Tensor], used: dict[str, Tensor], 
             return used[body]
         case "$tuple":
             return tuple(_decode(item, tensors, used, depth + 1) for item in body)
-        case "$items":
+        case "$items" | "$counter":
             items = {}
             for key_tree, item in body:
                 key = _decode(key_tree, {}, {}, depth + 1)
                 if type(key) not in (str, int):
                     raise ValueError(f"malformed state tree: a {_type_name(type(key))} as a key")
                 items[key] = _decode(item, tensors, used, depth + 1)
-            return items
+            return items if tag == "$items" else Counter(items)
         case "$int":
             return int(body, 16)
         case "$float":

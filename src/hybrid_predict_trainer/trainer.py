@@ -118,6 +118,7 @@ class HybridTrainer:
             decision = run.controller.decide(self._signals())
             self._enter(decision)
             run.note_batch(batch)
+            run.ledger.exact = run.deterministic
             executor = EXECUTORS[decision.phase] if self.config.enabled else run_plain
             execution = executor(run, batch, decision)
             alarm = self._monitor(execution)
@@ -301,6 +302,8 @@ class HybridTrainer:
         started = time.perf_counter()
         losses: list[Tensor] = []
         stopped = False
+        if total_steps is not None:
+            run.ledger.planned_units = total_steps * STEP_UNITS
         for batch in _replaying(loader, self._unused):
             self._last_batch = batch
             result = self.step(batch)
