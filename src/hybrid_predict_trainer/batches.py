@@ -72,7 +72,8 @@ class Fingerprint:
 
     def __init__(self, batch: Any) -> None:
         """Remember the tensors of ``batch`` and their version counters."""
-        self._tensors = [(weakref.ref(t), t._version) for t in tensors(batch)]
+        # inference tensors have no version counter (and cannot be changed in place outside inference mode)
+        self._tensors = [(weakref.ref(t), 0 if t.is_inference() else t._version) for t in tensors(batch)]
 
     def matches(self, other: Fingerprint) -> bool:
         """Whether both are the same living, unchanged tensors; False for batches without tensors."""

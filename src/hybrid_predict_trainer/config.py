@@ -44,7 +44,7 @@ class SecantConfig:
     """Multi-secant quadratic model of the loss in the span of the trajectory."""
 
     num_displacements: int = 16  # K: secant pairs kept
-    damping: tuple[float, ...] = (0.1, 0.01, 0.001)  # lambda: floor of |mu| relative to the largest
+    damping: tuple[float, ...] = (0.1, 0.01, 0.001, 0.0001)  # lambda: floor of |mu| relative to the largest
     rank_tolerance: float = 1e-2  # relative length under which a direction is rounding noise
     max_scale: float = 8.0  # longest multiple of the jump the gate may try
     finite_horizon: bool = False  # limit each direction to what Y gradient steps would do
@@ -97,12 +97,13 @@ class GateConfig:
     judge_at: Literal["auto", "current", "average"] = "auto"  # auto: the raw weights if every batch is the same
     exact: Literal["auto", "always", "never"] = "auto"  # every batch is the whole data set; auto: looks
     overhead_budget: float = 0.01  # share of the run that prediction may lose
+    overhead_budget_exact: float = 0.05  # the same where losses are exact and no gain is luck
     significance: float = 0.05  # one-sided level of the paired test
     max_chunks: int = 8  # pieces a half batch is cut into for the paired test
     max_relative_length: float = 1000.0  # rho: RMS of the jump over the RMS the basis spans, per tensor
     min_reduction_ratio: float = 0.0  # measured >= ratio * predicted reduction
     control_fraction: float = 0.1  # approved jumps that are skipped to measure the true effect
-    max_backoff: int = 64  # windows to wait at most after refusals
+    max_backoff: int = 16  # windows to wait at most after refusals
     switch_off_after: int = 8  # consecutive ledger checks that show a loss
 
     def __post_init__(self) -> None:
@@ -110,6 +111,7 @@ class GateConfig:
         _choice("gate.judge_at", self.judge_at, ("auto", "current", "average"))
         _choice("gate.exact", self.exact, ("auto", "always", "never"))
         _number("gate.overhead_budget", self.overhead_budget, 0.0, 1.0)
+        _number("gate.overhead_budget_exact", self.overhead_budget_exact, 0.0, 1.0)
         _number("gate.significance", self.significance, 0.0, 0.5, open_low=True)
         _whole("gate.max_chunks", self.max_chunks, 2, 1024)
         _number("gate.max_relative_length", self.max_relative_length, 0.0, open_low=True)

@@ -143,8 +143,7 @@ def _skip(run: Run, loss: Tensor, norm: Tensor) -> Execution:
     """A step that does not count: buffers as before, weights and optimizer never touched."""
     run.buffers.undo()
     if run.grad_scaler is not None:
-        # the scaler refuses the step itself and shrinks its scale
-        _optimizer_step(run)
+        run.grad_scaler.update()  # shrinks its scale if it saw an overflow; the optimizer is not stepped
     run.optimizer.zero_grad(set_to_none=True)
     c = run.counters
     c.num_attempted_steps += 1
@@ -187,9 +186,11 @@ def run_predict(run: Run, batch: Any, decision: Decision) -> Execution:
     if verdict is None:
         assert prediction is not None
         saved = weights.clone(run.parameters)
-        with quiet_forward(run.model):
-            verdict = _judge(run, batch, prediction, deltas, saved)
-        weights.copy_(run.parameters, saved)
+        try:
+            with quiet_forward(run.model):
+                verdict = _judge(run, batch, prediction, deltas, saved)
+        finally:  # also when the loss function raises (out of memory, say)
+            weights.copy_(run.parameters, saved)
         c.num_passes += 4
         if verdict.accepted and _is_control(run):
             verdict = replace(verdict, accepted=False, reason=Reason.CONTROL_SKIP)
@@ -224,6 +225,8 @@ def _propose(
         prediction = segment.prediction if segment is not None else run.predictor.predict(decision.horizon)
         if segment is None and run.config.segments > 1:
             prediction = _first_piece(prediction, run.config.segments)
+        if prediction.horizon < 1:
+            raise ValueError(f"a prediction for {prediction.horizon} steps")
         candidates = [prediction.coefficients]
         if run.deterministic:  # where losses are exact, more candidates cost forwards but no luck
             candidates += prediction.alternatives
@@ -317,7 +320,7 @@ def _book(run: Run, verdict: Verdict, prediction: PhasePrediction) -> None:
         Account(
             step=step, due=step + run.config.predictor.window, skipped=not verdict.accepted,
             horizon=prediction.horizon, loss=run.window_loss, pace=-run.loss_slope / abs(run.window_loss or 1.0),
-            gain=-verdict.upper_bound / abs(verdict.loss_before or 1.0),
+            usual=run.ledger.usual_ratio, gain=-verdict.upper_bound / abs(verdict.loss_before or 1.0),
         )  # fmt: skip
     )
 
@@ -399,6 +402,7 @@ def _roll_back(run: Run, probation: Probation) -> None:
     c = run.counters
     run.restore(probation.snapshot)
     run.basis.revert(probation.basis)
+    run.anchor = None  # it holds weights after the jump
     run.num_schedule_steps = probation.num_schedule_steps  # the clock catches up with the next step
     run.lr_integral = run.norm_sum = 0.0
     run.ledger.cancel_account()

@@ -36,12 +36,16 @@ def t_quantile(level: float, freedom: int) -> float:
     """One-sided upper quantile of Student's t, exact in the table at level 0.05.
 
     Other levels use the Cornish-Fisher expansion of the normal quantile (Abramowitz & Stegun
-    26.7.5), good to 1 % from 4 degrees of freedom on.
+    26.7.5), good to 1 % from 4 degrees of freedom on at levels from 0.01; 1 and 2 degrees are closed forms.
     """
     if freedom < 1:
         return math.inf
     if math.isclose(level, 0.05) and freedom <= len(_T95):
         return _T95[freedom - 1]
+    if freedom == 1:
+        return 1 / math.tan(math.pi * level)
+    if freedom == 2:
+        return (1 - 2 * level) / math.sqrt(2 * level * (1 - level))
     z = normal_quantile(level)
     g1 = (z**3 + z) / 4
     g2 = (5 * z**5 + 16 * z**3 + 3 * z) / 96
@@ -196,7 +200,7 @@ def judge_noisy(
     cost = price(forwards)
     bound = upper_bound([b - a for a, b in zip(before, after, strict=True)], level)
     reason = Reason.ACCEPTED
-    if bound > -cost:
+    if not bound < -cost:
         reason = Reason.NOT_SIGNIFICANT
     elif not agrees(mean_before - mean_after, predicted_reduction * scale, min_ratio):
         reason = Reason.MODEL_DISAGREES

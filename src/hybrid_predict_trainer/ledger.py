@@ -3,14 +3,15 @@
 A jump's gate gain is measured at the moment of the jump; most of it may be progress the next real
 steps would have made anyway.  So every approved jump opens an *account*, a random share of approved
 jumps is skipped (the control group), and N real steps later each account is settled: the averaged
-loss then, against what the pace before the jump had promised.  All in shares of the loss:
+loss then, against what windows without a jump did lately.  All in shares of the loss:
 
-    left_i      = (1 - pace_i * steps_i) - loss_later_i / loss_before_i     what is still there
+    left_i      = usual_i - loss_later_i / loss_before_i             what is still there
     persistence = sum(left of jumps - mean left of controls) / sum(gate gain of jumps)
-    credit_i    = gain_i * persistence / pace_i                             in steps, within [0, Y]
+    credit_i    = gain_i * persistence / pace_i                      in steps, within [0, Y]
 
-Subtracting the controls' mean takes out what the pace promised wrongly.  The gain that is credited is
-the proven one: the confidence bound, not the mean, where losses are noisy.
+``usual`` is the median ratio of successive windows without a jump; a promise from the slope of the
+loss would be too high on every curve that flattens.  Subtracting the controls' mean takes out what is
+left of that.  The gain that is credited is the proven one: the confidence bound where losses are noisy.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ class Account:
     horizon: int
     loss: float  # averaged training loss before
     pace: float  # share of the loss that a real step takes off
+    usual: float  # ratio of the loss over a window without a jump, lately
     gain: float  # share of the loss that the gate proved the jump takes off
     left: float = math.nan  # share still there when settled
 
@@ -68,6 +70,7 @@ class Ledger:
         self.returned_units = 0.0
         self.num_credited_steps = 0.0
         self.open: list[Account] = []
+        self._free_ratios: deque[float] = deque(maxlen=8)
         self.settled: deque[Account] = deque(maxlen=512)
         self.wait_windows = 0  # before the next proposal
         self._backoff = 0
@@ -85,7 +88,8 @@ class Ledger:
         All that prediction has cost may exceed what it has returned by at most ``overhead_budget``
         of the run: as planned, where its length is known, else so far.
         """
-        allowance = self.config.overhead_budget * max(total_units, self.planned_units) + self.returned_units
+        share = self.config.overhead_budget_exact if self.exact else self.config.overhead_budget
+        allowance = share * max(total_units, self.planned_units) + self.returned_units
         return self.spent_units + max(price_units, self._usual_price) <= allowance
 
     def spend(self, units: float) -> None:
@@ -101,9 +105,17 @@ class Ledger:
             self._backoff = min(max(1, 2 * self._backoff), self.config.max_backoff)
         self.wait_windows = self._backoff
 
-    def note_window(self) -> None:
-        """A window closed without a proposal."""
+    def note_window(self, ratio: float, *, jumped: bool) -> None:
+        """A window closed; ``ratio`` is its averaged loss over that of the window before."""
         self.wait_windows = max(0, self.wait_windows - 1)
+        if not jumped and math.isfinite(ratio):
+            self._free_ratios.append(ratio)
+
+    @property
+    def usual_ratio(self) -> float:
+        """Median ratio of the averaged losses of successive windows without a jump; 1 if unknown."""
+        ratios = sorted(self._free_ratios)
+        return ratios[len(ratios) // 2] if ratios else 1.0
 
     # ---- accounts -------------------------------------------------------------------------------
 
@@ -126,8 +138,7 @@ class Ledger:
         self.open = [a for a in self.open if step < a.due]
         done = []
         for account in due:
-            promised = 1 - max(account.pace, 0.0) * (step - account.step)
-            left = promised - loss / account.loss if account.loss else math.nan
+            left = account.usual - loss / account.loss if account.loss else math.nan
             account = replace(account, left=left)
             self.settled.append(account)
             done.append(account)
@@ -220,8 +231,9 @@ class Ledger:
         return {
             "spent_units": self.spent_units, "returned_units": self.returned_units,
             "num_credited_steps": self.num_credited_steps, "wait_windows": self.wait_windows,
-            "backoff": self._backoff, "usual_price": self._usual_price, "losing_checks": self._losing_checks, "switched_off": self.switched_off,
-            "open": [asdict(a) for a in self.open], "settled": [asdict(a) for a in self.settled],
+            "backoff": self._backoff, "usual_price": self._usual_price, "exact": self.exact, "planned_units": self.planned_units,
+             "losing_checks": self._losing_checks, "switched_off": self.switched_off,
+            "free_ratios": list(self._free_ratios), "open": [asdict(a) for a in self.open], "settled": [asdict(a) for a in self.settled],
         }  # fmt: skip
 
     def load_state_dict(self, state: State) -> None:
@@ -232,6 +244,7 @@ class Ledger:
         self._usual_price = state["usual_price"]
         self.exact, self.planned_units = state["exact"], state["planned_units"]
         self.switched_off = state["switched_off"]
+        self._free_ratios = deque(state["free_ratios"], maxlen=8)
         self.open = [Account(**a) for a in state["open"]]
         self.settled = deque((Account(**a) for a in state["settled"]), maxlen=512)
 

@@ -111,7 +111,7 @@ class PhaseController:
         """First reason against predicting now."""
         if s.num_forced_full_steps > 0:
             return Reason.RECENT_ALARM if s.forced_by_alarm else Reason.FORCED_FULL
-        if s.phase is Phase.PREDICT or not s.window_just_closed:
+        if s.phase in (Phase.PREDICT, Phase.CORRECT) or not s.window_just_closed:
             return Reason.WINDOW_OPEN
         if s.num_real_steps_since_predict < self.config.full_steps:
             return Reason.WINDOW_OPEN

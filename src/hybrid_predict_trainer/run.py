@@ -157,6 +157,8 @@ class Run:
     def step_scheduler(self) -> None:
         """Bring the learning-rate schedule to the clock's position."""
         target = self.position
+        # OneCycleLR raises beyond its end, which the last steps on probation may pass
+        target = min(target, getattr(self.lr_scheduler, "total_steps", None) or target)
         if self.lr_scheduler is not None:
             for _ in range(max(0, target - self.num_schedule_steps)):
                 self.lr_scheduler.step()
@@ -278,7 +280,7 @@ def _segment_state(s: Segment | None) -> State | None:
     return {
         "num_left": s.num_left, "coefficients": p.coefficients, "horizon": p.horizon,
         "predicted_loss": p.predicted_loss, "predicted_reduction": p.predicted_reduction,
-        "confidence": p.confidence, "max_scale": p.max_scale,
+        "confidence": p.confidence, "max_scale": p.max_scale, "alternatives": list(p.alternatives),
     }  # fmt: skip
 
 
@@ -287,4 +289,5 @@ def _segment_from(state: State | None) -> Segment | None:
         return None
     values = dict(state)
     num_left = values.pop("num_left")
+    values["alternatives"] = tuple(values["alternatives"])
     return Segment(PhasePrediction(**values), num_left)

@@ -181,14 +181,14 @@ def _written(live: Any, saved: Any, device: torch.device | None) -> Any:
 
 @contextmanager
 def quiet_forward(model: nn.Module) -> Iterator[None]:
-    """Forward passes inside leave no trace: dropout off, BatchNorm buffers and RNG restored.
+    """Forward passes inside leave no trace: dropout off, all buffers and RNG restored.
 
     BatchNorm stays in training mode (batch statistics): its running statistics belong to the weights
     before the jump and would judge the candidate by the wrong ones.
     """
     modes = {m: m.training for m in model.modules()}
     norms = [m for m in modes if isinstance(m, _BatchNorm) and m.training]
-    saved = [[b.detach().clone() for b in m.buffers(recurse=False)] for m in norms]
+    saved = [(b, b.detach().clone(), b._version) for b in model.buffers()]
     rng = rng_state()
     for m in modes:
         m.training = m in norms
@@ -198,8 +198,8 @@ def quiet_forward(model: nn.Module) -> Iterator[None]:
         for m, training in modes.items():
             m.training = training
         with torch.no_grad():
-            for m, buffers in zip(norms, saved, strict=True):
-                for live, old in zip(m.buffers(recurse=False), buffers, strict=True):
+            for live, old, version in saved:
+                if live._version != version:
                     live.copy_(old)
         set_rng_state(rng)
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from . import persistence
 from .config import HybridTrainerConfig
@@ -84,13 +85,18 @@ class HybridTrainer:
             roles: Overrides of parameter roles, qualified name -> role.
 
         Raises:
-            ConfigError: the optimizer needs a closure (LBFGS), or nothing can be trained.
+            ConfigError: the optimizer needs a closure (LBFGS), the schedule a metric, or nothing can be trained.
         """
         self.config = config if config is not None else HybridTrainerConfig()
         if isinstance(optimizer, LBFGS):
             raise ConfigError(
                 "LBFGS evaluates the loss several times per step through a closure and cannot be wrapped; "
                 "use Adam or SGD: the secant predictor supplies the curvature"
+            )
+        if isinstance(lr_scheduler, ReduceLROnPlateau):
+            raise ConfigError(
+                "ReduceLROnPlateau needs a metric at every step and cannot follow the trainer's clock; use another "
+                "schedule, or step it yourself and pass lr_scheduler=None"
             )
         self.run = Run(
             model, optimizer, self.config, loss_fn or default_loss, lr_scheduler, grad_scaler, roles, predictor
@@ -230,9 +236,10 @@ class HybridTrainer:
         if not run.observing or run.phase is Phase.PREDICT or run.basis.num_steps < self.config.predictor.window:
             return
         started = time.perf_counter()
+        loss_before = run.window_loss
         window = run.close_window()
         self._learn(window)
-        run.ledger.note_window()
+        run.ledger.note_window(window.loss / loss_before if loss_before else float("nan"), jumped=window.jumped)
         self.metrics.note_outcomes(run, run.ledger.settle(run.counters.num_real_steps, window.loss))
         run.counters.num_passes += 2 * run.basis.num_columns + 6
         run.window_just_closed = True
@@ -301,6 +308,7 @@ class HybridTrainer:
         phases_before = self._phase_counts()
         started = time.perf_counter()
         losses: list[Tensor] = []
+        num_steps = 0
         stopped = False
         if total_steps is not None:
             run.ledger.planned_units = total_steps * STEP_UNITS
@@ -308,7 +316,9 @@ class HybridTrainer:
             self._last_batch = batch
             result = self.step(batch)
             self._batch_free = not result.consumed
-            losses.append(result.loss_tensor)
+            num_steps += 1
+            if result.num_backward or result.was_predicted:  # a refused proposal learnt nothing: no loss of its own
+                losses.append(result.loss_tensor)
             if progress_callback is not None:
                 progress_callback(result)
             if should_stop is not None and should_stop():
@@ -323,7 +333,7 @@ class HybridTrainer:
         claimed = after["num_claimed_steps"] - before["num_claimed_steps"]
         backward = after["num_backward"] - before["num_backward"]
         return EpochResult(
-            num_steps=len(losses),
+            num_steps=num_steps,
             mean_loss=mean,
             final_loss=float(losses[-1]) if losses else float("nan"),
             phase_counts=counts,

@@ -63,6 +63,8 @@ def quadratic_model(BB: Tensor, BY: Tensor, Bg: Tensor, tolerance: float) -> tup
 
 def damped_step(mu: Tensor, slopes: Tensor, damping: float, horizon: float, step_size: float) -> Tensor:
     """Steps (R,) along the eigendirections."""
+    if not mu.numel():  # nothing moved: no direction is above rounding noise
+        return torch.zeros_like(slopes)
     floor = damping * mu.abs().max().clamp(min=1e-300)
     return -slopes * decay_factor(mu.abs().clamp(min=floor), horizon, step_size)
 

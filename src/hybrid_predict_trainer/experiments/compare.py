@@ -1,0 +1,266 @@
+"""`hpt compare`: the same task trained plainly and with predicted phases, in one process, from the same seeds."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..metrics import jsonable
+from .arms import COUNTS, Arm, Kind, Run, Setup, Watch, run_arm, steps_of, write_json
+from .environment import environment
+from .equal_loss import Point, SeedSpeedup, Speedup, bootstrap_ci95, over_seeds, seed_speedup
+from .report import write_report
+
+#: Steps of a run thrown away before anything is timed: allocators, thread pools and kernels warm up.
+NUM_DISCARDED_STEPS = 5
+
+#: How far the seed of the learning-rate sweep lies from those of the comparison: tuning on the
+#: evaluation seeds would favour whoever has more trials.
+SWEEP_SEED_OFFSET = 1000
+
+#: (label, run) when a run has ended.
+Done = Callable[[str, Run], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What to compare.
+
+    Attributes:
+        setup: what the arms share.
+        seeds: of the runs; every arm runs from each.
+        budgets: of the plain arm, in multiples of ``setup.steps``; 1 is always among them.
+        tune: choose the learning rate on ``recipe.lr_grid``, with equally many trials for both arms.
+        out: folder of the results.
+        about: what the command line said, for the record.
+    """
+
+    setup: Setup
+    seeds: tuple[int, ...]
+    budgets: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
+    tune: bool = False
+    out: Path
+    about: Mapping[str, Any]
+
+
+def arms_of(plan: Plan, plain_lr: float, hybrid_lr: float) -> list[Arm]:
+    """All arms, plain budgets last: they share the plain arm's rate."""
+    others = sorted(set(plan.budgets) - {1.0})
+    return [
+        Arm(name="plain", kind="plain", lr=plain_lr),
+        Arm(name="hybrid", kind="hybrid", lr=hybrid_lr),
+        Arm(name="jump-of-zero", kind="jump-of-zero", lr=hybrid_lr),
+        *(Arm(name=f"plain@{budget:g}", kind="plain", lr=plain_lr, budget=budget) for budget in others),
+    ]
+
+
+def compare(plan: Plan, watch: Watch | None = None, done: Done | None = None) -> dict[str, Any]:
+    """Run everything, write ``compare.json``, ``runs/`` and ``report.html``, and return the object.
+
+    Args:
+        plan: What to run.
+        watch: Watches the steps of each run.
+        done: Called after each run.
+    """
+    setup = plan.setup
+
+    def run(arm: Arm, seed: int, folder: Path, label: str) -> Run:
+        ended = run_arm(setup, arm, seed, folder, watch, label)
+        if done is not None:
+            done(label, ended)
+        return ended
+
+    _discard(setup)
+    sweep = _sweep(plan, run) if plan.tune else None
+    rate = setup.recipe.lr
+    plain_lr, hybrid_lr = (sweep["chosen"]["plain"], sweep["chosen"]["hybrid"]) if sweep else (rate, rate)
+    arms = arms_of(plan, plain_lr, hybrid_lr)
+    runs: list[Run] = []
+    for number, seed in enumerate(plan.seeds):
+        # the order turns round with every seed, so that a machine that slows down slows all arms
+        for arm in arms if number % 2 == 0 else reversed(arms):
+            runs.append(run(arm, seed, plan.out / "runs" / f"{arm.name}-s{seed}", f"{arm.name}, seed {seed}"))
+    result: dict[str, Any] = jsonable(summarize(setup.task.name, plan.seeds, arms, runs))
+    result["environment"] = environment(setup.settings.device)
+    result["settings"] = jsonable(settings_of(plan))
+    result["sweep"] = jsonable(sweep)
+    write_json(plan.out / "compare.json", result)
+    write_report(plan.out)
+    return result
+
+
+def _discard(setup: Setup) -> None:
+    """A short run that nobody looks at; also finds what is wrong with the settings before hours have passed."""
+    short = replace(setup, steps=NUM_DISCARDED_STEPS)
+    run_arm(short, Arm(name="discarded", kind="plain", lr=setup.recipe.lr), seed=0)
+
+
+def _sweep(plan: Plan, run_one: Callable[[Arm, int, Path, str], Run]) -> dict[str, Any]:
+    """One trial per rate of the grid and arm, on a seed that the comparison does not use."""
+    setup, seed = plan.setup, plan.seeds[0] + SWEEP_SEED_OFFSET
+    grid = setup.recipe.lr_grid or (setup.recipe.lr,)
+    kinds: tuple[Kind, ...] = ("plain", "hybrid")
+    trials: list[dict[str, Any]] = []
+    for lr in grid:
+        for kind in kinds:
+            arm = Arm(name=kind, kind=kind, lr=lr)
+            folder = plan.out / "sweep" / f"{kind}-lr{lr:g}-s{seed}"
+            run = run_one(arm, seed, folder, f"sweep, {kind}, lr {lr:g}")
+            trials.append({"arm": kind, "lr": lr, "final_val_loss": run.final_val_loss, "cost_units": run.cost_units})
+    chosen = {kind: best_rate([t for t in trials if t["arm"] == kind], setup.recipe.lr) for kind in kinds}
+    at_edge = [kind for kind in kinds if len(grid) > 1 and chosen[kind] in (min(grid), max(grid))]
+    return {
+        "grid": list(grid), "seed": seed, "trials_per_arm": len(grid), "trials": trials, "chosen": chosen,
+        "at_edge_of_grid": at_edge,
+    }  # fmt: skip
+
+
+def best_rate(trials: Sequence[Mapping[str, Any]], otherwise: float) -> float:
+    """Rate of the lowest finite validation loss; ``otherwise`` if every trial diverged."""
+    finite = [t for t in trials if math.isfinite(t["final_val_loss"])]
+    return float(min(finite, key=lambda t: t["final_val_loss"])["lr"]) if finite else otherwise
+
+
+# ---- from runs to the object that is printed --------------------------------------------------------
+
+
+def summarize(task: str, seeds: Sequence[int], arms: Sequence[Arm], runs: Sequence[Run]) -> dict[str, Any]:
+    """Means over seeds, the equal-loss figure, and the controls beside it."""
+    by_arm = {arm.name: [r for r in runs if r.arm.name == arm.name] for arm in arms}
+    rows = [arm_row(by_arm[arm.name]) for arm in arms]
+    cost = _speedup(seeds, runs, lambda r: r.cost_units)
+    wall = _speedup(seeds, runs, lambda r: r.wall_s)
+    gaps = [100 * (h - p) / abs(p) if p else math.nan for p, h in _pairs(by_arm["plain"], by_arm["hybrid"])]
+    zero_gaps = [100 * (z - p) / abs(p) if p else math.nan for p, z in _pairs(by_arm["plain"], by_arm["jump-of-zero"])]
+    hybrid, plain = by_arm["hybrid"], by_arm["plain"]
+    result: dict[str, Any] = {
+        "schema": 1,
+        "task": task,
+        "seeds": list(seeds),
+        "arms": rows,
+        "speedup_at_equal_loss": cost.value,
+        "ci95": cost.ci95,
+        "speedup_ci95": cost.ci95,
+        "speedup_reason": cost.reason,
+        "speedup_per_seed": [s.value if s.kind == "exact" else None for s in cost.per_seed],
+        "speedup_lower_bound": cost.value if cost.kind == "at least" else None,
+        "speedup_kind": cost.kind,
+        "speedup_bounds": [_told(s) for s in cost.per_seed],
+        "speedup_wall": wall.value,
+        "speedup_wall_ci95": wall.ci95,
+        "speedup_wall_reason": wall.reason,
+        "loss_gap_at_equal_cost_pct": _mean(gaps),
+        "loss_gap_ci95": bootstrap_ci95(gaps) if all(map(math.isfinite, gaps)) else None,
+        "loss_gap_per_seed": gaps,
+        "jump_of_zero_gap_pct": _mean(zero_gaps),
+        "backward_reduction_pct": _backward_reduction(cost, hybrid, plain),
+        "backward_reduction_at_equal_cost_pct": _mean(
+            [100 * (1 - h.counts["num_backward"] / p.counts["num_backward"]) for p, h in zip(plain, hybrid, strict=True)]
+        ),
+        "backward_reduction_claimed_pct": _mean([r.counts["backward_reduction_pct"] for r in hybrid]),
+    }
+    result["verdict"] = verdict(cost, _mean(gaps), hybrid)
+    return result
+
+
+def arm_row(runs: Sequence[Run]) -> dict[str, Any]:
+    """One arm: means over its seeds."""
+    arm, losses = runs[0].arm, [r.final_val_loss for r in runs]
+    spread = len(losses) > 1 and all(map(math.isfinite, losses))
+    return {
+        "name": arm.name,
+        "kind": arm.kind,
+        "budget": arm.budget,
+        "steps": runs[0].steps,
+        "lr": arm.lr,
+        "n": len(runs),
+        "final_val_loss": _mean(losses),
+        "final_val_loss_std": statistics.stdev(losses) if spread else None,
+        "final_val_loss_per_seed": losses,
+        "wall_s": _mean([r.wall_s for r in runs]),
+        **{name: _mean([r.counts[name] for r in runs]) for name in COUNTS},
+        "errors": [r.error for r in runs if r.error],
+    }
+
+
+def _pairs(first: Sequence[Run], second: Sequence[Run]) -> Iterator[tuple[float, float]]:
+    """Final losses of two arms, seed by seed."""
+    other = {r.seed: r for r in second}
+    return ((r.final_val_loss, other[r.seed].final_val_loss) for r in sorted(first, key=lambda r: r.seed))
+
+
+def _speedup(seeds: Sequence[int], runs: Sequence[Run], cost: Callable[[Run], float]) -> Speedup:
+    def of_seed(seed: int) -> SeedSpeedup:
+        here = [r for r in runs if r.seed == seed]
+        hybrid = next(r for r in here if r.arm.kind == "hybrid")
+        plain = [Point(cost(r), r.final_val_loss) for r in here if r.arm.kind == "plain"]
+        return seed_speedup(Point(cost(hybrid), hybrid.final_val_loss), plain)
+
+    return over_seeds([of_seed(seed) for seed in seeds])
+
+
+def _told(s: SeedSpeedup) -> dict[str, Any]:
+    return {"value": s.value, "kind": s.kind, "reason": s.reason or None}
+
+
+def _backward_reduction(cost: Speedup, hybrid: Sequence[Run], plain: Sequence[Run]) -> float | None:
+    """Backward passes fewer than those of the plain run that reaches the hybrid run's loss, in percent."""
+    if cost.value is None:
+        return None
+    per_unit = _mean([r.counts["num_backward"] / r.cost_units for r in plain])
+    needed = cost.value * _mean([r.cost_units for r in hybrid]) * per_unit
+    return 100 * (1 - _mean([r.counts["num_backward"] for r in hybrid]) / needed)
+
+
+def verdict(cost: Speedup, gap: float, hybrid: Sequence[Run]) -> str:
+    """What the figures say, in one line."""
+    if cost.value is None:
+        return f"No verdict: {cost.reason}."
+    accepted = sum(r.counts["num_jumps_accepted"] for r in hybrid)
+    bound = f"{cost.kind} " if cost.kind in ("at least", "at most") else ""
+    figure = f"{bound}{cost.value:.2f}x"
+    gap_words = f"{abs(gap):.2g} % {'lower' if gap < 0 else 'higher'} loss at equal cost"
+    if not accepted:
+        return f"No jump was accepted: the hybrid run is plain training plus the price of asking ({figure}; {gap_words})."
+    if cost.ci95 is None:
+        return f"On one seed the hybrid run reached its loss at {figure} less cost ({gap_words}); one seed shows little."
+    interval = f"95 % interval {cost.ci95[0]:.2f} to {cost.ci95[1]:.2f}"
+    if cost.ci95[0] > 1:
+        return f"Prediction pays here: equal-loss speed-up {figure}, {interval}; {gap_words}."
+    if cost.ci95[1] < 1:
+        return f"Prediction loses here: equal-loss speed-up {figure}, {interval}; {gap_words}."
+    return f"No speed-up has been shown: {figure}, {interval} includes 1; {gap_words}."
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values) if values else math.nan
+
+
+def settings_of(plan: Plan) -> dict[str, Any]:
+    """Everything that decides the figures, for the record."""
+    setup = plan.setup
+    recipe = asdict(setup.recipe)
+    return {
+        "command": dict(plan.about),
+        "steps": setup.steps,
+        "seeds": list(plan.seeds),
+        "budgets": {f"{b:g}": steps_of(setup, b) for b in sorted({*plan.budgets, 1.0})},
+        "tuned": plan.tune,
+        "recipe": recipe,
+        "task": setup.task.describe(),
+        "trainer": asdict(setup.config),
+    }
+
+
+def clear(out: Path) -> None:
+    """Remove what an earlier comparison wrote there, and nothing else."""
+    for name in ("runs", "sweep"):
+        if (out / name).is_dir():
+            shutil.rmtree(out / name)
+    for name in ("compare.json", "report.html"):
+        (out / name).unlink(missing_ok=True)
