@@ -228,7 +228,7 @@ def config(**changes: Any) -> HybridTrainerConfig:
         warmup_steps=4, full_steps=2, max_predict_steps=20, correct_steps=3, explore_outcomes=1000, clock="claimed"
     )
     values = {
-        "predictor.window": 3, "gate.overhead_budget": 1.0, "gate.max_backoff": 1, "gate.control_fraction": 0.0,
+        "predictor.window": 3, "gate.overhead_budget": 1.0, "gate.overhead_budget_exact": 1.0, "gate.max_backoff": 1, "gate.control_fraction": 0.0,
         "gate.max_chunks": 4,
     }  # fmt: skip
     flat = {k: v for k, v in changes.items() if "__" not in k}

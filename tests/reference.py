@@ -39,11 +39,12 @@ class DenseBasis:
 
     def accumulate(self) -> None:
         """Before the optimizer's step."""
-        self._close_if_full()
+        self.close_if_full()
         self.thetas.append(flat(self.parameters))
         self.grads.append(flat([p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]))
 
-    def _close_if_full(self) -> None:
+    def close_if_full(self) -> None:
+        """After the optimizer's step."""
         if len(self.thetas) < self.window:
             return
         theta = flat(self.parameters)
@@ -62,7 +63,7 @@ class DenseBasis:
 
     def columns(self) -> Tensor:
         """(K, all weights), the order of :class:`BasisSpec`."""
-        self._close_if_full()
+        self.close_if_full()
         assert self.g is not None
         zero = torch.zeros_like(self.g)
         num = self.spec.num_displacements

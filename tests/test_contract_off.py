@@ -29,7 +29,7 @@ OFF = {
     "no_horizon": ({"max_predict_steps": 0}, None),
     "threshold_one": ({"confidence_threshold": 1.0}, None),
     "never_ready": ({}, lambda: Fake(ready=False)),
-    "never_affordable": ({"gate__overhead_budget": 0.0}, Fake),
+    "never_affordable": ({"gate__overhead_budget": 0.0, "gate__overhead_budget_exact": 0.0}, Fake),
     "never_confident": ({"confidence_threshold": 0.99, "explore_outcomes": 0, "gate__max_backoff": 10**9}, Fake),
 }
 
@@ -86,7 +86,7 @@ def test_full_batch(off: str) -> None:
 @pytest.mark.parametrize("storage", ["param", "float32", "bfloat16", "offload"])
 def test_every_predictor_observes_without_a_trace(predictor: str, storage: str) -> None:
     changes = {"predictor__offload": True} if storage == "offload" else {"predictor__basis_dtype": storage}
-    trainer = check(("dropout", "momentum"), {"predictor_type": predictor, "gate__overhead_budget": 0.0, **changes})
+    trainer = check(("dropout", "momentum"), {"predictor_type": predictor, **changes, **OFF["never_affordable"][0]})
     assert trainer.run.num_windows > 2
 
 

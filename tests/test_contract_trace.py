@@ -59,6 +59,8 @@ def always_control(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(executors, "_is_control", lambda run: True)
 
 
+CERTAIN = {"gate__significance": 0.5}  # the mean decides
+
 REFUSALS = {
     "nan": Refusal(Reason.NOT_FINITE, lambda: Broken("nan")),
     "inf": Refusal(Reason.NOT_FINITE, lambda: Broken("inf")),
@@ -67,10 +69,10 @@ REFUSALS = {
     "loss": Refusal(Reason.LOSS_NOT_FINITE, loss=nan_without_grad),
     "long": Refusal(Reason.TOO_LONG, lambda: Fake(-1e5)),
     "zero": Refusal(Reason.ZERO_JUMP, lambda: Broken("zero")),
-    "uphill": Refusal(Reason.NO_DESCENT, lambda: Fake(0.05)),
+    "uphill": Refusal(Reason.NO_DESCENT, lambda: Fake(1.0)),
     "price": Refusal(Reason.NOT_SIGNIFICANT, patch=price_of_gold),
-    "promise": Refusal(Reason.MODEL_DISAGREES, lambda: Fake(reduction=1e6), {"gate__min_reduction_ratio": 0.5}),
-    "control": Refusal(Reason.CONTROL_SKIP, patch=always_control),
+    "promise": Refusal(Reason.MODEL_DISAGREES, lambda: Fake(reduction=1e6), {"gate__min_reduction_ratio": 0.5, **CERTAIN}),
+    "control": Refusal(Reason.CONTROL_SKIP, changes=CERTAIN, patch=always_control),
 }
 #: Only the paired test of the noisy gate knows a price.
 DATA = {"noisy": make_batches, "exact": full_batch}
@@ -78,7 +80,7 @@ CASES = [(data, name) for data in DATA for name in REFUSALS if (data, name) != (
 
 
 def refusing(case: Refusal, patch: pytest.MonkeyPatch, built: Setup, **changes: Any) -> HybridTrainer:
-    patch.setattr(executors, "_is_control", lambda run: False)
+    patch.setattr(executors, "_price", lambda run: lambda forwards: 0.0)
     case.patch(patch)
     return built.trainer(config(**{**case.changes, **changes}), predictor=case.predictor(), loss_fn=case.loss)
 
@@ -213,6 +215,18 @@ def poisoned(batches: Iterable[Any], trainer: HybridTrainer, level: float) -> It
         yield (x, y + level) if trainer.run.probation is not None else (x, y)
 
 
+def accepting(patch: pytest.MonkeyPatch) -> None:
+    """A gate that takes everything."""
+
+    def accept(*args: Any, **kwargs: Any) -> Verdict:
+        return Verdict(
+            accepted=True, reason=Reason.ACCEPTED, scale=1.0, loss_before=1.0, loss_after=0.5, upper_bound=-0.5, num_forward=2
+        )
+
+    patch.setattr(gate, "judge_noisy", accept)
+    patch.setattr(gate, "judge_exact", accept)
+
+
 def degraded(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(executors, "probation_passes", lambda probation, sigma: False)
 
@@ -227,6 +241,7 @@ ROLLBACKS = {"poison": 100.0, "nan": float("nan"), "judged": 0.0}
 def test_rolled_back_jump_restores_everything(
     how: str, optimizer: str, data: str, segments: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    accepting(monkeypatch)
     if how == "judged":
         degraded(monkeypatch)
     built = setup("norm_dropout", optimizer, "lambda")
@@ -259,8 +274,9 @@ def test_rolled_back_jump_restores_everything(
 
 
 def test_rollback_shrinks_the_horizon_and_keeping_grows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    accepting(monkeypatch)
     batches = make_batches(60)
-    trainer = setup().trainer(config(), predictor=Fake())
+    trainer = setup().trainer(config(divergence_threshold=100.0), predictor=Fake())
     start = trainer.run.horizon
     steps_until(trainer, batches, lambda r: r.phase is Phase.CORRECT and trainer.run.probation is None)
     assert trainer.run.horizon == min(2 * start, 20)
@@ -271,6 +287,7 @@ def test_rollback_shrinks_the_horizon_and_keeping_grows_it(monkeypatch: pytest.M
 
 def test_schedule_catches_up_after_a_rollback(monkeypatch: pytest.MonkeyPatch) -> None:
     """The steps on probation were spent: the schedule is where the clock says, one step later."""
+    accepting(monkeypatch)
     degraded(monkeypatch)
     built = setup("mlp", "adam", "lambda")
     trainer = built.trainer(config(), predictor=Fake())
@@ -300,6 +317,7 @@ def test_accepted_jump_is_the_recorded_vector(name: str, segments: int, tmp_path
     trainer.run.basis.accumulate, dense = _recorded(trainer)
     moved = 0
     for batch in full_batch(80):
+        dense.close_if_full()
         before = flat(trainer.run.parameters)
         state = everything(built.model, built.optimizer)
         result = trainer.step(batch)

@@ -1,6 +1,6 @@
 """Train any PyTorch model; predict part of the training instead of computing it, where that pays."""
 
-__version__ = "0.1.0"
+from .version import __version__ as __version__
 
 from .config import CheckpointConfig as CheckpointConfig
 from .config import DivergenceConfig as DivergenceConfig

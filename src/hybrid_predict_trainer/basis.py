@@ -32,13 +32,19 @@ from .weights import Groups, Tensors
 #: Below this many weights sums and columns are kept in float64: late in a deterministic run a
 #: displacement is some 1e-6 of the weights, and its float32 rounding error would be a tenth of it.
 #: At this size the memory does not matter.
-FLOAT64_BELOW = 1 << 20
+FLOAT64_BELOW = 1 << 17
 
 
 @torch.no_grad()
 def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
     """(number of tensors,) squared Euclidean norms in float64 on the CPU, read in one transfer."""
     return torch.stack([torch.linalg.vector_norm(t, dtype=torch.float64) for t in tensors]).cpu().square()
+
+
+@torch.no_grad()
+def paired_dots(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """(number of tensors,) inner products a_i . b_i in float64 on the CPU, read in one transfer."""
+    return torch.stack([torch.dot(u.reshape(-1), v.reshape(-1)).double() for u, v in zip(a, b, strict=True)]).cpu()
 
 
 class Basis:
@@ -132,7 +138,6 @@ class Basis:
         for tensor in itertools.chain(self._sum_theta, self._sum_grad):
             tensor.zero_()
         self._refresh_extras()
-        self._Bg = self._dot_columns(self._g)
         self._gg = self._by_group(squared_norms(self._g))
         self.num_steps = 0
         self.jumped = False
@@ -146,18 +151,23 @@ class Basis:
                 for p, dtype, device in zip(self.parameters, self._column_dtypes, self._devices, strict=True)
             ]
         hindsight = None
+        dots, squares = self._dot_columns(s), squared_norms(s)
         if self.num_columns and not self.jumped:
-            TT = self._by_group(squared_norms(s))
-            hindsight = Hindsight(BB=self._ordered(self._BB), BT=self._ordered(self._dot_columns(s)), TT=TT)
+            hindsight = Hindsight(BB=self._ordered(self._BB), BT=self._ordered(dots), TT=self._by_group(squares))
         num_ring = self.spec.num_displacements
         self._head = (self._head + 1) % num_ring if self.num_columns else 0
         self.num_columns = min(self.num_columns + 1, num_ring)
         for column, piece in zip(self._columns, s, strict=True):
             column[self._head] = piece.reshape(-1).to(column.dtype)
-        self._squared[:, self._head] = squared_norms(s)
-        self._BB[:, self._head, :] = self._BB[:, :, self._head] = self._dot_columns(s)
+        self._squared[:, self._head] = squares
+        dots[:, self._head] = self._by_group(squares)  # this slot held the oldest column until now
+        self._BB[:, self._head, :] = self._BB[:, :, self._head] = dots
         if self.spec.curvature:
-            self._BY[:, self._head, :] = self._BY[:, :, self._head] = self._dot_columns(y)
+            along = self._dot_columns(y)
+            self._BY[:, self._head, :] = self._BY[:, :, self._head] = along
+            # g moved by y, so its product with an older column moved by that column's with y
+            self._Bg += along
+            self._Bg[:, self._head] = self._by_group(paired_dots(s, self._sum_grad))
         return hindsight
 
     def _refresh_extras(self) -> None:

@@ -39,7 +39,7 @@ class Counters:
 
     @property
     def cost_units(self) -> float:
-        """Total cost in forwards: forward 1, backward 2, update 0.1, pass over the weights 0.1 / 7."""
+        """Total cost in forwards: forward 1, backward 2, update 0.1, pass over the weights 0.002."""
         return STEP_UNITS * self.num_attempted_steps + self.extra_units
 
     @property

@@ -21,7 +21,7 @@ from .gate import Part
 from .ledger import FORWARD_UNITS, STEP_UNITS, Account
 from .records import Action, Alarm, Decision, Level, Origin, Phase, PhasePrediction, Reason, Verdict
 from .run import Probation, Run, Segment
-from .snapshot import quiet_forward
+from .snapshot import optimizer_parameters, quiet_forward
 from .weights import Tensors
 
 
@@ -54,7 +54,7 @@ def run_plain(run: Run, batch: Any, decision: Decision) -> Execution:
     loss = checked_loss(run.loss_fn(run.model, batch))
     _backward(run, loss)
     if run.config.gradient_clip_norm > 0:
-        torch.nn.utils.clip_grad_norm_(run.parameters, run.config.gradient_clip_norm)
+        torch.nn.utils.clip_grad_norm_(optimizer_parameters(run.optimizer), run.config.gradient_clip_norm)
     _optimizer_step(run)
     _count_real(run)
     return Execution(loss.detach(), forwards=1, backwards=1)
@@ -68,8 +68,8 @@ def run_full(run: Run, batch: Any, decision: Decision) -> Execution:
     run.optimizer.zero_grad(set_to_none=True)
     loss = checked_loss(run.loss_fn(run.model, batch))
     _backward(run, loss)
-    grads = weights.gradients(run.parameters)
-    norm = weights.global_norm(grads)
+    trained = optimizer_parameters(run.optimizer)  # with those that are not predicted (complex ones)
+    norm = weights.global_norm(weights.gradients(trained))
     usable = _usable(run, loss.detach(), norm)
     if not usable:
         return _skip(run, loss, norm)
@@ -80,7 +80,7 @@ def run_full(run: Run, batch: Any, decision: Decision) -> Execution:
         run.basis.before_step(last=last)
         run.lr_integral += run.learning_rate
     if run.config.gradient_clip_norm > 0:
-        torch.nn.utils.clip_grads_with_norm_(run.parameters, run.config.gradient_clip_norm, norm)
+        torch.nn.utils.clip_grads_with_norm_(trained, run.config.gradient_clip_norm, norm)
     _optimizer_step(run)
     _count_real(run)
     return Execution(loss.detach(), norm, forwards=1, backwards=1)
@@ -158,6 +158,7 @@ def _keep_anchor(run: Run) -> None:
     """Accelerators: an exact copy at the start of every reading interval."""
     if run.anchor is None:
         run.anchor = run.take_snapshot()
+        run.anchor_real_steps, run.anchor_schedule_steps = run.counters.num_real_steps, run.num_schedule_steps
         run.counters.num_passes += 6
 
 
@@ -166,6 +167,12 @@ def settle_anchor(run: Run, *, finite: bool) -> None:
     if run.anchor is not None and not finite:
         run.restore(run.anchor, rng=False)
         run.basis.restart_window()
+        run.lr_integral = run.norm_sum = 0.0
+        c = run.counters
+        c.num_skipped_steps += c.num_real_steps - run.anchor_real_steps
+        c.num_real_steps = run.anchor_real_steps
+        run.num_schedule_steps = run.anchor_schedule_steps
+        run.step_scheduler()  # the lost steps were spent
     run.anchor = None
 
 
@@ -225,8 +232,8 @@ def _propose(
         prediction = segment.prediction if segment is not None else run.predictor.predict(decision.horizon)
         if segment is None and run.config.segments > 1:
             prediction = _first_piece(prediction, run.config.segments)
-        if prediction.horizon < 1:
-            raise ValueError(f"a prediction for {prediction.horizon} steps")
+        if prediction.horizon < 1 or prediction.coefficients.is_complex():
+            raise ValueError(f"a prediction for {prediction.horizon} steps, of {prediction.coefficients.dtype} numbers")
         candidates = [prediction.coefficients]
         if run.deterministic:  # where losses are exact, more candidates cost forwards but no luck
             candidates += prediction.alternatives
@@ -318,7 +325,7 @@ def _book(run: Run, verdict: Verdict, prediction: PhasePrediction) -> None:
     step = run.counters.num_real_steps
     run.ledger.open_account(
         Account(
-            step=step, due=step + run.config.predictor.window, skipped=not verdict.accepted,
+            step=step, due=step + max(run.config.predictor.window, run.config.correct_steps), skipped=not verdict.accepted,
             horizon=prediction.horizon, loss=run.window_loss, pace=-run.loss_slope / abs(run.window_loss or 1.0),
             usual=run.ledger.usual_ratio, gain=-verdict.upper_bound / abs(verdict.loss_before or 1.0),
         )  # fmt: skip

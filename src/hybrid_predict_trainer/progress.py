@@ -17,7 +17,9 @@ WIDTH = 24
 class Progress:
     """Called after every step of a run; reads the loss only where it shows it."""
 
-    def __init__(self, trainer: HybridTrainer, total_steps: int, *, name: str = "", stream: TextIO | None = None) -> None:
+    def __init__(
+        self, trainer: HybridTrainer, total_steps: int, *, name: str = "", stream: TextIO | None = None
+    ) -> None:
         """Args: trainer: at the start.  total_steps: end of its clock.  name: put in front.  stream: stderr if None."""
         self._trainer, self._total, self._name = trainer, total_steps, f"{name}: " if name else ""
         self._stream = stream if stream is not None else sys.stderr

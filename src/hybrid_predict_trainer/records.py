@@ -159,7 +159,8 @@ class Products:
     """Inner products of the basis per parameter group: all a predictor sees of weight space.
 
     ``b_k`` are the K columns; all tensors are float64 on the CPU.  Columns not yet observed are
-    zero in every product.
+    zero in every product; BY and Bg are kept for displacement columns and only if the predictor's
+    :class:`BasisSpec` asks for curvature.
     """
 
     BB: Tensor  # (G, K, K)  b_k . b_l

@@ -99,6 +99,7 @@ class Run:
         self.probation: Probation | None = None
         self.segment: Segment | None = None
         self.anchor: Snapshot | None = None  # for non-finite steps seen late
+        self.anchor_real_steps = self.anchor_schedule_steps = 0  # where it was taken
         self.last_batch: Fingerprint | None = None  # None after a resume: then same_batch stands
         self.same_batch = False  # the last two batches were the very same tensors
         self.needs_grad_mode = False  # the loss function differentiates inside (PINNs)
@@ -218,6 +219,7 @@ class Run:
         "horizon", "window_just_closed", "num_windows", "num_windows_since_proposal",
         "num_real_steps_since_predict", "num_forced_full_steps", "forced_by_alarm", "num_predictor_failures",
         "num_schedule_steps", "lr_integral", "norm_sum", "loss_slope", "window_loss", "same_batch", "needs_grad_mode",
+        "anchor_real_steps", "anchor_schedule_steps",
     )  # fmt: skip
 
     def state_dict(self) -> State:

@@ -188,7 +188,7 @@ def quiet_forward(model: nn.Module) -> Iterator[None]:
     """
     modes = {m: m.training for m in model.modules()}
     norms = [m for m in modes if isinstance(m, _BatchNorm) and m.training]
-    saved = [(b, b.detach().clone(), b._version) for b in model.buffers()]
+    saved = [(b, b.detach().clone()) for b in model.buffers()]
     rng = rng_state()
     for m in modes:
         m.training = m in norms
@@ -198,17 +198,16 @@ def quiet_forward(model: nn.Module) -> Iterator[None]:
         for m, training in modes.items():
             m.training = training
         with torch.no_grad():
-            for live, old, version in saved:
-                if live._version != version:
-                    live.copy_(old)
+            for live, old in saved:  # all of them: without grad mode BatchNorm does not count versions
+                live.copy_(old)
         set_rng_state(rng)
 
 
 class BufferGuard:
     """Undoes what one forward did to buffers, if the step turns out not to count.
 
-    Which buffers a forward changes is learned from their version counters, so that constant ones (a
-    causal mask, a rotary table) are copied once and never again.
+    Which buffers a forward changes is learned from one forward, so that constant ones (a causal mask,
+    a rotary table) are copied once and never again.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -226,7 +225,8 @@ class BufferGuard:
     def after(self) -> None:
         """The forward was fine: learn which buffers it changed, drop the copies."""
         if self._mutable is None:
-            self._mutable = [b for b, _, version in self._saved if b._version != version]
+            # BatchNorm's running statistics change without their version being counted
+            self._mutable = [b for b, old, version in self._saved if b._version != version or not torch.equal(b, old)]
         self._saved = []
 
     def forget(self) -> None:

@@ -16,7 +16,7 @@ from . import persistence
 from .config import HybridTrainerConfig
 from .executors import EXECUTORS, Execution, force_full, respond, run_plain, settle_anchor
 from .history import Reading
-from .ledger import STEP_UNITS
+from .ledger import PASS_UNITS, STEP_UNITS
 from .metrics import JsonlSink, Metrics, NullSink, Sink, statistics
 from .phases import Signals, validate_transition
 from .predictors import Predictor
@@ -241,7 +241,10 @@ class HybridTrainer:
         self._learn(window)
         run.ledger.note_window(window.loss / loss_before if loss_before else float("nan"), jumped=window.jumped)
         self.metrics.note_outcomes(run, run.ledger.settle(run.counters.num_real_steps, window.loss))
-        run.counters.num_passes += 2 * run.basis.num_columns + 6
+        # per step two sums of three passes each; at the close one displacement, two rows of products
+        passes = 6 * window.num_steps + 10 + (2 if run.basis.spec.curvature else 1) * run.basis.num_columns
+        run.counters.num_passes += passes
+        run.ledger.observe(passes * PASS_UNITS)
         run.window_just_closed = True
         run.buffers.forget()
         self.metrics.note_window(1e3 * (time.perf_counter() - started), None)

@@ -143,8 +143,9 @@ def move_(destination: Sequence[Tensor], origin: Sequence[Tensor], delta: Sequen
 
 @torch.no_grad()
 def gradients(parameters: Sequence[Tensor]) -> Tensors:
-    """Dense gradients that exist, in parameter order."""
-    return [p.grad for p in parameters if p.grad is not None and not p.grad.is_sparse]
+    """Gradients that exist, in parameter order; of sparse ones their values."""
+    found = [p.grad for p in parameters if p.grad is not None]
+    return [g.coalesce().values() if g.is_sparse else g for g in found]
 
 
 @torch.no_grad()

@@ -158,7 +158,6 @@ class Validation:
         self.outside_s += time.perf_counter() - started
         return loss
 
-
     def final(self) -> float:
         """Loss of the model as it is, measured unless the last step did so."""
         last = self.curve[-1] if self.curve else None

@@ -19,6 +19,9 @@ from .report import write_report
 #: Steps of a run thrown away before anything is timed: allocators, thread pools and kernels warm up.
 NUM_DISCARDED_STEPS = 5
 
+#: What exp(log(1)) may be off.
+ROUNDING = 1e-9
+
 #: How far the seed of the learning-rate sweep lies from those of the comparison: tuning on the
 #: evaluation seeds would favour whoever has more trials.
 SWEEP_SEED_OFFSET = 1000
@@ -159,10 +162,9 @@ def summarize(task: str, seeds: Sequence[int], arms: Sequence[Arm], runs: Sequen
         "loss_gap_per_seed": gaps,
         "jump_of_zero_gap_pct": _mean(zero_gaps),
         "backward_reduction_pct": _backward_reduction(cost, hybrid, plain),
-        "backward_reduction_at_equal_cost_pct": _mean(
-            [100 * (1 - h.counts["num_backward"] / p.counts["num_backward"]) for p, h in zip(plain, hybrid, strict=True)]
-        ),
-        "backward_reduction_claimed_pct": _mean([r.counts["backward_reduction_pct"] for r in hybrid]),
+        "backward_reduction_at_equal_cost_pct": 100
+        * (1 - _count(hybrid, "num_backward") / _count(plain, "num_backward")),
+        "backward_reduction_claimed_pct": _count(hybrid, "backward_reduction_pct"),
     }
     result["verdict"] = verdict(cost, _mean(gaps), hybrid)
     return result
@@ -183,7 +185,7 @@ def arm_row(runs: Sequence[Run]) -> dict[str, Any]:
         "final_val_loss_std": statistics.stdev(losses) if spread else None,
         "final_val_loss_per_seed": losses,
         "wall_s": _mean([r.wall_s for r in runs]),
-        **{name: _mean([r.counts[name] for r in runs]) for name in COUNTS},
+        **{name: _count(runs, name) for name in COUNTS},
         "errors": [r.error for r in runs if r.error],
     }
 
@@ -212,9 +214,9 @@ def _backward_reduction(cost: Speedup, hybrid: Sequence[Run], plain: Sequence[Ru
     """Backward passes fewer than those of the plain run that reaches the hybrid run's loss, in percent."""
     if cost.value is None:
         return None
-    per_unit = _mean([r.counts["num_backward"] / r.cost_units for r in plain])
-    needed = cost.value * _mean([r.cost_units for r in hybrid]) * per_unit
-    return 100 * (1 - _mean([r.counts["num_backward"] for r in hybrid]) / needed)
+    per_unit = _count(plain, "num_backward") / _count(plain, "cost_units")
+    needed = cost.value * _count(hybrid, "cost_units") * per_unit
+    return 100 * (1 - _count(hybrid, "num_backward") / needed)
 
 
 def verdict(cost: Speedup, gap: float, hybrid: Sequence[Run]) -> str:
@@ -226,15 +228,19 @@ def verdict(cost: Speedup, gap: float, hybrid: Sequence[Run]) -> str:
     figure = f"{bound}{cost.value:.2f}x"
     gap_words = f"{abs(gap):.2g} % {'lower' if gap < 0 else 'higher'} loss at equal cost"
     if not accepted:
-        return f"No jump was accepted: the hybrid run is plain training plus the price of asking ({figure}; {gap_words})."
+        return f"No jump was accepted: hybrid is plain training plus the price of asking ({figure}; {gap_words})."
     if cost.ci95 is None:
-        return f"On one seed the hybrid run reached its loss at {figure} less cost ({gap_words}); one seed shows little."
-    interval = f"95 % interval {cost.ci95[0]:.2f} to {cost.ci95[1]:.2f}"
-    if cost.ci95[0] > 1:
+        return f"One seed only, which shows little: equal-loss speed-up {figure}; {gap_words}."
+    interval = f"95 % interval {cost.ci95[0]:.2f} to {cost.ci95[1]:.2f} over {len(hybrid)} seeds"
+    if cost.ci95[0] > 1 + ROUNDING:
         return f"Prediction pays here: equal-loss speed-up {figure}, {interval}; {gap_words}."
-    if cost.ci95[1] < 1:
+    if cost.ci95[1] < 1 - ROUNDING:
         return f"Prediction loses here: equal-loss speed-up {figure}, {interval}; {gap_words}."
-    return f"No speed-up has been shown: {figure}, {interval} includes 1; {gap_words}."
+    return f"No speed-up has been shown: {figure}, {interval}, which includes 1; {gap_words}."
+
+
+def _count(runs: Sequence[Run], name: str) -> float:
+    return _mean([r.counts[name] for r in runs])
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -102,9 +102,8 @@ def over_seeds(per_seed: Sequence[SeedSpeedup]) -> Speedup:
     ci95 = bootstrap_ci95(values, geometric=True)
     if ci95 is None:
         reason = "; ".join(filter(None, (reason, "one seed has no confidence interval")))
-    return Speedup(
-        value=math.exp(math.fsum(map(math.log, values)) / len(values)), ci95=ci95, kind=kind, reason=reason, per_seed=seeds
-    )
+    mean = math.exp(math.fsum(map(math.log, values)) / len(values))
+    return Speedup(value=mean, ci95=ci95, kind=kind, reason=reason, per_seed=seeds)
 
 
 def _bound_words(seeds: Sequence[SeedSpeedup]) -> tuple[Kind, str]:

@@ -11,7 +11,7 @@ import json
 import signal
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -139,8 +139,8 @@ def _resumed(request: Request, out: Path) -> Request:
     """The request of the run in ``out``, which whatever is said now must agree with."""
     try:
         stored = json.loads((out / "run.json").read_text(encoding="utf-8"))
-        known = {f.name for f in fields(Options)}
-        options = Options(**{k: tuple(v) if k == "set" else v for k, v in stored["options"].items() if k in known})
+        values: dict[str, Any] = {**stored["options"], "set": tuple(stored["options"]["set"])}
+        options = Options(**values)
         before = Request(options=options, seed=stored["seed"], plain=stored["plain"])
     except OSError:
         raise InputError(f"{out}: there is no run to resume (no run.json); leave out --resume to start one") from None
@@ -149,8 +149,9 @@ def _resumed(request: Request, out: Path) -> Request:
     for name, value in asdict(request.options).items():
         was = getattr(before.options, name)
         if value not in (None, (), "") and value != was:
-            flag = name.replace("_", "-")
-            raise InputError(f"{out}: was started with --{flag} {was}, not {value}; leave the flag out or choose another --out")
+            flag = "--" + name.replace("_", "-")
+            said = f"without {flag}" if was in (None, ()) else f"with {flag} {was}"
+            raise InputError(f"{out}: was started {said}, not {value}; leave the flag out or choose another --out")
     for name in ("seed", "plain"):
         if getattr(request, name) and getattr(request, name) != getattr(before, name):
             raise InputError(f"{out}: was started with --{name} {getattr(before, name)}; leave the flag out")
@@ -189,9 +190,13 @@ def _train(
             save()
 
     with StopSignal() as stop:
+        if not resume:
+            save()  # a run that is killed early can be resumed too, and a disk that refuses says so now
         if not _ended(trainer, setup.steps):
             batches = setup.task.batches(request.seed, start=data.num_consumed)
-            trainer.fit(batches, total_steps=setup.steps, progress_callback=after_step, should_stop=lambda: stop.number > 0)
+            trainer.fit(
+                batches, total_steps=setup.steps, progress_callback=after_step, should_stop=lambda: stop.number > 0
+            )
         wall_s = validation.wall_s()
         save()
         ended = _ended(trainer, setup.steps)
@@ -242,5 +247,3 @@ def _result(
         "wall_s": wall_s, "environment": environment(setup.settings.device), "task_settings": setup.task.describe(),
         **trainer.summary(),
     }  # fmt: skip
-
-

@@ -20,7 +20,9 @@ def comparison(result: Mapping[str, Any]) -> str:
     lines.append(f"speed-up at equal loss  {told}{f'  ({reason})' if reason else ''}")
     wall = result["speedup_wall"]
     lines.append(f"  the same in wall time {'unknown' if wall is None else f'{wall:.3f}x'}")
-    lines.append(f"loss gap at equal cost  {_percent(result['loss_gap_at_equal_cost_pct'])}  (below 0: hybrid is lower)")
+    lines.append(
+        f"loss gap at equal cost  {_percent(result['loss_gap_at_equal_cost_pct'])}  (below 0: hybrid is lower)"
+    )
     lines.append(f"jump of zero, its gap   {_percent(result['jump_of_zero_gap_pct'])}  (the price of asking)")
     saved = _percent(result["backward_reduction_pct"])
     lines.append(f"backward passes saved   {saved}  (against the plain run of equal loss)")
@@ -32,7 +34,9 @@ def aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(line[i]) for line in (head, *rows)) for i in range(len(head))]
 
     def line(cells: Sequence[str]) -> str:
-        first, *rest = (cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(cells, widths, strict=True)))
+        first, *rest = (
+            cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
+        )
         return "  ".join([first, *rest]).rstrip()
 
     return [line(head), line(["-" * w for w in widths]), *map(line, rows)]

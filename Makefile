@@ -1,0 +1,39 @@
+# Every target sets itself up: the first run makes .venv, later ones reuse it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+OUT ?= demo-results
+
+.PHONY: demo test check bench clean help
+
+help:
+	@echo "make demo   train a language model and a physics-informed network plainly and with predicted phases"
+	@echo "make test   run the tests"
+	@echo "make check  ruff, mypy, import order"
+	@echo "make bench  measure the overhead of a full step"
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt "torch==2.13.0"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/hpt demo --out $(OUT)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff check src tests examples
+	$(BIN)/ruff format --check --diff src/hybrid_predict_trainer/tasks src/hybrid_predict_trainer/experiments
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_imports.py
+
+bench: $(STAMP)
+	$(BIN)/hpt bench overhead
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,309 @@
+"""Resume is bitwise: from a checkpoint of every phase, through the file system, into freshly built objects."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import Fake, Setup, assert_same, config, difference, full_batch, make_batches, seed_all, setup
+
+from hybrid_predict_trainer import CheckpointError, HybridTrainer, HybridTrainerConfig, executors
+from hybrid_predict_trainer.calibration import TrackRecord
+from hybrid_predict_trainer.counters import Counters
+from hybrid_predict_trainer.divergence import Monitor
+from hybrid_predict_trainer.history import Baseline, History, Reading, RunningMoments
+from hybrid_predict_trainer.ledger import Ledger
+from hybrid_predict_trainer.metrics import Metrics, NullSink
+from hybrid_predict_trainer.predictors import PREDICTORS
+from hybrid_predict_trainer.records import Level, Phase, StepResult
+
+NUM_STEPS = 44
+DATA = {"exact": full_batch, "noisy": make_batches}
+
+#: Where a checkpoint is taken: name -> whether the state after this step is such a place.
+PLACES: dict[str, Callable[[HybridTrainer, StepResult], bool]] = {
+    "warmup": lambda t, r: r.phase is Phase.WARMUP and t.current_step == 2,
+    "mid-window": lambda t, r: r.phase is Phase.FULL and t.run.basis.num_steps == 2 and t.run.num_windows > 2,
+    "window-closed": lambda t, r: r.phase is Phase.FULL and t.run.window_just_closed and t.run.num_windows > 2,
+    "accepted": lambda t, r: r.was_predicted and t.run.segment is None,
+    "between-segments": lambda t, r: r.was_predicted and t.run.segment is not None,
+    "probation": lambda t, r: r.phase is Phase.CORRECT and t.run.probation is not None,
+    "after-probation": lambda t, r: r.phase is Phase.CORRECT and t.run.probation is None,
+    "refused": lambda t, r: r.phase is Phase.PREDICT and not r.was_predicted,
+}
+
+
+def built(predictor: str, segments: int, seed: int = 1) -> tuple[Setup, HybridTrainer]:
+    made = setup("norm_dropout", "adamw", "lambda", seed)
+    own = {"fake": Fake}.get(predictor)
+    changes: dict[str, Any] = {} if own else {"predictor_type": predictor}
+    settings = config(segments=segments, clock="cost", checkpoint__keep_last_n=100, gate__control_fraction=0.2, **changes)
+    return made, made.trainer(settings, predictor=own and own())
+
+
+def state(made: Setup, trainer: HybridTrainer) -> dict[str, Any]:
+    run = trainer.run
+    return copy.deepcopy({
+        **made.everything(), "run": run.state_dict(), "predictor": run.predictor.state_dict(), "basis": run.basis.state_dict(),
+        "statistics": trainer.statistics(),
+    })  # fmt: skip
+
+
+def outcome(result: StepResult) -> tuple[Any, ...]:
+    return result.phase, repr(result.loss), result.reason, repr(result.gradient_norm), result.was_predicted, result.step
+
+
+@pytest.mark.parametrize("segments", [1, 2])
+@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("predictor", [*PREDICTORS, "fake"])
+def test_resume_everywhere(
+    predictor: str, data: str, segments: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(executors, "_price", lambda run: lambda forwards: 0.0)
+    batches = DATA[data](NUM_STEPS, 32)
+    made, trainer = built(predictor, segments)
+    saved: dict[str, tuple[Path, int]] = {}
+    outcomes = []
+    for index, batch in enumerate(batches):
+        result = trainer.step(batch)
+        outcomes.append(outcome(result))
+        for name, here in PLACES.items():
+            if name not in saved and here(trainer, result):
+                saved[name] = (trainer.save_checkpoint(tmp_path / name), index + 1)
+    wanted = state(made, trainer)
+    assert {"warmup", "mid-window", "window-closed"} <= set(saved)
+    if predictor == "fake" and data == "exact":
+        missing = {"between-segments"} if segments == 1 else set()
+        assert set(PLACES) - set(saved) - {"refused"} == missing
+    for name, (path, start) in saved.items():
+        again, resumed = built(predictor, segments, seed=5)
+        seed_all(99)
+        resumed.load_checkpoint(path)
+        got = [outcome(resumed.step(batch)) for batch in batches[start:]]
+        assert got == outcomes[start:], name
+        found = difference(state(again, resumed), wanted)
+        assert found is None, f"{name}: {found}"
+
+
+def test_places_are_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every place of the table is one that some run comes to, or the test above says nothing."""
+    monkeypatch.setattr(executors, "_price", lambda run: lambda forwards: 0.0)
+    seen = set()
+    for segments, data in ((1, "noisy"), (2, "exact")):
+        _, trainer = built("fake", segments)
+        for batch in DATA[data](80, 32):
+            result = trainer.step(batch)
+            seen |= {name for name, here in PLACES.items() if here(trainer, result)}
+    assert seen == set(PLACES)
+
+
+def test_adjacent_steps_differ() -> None:
+    """The comparison can fail: one step more and the states are different."""
+    made, trainer = built("secant", 1)
+    batches = make_batches(12)
+    previous = state(made, trainer)
+    for batch in batches:
+        result = trainer.step(batch)
+        now = state(made, trainer)
+        for part in ("run", "statistics", *(("parameters", "optimizer", "rng") if result.num_backward else ())):
+            assert difference(now[part], previous[part]) is not None
+        previous = now
+
+
+def test_resume_at_the_start_and_twice(tmp_path: Path) -> None:
+    batches = make_batches(10)
+    made, trainer = built("secant", 1)
+    first = trainer.save_checkpoint(tmp_path)
+    for batch in batches:
+        trainer.step(batch)
+    for _ in range(2):
+        again, resumed = built("secant", 1, seed=3)
+        resumed.load_checkpoint(first)
+        for batch in batches:
+            resumed.step(batch)
+        assert_same(state(again, resumed), state(made, trainer))
+
+
+def test_loading_into_a_used_trainer(tmp_path: Path) -> None:
+    """What the trainer had learnt elsewhere is gone after loading."""
+    batches = full_batch(40)
+    made, trainer = built("secant", 1)
+    for batch in batches[:20]:
+        trainer.step(batch)
+    path = trainer.save_checkpoint(tmp_path)
+    before = state(made, trainer)
+    for batch in batches[20:]:
+        trainer.step(batch)
+    assert difference(state(made, trainer), before) is not None
+    trainer.load_checkpoint(path)
+    assert_same(state(made, trainer), before)
+
+
+def test_other_predictor_is_refused(tmp_path: Path) -> None:
+    _, trainer = built("secant", 1)
+    path = trainer.save_checkpoint(tmp_path)
+    made, other = built("hold", 1)
+    before = made.everything()
+    with pytest.raises(CheckpointError, match="secant.*hold"):
+        other.load_checkpoint(path)
+    assert_same(made.everything(), before)
+
+
+def test_resume_without_the_predictor(tmp_path: Path) -> None:
+    made = setup("mlp", "adam")
+    settings = config(checkpoint__include_predictor=False)
+    trainer = made.trainer(settings)
+    batches = full_batch(30)
+    for batch in batches:
+        trainer.step(batch)
+    path = trainer.save_checkpoint(tmp_path)
+    again = setup("mlp", "adam", seed=4)
+    resumed = again.trainer(settings)
+    resumed.load_checkpoint(path)
+    assert_same(again.everything(), made.everything())
+    for batch in batches:
+        resumed.step(batch)
+
+
+def test_metrics_go_on(tmp_path: Path) -> None:
+    """Counts and lists of the summary are those of the whole run, not of its last part."""
+    batches = full_batch(40)
+    _, whole = built("fake", 1)
+    for batch in batches:
+        whole.step(batch)
+    _, first = built("fake", 1)
+    for batch in batches[:25]:
+        first.step(batch)
+    path = first.save_checkpoint(tmp_path)
+    _, second = built("fake", 1, seed=2)
+    second.load_checkpoint(path)
+    for batch in batches[25:]:
+        second.step(batch)
+    a, b = whole.summary(), second.summary()
+    for part in ("training_summary", "phase_statistics", "divergence_events", "ledger", "statistics"):
+        assert a[part] == b[part], part
+
+
+# ---------------------------------------------------------------- distinct values, component by component
+
+
+class Numbers:
+    """Distinct non-default values, one after the other."""
+
+    def __init__(self) -> None:
+        self.last = 1.25
+
+    def __call__(self, like: Any) -> Any:
+        self.last += 1.5
+        if isinstance(like, bool):
+            return not like
+        if isinstance(like, Level):
+            return Level.CAUTION
+        if isinstance(like, int):
+            return round(self.last * 2)
+        if isinstance(like, float):
+            return self.last
+        if isinstance(like, torch.Tensor):
+            return torch.arange(like.numel(), dtype=like.dtype).reshape(like.shape) + self.last
+        if isinstance(like, dict):
+            return {k: self(v) for k, v in like.items()}
+        if isinstance(like, list):
+            return [self(v) for v in like]
+        return like
+
+
+def _history() -> History:
+    history = History()
+    for i in range(5):
+        history.push(Reading(i, 3.0 - i / 7, 1.0 + i), warming_up=i < 3)
+        history.close_window(i, 2)
+    return history
+
+
+COMPONENTS: dict[str, Callable[[], Any]] = {
+    "moments": lambda: RunningMoments(decay=0.5, count=3, _mean=1.0, _square=4.0),
+    "baseline": lambda: Baseline(2, 3.0, 4.0, 5.0, 6.0),
+    "history": _history,
+    "record": TrackRecord,
+    "counters": Counters,
+    "monitor": lambda: Monitor(HybridTrainerConfig().divergence, 3.0),
+    "ledger": lambda: Ledger(HybridTrainerConfig().gate),
+    "metrics": lambda: Metrics(NullSink(), log_interval=1),
+    **{name: (lambda name=name: PREDICTORS[name](HybridTrainerConfig(), 2)) for name in PREDICTORS},
+    "basis": lambda: built("secant", 1)[1].run.basis,
+}
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_distinct_values_round_trip(name: str) -> None:
+    """A forgotten or swapped field shows: every value of the state is different and not the default."""
+    source = COMPONENTS[name]()
+    distinct = Numbers()(source.state_dict())
+    target = COMPONENTS[name]()
+    target.load_state_dict(distinct)
+    assert_same(target.state_dict(), distinct)
+
+
+@pytest.mark.parametrize("name", ["secant", "linear", "hold", "heuristic"])
+def test_learnt_state_round_trips(name: str) -> None:
+    """The predictor that loads predicts what the one that saved would have."""
+    _, trainer = built(name, 1)
+    for batch in full_batch(40):
+        trainer.step(batch)
+    source = trainer.run.predictor
+    target = PREDICTORS[name](trainer.config, trainer.run.groups.num_groups)
+    assert source.ready
+    assert not target.ready
+    target.load_state_dict(source.state_dict())
+    assert target.ready
+    a, b = source.predict(7), target.predict(7)
+    assert difference(a.coefficients, b.coefficients) is None
+    assert (a.predicted_loss, a.loss_trajectory, a.confidence) == (b.predicted_loss, b.loss_trajectory, b.confidence)
+
+
+def test_checkpoint_holds_no_pickle(tmp_path: Path) -> None:
+    _, trainer = built("secant", 1)
+    for batch in full_batch(12):
+        trainer.step(batch)
+    files = {p.name for p in trainer.save_checkpoint(tmp_path).iterdir()}
+    assert {Path(f).suffix for f in files} <= {".json", ".safetensors", ".toml"}
+    for file in trainer.save_checkpoint(tmp_path / "two").glob("*.json"):
+        json.loads(file.read_text(encoding="utf-8"))
+
+
+def test_every_field_of_the_run_is_saved() -> None:
+    """A new attribute of Run must be saved or named here as one that need not be."""
+    _, trainer = built("secant", 1)
+    run = trainer.run
+    saved = set(run.state_dict()["scalars"]) | set(run.state_dict())
+    rebuilt = {
+        "model", "optimizer", "config", "loss_fn", "lr_scheduler", "grad_scaler", "parameters", "groups", "on_cpu",
+        "predictor", "basis", "controller", "observing", "readout", "buffers", "last_batch",
+    }  # fmt: skip
+    assert set(vars(run)) - saved - rebuilt == set()
+
+
+def test_every_field_of_the_ledger_is_saved() -> None:
+    ledger = Ledger(HybridTrainerConfig().gate)
+    names = {name.lstrip("_") for name in vars(ledger)} - {"config"}
+    assert names == set(ledger.state_dict())
+
+
+@pytest.mark.parametrize("name", ["momentum", "adamw_fused", "adafactor", "muon", "rmsprop"])
+def test_optimizer_state_is_exact(name: str, tmp_path: Path) -> None:
+    batches = make_batches(20)
+    made, again = setup("norm_dropout", name), setup("norm_dropout", name, seed=8)
+    trainer, resumed = made.trainer(config()), again.trainer(config())
+    for batch in batches[:9]:
+        trainer.step(batch)
+    path = trainer.save_checkpoint(tmp_path)
+    losses = [trainer.step(batch).loss for batch in batches[9:]]
+    wanted = made.everything()
+    resumed.load_checkpoint(path)
+    assert [resumed.step(batch).loss for batch in batches[9:]] == losses
+    assert_same(again.everything(), wanted)
