@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
-from hybrid_predict_trainer import checkpoint, state_tree
+from hybrid_predict_trainer import checkpoint, manifest, state_tree
 from hybrid_predict_trainer.records import CheckpointError, State
 
 DTYPES = sorted(state_tree.STORED_DTYPES | state_tree.PAIRED_DTYPES, key=str)
@@ -493,7 +493,7 @@ def test_a_missing_path_is_said_plainly(tmp_path: Path) -> None:
 
 
 def test_a_newer_format_is_refused_with_advice(small: Path) -> None:
-    reseal(small, format_version=checkpoint.FORMAT_VERSION + 1)
+    reseal(small, format_version=manifest.FORMAT_VERSION + 1)
     damaged(small, r"format 2, newer than 1; upgrade")
     for version in (0, "1", None, True):
         reseal(small, format_version=version)
@@ -595,10 +595,10 @@ def test_parser_bombs_are_refused(small: Path, monkeypatch: pytest.MonkeyPatch) 
         reseal(small)
         with pytest.raises(CheckpointError, match="cannot be read"):
             checkpoint.load(small)
-    monkeypatch.setattr(checkpoint, "MAX_STATE_BYTES", 10)
+    monkeypatch.setattr(manifest, "MAX_STATE_BYTES", 10)
     damaged(small, "larger than 10")
     with (small / "MANIFEST.json").open("wb") as file:
-        file.truncate(checkpoint.MAX_MANIFEST_BYTES + 1)
+        file.truncate(manifest.MAX_MANIFEST_BYTES + 1)
     damaged(small, "at most")
 
 

@@ -202,6 +202,7 @@ WHERE = {"first step": 0, "warm-up": 2, "window's last": 5, "gate": 6, "full": 7
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("where", WHERE)
+@pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step")
 def test_bad_step_is_skipped(kind: str, where: str) -> None:
     """Bitwise the plain loop that leaves the batch out, with proposals (all refused) in between."""
     batches = make_batches(30)

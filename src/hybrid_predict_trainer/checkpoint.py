@@ -40,19 +40,29 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from .manifest import (
+    CHECKPOINT_NAME,
+    CONFIG,
+    FORMAT_VERSION,
+    MALFORMED,
+    MANIFEST,
+    MAX_MANIFEST_BYTES,
+    MAX_STATE_BYTES,
+    PLAIN_FILE,
+    STATE,
+    FileRecord,
+    Manifest,
+    manifest_text,
+    read_document,
+    refusal,
+    sha256_of,
+    tensor_file,
+)
+from .manifest import verify as verify
 from .records import CheckpointError, State
 from .state_tree import Json, decode, encode, read_tensors, write_tensors
 from .state_tree import TensorSpec as TensorSpec
 from .state_tree import check_compatible as check_compatible
-
-FORMAT_VERSION = 1
-MANIFEST = "MANIFEST.json"
-STATE = "training_state.json"
-CONFIG = "config.toml"
-
-#: A manifest line per tensor is about 100 bytes; a state tree a few words per parameter group.
-MAX_MANIFEST_BYTES = 2**24
-MAX_STATE_BYTES = 2**28
 
 #: A temporary directory is abandoned after a day, whoever made it; arbitrary, far above any save.
 STALE_S = 86_400
@@ -60,33 +70,9 @@ STALE_S = 86_400
 #: Tells this process from an earlier one with its pid: in a container every run may be pid 1.
 _PROCESS = secrets.token_hex(4)
 
-_NAME = re.compile(r"checkpoint_step_(0|[1-9][0-9]{0,17})")
-_NAME_OR_OLD = re.compile(_NAME.pattern + r"(\.old)?")
-_TMP = re.compile(rf"\.tmp-{_NAME.pattern}-([0-9]{{1,9}})-([0-9a-f]{{6}})([0-9a-f]{{8}})[0-9a-f]{{8}}")
-_PLAIN_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
-#: What parsing a document raises that is not what we wrote (RecursionError is a RuntimeError).
-_MALFORMED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RuntimeError)
+_NAME_OR_OLD = re.compile(CHECKPOINT_NAME.pattern + r"(\.old)?")
+_TMP = re.compile(rf"\.tmp-{CHECKPOINT_NAME.pattern}-([0-9]{{1,9}})-([0-9a-f]{{6}})([0-9a-f]{{8}})[0-9a-f]{{8}}")
 _PART = re.compile(r"[a-z][a-z0-9_]{0,63}")
-
-
-@dataclass(frozen=True, slots=True)
-class FileRecord:
-    """What the manifest says of a file."""
-
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Manifest:
-    """The contents of a checkpoint directory; ``tensors`` is part -> name -> spec."""
-
-    format_version: int
-    library_version: str
-    torch_version: str
-    step: int
-    files: Mapping[str, FileRecord]
-    tensors: Mapping[str, Mapping[str, TensorSpec]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,7 +114,7 @@ def save(
         TypeError: a part holds something that is not plain data (found before anything is written).
         ValueError: a bad step, name or ``keep_last_n``.
     """
-    if type(step) is not int or not _NAME.fullmatch(f"checkpoint_step_{step}"):
+    if type(step) is not int or not CHECKPOINT_NAME.fullmatch(f"checkpoint_step_{step}"):
         raise ValueError(f"step must be an int in 0..10**18, got {step!r}")
     if keep_last_n is not None and keep_last_n < 1:
         raise ValueError(f"keep_last_n must be at least 1 or None, got {keep_last_n}")
@@ -169,15 +155,15 @@ def load(path: str | Path) -> LoadedCheckpoint:
     """
     path = Path(path)
     manifest = verify(path)
-    document = _read_document(path)
+    document = read_document(path)
     try:
         parts = {
-            part: decode(tree, read_tensors(path / _tensor_file(part)) if part in manifest.tensors else {})
+            part: decode(tree, read_tensors(path / tensor_file(part)) if part in manifest.tensors else {})
             for part, tree in document["trees"].items()
         }
         config_toml = (path / CONFIG).read_bytes().decode()  # read_text would change line ends
-    except (*_MALFORMED, OSError, SafetensorError) as error:
-        raise _refusal(path, f"cannot be read: {error}") from error
+    except (*MALFORMED, OSError, SafetensorError) as error:
+        raise refusal(path, f"cannot be read: {error}") from error
     return LoadedCheckpoint(
         step=manifest.step,
         parts=parts,
@@ -186,38 +172,6 @@ def load(path: str | Path) -> LoadedCheckpoint:
         manifest=manifest,
         path=path,
     )
-
-
-def verify(path: str | Path, *, hashes: bool = True) -> Manifest:
-    """Check names, kinds and sizes of all files against the manifest, and their SHA-256.
-
-    Raises:
-        CheckpointError: anything differs; the message names the first file that does.
-    """
-    path = Path(path)
-    try:
-        if path.is_symlink():
-            raise _refusal(path, "is a symbolic link; give the directory itself")
-        if not path.is_dir():
-            old = path.with_name(path.name + ".old")
-            advice = (
-                f"a save was cut short, the one before is {old.name}" if old.is_dir() else "check the path"
-            )
-            raise CheckpointError(f"no checkpoint directory at {path}; {advice}")
-        manifest = _read_manifest(path)
-        name = _NAME.fullmatch(path.name)
-        if name and int(name[1]) != manifest.step:
-            raise _refusal(path, f"holds step {manifest.step}; it has been renamed")
-        found = {entry.name for entry in path.iterdir()} - {MANIFEST}
-        if missing := manifest.files.keys() - found:
-            raise _refusal(path, f"is incomplete: {min(missing)} is missing")
-        if extra := found - manifest.files.keys():
-            raise _refusal(path, f"holds {min(extra)}, which is not in its manifest")
-        for file, record in manifest.files.items():
-            _check_file(path / file, record, hashes)
-    except OSError as error:
-        raise _refusal(path, f"cannot be read: {error}") from error
-    return manifest
 
 
 def checkpoints(directory: str | Path) -> list[Path]:
@@ -273,14 +227,14 @@ def describe(path: str | Path) -> dict[str, Json]:
     """
     path = Path(path)
     manifest = verify(path)
-    document = _read_document(path)
+    document = read_document(path)
     return {
         "path": str(path),
         "verified": True,
         **{key: document.get(key) for key in ("step", "phase", "phase_step", "loss", "confidence")},
         "num_parameters": sum(math.prod(spec.shape) for spec in manifest.tensors.get("model", {}).values()),
         "total_bytes": sum(record.bytes for record in manifest.files.values()),
-        "part_bytes": {part: manifest.files[_tensor_file(part)].bytes for part in manifest.tensors},
+        "part_bytes": {part: manifest.files[tensor_file(part)].bytes for part in manifest.tensors},
         "file_bytes": {name: record.bytes for name, record in manifest.files.items()},
         "format_version": manifest.format_version,
         "library_version": manifest.library_version,
@@ -306,7 +260,7 @@ def _text_files(
         raise ValueError(f"the states hold over {MAX_STATE_BYTES} bytes besides tensors; use tensors")
     for name, text in texts.items():
         taken = {MANIFEST.lower(), *(other.lower() for other in contents)}  # some disks ignore case
-        if not _PLAIN_FILE.fullmatch(name) or name.lower() in taken or name.endswith(".safetensors"):
+        if not PLAIN_FILE.fullmatch(name) or name.lower() in taken or name.endswith(".safetensors"):
             raise ValueError(f"{name!r} cannot be the name of a text file in a checkpoint")
         contents[name] = text.encode()
     return contents
@@ -331,7 +285,7 @@ def _fill(
     mode = stat.S_IMODE((temporary / STATE).stat().st_mode)
     for part, (tree, tensors) in encoded.items():
         if tensors:
-            path = temporary / _tensor_file(part)
+            path = temporary / tensor_file(part)
             write_tensors(path, tree, tensors)
             path.chmod(mode)  # safetensors makes private files whatever the umask
             _fsync(path)
@@ -341,7 +295,7 @@ def _fill(
         torch_version=str(torch.__version__),
         step=step,
         files={
-            path.name: FileRecord(path.stat().st_size, _sha256(path)) for path in sorted(temporary.iterdir())
+            path.name: FileRecord(path.stat().st_size, sha256_of(path)) for path in sorted(temporary.iterdir())
         },
         tensors={
             part: {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
@@ -349,7 +303,7 @@ def _fill(
             if tensors
         },
     )
-    text = _manifest_text(asdict(manifest)).encode()
+    text = manifest_text(asdict(manifest)).encode()
     if len(text) > MAX_MANIFEST_BYTES:
         raise ValueError(f"more tensors than a manifest of {MAX_MANIFEST_BYTES} bytes can list")
     _write(temporary / MANIFEST, text)
@@ -474,88 +428,6 @@ def _fsync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _manifest_text(fields: Mapping[str, Json]) -> str:
-    def dump(fields: Mapping[str, Json]) -> str:
-        return json.dumps(fields, indent=1, sort_keys=True) + "\n"
-
-    return dump({**fields, "sha256": hashlib.sha256(dump(fields).encode()).hexdigest()})
-
-
-def _read_manifest(path: Path) -> Manifest:
-    file = path / MANIFEST
-    if not os.path.lexists(file):
-        raise _refusal(path, f"has no {MANIFEST}: it is no checkpoint, or an unfinished one")
-    status = file.lstat()
-    if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_MANIFEST_BYTES:
-        raise _refusal(path, f"has a {MANIFEST} that is no file of at most {MAX_MANIFEST_BYTES} bytes")
-    try:
-        raw = file.read_bytes().decode()
-        fields = json.loads(raw)
-        version = fields["format_version"]
-        if type(version) is not int:
-            raise ValueError("format_version is not an int")
-        if version > FORMAT_VERSION:
-            raise _refusal(path, f"has format {version}, newer than {FORMAT_VERSION}", "upgrade the library")
-        del fields["sha256"]
-        if version != FORMAT_VERSION or _manifest_text(fields) != raw:
-            raise ValueError("its text does not match its own SHA-256")
-        manifest = Manifest(
-            **{key: fields[key] for key in ("format_version", "library_version", "torch_version", "step")},
-            files={
-                name: FileRecord(int(f["bytes"]), str(f["sha256"])) for name, f in fields["files"].items()
-            },
-            tensors={
-                part: {name: TensorSpec(t["dtype"], tuple(map(int, t["shape"]))) for name, t in specs.items()}
-                for part, specs in fields["tensors"].items()
-            },
-        )
-        needed = {STATE, CONFIG, *map(_tensor_file, manifest.tensors)}
-        if bad := [name for name in manifest.files if not _PLAIN_FILE.fullmatch(name) or name == MANIFEST]:
-            raise ValueError(f"{bad[0]!r} is not the name of a plain file")
-        if type(manifest.step) is not int or needed - manifest.files.keys():
-            raise ValueError("it lacks a step or a file")
-    except _MALFORMED as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise _refusal(path, f"has a damaged {MANIFEST}: {error}") from error
-    return manifest
-
-
-def _check_file(path: Path, record: FileRecord, hashes: bool) -> None:
-    status = path.lstat()
-    if not stat.S_ISREG(status.st_mode):
-        raise _refusal(path.parent, f"is refused: {path.name} is a link or not a file")
-    if status.st_size != record.bytes:
-        raise _refusal(path.parent, f"is damaged: {path.name} has {status.st_size} bytes, not {record.bytes}")
-    if path.name == STATE and record.bytes > MAX_STATE_BYTES:
-        raise _refusal(path.parent, f"is refused: {STATE} is larger than {MAX_STATE_BYTES} bytes")
-    if hashes and _sha256(path) != record.sha256:
-        raise _refusal(path.parent, f"is damaged: the SHA-256 of {path.name} is wrong")
-
-
-def _read_document(path: Path) -> dict[str, Json]:
-    try:
-        document = json.loads((path / STATE).read_bytes())
-        if not isinstance(document["trees"], dict):
-            raise TypeError("trees")
-    except (*_MALFORMED, OSError) as error:
-        raise _refusal(path, f"has a {STATE} that cannot be read: {error}") from error
-    return dict(document)
-
-
-def _refusal(path: Path, why: str, advice: str = "use another checkpoint") -> CheckpointError:
-    return CheckpointError(f"checkpoint {path} {why}; {advice}")
-
-
-def _tensor_file(part: str) -> str:
-    return "model_weights.safetensors" if part == "model" else f"{part}_state.safetensors"
 
 
 def _library_version() -> str:

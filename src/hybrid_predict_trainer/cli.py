@@ -231,11 +231,11 @@ def run_inspect(args: argparse.Namespace) -> int:
     path: Path = args.checkpoint
     if not path.is_dir():
         raise InputError(f"{path}: no such folder")
-    if not (path / checkpoint.MANIFEST).exists():
-        inner = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-        if not checkpoint.checkpoints(inner) and inner == path and not (path / checkpoint.STATE).exists():
-            raise InputError(f"{path}: is no checkpoint and holds none")
-        path = checkpoint.latest(inner) if checkpoint.checkpoints(inner) or inner != path else path
+    inner = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    if checkpoint.checkpoints(inner):
+        path = checkpoint.latest(inner)
+    elif not any(path.glob("*.safetensors")) and not any(path.glob("*.json")):
+        raise InputError(f"{path}: is no checkpoint and holds none")
     found = checkpoint.describe(path)
 
     def text() -> str:
@@ -296,6 +296,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if getattr(args, "threads", None):
         torch.set_num_threads(args.threads)
     with warnings.catch_warnings():
+        warnings.simplefilter("default", UserWarning)
         warnings.showwarning = one_line_warning
         try:
             status: int = args.run(args)

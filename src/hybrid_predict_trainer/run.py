@@ -102,6 +102,7 @@ class Run:
         self.anchor_real_steps = self.anchor_schedule_steps = 0  # where it was taken
         self.last_batch: Fingerprint | None = None  # None after a resume: then same_batch stands
         self.same_batch = False  # the last two batches were the very same tensors
+        self.batch_free = False  # the last step did not consume its batch
         self.needs_grad_mode = False  # the loss function differentiates inside (PINNs)
 
     # ---- small readings -------------------------------------------------------------------------
@@ -125,7 +126,8 @@ class Run:
     def note_batch(self, batch: Any) -> None:
         """Compare a batch with the one before."""
         current = Fingerprint(batch)
-        if self.last_batch is not None:
+        # a refused proposal's batch is given again: that says nothing of the data
+        if self.last_batch is not None and not self.batch_free:
             self.same_batch = current.matches(self.last_batch)
         self.last_batch = current
 

@@ -127,6 +127,7 @@ class HybridTrainer:
             run.ledger.exact = run.deterministic
             executor = EXECUTORS[decision.phase] if self.config.enabled else run_plain
             execution = executor(run, batch, decision)
+            run.batch_free = not execution.consumed
             alarm = self._monitor(execution)
             self._observe(execution)
             result = self._result(decision, execution, alarm, started)
