@@ -64,7 +64,7 @@ def outcome(result: StepResult) -> tuple[Any, ...]:
 def test_resume_everywhere(
     predictor: str, data: str, segments: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(executors, "_price", lambda run: lambda forwards: 0.0)
+    monkeypatch.setattr(executors, "price", lambda run: lambda forwards: 0.0)
     batches = DATA[data](NUM_STEPS, 32)
     made, trainer = built(predictor, segments)
     saved: dict[str, tuple[Path, int]] = {}
@@ -92,7 +92,7 @@ def test_resume_everywhere(
 
 def test_places_are_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every place of the table is one that some run comes to, or the test above says nothing."""
-    monkeypatch.setattr(executors, "_price", lambda run: lambda forwards: 0.0)
+    monkeypatch.setattr(executors, "price", lambda run: lambda forwards: 0.0)
     seen = set()
     for segments, data in ((1, "noisy"), (2, "exact")):
         _, trainer = built("fake", segments)

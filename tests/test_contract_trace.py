@@ -52,7 +52,7 @@ class Refusal:
 
 
 def price_of_gold(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(executors, "_price", lambda run: lambda forwards: 1e9)
+    patch.setattr(executors, "price", lambda run: lambda forwards: 1e9)
 
 
 def always_control(patch: pytest.MonkeyPatch) -> None:
@@ -80,7 +80,7 @@ CASES = [(data, name) for data in DATA for name in REFUSALS if (data, name) != (
 
 
 def refusing(case: Refusal, patch: pytest.MonkeyPatch, built: Setup, **changes: Any) -> HybridTrainer:
-    patch.setattr(executors, "_price", lambda run: lambda forwards: 0.0)
+    patch.setattr(executors, "price", lambda run: lambda forwards: 0.0)
     case.patch(patch)
     return built.trainer(config(**{**case.changes, **changes}), predictor=case.predictor(), loss_fn=case.loss)
 

@@ -300,13 +300,13 @@ def _judge(run: Run, batch: Any, prediction: PhasePrediction, deltas: Sequence[T
         )  # fmt: skip
     else:
         verdict = gate.judge_noisy(
-            evaluate, max_scale=min(prediction.max_scale, 2.0), level=settings.significance, price=_price(run), split=split,
+            evaluate, max_scale=min(prediction.max_scale, 2.0), level=settings.significance, price=price(run), split=split,
             predicted_reduction=prediction.predicted_reduction, min_ratio=settings.min_reduction_ratio,
         )  # fmt: skip
     return replace(verdict, origin=origin_kind)
 
 
-def _price(run: Run) -> Callable[[float], float]:
+def price(run: Run) -> Callable[[float], float]:
     """Forwards -> loss that the same cost in real training would have bought, over the persistence."""
     pace = max(-run.loss_slope, 0.0)
     persistence = max(run.ledger.persistence, 0.05)

@@ -51,6 +51,7 @@ class Signals:
     num_windows_since_proposal: int
     horizon: int
     affordable: bool
+    promising: bool  # the predicted gain may pay for the test
     num_windows_to_wait: int
     switched_off: bool
     num_forced_full_steps: int
@@ -123,6 +124,8 @@ class PhaseController:
             return Reason.BACKING_OFF
         if not s.affordable:
             return Reason.OVER_BUDGET
+        if not s.promising:
+            return Reason.NOT_PROMISING
         if s.confidence < self.config.confidence_threshold and not self._exploring(s):
             return Reason.NOT_CONFIDENT
         return None

@@ -58,6 +58,7 @@ class Reason(StrEnum):
     OVER_BUDGET = "the overhead budget does not allow a proposal yet"
     BACKING_OFF = "waiting after refused proposals"
     RECENT_ALARM = "a recent divergence alarm forces full steps"
+    NOT_PROMISING = "the predicted gain is below the price of testing it"
     CONFIDENT = "confident, affordable and due"
     EXPLORING = "too few outcomes to know: trying"
     SEGMENT = "next segment of the jump"

@@ -14,20 +14,14 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from . import persistence
 from .config import HybridTrainerConfig
-from .executors import EXECUTORS, Execution, force_full, respond, run_plain, settle_anchor
-from .history import Reading
-from .ledger import PASS_UNITS, STEP_UNITS
+from .cycle import describe, enter, monitor, observe, settle_readings, signals
+from .executors import EXECUTORS, force_full, run_plain
+from .ledger import STEP_UNITS
 from .metrics import JsonlSink, Metrics, NullSink, Sink, statistics
-from .phases import Signals, validate_transition
 from .predictors import Predictor
 from .records import (
-    Action,
-    Alarm,
     ConfigError,
-    Decision,
-    DivergenceError,
     EpochResult,
-    Level,
     Phase,
     StepResult,
 )
@@ -121,16 +115,16 @@ class HybridTrainer:
         started = time.perf_counter()
         try:
             run = self.run
-            decision = run.controller.decide(self._signals())
-            self._enter(decision)
+            decision = run.controller.decide(signals(run))
+            enter(run, decision)
             run.note_batch(batch)
             run.ledger.exact = run.deterministic
             executor = EXECUTORS[decision.phase] if self.config.enabled else run_plain
             execution = executor(run, batch, decision)
             run.batch_free = not execution.consumed
-            alarm = self._monitor(execution)
-            self._observe(execution)
-            result = self._result(decision, execution, alarm, started)
+            alarm = monitor(run, self.metrics, execution)
+            observe(run, self.metrics, execution)
+            result = describe(run, decision, execution, alarm, started)
             self.metrics.record(run, decision, execution, result)
             return result
         finally:
@@ -145,144 +139,6 @@ class HybridTrainer:
         if len(batches) < n:
             raise ValueError(f"step_n needs {n} batches, got {len(batches)}")
         return [self.step(batch) for batch in batches[:n]]
-
-    def _signals(self) -> Signals:
-        run = self.run
-        s = run.probation
-        return Signals(
-            phase=run.phase,
-            num_real_steps=run.counters.num_attempted_steps,
-            num_real_steps_since_predict=run.num_real_steps_since_predict,
-            loss_ema_stable=run.history.loss_ema_stable,
-            baseline_known=run.history.norm_baseline.count > 0,
-            window_just_closed=run.window_just_closed,
-            predictor_ready=self._predictor_ready(),
-            confidence=run.record.confidence,
-            num_outcomes=run.record.num_outcomes,
-            num_windows_since_proposal=run.num_windows_since_proposal,
-            horizon=min(run.horizon, max(self.config.max_predict_steps, 1)),
-            affordable=self._affordable() if run.window_just_closed else False,
-            num_windows_to_wait=run.ledger.wait_windows,
-            switched_off=run.ledger.switched_off,
-            num_forced_full_steps=run.num_forced_full_steps,
-            forced_by_alarm=run.forced_by_alarm,
-            num_probation_steps=0 if s is None or run.segment is not None else s.num_steps_left,
-            num_segments_left=0 if run.segment is None else run.segment.num_left,
-            fallback_threshold=2 * run.window_loss,
-        )
-
-    def _predictor_ready(self) -> bool:
-        run = self.run
-        try:
-            return run.observing and run.basis.ready and run.num_predictor_failures < 3 and run.predictor.ready
-        except Exception as error:
-            run.note_predictor_failure(error)
-            return False
-
-    def _affordable(self) -> bool:
-        run = self.run
-        # what a proposal costs: the gate's forwards and the passes over the weights (see ledger)
-        price = 5.0 if run.deterministic else 3.0
-        return run.ledger.affordable(price, run.counters.cost_units)
-
-    def _enter(self, decision: Decision) -> None:
-        run = self.run
-        if decision.phase is not run.phase:
-            validate_transition(run.phase, decision.phase)
-        run.phase = decision.phase
-        run.window_just_closed = False
-        run.counters.num_steps += 1
-        name = f"{decision.phase.value}_steps"
-        setattr(run.counters, name, getattr(run.counters, name) + 1)
-
-    # ---- monitor and observe --------------------------------------------------------------------------
-
-    def _monitor(self, execution: Execution) -> Alarm:
-        """Read the losses that are due, check them, respond to the worst alarm."""
-        run = self.run
-        if not self.config.enabled or run.phase is Phase.PREDICT:
-            return Alarm()
-        run.readout.push(run.counters.num_attempted_steps, execution.loss, execution.gradient_norm)
-        window_full = run.observing and run.basis.num_steps >= self.config.predictor.window
-        readings = run.readout.read(force=window_full)
-        alarms = [self._check(reading) for reading in readings]
-        if readings and not run.on_cpu:
-            settle_anchor(run, finite=all(r.finite for r in readings))
-        alarm = max(alarms, key=lambda a: a.level, default=Alarm())
-        if alarm.action is Action.ABORT:
-            raise DivergenceError(
-                f"{int(alarm.value)} steps in a row had no finite loss or gradient ({alarm.signal}); the weights are those "
-                "of the last good step. Lower the learning rate, check the data of these batches, or load a checkpoint"
-            )
-        if alarm.level >= Level.WARNING:
-            respond(run, alarm)
-        return alarm
-
-    def _check(self, reading: Reading) -> Alarm:
-        run = self.run
-        warming_up = run.phase is Phase.WARMUP
-        alarm = run.monitor.check(reading, run.history, warming_up=warming_up)
-        if alarm.level < Level.CRITICAL and reading.finite:
-            run.history.push(reading, warming_up=warming_up)
-            run.norm_sum += reading.gradient_norm or 0.0
-        if alarm.level >= Level.WARNING:
-            self.metrics.note_alarm(run, alarm)
-        elif alarm.quiet:
-            self.metrics.note_recovery()
-        return alarm
-
-    def _observe(self, execution: Execution) -> None:
-        """Close the window when it is full: the predictor learns, the ledger settles."""
-        run = self.run
-        if not run.observing or run.phase is Phase.PREDICT or run.basis.num_steps < self.config.predictor.window:
-            return
-        started = time.perf_counter()
-        loss_before = run.window_loss
-        window = run.close_window()
-        self._learn(window)
-        run.ledger.note_window(window.loss / loss_before if loss_before else float("nan"), jumped=window.jumped)
-        self.metrics.note_outcomes(run, run.ledger.settle(run.counters.num_real_steps, window.loss))
-        # per step two sums of three passes each; at the close one displacement, two rows of products
-        passes = 6 * window.num_steps + 10 + (2 if run.basis.spec.curvature else 1) * run.basis.num_columns
-        run.counters.num_passes += passes
-        run.ledger.observe(passes * PASS_UNITS)
-        run.window_just_closed = True
-        run.buffers.forget()
-        self.metrics.note_window(1e3 * (time.perf_counter() - started), None)
-
-    def _learn(self, window: Any) -> None:
-        run = self.run
-        if run.num_predictor_failures >= 3:
-            return
-        try:
-            run.predictor.observe(window)
-        except Exception as error:
-            run.note_predictor_failure(error)
-
-    def _result(self, decision: Decision, execution: Execution, alarm: Alarm, started: float) -> StepResult:
-        run = self.run
-        verdict, prediction = execution.verdict, execution.prediction
-        error = None
-        if verdict is not None and verdict.accepted and prediction is not None:
-            error = abs(verdict.loss_after - prediction.predicted_loss) / max(abs(verdict.loss_after), 1e-12)
-        return StepResult(
-            loss_tensor=execution.loss,
-            phase=decision.phase,
-            was_predicted=verdict is not None and verdict.accepted,
-            prediction_error=error,
-            confidence=run.record.confidence,
-            step_time_ms=1e3 * (time.perf_counter() - started),
-            step=run.counters.num_steps,
-            reason=(verdict.reason if verdict is not None else decision.reason).value,
-            gradient_norm_tensor=execution.gradient_norm,
-            skipped=execution.skipped,
-            num_forward=execution.forwards,
-            num_backward=execution.backwards,
-            num_claimed_steps=execution.claimed,
-            verdict=verdict,
-            alarm=alarm,
-            consumed=execution.consumed,
-        )
 
     # ---- loops -------------------------------------------------------------------------------------------
 
@@ -330,7 +186,7 @@ class HybridTrainer:
                 break
             if total_steps is not None and run.position >= total_steps and run.probation is None and run.segment is None:
                 break
-        self._settle_readings()
+        settle_readings(self.run, self.metrics)
         after = statistics(run)
         mean = float(torch.stack([v.detach().float().cpu() for v in losses]).mean()) if losses else float("nan")
         counts = {k: v - phases_before[k] for k, v in self._phase_counts().items()}
@@ -363,15 +219,6 @@ class HybridTrainer:
 
     def _phase_counts(self) -> dict[str, int]:
         return {phase.value: getattr(self.run.counters, f"{phase.value}_steps") for phase in Phase}
-
-    def _settle_readings(self) -> None:
-        """Read what an accelerator still holds back."""
-        run = self.run
-        readings = run.readout.read(force=True)
-        for reading in readings:
-            self._check(reading)
-        if readings and not run.on_cpu:
-            settle_anchor(run, finite=all(r.finite for r in readings))
 
     # ---- questions and requests -----------------------------------------------------------------------------
 
@@ -406,7 +253,7 @@ class HybridTrainer:
 
     def summary(self) -> dict[str, Any]:
         """Metrics summary in the published schema."""
-        self._settle_readings()
+        settle_readings(self.run, self.metrics)
         return self.metrics.summary(self.run)
 
     def force_full_phase(self, steps: int) -> None:
@@ -431,7 +278,7 @@ class HybridTrainer:
         Raises:
             CheckpointError: it could not be written; older checkpoints are untouched.
         """
-        self._settle_readings()
+        settle_readings(self.run, self.metrics)
         return persistence.save(self, Path(path))
 
     def load_checkpoint(self, path: str | Path) -> None:

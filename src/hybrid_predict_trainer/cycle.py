@@ -1,0 +1,208 @@
+"""The stations of one step around its execution: signals -> (decide, execute) -> monitor -> observe -> describe."""
+
+from __future__ import annotations
+
+import math
+import time
+
+from .executors import Execution, price, respond, settle_anchor
+from .history import Reading
+from .ledger import PASS_UNITS
+from .metrics import Metrics
+from .phases import Signals, validate_transition
+from .records import Action, Alarm, Decision, DivergenceError, Level, Phase, StepResult, Window
+from .run import Run
+
+#: A predictor that failed this often is not asked again.
+MAX_PREDICTOR_FAILURES = 3
+
+#: How many times its prediction a gain may turn out to be.
+OPTIMISM = 4.0
+
+#: What a proposal is expected to cost before any was made, in forwards.
+USUAL_PRICE_EXACT, USUAL_PRICE_NOISY = 5.0, 2.5
+
+
+def signals(run: Run) -> Signals:
+    """Everything the controller may look at."""
+    horizon = min(run.horizon, max(run.config.max_predict_steps, 1))
+    due = run.window_just_closed and predictor_ready(run) and affordable(run) and run.ledger.wait_windows == 0
+    probation = run.probation
+    return Signals(
+        phase=run.phase,
+        num_real_steps=run.counters.num_attempted_steps,
+        num_real_steps_since_predict=run.num_real_steps_since_predict,
+        loss_ema_stable=run.history.loss_ema_stable,
+        baseline_known=run.history.norm_baseline.count > 0,
+        window_just_closed=run.window_just_closed,
+        predictor_ready=run.window_just_closed and predictor_ready(run),
+        confidence=run.record.confidence,
+        num_outcomes=run.record.num_outcomes,
+        num_windows_since_proposal=run.num_windows_since_proposal,
+        horizon=horizon,
+        affordable=run.window_just_closed and affordable(run),
+        promising=due and promising(run, horizon),
+        num_windows_to_wait=run.ledger.wait_windows,
+        switched_off=run.ledger.switched_off,
+        num_forced_full_steps=run.num_forced_full_steps,
+        forced_by_alarm=run.forced_by_alarm,
+        num_probation_steps=0 if probation is None or run.segment is not None else probation.num_steps_left,
+        num_segments_left=0 if run.segment is None else run.segment.num_left,
+        fallback_threshold=2 * run.window_loss,
+    )
+
+
+def predictor_ready(run: Run) -> bool:
+    """Whether the predictor has something to say; one that raises has not."""
+    try:
+        return (
+            run.observing
+            and run.basis.ready
+            and run.num_predictor_failures < MAX_PREDICTOR_FAILURES
+            and run.predictor.ready
+        )
+    except Exception as error:
+        run.note_predictor_failure(error)
+        return False
+
+
+def affordable(run: Run) -> bool:
+    """Whether the budget allows a proposal."""
+    price = USUAL_PRICE_EXACT if run.deterministic else USUAL_PRICE_NOISY
+    return run.ledger.affordable(price, run.counters.cost_units)
+
+
+def promising(run: Run, horizon: int) -> bool:
+    """Whether the predicted gain may pay for testing it; asking costs no forward.
+
+    Where losses are exact a test is always worth its price in the long run.  Under noise most
+    proposals of a young model promise less than a twentieth of what their test costs.  The benefit of
+    the doubt is a factor of :data:`OPTIMISM`, because measured gains were up to four times predicted
+    ones (LOG.md).
+    """
+    if run.deterministic:
+        return True
+    try:
+        reduction = run.predictor.predict(horizon).predicted_reduction
+    except Exception as error:
+        run.note_predictor_failure(error)
+        return False
+    return OPTIMISM * reduction >= price(run)(USUAL_PRICE_NOISY)
+
+
+def enter(run: Run, decision: Decision) -> None:
+    """Go over to the decided phase.
+
+    Raises:
+        IllegalTransition: the controller asked for one that is not in the table.
+    """
+    if decision.phase is not run.phase:
+        validate_transition(run.phase, decision.phase)
+    run.phase = decision.phase
+    run.window_just_closed = False
+    run.counters.num_steps += 1
+    name = f"{decision.phase.value}_steps"
+    setattr(run.counters, name, getattr(run.counters, name) + 1)
+
+
+def monitor(run: Run, metrics: Metrics, execution: Execution) -> Alarm:
+    """Read the losses that are due, check them, respond to the worst alarm.
+
+    Raises:
+        DivergenceError: too many steps in a row were not finite.
+    """
+    if not run.config.enabled or run.phase is Phase.PREDICT:
+        return Alarm()
+    run.readout.push(run.counters.num_attempted_steps, execution.loss, execution.gradient_norm)
+    window_full = run.observing and run.basis.num_steps >= run.config.predictor.window
+    alarm = read(run, metrics, force=window_full)
+    if alarm.action is Action.ABORT:
+        raise DivergenceError(
+            f"{int(alarm.value)} steps in a row had no finite loss or gradient ({alarm.signal}); the weights are those "
+            "of the last good step. Lower the learning rate, check the data of these batches, or load a checkpoint"
+        )
+    if alarm.level >= Level.WARNING:
+        respond(run, alarm)
+    return alarm
+
+
+def read(run: Run, metrics: Metrics, *, force: bool) -> Alarm:
+    """Check all readings that are due (or all there are) and return the worst alarm."""
+    readings = run.readout.read(force=force)
+    alarms = [_check(run, metrics, reading) for reading in readings]
+    if readings and not run.on_cpu:
+        settle_anchor(run, finite=all(r.finite for r in readings))
+    return max(alarms, key=lambda alarm: alarm.level, default=Alarm())
+
+
+def settle_readings(run: Run, metrics: Metrics) -> None:
+    """Read what an accelerator still holds back."""
+    read(run, metrics, force=True)
+
+
+def _check(run: Run, metrics: Metrics, reading: Reading) -> Alarm:
+    warming_up = run.phase is Phase.WARMUP
+    alarm = run.monitor.check(reading, run.history, warming_up=warming_up)
+    if alarm.level < Level.CRITICAL and reading.finite:
+        run.history.push(reading, warming_up=warming_up)
+        run.norm_sum += reading.gradient_norm or 0.0
+    if alarm.level >= Level.WARNING:
+        metrics.note_alarm(run, alarm)
+    elif alarm.quiet:
+        metrics.note_recovery()
+    return alarm
+
+
+def observe(run: Run, metrics: Metrics, execution: Execution) -> None:
+    """Close the window when it is full: the predictor learns, the ledger settles."""
+    if not run.observing or run.phase is Phase.PREDICT or run.basis.num_steps < run.config.predictor.window:
+        return
+    started = time.perf_counter()
+    loss_before = run.window_loss
+    window = run.close_window()
+    learn(run, window)
+    run.ledger.note_window(window.loss / loss_before if loss_before else math.nan, jumped=window.jumped)
+    metrics.note_outcomes(run, run.ledger.settle(run.counters.num_real_steps, window.loss))
+    # per step two sums of three passes each; at the close one displacement, two rows of products
+    passes = 6 * window.num_steps + 10 + (2 if run.basis.spec.curvature else 1) * run.basis.num_columns
+    run.counters.num_passes += passes
+    run.ledger.observe(passes * PASS_UNITS)
+    run.window_just_closed = True
+    run.buffers.forget()
+    metrics.note_window(1e3 * (time.perf_counter() - started), None)
+
+
+def learn(run: Run, window: Window) -> None:
+    """Show the predictor a window; one that keeps failing is left alone."""
+    if run.num_predictor_failures >= MAX_PREDICTOR_FAILURES:
+        return
+    try:
+        run.predictor.observe(window)
+    except Exception as error:
+        run.note_predictor_failure(error)
+
+
+def describe(run: Run, decision: Decision, execution: Execution, alarm: Alarm, started: float) -> StepResult:
+    """What the caller gets to see of a step."""
+    verdict, prediction = execution.verdict, execution.prediction
+    error = None
+    if verdict is not None and verdict.accepted and prediction is not None:
+        error = abs(verdict.loss_after - prediction.predicted_loss) / max(abs(verdict.loss_after), 1e-12)
+    return StepResult(
+        loss_tensor=execution.loss,
+        phase=decision.phase,
+        was_predicted=verdict is not None and verdict.accepted,
+        prediction_error=error,
+        confidence=run.record.confidence,
+        step_time_ms=1e3 * (time.perf_counter() - started),
+        step=run.counters.num_steps,
+        reason=(verdict.reason if verdict is not None else decision.reason).value,
+        gradient_norm_tensor=execution.gradient_norm,
+        skipped=execution.skipped,
+        num_forward=execution.forwards,
+        num_backward=execution.backwards,
+        num_claimed_steps=execution.claimed,
+        verdict=verdict,
+        alarm=alarm,
+        consumed=execution.consumed,
+    )

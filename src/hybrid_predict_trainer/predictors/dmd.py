@@ -1,0 +1,191 @@
+"""``dmd``: linear dynamics of the displacements themselves, by the method of snapshots.
+
+Near a minimum training is linear: d_{i+1} = A d_i for successive window displacements d (with
+momentum too, in a larger state).  With the older columns X = [d_1 ... d_{K-1}] and the newer ones
+X' = [d_0 ... d_{K-2}] (newest first) the projected operator needs inner products only
+(exact DMD, Tu et al. 2014, arXiv 1312.0041, algorithm 2):
+
+    U = X T,  U'U = I        A~ = U' X' T        A = X' T U'
+
+so that A^j d_0 = X' T A~^(j-1) U' d_0: coefficients on the newer columns.  Eigenvalues are pulled back
+to |lambda| <= 1 (training does not grow for ever), and the m = Y / N steps of a horizon are summed in
+closed form, sum_j lambda^j = lambda (1 - lambda^m) / (1 - lambda), which also holds for broken m.
+Under noise a regression in the span promises too much; what earlier predictions were worth in
+hindsight shrinks the jump.
+
+Letters: ``K`` displacement columns, ``R`` directions kept, ``G`` groups (one operator for all).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..config import DmdConfig
+from ..records import BasisSpec, Hindsight, PhasePrediction, State, Window, zeros_like_coefficients
+from ._common import linear_loss_trajectory, window_from_state, window_state
+from .secant import orthonormaliser
+
+#: Weight of an older hindsight one window later in the measured shrinkage.
+FORGETTING = 0.9
+#: Beyond this condition number of the eigenvectors powers are taken by multiplication instead.
+MAX_CONDITION = 1e8
+
+
+def snapshot_operator(BB: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Fit d_{i+1} = A d_i to the columns of one Gram matrix.
+
+    Args:
+        BB: (n, n) Gram matrix of displacements, newest first, n >= 3.
+        tolerance: Relative length under which a direction is rounding noise.
+
+    Returns:
+        T (n-1, R), A~ (R, R), the newest displacement in the span U'd_0 (R,), and the spectral residual:
+        the share |X' - A X|^2 / |X'|^2 the operator leaves unexplained.
+    """
+    older, newer = BB[1:, 1:], BB[:-1, :-1]
+    cross = BB[1:, :-1]  # X' inner X: older column k with newer column l
+    T = orthonormaliser(older, tolerance)
+    operator = T.T @ cross @ T
+    start = T.T @ cross[:, 0]
+    total = float(newer.diagonal().sum())
+    # A X = X' T T' X'X: each column replaced by its image
+    images = T @ (T.T @ older)
+    left = newer - newer @ images - images.T @ newer + images.T @ newer @ images
+    residual = float(left.diagonal().sum()) / total if total > 0 else 0.0
+    return T, operator, start, min(max(residual, 0.0), 1.0)
+
+
+def power_sum(operator: Tensor, start: Tensor, num_powers: float) -> Tensor:
+    """(sum_{j=0}^{m-1} A^j) start for real m > 0, eigenvalues clipped to the unit disc.
+
+    Args:
+        operator: (R, R).
+        start: (R,).
+        num_powers: m; a broken one interpolates along the eigenvalues' powers.
+    """
+    values, vectors = torch.linalg.eig(operator)
+    size = values.abs()
+    clipped = torch.where(size > 1, values / size.clamp(min=1e-300), values)
+    if float(torch.linalg.cond(vectors)) < MAX_CONDITION:
+        near = (1 - clipped).abs() < 1e-9
+        safe = torch.where(near, torch.zeros_like(clipped), clipped)
+        sums = torch.where(near, torch.full_like(clipped, num_powers), (1 - safe**num_powers) / (1 - safe))
+        return (vectors @ (sums * torch.linalg.solve(vectors, start.to(values.dtype)))).real
+    radius = max(float(size.max()), 1.0)
+    total, term = torch.zeros_like(start), start
+    for j in range(math.ceil(num_powers)):
+        total = total + min(num_powers - j, 1.0) * term
+        term = operator @ term / radius
+    return total
+
+
+class Dmd:
+    """One operator over all groups, their products summed."""
+
+    name = "dmd"
+
+    def __init__(self, config: DmdConfig) -> None:
+        """Args: config: number of displacements, rank tolerance."""
+        self.config = config
+        self.spec = BasisSpec(num_displacements=config.num_displacements)
+        self._window: Window | None = None
+        self._one_step: Tensor | None = None  # (G, K) what the last window was predicted to bring
+        self._cross = self._fitted = self._total = 0.0  # forgotten sums of p.T, p.p, T.T over hindsights
+        self._count = 0
+
+    @property
+    def ready(self) -> bool:
+        """After three displacements: two pairs."""
+        return self._window is not None and self._window.num_columns >= 3
+
+    def observe(self, window: Window) -> None:
+        """Score the one-window prediction made last time, then make the next one."""
+        if self._one_step is not None and window.hindsight is not None:
+            self._score(self._one_step, window.hindsight)
+        self._window = window
+        self._one_step = self._coefficients(1.0)[0] if self.ready else None
+
+    def _score(self, coefficients: Tensor, hindsight: Hindsight) -> None:
+        total = float(hindsight.TT.sum())
+        if not 0 < total < math.inf:
+            return
+        fitted = float(torch.einsum("gk,gkl,gl->", coefficients, hindsight.BB, coefficients))
+        cross = float(torch.einsum("gk,gk->", coefficients, hindsight.BT))
+        if not (math.isfinite(fitted) and math.isfinite(cross)):
+            return
+        self._cross = FORGETTING * self._cross + cross / total  # every window counts the same
+        self._fitted = FORGETTING * self._fitted + fitted / total
+        self._total = FORGETTING * self._total + 1.0
+        self._count += 1
+
+    @property
+    def shrinkage(self) -> float:
+        """Least-squares multiple of the past predictions, in [0, 1]; 1 until known."""
+        if not self._count or self._fitted <= 0:
+            return 1.0
+        return min(max(self._cross / self._fitted, 0.0), 1.0)
+
+    @property
+    def explained(self) -> float:
+        """Share of displacement that past predictions, so shrunk, explained; in [0, 1]."""
+        if not self._count:
+            return 0.0
+        a = self.shrinkage
+        return min(max((2 * a * self._cross - a * a * self._fitted) / self._total, 0.0), 1.0)
+
+    def _coefficients(self, num_windows: float) -> tuple[Tensor, float]:
+        window = self._window
+        assert window is not None
+        n = window.num_columns
+        BB = window.products.BB.sum(0)[:n, :n]
+        coefficients = zeros_like_coefficients(window.products.num_groups, self.spec.num_columns)
+        if n < 3 or not bool(torch.isfinite(BB).all()) or not float(BB.diagonal().sum()) > 0:
+            return coefficients, 1.0
+        T, operator, start, residual = snapshot_operator(BB, self.config.rank_tolerance)
+        if T.shape[1]:
+            c = T @ power_sum(operator, start, num_windows)
+            if bool(torch.isfinite(c).all()):
+                coefficients[:, : n - 1] = c
+        return coefficients, residual
+
+    def predict(self, horizon: int) -> PhasePrediction:
+        """Coefficients for Y steps, from powers of the fitted operator."""
+        window = self._window
+        assert window is not None, "predict() before ready"
+        rate = window.lr_ahead / window.lr_integral if window.lr_integral > 0 else 1.0
+        # a changed learning rate is a changed clock of the same dynamics
+        coefficients, residual = self._coefficients(max(rate * horizon / window.num_steps, 1e-9))
+        trajectory = linear_loss_trajectory(window.loss, window.loss_slope, horizon)
+        drop = max(window.loss - trajectory[-1][1], 0.0)
+        half = math.sqrt(residual) * max(drop, abs(window.loss_slope) * horizon)
+        return PhasePrediction(
+            coefficients=coefficients * self.shrinkage,
+            horizon=horizon,
+            predicted_loss=trajectory[-1][1],
+            loss_trajectory=trajectory,
+            loss_interval=(trajectory[-1][1] - half, trajectory[-1][1] + half),
+            confidence=self.explained,
+            predicted_reduction=drop,
+            epistemic=residual,
+        )
+
+    def memory_bytes(self) -> int:
+        """One set of coefficients and a few numbers."""
+        return 0 if self._one_step is None else self._one_step.numel() * self._one_step.element_size()
+
+    def state_dict(self) -> State:
+        """The last window, its prediction, and what past predictions were worth."""
+        return {
+            "window": window_state(self._window), "one_step": self._one_step, "count": self._count,
+            "cross": self._cross, "fitted": self._fitted, "total": self._total,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: State) -> None:
+        """Inverse of :meth:`state_dict`."""
+        self._window = window_from_state(state["window"])
+        self._one_step = None if state["one_step"] is None else state["one_step"].clone()
+        self._count, self._cross = state["count"], state["cross"]
+        self._fitted, self._total = state["fitted"], state["total"]

@@ -1,0 +1,148 @@
+"""Weight space: which parameters, their roles, and the in-place algebra."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import make_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from hybrid_predict_trainer import ConfigError, weights
+
+# names as in the common architectures
+NAMES = {
+    "transformer.h.0.attn.c_attn.weight": "attention_qkv",
+    "layers.0.self_attn.in_proj_weight": "attention_qkv",
+    "model.layers.0.self_attn.q_proj.weight": "attention_q",
+    "layers.3.attention.wk.weight": "attention_k",
+    "bert.encoder.layer.0.attention.self.value.weight": "attention_v",
+    "bert.encoder.layer.0.attention.self.query.weight": "attention_q",
+    "transformer.h.0.attn.c_proj.weight": "attention_out",
+    "model.layers.0.self_attn.o_proj.weight": "attention_out",
+    "bert.encoder.layer.0.attention.output.dense.weight": "attention_out",
+    "transformer.h.0.mlp.c_fc.weight": "mlp_up",
+    "model.layers.0.mlp.gate_proj.weight": "mlp_up",
+    "layers.0.linear1.weight": "mlp_up",
+    "transformer.h.0.mlp.c_proj.weight": "mlp_down",
+    "layers.0.feed_forward.w2.weight": "mlp_down",
+    "layers.0.linear2.weight": "mlp_down",
+    "lm_head.weight": "head",
+    "head.weight": "head",
+    "features.0.conv.weight": "other",
+    "0.weight": "other",
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_roles_by_name(name: str) -> None:
+    assert weights.role_of(name, torch.zeros(2, 2), nn.Linear(2, 2)) == NAMES[name]
+
+
+@pytest.mark.parametrize(
+    ("parameter", "module", "role"),
+    [(torch.zeros(3, 2), nn.Embedding(3, 2), "embedding"), (torch.zeros(3), nn.LayerNorm(3), "norm_bias"),
+     (torch.zeros(()), nn.Identity(), "norm_bias"), (torch.zeros(2, 2, 3, 3), nn.Conv2d(2, 2, 3), "other")],
+)  # fmt: skip
+def test_roles_by_type(parameter: torch.Tensor, module: nn.Module, role: str) -> None:
+    assert weights.role_of("lm_head.weight" if role == "embedding" else "x", parameter, module) == role
+
+
+def test_groups_partition_the_parameters() -> None:
+    model = nn.Sequential(nn.Embedding(7, 4), nn.TransformerEncoderLayer(4, 2, 8), nn.Linear(4, 7))
+    parameters, groups = weights.predicted_parameters(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert [id(p) for p in parameters] == [id(p) for p in model.parameters()]
+    assert groups.names == tuple(n for n, _ in model.named_parameters())
+    assert sum(groups.sizes) == sum(p.numel() for p in model.parameters())
+    assert sorted(set(groups.index)) == list(range(groups.num_groups))
+    order = [weights.ROLES.index(r) for r in groups.roles]
+    assert order == sorted(order)
+    for g, role in enumerate(groups.roles):
+        assert groups.sizes[g] == sum(p.numel() for p, i in zip(parameters, groups.index, strict=True) if i == g), role
+
+
+def test_what_the_optimizer_holds_is_predicted() -> None:
+    """Frozen and tied parameters, parameters the model does not have, and those the optimizer does not."""
+    model = make_model("tied")
+    own = nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.SGD([{"params": list(model.parameters())[:1]}, {"params": [own]}], lr=0.1)
+    parameters, groups = weights.predicted_parameters(model, optimizer)
+    assert [id(p) for p in parameters] == [id(model.first.weight), id(own)]
+    assert groups.names == ("first.weight", "optimizer.1")
+
+
+def test_frozen_parameters_are_not_predicted() -> None:
+    model = make_model("frozen")
+    parameters, groups = weights.predicted_parameters(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert "0.weight" not in groups.names
+    assert all(p.requires_grad for p in parameters)
+
+
+def test_overrides() -> None:
+    model = make_model("mlp")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    _, groups = weights.predicted_parameters(model, optimizer, {"0.weight": "my role", "2.weight": "head"})
+    assert groups.roles == ("head", "norm_bias", "my role")
+    with pytest.raises(ConfigError, match=r"no parameter '0\.weigth'"):
+        weights.predicted_parameters(model, optimizer, {"0.weigth": "head"})
+
+
+# ---------------------------------------------------------------- algebra
+
+
+def test_clone_and_copy_keep_storages() -> None:
+    model = make_model("mlp")
+    live = list(model.parameters())
+    saved = weights.clone(live)
+    pointers = [p.data_ptr() for p in live]
+    with torch.no_grad():
+        for p in live:
+            p.zero_()
+    weights.copy_(live, saved)
+    assert [p.data_ptr() for p in live] == pointers
+    assert all(torch.equal(a, b) for a, b in zip(live, saved, strict=True))
+    assert not any(s.requires_grad for s in saved)
+
+
+@given(st.floats(-3, 3), st.sampled_from([torch.float32, torch.float64]), st.sampled_from([torch.float32, torch.float64]))
+@settings(max_examples=30, deadline=None)
+def test_move(scale: float, own: torch.dtype, other: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    origin = [torch.randn(3, 4, generator=generator, dtype=own)]
+    delta = [torch.randn(3, 4, generator=generator, dtype=other)]
+    target = [torch.zeros(3, 4, dtype=own)]
+    weights.move_(target, origin, delta, scale)
+    assert torch.allclose(target[0].double(), origin[0].double() + scale * delta[0].double(), atol=1e-6)
+    assert target[0].dtype == own
+
+
+def test_move_by_nothing_is_exact() -> None:
+    origin = [torch.randn(5), torch.randn(2, 2).bfloat16()]
+    target = weights.clone(origin)
+    weights.move_(target, origin, [torch.ones(5).double(), torch.ones(2, 2)], 0.0)
+    assert all(torch.equal(a, b) for a, b in zip(target, origin, strict=True))
+
+
+def test_small_deltas_of_half_precision_weights_are_not_rounded_first() -> None:
+    """1 + 2^-7: a bfloat16 delta of 2^-8 + 2^-16 would be rounded down, the float32 one tips the sum."""
+    target = [torch.ones(1, dtype=torch.bfloat16)]
+    weights.move_(target, [torch.ones(1, dtype=torch.bfloat16)], [torch.tensor([2.0**-8 + 2.0**-16])], 1.0)
+    assert target[0].item() == 1 + 2.0**-7
+
+
+def test_gradients_and_norm() -> None:
+    a, b, c = (nn.Parameter(torch.zeros(2)) for _ in range(3))
+    a.grad, b.grad = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0])
+    assert weights.global_norm(weights.gradients([a, b, c])).item() == 5.0
+    c.grad = torch.sparse_coo_tensor([[0, 0]], [6.0, 6.0], (2,))
+    assert weights.global_norm(weights.gradients([a, b, c])).item() == 13.0
+    assert weights.global_norm([]).item() == 0.0
+
+
+def test_rms_and_finiteness() -> None:
+    tensors = [torch.tensor([3.0, -3.0]), torch.zeros(0), torch.tensor(2.0)]
+    assert weights.per_tensor_rms(tensors) == [3.0, 0.0, 2.0]
+    assert weights.all_finite(tensors)
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        assert not weights.all_finite([*tensors, torch.tensor([1.0, bad])])
