@@ -238,7 +238,7 @@ def config(**changes: Any) -> HybridTrainerConfig:
 
 def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
-    np.random.seed(seed)  # noqa: NPY002
+    np.random.seed(seed)
     random.seed(seed)
 
 
@@ -247,7 +247,7 @@ def seed_all(seed: int) -> None:
 
 def rng() -> State:
     """States of all three global generators."""
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002
+    name, keys, *rest = np.random.get_state()
     return {"torch": torch.get_rng_state(), "numpy": [name, keys.tolist(), *rest], "python": random.getstate()}
 
 

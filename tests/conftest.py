@@ -15,7 +15,7 @@ def _repeatable() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    np.random.seed(0)  # noqa: NPY002 - the legacy global generator is part of what is restored
+    np.random.seed(0)
     random.seed(0)
     yield
     torch.set_num_threads(threads)

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Output, config, full_batch, make_batches, setup
 from torch import Tensor
 
+from cases import Output, config, full_batch, make_batches, setup
 from hybrid_predict_trainer import batches
 
 Pair = namedtuple("Pair", "x y")

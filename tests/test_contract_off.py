@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from cases import (
     BATCH_KINDS,
     MODELS,
@@ -17,7 +18,6 @@ from cases import (
     make_model,
     setup,
 )
-
 from hybrid_predict_trainer import ConfigError, HybridTrainer, HybridTrainerConfig
 from hybrid_predict_trainer.records import Phase
 

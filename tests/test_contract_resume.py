@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Fake, Setup, assert_same, config, difference, full_batch, make_batches, seed_all, setup
 
+from cases import Fake, Setup, assert_same, config, difference, full_batch, make_batches, seed_all, setup
 from hybrid_predict_trainer import CheckpointError, HybridTrainer, HybridTrainerConfig, executors
 from hybrid_predict_trainer.calibration import TrackRecord
 from hybrid_predict_trainer.counters import Counters

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from cases import (
     PREDICTOR_FAULTS,
     Broken,
@@ -28,10 +29,9 @@ from cases import (
     setup,
     steps_until,
 )
-from reference import DenseBasis, flat
-
 from hybrid_predict_trainer import HybridTrainer, executors, gate
 from hybrid_predict_trainer.records import Phase, Reason, StepResult, Verdict
+from reference import DenseBasis, flat
 
 # ---------------------------------------------------------------- every way to be refused
 

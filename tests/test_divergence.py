@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from cases import Fake, config, full_batch, make_batches, setup
 
+from cases import Fake, config, full_batch, make_batches, setup
 from hybrid_predict_trainer import DivergenceConfig
 from hybrid_predict_trainer import divergence as d
 from hybrid_predict_trainer.history import History, Reading
@@ -161,7 +161,7 @@ def test_giving_up() -> None:
 
 def test_explosion_is_skipped_and_forces_full_steps() -> None:
     made = setup("mlp", "sgd")
-    trainer = made.trainer(config(), predictor=Fake())
+    trainer = made.trainer(config(), predictor=Fake(1.0))
     batches = make_batches(40)
     for batch in batches[:8]:
         trainer.step(batch)

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from cases import (
     PREDICTOR_FAULTS,
     WIDTH,
@@ -29,8 +31,6 @@ from cases import (
     setup,
     steps_until,
 )
-from torch import Tensor, nn
-
 from hybrid_predict_trainer import DivergenceError, HybridTrainer, HybridTrainerConfig
 from hybrid_predict_trainer.history import Readout
 from hybrid_predict_trainer.ledger import STEP_UNITS

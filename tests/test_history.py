@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import ema_moments, trimmed_mean
 
 from hybrid_predict_trainer.history import (
     LOSS_CAPACITY,
@@ -21,6 +20,7 @@ from hybrid_predict_trainer.history import (
     RunningMoments,
     slope,
 )
+from reference import ema_moments, trimmed_mean
 
 NUMBERS = st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=60)
 

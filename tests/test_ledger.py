@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import Fake, config, full_batch, make_batches, setup
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cases import Fake, config, full_batch, make_batches, setup
 from hybrid_predict_trainer import GateConfig, executors
 from hybrid_predict_trainer.counters import Counters
 from hybrid_predict_trainer.ledger import BACKWARD_UNITS, FORWARD_UNITS, STEP_UNITS, UPDATE_UNITS, Account, Ledger

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import fields, replace
 
 import pytest
-from cases import Fake, config, full_batch, make_batches, setup
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cases import Fake, config, full_batch, make_batches, setup
 from hybrid_predict_trainer.phases import (
     LEGAL,
     IllegalTransition,

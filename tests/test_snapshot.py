@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import OPTIMIZERS, assert_same, make_batches, rng, seed_all, setup
 
+from cases import OPTIMIZERS, assert_same, make_batches, rng, seed_all, setup
 from hybrid_predict_trainer.snapshot import BufferGuard, Snapshot, quiet_forward, rng_state, set_rng_state
 
 
@@ -111,7 +111,7 @@ def test_parameters_only_the_optimizer_holds() -> None:
 
 def draw() -> list[float]:
     return [
-        *torch.rand(3).tolist(), *torch.randn(3).tolist(), *np.random.rand(2), *np.random.randn(3), random.random(), random.gauss(0, 1),  # noqa: NPY002
+        *torch.rand(3).tolist(), *torch.randn(3).tolist(), *np.random.rand(2), *np.random.randn(3), random.random(), random.gauss(0, 1),
     ]  # fmt: skip
 
 
@@ -120,7 +120,7 @@ def test_generators_come_back(odd: int) -> None:
     """After an odd number of normal draws numpy and Python hold one back: it must come back too."""
     seed_all(5)
     for _ in range(odd):
-        np.random.randn()  # noqa: NPY002
+        np.random.randn()
         random.gauss(0, 1)
         torch.randn(1)
     state = rng_state()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from cases import make_model
 from hybrid_predict_trainer import ConfigError, weights
 
 # names as in the common architectures
@@ -135,7 +135,7 @@ def test_gradients_and_norm() -> None:
     a, b, c = (nn.Parameter(torch.zeros(2)) for _ in range(3))
     a.grad, b.grad = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0])
     assert weights.global_norm(weights.gradients([a, b, c])).item() == 5.0
-    c.grad = torch.sparse_coo_tensor([[0, 0]], [6.0, 6.0], (2,))
+    c.grad = torch.sparse_coo_tensor([[0, 0]], [6.0, 6.0], (2,), check_invariants=True)
     assert weights.global_norm(weights.gradients([a, b, c])).item() == 13.0
     assert weights.global_norm([]).item() == 0.0
 

@@ -1,7 +1,5 @@
 """Train any PyTorch model; predict part of the training instead of computing it, where that pays."""
 
-from .version import __version__ as __version__
-
 from .config import CheckpointConfig as CheckpointConfig
 from .config import DivergenceConfig as DivergenceConfig
 from .config import GateConfig as GateConfig
@@ -26,6 +24,7 @@ from .toml_io import load as load_config
 from .toml_io import preset_config as preset_config
 from .toml_io import with_values as with_values
 from .trainer import HybridTrainer as HybridTrainer
+from .version import __version__ as __version__
 
 __all__ = [
     "BasisSpec", "CheckpointConfig", "CheckpointError", "ConfigError", "DivergenceConfig", "DivergenceError",

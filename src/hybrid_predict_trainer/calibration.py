@@ -187,11 +187,11 @@ def reliability_curve(
     curve = []
     for i in np.unique(index):
         inside = index == i
+        center, confidence, accuracy = (edges[i] + edges[i + 1]) / 2, p[inside].mean(), y[inside].mean()
         curve.append(
             ReliabilityBin(
-                center=float(edges[i] + edges[i + 1]) / 2, confidence=float(p[inside].mean()),
-                accuracy=float(y[inside].mean()), count=int(inside.sum()),
-            )  # fmt: skip
+                center=float(center), confidence=float(confidence), accuracy=float(accuracy), count=int(inside.sum())
+            )
         )
     return curve
 

@@ -75,18 +75,102 @@ class LinearConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DmdConfig:
+    """Linear dynamics fitted to successive displacements."""
+
+    num_displacements: int = 8  # columns kept
+    rank_tolerance: float = 1e-4  # relative length under which a direction is rounding noise
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _whole("predictor.dmd.num_displacements", self.num_displacements, 3, 256)
+        _number("predictor.dmd.rank_tolerance", self.rank_tolerance, 0.0, 0.5)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MlpConfig:
+    """Network on the encoded state, trained online."""
+
+    hidden: tuple[int, ...] = (256, 128)
+    dropout: float = 0.1
+    num_displacements: int = 6  # columns kept; the longest target needs more than 4
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-4
+    batch_size: int = 64
+    updates_per_window: int = 4  # a count, not a time: resumed runs stay bit for bit the same
+    num_samples: int = 8  # dropout masks per prediction
+    replay_windows: int = 2048
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _check(len(self.hidden) > 0, "predictor.mlp.hidden", self.hidden, "a list of at least one width")
+        for width in self.hidden:
+            _whole("predictor.mlp.hidden", width, 1, 65536)
+        _number("predictor.mlp.dropout", self.dropout, 0.0, 0.9)
+        _whole("predictor.mlp.num_displacements", self.num_displacements, 5, 256)
+        _number("predictor.mlp.learning_rate", self.learning_rate, 0.0, 1.0, open_low=True)
+        _number("predictor.mlp.weight_decay", self.weight_decay, 0.0, 1.0)
+        _whole("predictor.mlp.batch_size", self.batch_size, 1, 65536)
+        _whole("predictor.mlp.updates_per_window", self.updates_per_window, 0, 10_000)
+        _whole("predictor.mlp.num_samples", self.num_samples, 1, 1024)
+        _whole("predictor.mlp.replay_windows", self.replay_windows, 16)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RssmConfig:
+    """Recurrent state-space model of training: deterministic and stochastic path, ensemble."""
+
+    deterministic_dim: int = 256  # of the GRU
+    stochastic_dim: int = 32  # categorical variables
+    num_categoricals: int = 32  # classes of each
+    ensemble_size: int = 3
+    hidden_dim: int = 128
+    num_displacements: int = 6  # columns kept; the longest target needs more than 4
+    learning_rate: float = 1e-3
+    gradient_clip: float = 1.0
+    free_nats: float = 1.0
+    unimix: float = 0.01
+    sequence_length: int = 16  # windows of truncated backpropagation through time
+    batch_size: int = 4
+    updates_per_window: int = 1  # a count, not a time: resumed runs stay bit for bit the same
+    num_samples: int = 4  # rollouts per member and prediction
+    replay_windows: int = 2048
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name in ("deterministic_dim", "stochastic_dim", "num_categoricals", "hidden_dim"):
+            _whole(f"predictor.rssm.{name}", getattr(self, name), 2, 65536)
+        _whole("predictor.rssm.ensemble_size", self.ensemble_size, 1, 64)
+        _whole("predictor.rssm.num_displacements", self.num_displacements, 5, 256)
+        _number("predictor.rssm.learning_rate", self.learning_rate, 0.0, 1.0, open_low=True)
+        _number("predictor.rssm.gradient_clip", self.gradient_clip, 0.0, open_low=True)
+        _number("predictor.rssm.free_nats", self.free_nats, 0.0)
+        _number("predictor.rssm.unimix", self.unimix, 0.0, 0.5)
+        _whole("predictor.rssm.sequence_length", self.sequence_length, 2, 1024)
+        _whole("predictor.rssm.batch_size", self.batch_size, 1, 1024)
+        _whole("predictor.rssm.updates_per_window", self.updates_per_window, 0, 10_000)
+        _whole("predictor.rssm.num_samples", self.num_samples, 1, 1024)
+        _whole("predictor.rssm.replay_windows", self.replay_windows, 16)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PredictorConfig:
     """The window, the storage of the basis, and one table per predictor."""
 
     window: int = 10  # N: real steps whose mean is one basis point
+    rest_windows: int = 1  # windows not observed after each, where losses are noisy: halves the cost of watching
     basis_dtype: Literal["float32", "bfloat16", "param"] = "param"
     offload: bool = False  # keep the basis in host memory
     secant: SecantConfig = field(default_factory=SecantConfig)
     linear: LinearConfig = field(default_factory=LinearConfig)
+    dmd: DmdConfig = field(default_factory=DmdConfig)
+    mlp: MlpConfig = field(default_factory=MlpConfig)
+    rssm: RssmConfig = field(default_factory=RssmConfig)
 
     def __post_init__(self) -> None:
         """Check ranges."""
         _whole("predictor.window", self.window, 1, 1_000_000)
+        _whole("predictor.rest_windows", self.rest_windows, 0, 1_000)
         _choice("predictor.basis_dtype", self.basis_dtype, ("float32", "bfloat16", "param"))
 
 

@@ -67,9 +67,11 @@ def predictor_ready(run: Run) -> bool:
 
 
 def affordable(run: Run) -> bool:
-    """Whether the budget allows a proposal."""
-    price = USUAL_PRICE_EXACT if run.deterministic else USUAL_PRICE_NOISY
-    return run.ledger.affordable(price, run.counters.cost_units)
+    """Whether the budget allows a proposal, what the rest of a planned run will cost to watch included."""
+    usual = USUAL_PRICE_EXACT if run.deterministic else USUAL_PRICE_NOISY
+    left = max(run.ledger.planned_units - run.counters.cost_units, 0.0)
+    to_watch = left * run.ledger.watched_units / max(run.counters.cost_units, 1.0)
+    return run.ledger.affordable(usual, run.counters.cost_units, reserve=to_watch)
 
 
 def promising(run: Run, horizon: int) -> bool:
@@ -145,7 +147,6 @@ def _check(run: Run, metrics: Metrics, reading: Reading) -> Alarm:
     alarm = run.monitor.check(reading, run.history, warming_up=warming_up)
     if alarm.level < Level.CRITICAL and reading.finite:
         run.history.push(reading, warming_up=warming_up)
-        run.norm_sum += reading.gradient_norm or 0.0
     if alarm.level >= Level.WARNING:
         metrics.note_alarm(run, alarm)
     elif alarm.quiet:

@@ -75,7 +75,9 @@ def run_full(run: Run, batch: Any, decision: Decision) -> Execution:
         return _skip(run, loss, norm)
     run.buffers.after()
     last = run.observing and run.basis.num_steps + 1 >= run.config.predictor.window
-    if run.observing:
+    if run.num_rest_steps > 0:
+        run.num_rest_steps -= 1
+    elif run.observing:
         run.basis.accumulate()
         run.basis.before_step(last=last)
         run.lr_integral += run.learning_rate
@@ -167,7 +169,7 @@ def settle_anchor(run: Run, *, finite: bool) -> None:
     if run.anchor is not None and not finite:
         run.restore(run.anchor, rng=False)
         run.basis.restart_window()
-        run.lr_integral = run.norm_sum = 0.0
+        run.lr_integral = 0.0
         c = run.counters
         c.num_skipped_steps += c.num_real_steps - run.anchor_real_steps
         c.num_real_steps = run.anchor_real_steps
@@ -348,7 +350,7 @@ def _accept(run: Run, prediction: PhasePrediction, deltas: Sequence[Tensors], sa
         run.probation.claimed += prediction.horizon
     weights.move_(run.parameters, saved, delta, verdict.scale)
     run.basis.translate(delta, verdict.scale)
-    run.lr_integral = run.norm_sum = 0.0
+    run.lr_integral = 0.0
     c.num_jumps_accepted += 1
     c.num_claimed_steps += prediction.horizon
     candidates = [prediction.coefficients, *prediction.alternatives]
@@ -411,7 +413,7 @@ def _roll_back(run: Run, probation: Probation) -> None:
     run.basis.revert(probation.basis)
     run.anchor = None  # it holds weights after the jump
     run.num_schedule_steps = probation.num_schedule_steps  # the clock catches up with the next step
-    run.lr_integral = run.norm_sum = 0.0
+    run.lr_integral = 0.0
     run.ledger.cancel_account()
     run.ledger.note_verdict(False)
     lost = run.config.correct_steps - probation.num_steps_left

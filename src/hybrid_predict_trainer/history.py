@@ -182,6 +182,11 @@ class History:
         self._window_losses.append((step, mean))
         return mean
 
+    def mean_norm(self, num_steps: int) -> float:
+        """Mean gradient norm over the last steps (at most the buffer's 64), 0 if none is known."""
+        recent = list(self.norms)[-num_steps:]
+        return sum(recent) / len(recent) if recent else 0.0
+
     def loss_slope(self) -> float:
         """Change of the training loss per real step (negative while it falls), 0 if unknown.
 

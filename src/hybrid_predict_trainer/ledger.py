@@ -71,6 +71,7 @@ class Ledger:
         """Args: config: budget, back-off and off-switch settings."""
         self.config = config
         self.spent_units = 0.0
+        self.watched_units = 0.0  # of these, for watching
         self.returned_units = 0.0
         self.num_credited_steps = 0.0
         self.open: list[Account] = []
@@ -86,7 +87,7 @@ class Ledger:
 
     # ---- budget --------------------------------------------------------------------------------
 
-    def affordable(self, price_units: float, total_units: float) -> bool:
+    def affordable(self, price_units: float, total_units: float, reserve: float = 0.0) -> bool:
         """Whether a proposal of that price (or of the dearest lately) fits the budget.
 
         All that prediction has cost may exceed what it has returned by at most ``overhead_budget``
@@ -94,11 +95,12 @@ class Ledger:
         """
         share = self.config.overhead_budget_exact if self.exact else self.config.overhead_budget
         allowance = share * max(total_units, self.planned_units) + self.returned_units
-        return self.spent_units + max(price_units, self._usual_price) <= allowance
+        return self.spent_units + reserve + max(price_units, self._usual_price) <= allowance
 
     def observe(self, units: float) -> None:
         """Book the cost of watching a window: it counts against the budget, not into a proposal's price."""
         self.spent_units += units
+        self.watched_units += units
 
     def spend(self, units: float) -> None:
         """Book the cost of a proposal, its forwards and snapshots, or of lost probation steps."""
@@ -248,7 +250,7 @@ class Ledger:
     def state_dict(self) -> State:
         """Plain containers."""
         return {
-            "spent_units": self.spent_units, "returned_units": self.returned_units,
+            "spent_units": self.spent_units, "returned_units": self.returned_units, "watched_units": self.watched_units,
             "num_credited_steps": self.num_credited_steps, "wait_windows": self.wait_windows,
             "backoff": self._backoff, "usual_price": self._usual_price, "exact": self.exact, "planned_units": self.planned_units,
              "losing_checks": self._losing_checks, "switched_off": self.switched_off,
@@ -258,6 +260,7 @@ class Ledger:
     def load_state_dict(self, state: State) -> None:
         """Inverse of :meth:`state_dict`."""
         self.spent_units, self.returned_units = state["spent_units"], state["returned_units"]
+        self.watched_units = state["watched_units"]
         self.num_credited_steps, self.wait_windows = state["num_credited_steps"], state["wait_windows"]
         self._backoff, self._losing_checks = state["backoff"], state["losing_checks"]
         self._usual_price = state["usual_price"]

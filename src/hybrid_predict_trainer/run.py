@@ -88,12 +88,12 @@ class Run:
         self.num_windows = 0
         self.num_windows_since_proposal = 0
         self.num_real_steps_since_predict = 0
+        self.num_rest_steps = 0  # real steps still to pass before the next window is observed
         self.num_forced_full_steps = 0
         self.forced_by_alarm = False
         self.num_predictor_failures = 0
         self.num_schedule_steps = 0
         self.lr_integral = 0.0  # over the open window
-        self.norm_sum = 0.0
         self.loss_slope = 0.0
         self.window_loss = float("nan")
         self.probation: Probation | None = None
@@ -200,7 +200,7 @@ class Run:
             step=step,
             loss=self.window_loss,
             loss_slope=self.loss_slope,
-            gradient_norm=self.norm_sum / num_steps,
+            gradient_norm=self.history.mean_norm(num_steps),
             learning_rate=self.learning_rate,
             lr_integral=self.lr_integral,
             lr_ahead=self.planned_lr(num_steps),
@@ -210,17 +210,19 @@ class Run:
             hindsight=hindsight,
             group_sizes=self.groups.sizes,
         )
+        if self.predictor.spec.curvature and not self.deterministic:
+            self.num_rest_steps = self.config.predictor.rest_windows * self.config.predictor.window
         self.num_windows += 1
         self.num_windows_since_proposal += 1
-        self.lr_integral = self.norm_sum = 0.0
+        self.lr_integral = 0.0
         return window
 
     # ---- state ----------------------------------------------------------------------------------------
 
     _SCALARS = (
-        "horizon", "window_just_closed", "num_windows", "num_windows_since_proposal",
+        "horizon", "window_just_closed", "num_windows", "num_windows_since_proposal", "num_rest_steps",
         "num_real_steps_since_predict", "num_forced_full_steps", "forced_by_alarm", "num_predictor_failures",
-        "num_schedule_steps", "lr_integral", "norm_sum", "loss_slope", "window_loss", "same_batch", "needs_grad_mode",
+        "num_schedule_steps", "lr_integral", "loss_slope", "window_loss", "same_batch", "needs_grad_mode",
         "anchor_real_steps", "anchor_schedule_steps",
     )  # fmt: skip
 

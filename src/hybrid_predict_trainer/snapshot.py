@@ -141,7 +141,7 @@ def optimizer_parameters(optimizer: Optimizer) -> list[Tensor]:
 
 def all_parameters(model: nn.Module, optimizer: Optimizer) -> list[Tensor]:
     """Parameters of the model, then those only the optimizer holds."""
-    unique = {id(p): p for p in model.parameters()}
+    unique: dict[int, Tensor] = {id(p): p for p in model.parameters()}
     for p in optimizer_parameters(optimizer):
         unique.setdefault(id(p), p)
     return list(unique.values())

@@ -128,7 +128,8 @@ def with_values(config: HybridTrainerConfig, values: Mapping[str, Any]) -> Hybri
         if name in chosen and chosen[name] != value:
             raise ConfigError(f"{key!r} and its other spelling are both set, to {chosen[name]!r} and {value!r}")
         chosen[name] = value
-    return _apply(config, {valid[k]: (k, v) for k, v in chosen.items()})
+    changed: HybridTrainerConfig = _apply(config, {valid[k]: (k, v) for k, v in chosen.items()})
+    return changed
 
 
 def _apply(node: Any, changes: Mapping[tuple[str, ...], tuple[str, Any]]) -> Any:

@@ -1,17 +1,28 @@
-"""Interchangeable predictors; ``build`` is the only place that knows their names."""
+"""Interchangeable predictors; ``build`` is the only place that knows their names.
+
+Other packages add theirs under the entry-point group ``hybrid_predict_trainer.predictors``: a callable
+with the arguments of the ones below.  Only the name of an installed entry point is ever looked up,
+so that a configuration file cannot make the program import what it likes.
+"""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from importlib.metadata import entry_points
 
 from ..config import HybridTrainerConfig
 from ..records import ConfigError
 from .base import Predictor as Predictor
+from .dmd import Dmd as Dmd
 from .heuristic import Heuristic as Heuristic
 from .hold import Hold as Hold
 from .linear import Linear as Linear
+from .mlp import Mlp as Mlp
 from .secant import Secant as Secant
+
+#: Where installed packages announce predictors of their own.
+ENTRY_POINTS = "hybrid_predict_trainer.predictors"
 
 #: name -> constructor from the configuration and the number of parameter groups G.
 PREDICTORS: dict[str, Callable[[HybridTrainerConfig, int], Predictor]] = {
@@ -19,6 +30,8 @@ PREDICTORS: dict[str, Callable[[HybridTrainerConfig, int], Predictor]] = {
     "heuristic": lambda config, num_groups: Heuristic(),
     "linear": lambda config, num_groups: Linear(config.predictor.linear, num_groups),
     "secant": lambda config, num_groups: Secant(config.predictor.secant),
+    "dmd": lambda config, num_groups: Dmd(config.predictor.dmd),
+    "mlp": lambda config, num_groups: Mlp(config.predictor.mlp, num_groups, config.seed),
 }
 
 
@@ -29,14 +42,25 @@ def build(config: HybridTrainerConfig, num_groups: int) -> Predictor:
         ConfigError: unknown name, or more memory than ``predictor_memory_mb``.
     """
     name = config.predictor_type
-    if name not in PREDICTORS:
-        near = difflib.get_close_matches(name, PREDICTORS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"predictor.type = {name!r} is unknown: must be one of {', '.join(sorted(PREDICTORS))}{hint}")
-    predictor = PREDICTORS[name](config, num_groups)
+    if name in PREDICTORS:
+        predictor = PREDICTORS[name](config, num_groups)
+    else:
+        predictor = _installed(name)(config, num_groups)
     needed = predictor.memory_bytes() / 2**20
     if needed > config.predictor_memory_mb:
         raise ConfigError(
             f"predictor.memory_budget_mb = {config.predictor_memory_mb:g} is too small: {name} needs {needed:.1f} MB"
         )
     return predictor
+
+
+def _installed(name: str) -> Callable[[HybridTrainerConfig, int], Predictor]:
+    """Constructor announced by an installed package under exactly this name."""
+    found = entry_points(group=ENTRY_POINTS)
+    if name in found.names:
+        constructor: Callable[[HybridTrainerConfig, int], Predictor] = found[name].load()
+        return constructor
+    names = sorted({*PREDICTORS, *found.names})
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ConfigError(f"predictor.type = {name!r} is unknown: must be one of {', '.join(names)}{hint}")

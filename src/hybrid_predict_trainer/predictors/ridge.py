@@ -23,7 +23,8 @@ def solve_ridge(A: Tensor, b: Tensor, l2: float, prior: Tensor | None = None) ->
     size = A.shape[0]
     strength = l2 * float(A.diagonal().mean()) + 1e-12
     right = b if prior is None else b + strength * prior
-    return torch.linalg.solve(A + strength * torch.eye(size, dtype=A.dtype), right)
+    weights: Tensor = torch.linalg.solve(A + strength * torch.eye(size, dtype=A.dtype), right)
+    return weights
 
 
 class OnlineRidge:

@@ -42,7 +42,8 @@ def orthonormaliser(gram: Tensor, tolerance: float) -> Tensor:
     inverse = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
     lengths, vectors = torch.linalg.eigh(inverse[:, None] * gram * inverse)
     keep = lengths > max(tolerance**2, 1e-14) * lengths[-1].clamp(min=1e-300)
-    return inverse[:, None] * vectors[:, keep] / lengths[keep].sqrt()
+    T: Tensor = inverse[:, None] * vectors[:, keep] / lengths[keep].sqrt()
+    return T
 
 
 def decay_factor(curvature: Tensor, horizon: float, step_size: float) -> Tensor:

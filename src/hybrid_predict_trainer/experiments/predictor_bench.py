@@ -1,0 +1,191 @@
+"""``hpt bench predictors``: each predictor on trajectories with a known answer, or on recorded windows.
+
+Every prediction is made before the future it is compared with is seen; only the latter half of a
+trajectory counts, after the predictor has had the first half to learn.  Errors are of the
+displacement of the window mean, x(t + Y) - x(t), over all weights.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import HybridTrainerConfig
+from ..predictors import Predictor, build
+from ..predictors._common import window_from_state, window_state
+from ..records import BasisSpec, CheckpointError, PhasePrediction, State, Window
+from ..state_tree import decode, encode, read_tree, write_tree
+from ..toml_io import with_values
+from .trajectories import CASES, flat, generate, observe
+
+#: References that are not predictors: no jump at all, and the expected continuation.
+REFERENCES = ("zero", "optimum")
+DEFAULT_PREDICTORS = ("hold", "linear", "dmd", "mlp", "rssm", *REFERENCES)
+#: Horizons in windows.
+HORIZONS = (1, 2, 4)
+
+Row = dict[str, Any]
+
+
+@dataclass(slots=True)
+class Scores:
+    """Measurements of one predictor on one case and horizon."""
+
+    cosines: list[float] = field(default_factory=list)
+    squared_errors: list[float] = field(default_factory=list)  # over squared displacement
+    loss_errors: list[float] = field(default_factory=list)
+    outcomes: list[tuple[float, bool]] = field(default_factory=list)  # (confidence, better than no jump)
+    update_ms: list[float] = field(default_factory=list)
+    predict_ms: list[float] = field(default_factory=list)
+
+    def add(self, predicted: Tensor, actual: Tensor) -> float:
+        """Compare two displacements (P,); returns the relative squared error."""
+        total = float(actual.square().sum())
+        error = float((predicted - actual).square().sum()) / total if total > 0 else 0.0
+        length = math.sqrt(float(predicted.square().sum()) * total)
+        self.cosines.append(float(predicted @ actual) / length if length > 0 else 0.0)
+        self.squared_errors.append(error)
+        return error
+
+    def row(self, case: str, predictor: str, horizon: int) -> Row:
+        """One line of the table; None where a reference has no such number."""
+
+        def mean(values: list[float]) -> float | None:
+            return statistics.fmean(values) if values else None
+
+        squared = mean(self.squared_errors)
+        return {
+            "case": case,
+            "predictor": predictor,
+            "horizon_windows": horizon,
+            "displacement_cosine": mean(self.cosines),
+            "displacement_rel_err": None if squared is None else math.sqrt(squared),
+            "loss_mae_rel": mean(self.loss_errors),
+            "ece": calibration_error(self.outcomes) if self.outcomes else None,
+            "update_ms": statistics.median(self.update_ms) if self.update_ms else None,
+            "predict_ms": statistics.median(self.predict_ms) if self.predict_ms else None,
+            "num_predictions": len(self.squared_errors),
+        }
+
+
+def calibration_error(outcomes: Sequence[tuple[float, bool]], num_bins: int = 10) -> float:
+    """Expected calibration error with equal-width bins (Guo et al. 2017, arXiv 1706.04599, eq. 3)."""
+    bins: dict[int, list[tuple[float, bool]]] = {}
+    for confidence, outcome in outcomes:
+        bins.setdefault(min(int(confidence * num_bins), num_bins - 1), []).append((confidence, outcome))
+    gaps = (abs(sum(c for c, _ in b) - sum(o for _, o in b)) for b in bins.values())
+    return sum(gaps) / len(outcomes)
+
+
+def make_predictor(name: str, num_groups: int, seed: int = 0) -> Predictor:
+    """Predictor by name with default settings."""
+    config = with_values(HybridTrainerConfig(), {"predictor.type": name, "training.seed": seed})
+    return build(config, num_groups)
+
+
+def rows(
+    predictors: Sequence[str] = DEFAULT_PREDICTORS, cases: Sequence[str] = tuple(CASES), seeds: Iterable[int] = range(3),
+    *, quick: bool = False, horizons: Sequence[int] = HORIZONS,
+) -> list[Row]:  # fmt: skip
+    """The table on trajectories with a known answer, pooled over seeds.
+
+    Args:
+        predictors: Names, or ``zero`` and ``optimum``.
+        cases: Names in :data:`.trajectories.CASES`.
+        seeds: Of the trajectory and the predictor.
+        quick: Half as many windows.
+        horizons: In windows.
+    """
+    table = []
+    seeds = list(seeds)
+    for case in cases:
+        for name in predictors:
+            scores = {m: Scores() for m in horizons}
+            for seed in seeds:
+                _run_case(case, name, seed, scores, num_windows=80 if quick else 160)
+            table += [scores[m].row(case, name, m) for m in horizons]
+    return table
+
+
+def _run_case(case: str, name: str, seed: int, scores: dict[int, Scores], *, num_windows: int) -> None:
+    trajectory = generate(CASES[case], seed, num_windows=num_windows, ahead=max(scores))
+    means, losses = trajectory.means, trajectory.window_losses
+    predictor = None if name in REFERENCES else make_predictor(name, 2, seed)
+    spec = BasisSpec() if predictor is None else predictor.spec
+    for window, basis in observe(trajectory, spec):
+        if predictor is not None:
+            began = time.perf_counter()
+            predictor.observe(window)
+            for score in scores.values():
+                score.update_ms.append(1e3 * (time.perf_counter() - began))
+        t = window.index
+        if t < num_windows // 2:
+            continue
+        for m, score in scores.items():
+            if t + m >= num_windows:
+                continue
+            actual = means[t + m] - means[t]
+            if predictor is None:
+                expected = trajectory.expected[t, m - 1]
+                score.add(expected if name == "optimum" else torch.zeros_like(actual), actual)
+                continue
+            if not predictor.ready:
+                continue
+            began = time.perf_counter()
+            prediction = predictor.predict(m * window.num_steps)
+            score.predict_ms.append(1e3 * (time.perf_counter() - began))
+            error = score.add(flat(basis.combine(prediction.coefficients)), actual)
+            score.outcomes.append((prediction.confidence, error < 1))
+            after = float(losses[t + m])
+            score.loss_errors.append(abs(prediction.predicted_loss - after) / max(abs(after), 1e-300))
+
+
+# ---- recorded runs ---------------------------------------------------------------------------------
+
+
+class Recorder:
+    """Wraps a predictor and keeps every window it observes: the hook for recording a run.
+
+    Displacement columns are recorded at the width the wrapped predictor asks for; a replay gives other
+    predictors what they need of them.
+    """
+
+    def __init__(self, inner: Predictor) -> None:
+        """Args: inner: what really predicts."""
+        self.inner, self.windows = inner, list[Window]()
+        self.name, self.spec = inner.name, inner.spec
+
+    @property
+    def ready(self) -> bool:
+        """The inner predictor's."""
+        return self.inner.ready
+
+    def observe(self, window: Window) -> None:
+        """Keep the window and pass it on."""
+        self.windows.append(window)
+        self.inner.observe(window)
+
+    def predict(self, horizon: int) -> PhasePrediction:
+        """The inner predictor's."""
+        return self.inner.predict(horizon)
+
+    def memory_bytes(self) -> int:
+        """The inner predictor's: the record is not part of a normal run."""
+        return self.inner.memory_bytes()
+
+    def state_dict(self) -> State:
+        """The inner predictor's, and the windows so far."""
+        return {"inner": self.inner.state_dict(), "windows": [window_state(w) for w in self.windows]}
+
+    def load_state_dict(self, state: State) -> None:
+        """Inverse of :meth:`state_dict`."""
+        self.inner.load_state_dict(state["inner"])
+        self.windows = [w for w in map(window_from_state, state["windows"]) if w is not None]

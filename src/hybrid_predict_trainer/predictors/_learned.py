@@ -1,0 +1,382 @@
+"""What the learned predictors share: a well-conditioned frame, targets in it, a base, a replay.
+
+Raw displacement columns are nearly parallel, so optimal coefficients on them are huge, alternate in
+sign and jump about.  In the Gram-Schmidt frame of the same columns, newest first,
+
+    q_j = sum_k M[j, k] b_k,   target[j] = q_j . T / |b_0|,
+
+targets are of order one, ``hold`` is (1, 0, 0, ...), and a bounded answer is a bounded jump.  Because
+M is lower triangular, target j needs inner products with the newest j columns only; the Gram matrix
+of a window j windows later still holds those, so displacements up to ``J`` windows ahead become
+targets without one more pass over the weights.
+
+Letters: ``G`` groups, ``K`` displacement columns, ``J`` windows ahead, ``F`` encoded features, ``C``
+capacity of the replay.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..encoder import Encoder
+from ..records import BasisSpec, PhasePrediction, State, Window
+from ._common import TRAJECTORY_POINTS, window_from_state, window_state
+
+#: J: how many windows ahead targets are kept; the longest arm of the horizon bandit is 4 N.
+MAX_AHEAD = 4
+#: Targets beyond this multiple of the last displacement are outliers (a step on a spike).
+MAX_TARGET = 3.0
+#: Weight of a window one window later in the base and in the record of errors.
+FORGETTING = 0.95
+#: Squared relative length of a direction under which the frame fades it out.
+JITTER = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """Gram-Schmidt frame of the displacement columns, per group."""
+
+    M: Tensor  # (G, K, K) rows q_j in columns
+    length: Tensor  # (G,) |b_0|
+
+    @classmethod
+    def of(cls, BB: Tensor, num_displacements: int) -> Frame:
+        """From a Gram matrix (G, K, K), of which the displacement block is used.
+
+        A jitter on the normalised Gram matrix fades near-dependent directions out smoothly: their q
+        become shorter than one, which shrinks instead of amplifying.
+        """
+        gram = BB[:, :num_displacements, :num_displacements]
+        squared = gram.diagonal(dim1=1, dim2=2).clamp(min=0)
+        inverse = torch.where(squared > 0, squared.clamp(min=1e-300).rsqrt(), torch.zeros_like(squared))
+        normal = inverse[:, :, None] * gram * inverse[:, None, :]
+        missing = torch.diag_embed((squared <= 0).double())
+        eye = torch.eye(normal.shape[1], dtype=torch.float64)
+        # the factor of the jittered matrix exists whatever rounding did to the Gram matrix
+        L, failed = torch.linalg.cholesky_ex(normal + missing + JITTER * eye)
+        if bool(failed.any()):
+            L, _ = torch.linalg.cholesky_ex(normal + missing + 1e-2 * eye)
+        M = torch.linalg.solve_triangular(L, torch.diag_embed(inverse), upper=False)
+        return cls(torch.nan_to_num(M), squared[:, 0].sqrt())
+
+    def project(self, dots: Tensor) -> Tensor:
+        """Inner products with the columns (G, K) -> target (G, K); zero where nothing moved."""
+        scale = torch.where(self.length > 0, 1 / self.length.clamp(min=1e-300), torch.zeros_like(self.length))
+        return (self.M @ dots[:, :, None])[:, :, 0] * scale[:, None]
+
+    def coefficients(self, u: Tensor) -> Tensor:
+        """Answer in the frame (G, K) -> coefficients on the columns (G, K)."""
+        return (self.M.mT @ u.double()[:, :, None])[:, :, 0] * self.length[:, None]
+
+
+def known_targets(num_displacements: int) -> Tensor:
+    """(J, K) bool: whether the component along q_k of a displacement j + 1 windows ahead is observable."""
+    j, k = torch.arange(MAX_AHEAD)[:, None], torch.arange(num_displacements)[None, :]
+    # one window ahead the hindsight has all columns; later only what the ring still holds
+    return (j == 0) | (k + j + 1 < num_displacements)
+
+
+def drift_rates(before: float, window: Window) -> Tensor:
+    """(J,) how much longer the learning-rate plan makes the displacements ahead than the last one.
+
+    A displacement joins the means of two windows, so it sees half of each one's learning rates.
+    """
+    past = 0.5 * (before + window.lr_integral) if before > 0 else window.lr_integral
+    if not (past > 0 and math.isfinite(past) and math.isfinite(window.lr_ahead)):
+        return torch.ones(MAX_AHEAD, dtype=torch.float64)
+    rates = torch.full((MAX_AHEAD,), window.lr_ahead / past, dtype=torch.float64)
+    rates[0] = 0.5 * (window.lr_integral + window.lr_ahead) / past
+    return rates
+
+
+def step_weights(num_windows: float) -> Tensor:
+    """(J,) how often each of the steps ahead counts over a horizon of m windows; the last stands for all later."""
+    full = torch.arange(MAX_AHEAD, dtype=torch.float64)
+    weights = (num_windows - full).clamp(0.0, 1.0)
+    weights[-1] = max(num_windows - (MAX_AHEAD - 1), 0.0)
+    return weights
+
+
+def log_change(before: float, after: float) -> float:
+    """Change of the log loss; of the loss relative to its size where it is not positive.  NaN if unknown."""
+    if not (math.isfinite(before) and math.isfinite(after)):
+        return math.nan
+    if before > 0 and after > 0:
+        return max(min(math.log(after / before), 5.0), -5.0)
+    return max(min((after - before) / max(abs(before), abs(after), 1e-300), 5.0), -5.0)
+
+
+def changed_loss(loss: float, change: float) -> float:
+    """Inverse of :func:`log_change` in its second argument."""
+    change = max(min(change, 5.0), -5.0)
+    return loss * math.exp(change) if loss > 0 else loss + change * abs(loss)
+
+
+@dataclass(slots=True)
+class Pending:
+    """A past window whose future is still being observed."""
+
+    slot: int
+    frame: Frame
+    rates: Tensor  # (J,)
+    loss: float
+    one_step: Tensor | None  # (G, K) what was predicted one window ahead, in the frame
+
+
+class Experience:
+    """Everything observed, as tensors to train on.  Rows are windows; see the field comments."""
+
+    def __init__(self, num_groups: int, spec: BasisSpec, capacity: int) -> None:
+        """Args: num_groups: G.  spec: displacement columns come first.  capacity: C."""
+        G, K, J = num_groups, spec.num_displacements, MAX_AHEAD
+        self.spec, self.capacity = spec, capacity
+        self.encoder = Encoder(num_groups, spec)
+        F = self.encoder.num_features
+        self.known = known_targets(K)
+        self.count = 0  # windows so far; row = index % C
+        self.encodings = torch.zeros(capacity, F)
+        self.actions = torch.zeros(capacity, NUM_ACTIONS)
+        self.targets = torch.zeros(capacity, J, G, K)  # per unit of planned drift, residual to the base when trained on
+        self.shares = torch.zeros(capacity, J, G)  # of each group in the squared displacement; 0: target not known
+        self.changes = torch.full((capacity, J), math.nan)  # of the log loss, in total
+        self.base = torch.zeros(J, G, K, dtype=torch.float64)
+        self.base[:, :, 0] = 1.0  # hold
+        self._base_weight = torch.ones(J, 1, 1, dtype=torch.float64)  # hold counts as one window
+        self.change_base = torch.zeros(J, dtype=torch.float64)
+        self.change_scale = torch.zeros(J, dtype=torch.float64)  # mean square
+        self._change_weight = torch.zeros(J, dtype=torch.float64)
+        self.window: Window | None = None
+        self.frame: Frame | None = None
+        self.rates = torch.ones(J, dtype=torch.float64)
+        self._pending: deque[Pending] = deque(maxlen=J)
+        self._lr_before = 0.0
+        self.error = 1.0  # prequential |T - p|^2 / |T|^2 one window ahead, forgotten mean
+        self.base_error = 1.0  # the same of the base alone
+        self.hold_error = 1.0
+        self.loss_error = 0.0  # prequential mean square of the log loss change
+        self._num_errors = 0
+
+    @property
+    def num_targets(self) -> int:
+        """Windows whose next displacement is known."""
+        return int((self.shares[:, 0].sum(dim=1) > 0).sum())
+
+    def observe(self, window: Window) -> None:
+        """Fill in what earlier windows were waiting for, then add this one."""
+        finite = bool(torch.isfinite(window.products.BB).all())
+        if window.jumped or not finite:
+            self._pending.clear()
+        for ahead, past in enumerate(reversed(self._pending)):
+            self._fill(past, ahead, window)
+        slot = self.count % self.capacity
+        self.encodings[slot] = self.encoder.observe(window)
+        self.rates = drift_rates(self._lr_before, window)
+        # what drives the step to the next window, as far as it is planned
+        self.actions[slot] = torch.stack([self.rates[0].log1p(), self.rates[1].log1p()]).float()
+        self.targets[slot], self.shares[slot], self.changes[slot] = 0.0, 0.0, math.nan
+        self.count += 1
+        self._lr_before = window.lr_integral
+        self.window = window
+        self.frame = Frame.of(window.products.BB, self.spec.num_displacements) if finite else None
+        if self.frame is not None and window.num_columns > 0:
+            self._pending.append(Pending(slot, self.frame, self.rates, window.loss, None))
+        else:
+            self._pending.clear()
+
+    def expect(self, one_step: Tensor, change: float) -> None:
+        """Note what is predicted one window ahead, in the frame (G, K), to be scored when it is known."""
+        if self._pending:
+            self._pending[-1].one_step = torch.cat([one_step.double().reshape(-1), torch.tensor([change]).double()])
+
+    def _fill(self, past: Pending, ahead: int, window: Window) -> None:
+        change = log_change(past.loss, window.loss)
+        self.changes[past.slot, ahead] = change
+        if ahead == 0 and past.one_step is not None and math.isfinite(change):
+            error = (change - float(past.one_step[-1])) ** 2
+            self.loss_error += (error - self.loss_error) / min(self._num_errors + 1, 20)
+        if math.isfinite(change):
+            self._change_weight[ahead] = FORGETTING * self._change_weight[ahead] + 1
+            share = 1 / self._change_weight[ahead]
+            self.change_base[ahead] += share * (change - self.change_base[ahead])
+            self.change_scale[ahead] += share * (change * change - self.change_scale[ahead])
+        K = self.spec.num_displacements
+        BB = window.products.BB
+        squared = BB[:, 0, 0]
+        total = float(squared.sum())
+        if not total > 0:
+            return
+        dots = torch.zeros_like(past.frame.M[:, :, 0])
+        held = K - 1 - ahead
+        dots[:, :held] = BB[:, 0, ahead + 1 : K]
+        if ahead == 0 and window.hindsight is not None and bool(torch.isfinite(window.hindsight.BT).all()):
+            dots = window.hindsight.BT[:, :K]
+        target = past.frame.project(dots)
+        if ahead == 0 and past.one_step is not None:
+            self._score(past, target, squared)
+        u = (target / past.rates[ahead].clamp(min=1e-3)).clamp(-MAX_TARGET, MAX_TARGET)
+        u = u * self.known[ahead]
+        moved = (past.frame.length > 0).double()
+        self.targets[past.slot, ahead] = u.float()
+        self.shares[past.slot, ahead] = (squared / total * moved).float()
+        self._base_weight[ahead] = FORGETTING * self._base_weight[ahead] + 1
+        self.base[ahead] += (u - self.base[ahead]) / self._base_weight[ahead]
+
+    def _score(self, past: Pending, target: Tensor, squared: Tensor) -> None:
+        """|T - p|^2 = |T|^2 - 2 p.T + |p|^2 in the (nearly orthonormal) frame, relative to |T|^2."""
+        assert past.one_step is not None
+        area = past.frame.length.square()[:, None]
+        total = float(squared.sum())
+        hold = torch.zeros_like(target)
+        hold[:, 0] = past.rates[0]
+        rows = {"error": past.one_step[:-1].reshape(target.shape), "base_error": self.base[0] * past.rates[0]}
+        rows["hold_error"] = hold
+        weight = 1 / min(self._num_errors + 1, 20)
+        for name, p in rows.items():
+            error = 1 + float((area * (p * p - 2 * p * target)).sum()) / total
+            setattr(self, name, getattr(self, name) + weight * (min(max(error, 0.0), 4.0) - getattr(self, name)))
+        self._num_errors += 1
+
+    @property
+    def explained(self) -> float:
+        """Share of displacement the last predictions explained before they were learnt from, in [0, 1]."""
+        return min(max(1 - self.error, 0.0), 1.0) if self._num_errors else 0.0
+
+    def memory_bytes(self) -> int:
+        """Bytes of the replay and the statistics."""
+        tensors = (self.encodings, self.actions, self.targets, self.shares, self.changes, self.base, self.known)
+        return sum(t.numel() * t.element_size() for t in tensors) + self.encoder.memory_bytes()
+
+    # ---- state ---------------------------------------------------------------------------------
+
+    _TENSORS = (
+        "base", "_base_weight", "change_base", "change_scale", "_change_weight", "rates",
+    )  # fmt: skip
+    _ROWS = ("encodings", "actions", "targets", "shares", "changes")
+    _NUMBERS = ("count", "_lr_before", "error", "base_error", "hold_error", "loss_error", "_num_errors")
+
+    def state_dict(self) -> State:
+        """Filled rows and everything else."""
+        filled = min(self.count, self.capacity)
+        return {
+            "tensors": {name: getattr(self, name) for name in self._TENSORS},
+            "rows": {name: getattr(self, name)[:filled] for name in self._ROWS},
+            "numbers": {name: getattr(self, name) for name in self._NUMBERS},
+            "encoder": self.encoder.state_dict(),
+            "window": window_state(self.window),
+            "pending": [
+                {"slot": p.slot, "M": p.frame.M, "length": p.frame.length, "rates": p.rates,
+                 "loss": p.loss, "one_step": p.one_step}
+                for p in self._pending
+            ],
+        }  # fmt: skip
+
+    def load_state_dict(self, state: State) -> None:
+        """Inverse of :meth:`state_dict`."""
+        for name in self._TENSORS:
+            setattr(self, name, state["tensors"][name].clone())
+        for name in self._ROWS:
+            rows = state["rows"][name]
+            getattr(self, name)[: len(rows)] = rows
+        for name in self._NUMBERS:
+            setattr(self, name, state["numbers"][name])
+        self.encoder.load_state_dict(state["encoder"])
+        self.window = window_from_state(state["window"])
+        self._pending.clear()
+        for p in state["pending"]:
+            one_step = None if p["one_step"] is None else p["one_step"].clone()
+            frame = Frame(p["M"].clone(), p["length"].clone())
+            self._pending.append(Pending(p["slot"], frame, p["rates"].clone(), p["loss"], one_step))
+        self.frame = None
+        if self.window is not None and bool(torch.isfinite(self.window.products.BB).all()):
+            self.frame = Frame.of(self.window.products.BB, self.spec.num_displacements)
+
+
+#: Numbers of the planned learning rate given to a transition model as its action.
+NUM_ACTIONS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What M members and samples said of the J windows ahead."""
+
+    u: Tensor  # (M, J, G, K) displacements in the frame, the base included, times the planned drift
+    changes: Tensor  # (M, J) of the log loss since the last window, in total
+    members: Tensor  # (M,) which member each row is from
+    survival: float = 1.0  # probability that the loss stays finite and below twice its value
+
+
+def phase_prediction(experience: Experience, answers: Answers, horizon: int) -> PhasePrediction:
+    """Turn answers per window ahead into one prediction over Y steps.
+
+    Epistemic: spread of the members' means; aleatoric: mean spread within a member, with what the
+    past one-window predictions missed; both relative to the predicted displacement.
+    """
+    window, frame = experience.window, experience.frame
+    assert window is not None, "predict() before ready"
+    G, width = window.products.num_groups, experience.spec.num_columns
+    m = horizon / window.num_steps
+    weights = step_weights(m).to(answers.u.dtype)
+    totals = torch.einsum("j,mjgk->mgk", weights, answers.u)
+    coefficients = torch.zeros(G, width, dtype=torch.float64)
+    epistemic = aleatoric = 0.0
+    if frame is not None:
+        mean = totals.mean(dim=0)
+        coefficients[:, : experience.spec.num_displacements] = frame.coefficients(mean)
+        area = frame.length.square()[:, None].to(totals.dtype)
+        size = max(float((area * mean.square()).sum()), 1e-300)
+        ids = answers.members.unique()
+        centres = torch.stack([totals[answers.members == i].mean(dim=0) for i in ids])
+        epistemic = math.sqrt(float((area * (centres - mean).square()).sum(dim=(1, 2)).mean()) / size)
+        own = torch.stack([centres[int((ids == i).nonzero())] for i in answers.members])
+        aleatoric = math.sqrt(float((area * (totals - own).square()).sum(dim=(1, 2)).mean()) / size)
+    trajectory = _trajectory(experience, answers, horizon)
+    spread = float(_at(answers.changes, m).std(correction=0)) if len(answers.changes) > 1 else 0.0
+    half = 1.96 * math.sqrt(spread**2 + experience.loss_error * max(m, 1e-3))
+    ends = [changed_loss(window.loss, float(_at(answers.changes, m).mean()) + sign * half) for sign in (-1, 1)]
+    predicted = trajectory[-1][1]
+    confidence = experience.explained * answers.survival / (1 + min(epistemic, 1e6))
+    return PhasePrediction(
+        coefficients=torch.nan_to_num(coefficients),
+        horizon=horizon,
+        predicted_loss=predicted,
+        loss_trajectory=trajectory,
+        loss_interval=(min(ends), max(ends)),
+        confidence=min(max(confidence, 0.0), 1.0),
+        predicted_reduction=max(window.loss - predicted, 0.0) if math.isfinite(window.loss) else 0.0,
+        epistemic=epistemic,
+        aleatoric=aleatoric,
+    )
+
+
+def _at(changes: Tensor, m: float) -> Tensor:
+    """(M, J) changes after 1 ... J windows -> (M,) after m, linear between and beyond."""
+    points = torch.cat([torch.zeros_like(changes[:, :1]), changes], dim=1)
+    low = min(int(m), MAX_AHEAD - 1)
+    return points[:, low] + (m - low) * (points[:, low + 1] - points[:, low])
+
+
+def _trajectory(experience: Experience, answers: Answers, horizon: int) -> tuple[tuple[int, float], ...]:
+    window = experience.window
+    assert window is not None
+    steps = sorted({max(1, round(f * horizon)) for f in TRAJECTORY_POINTS})
+    means = [float(_at(answers.changes, step / window.num_steps).mean()) for step in steps]
+    return tuple((step, changed_loss(window.loss, mean)) for step, mean in zip(steps, means, strict=True))
+
+
+def initialised(generator: torch.Generator, module: nn.Module) -> None:
+    """Draw every weight of a module anew from a generator, the global random state untouched.
+
+    Matrices uniform with variance 1 / fan-in (torch's own bound for Linear), vectors zero.
+    """
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.dim() > 1:
+                bound = math.sqrt(3 / parameter[0].numel())
+                parameter.copy_((2 * torch.rand(parameter.shape, generator=generator) - 1) * bound)
+            else:
+                parameter.zero_()
