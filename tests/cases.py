@@ -299,7 +299,7 @@ class Fake:
 
     name = "fake"
 
-    def __init__(self, scale: float = -0.02, *, reduction: float = 0.0, ready: bool = True, horizon: int | None = None) -> None:
+    def __init__(self, scale: float = -0.02, *, reduction: float = 100.0, ready: bool = True, horizon: int | None = None) -> None:
         self.spec = BasisSpec(num_displacements=1, gradient=True)
         self.scale, self.reduction, self.is_ready, self.horizon = scale, reduction, ready, horizon
         self.num_groups = 0

@@ -94,7 +94,8 @@ def test_the_order_of_budgets_and_a_diverged_one_do_not_matter() -> None:
 
 
 @pytest.mark.parametrize(
-    ("hybrid", "plain"), [(Point(1, math.nan), power_law(1, 1)), (Point(1, 0.5), [Point(1, math.nan)]), (Point(1, 1), [])]
+    ("hybrid", "plain"),
+    [(Point(1, math.nan), power_law(1, 1)), (Point(1, 0.5), [Point(1, math.nan)]), (Point(1, 1), [])],
 )
 def test_what_is_not_finite_is_unknown(hybrid: Point, plain: list[Point]) -> None:
     found = seed_speedup(hybrid, plain)
@@ -137,7 +138,13 @@ def test_the_bootstrap_narrows_and_is_repeatable() -> None:
 
 def tiny(**changes: Any) -> Setup:
     """A full-batch task with an eager trainer."""
-    options: dict[str, Any] = {"task": "pinn-poisson", "batch_size": 24, "steps": 90, "schedule": "constant", "set": EAGER}
+    options: dict[str, Any] = {
+        "task": "pinn-poisson",
+        "batch_size": 24,
+        "steps": 90,
+        "schedule": "constant",
+        "set": EAGER,
+    }
     return build_setup(Options(**{**options, **changes}))
 
 
@@ -276,13 +283,23 @@ def test_a_diverged_hybrid_run_gives_null_and_the_reason() -> None:
 
 
 def test_the_best_rate_is_the_lowest_finite_loss() -> None:
-    trials = [{"lr": 1.0, "final_val_loss": math.nan}, {"lr": 0.1, "final_val_loss": 2.0}, {"lr": 0.2, "final_val_loss": 1.0}]
+    trials = [
+        {"lr": 1.0, "final_val_loss": math.nan},
+        {"lr": 0.1, "final_val_loss": 2.0},
+        {"lr": 0.2, "final_val_loss": 1.0},
+    ]
     assert compare.best_rate(trials, 0.5) == 0.2
     assert compare.best_rate(trials[:1], 0.5) == 0.5
 
 
 def plan_of(tmp_path: Path, **changes: Any) -> compare.Plan:
-    values: dict[str, Any] = {"setup": tiny(steps=60), "seeds": (0, 1), "budgets": (0.5, 2.0), "out": tmp_path, "about": {}}
+    values: dict[str, Any] = {
+        "setup": tiny(steps=60),
+        "seeds": (0, 1),
+        "budgets": (0.5, 2.0),
+        "out": tmp_path,
+        "about": {},
+    }
     return compare.Plan(**{**values, **changes})
 
 

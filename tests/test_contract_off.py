@@ -87,7 +87,7 @@ def test_full_batch(off: str) -> None:
 def test_every_predictor_observes_without_a_trace(predictor: str, storage: str) -> None:
     changes = {"predictor__offload": True} if storage == "offload" else {"predictor__basis_dtype": storage}
     trainer = check(("dropout", "momentum"), {"predictor_type": predictor, **changes, **OFF["never_affordable"][0]})
-    assert trainer.run.num_windows > 2
+    assert trainer.run.num_windows >= 2
 
 
 def test_a_disabled_run_remembers_nothing() -> None:

@@ -29,7 +29,7 @@ from cases import (
     setup,
     steps_until,
 )
-from hybrid_predict_trainer import HybridTrainer, executors, gate
+from hybrid_predict_trainer import HybridTrainer, cycle, executors, gate
 from hybrid_predict_trainer.records import Phase, Reason, StepResult, Verdict
 from reference import DenseBasis, flat
 
@@ -59,13 +59,17 @@ def always_control(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(executors, "_is_control", lambda run: True)
 
 
+def looks_promising(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(cycle, "promising", lambda run, horizon: True)
+
+
 CERTAIN = {"gate__significance": 0.5}  # the mean decides
 
 REFUSALS = {
     "nan": Refusal(Reason.NOT_FINITE, lambda: Broken("nan")),
     "inf": Refusal(Reason.NOT_FINITE, lambda: Broken("inf")),
     "shape": Refusal(Reason.WRONG_SHAPE, lambda: Broken("too_wide")),
-    "none": Refusal(Reason.PREDICTOR_FAILED, lambda: Broken("returns_none")),
+    "none": Refusal(Reason.PREDICTOR_FAILED, lambda: Broken("returns_none"), patch=looks_promising),
     "loss": Refusal(Reason.LOSS_NOT_FINITE, loss=nan_without_grad),
     "long": Refusal(Reason.TOO_LONG, lambda: Fake(-1e5)),
     "zero": Refusal(Reason.ZERO_JUMP, lambda: Broken("zero")),

@@ -112,7 +112,7 @@ class Adversary(Fake):
     def predict(self, horizon: int) -> PhasePrediction:
         given = super().predict(horizon)
         return PhasePrediction(
-            coefficients=given.coefficients, horizon=horizon, predicted_loss=-1.0, confidence=1.0, max_scale=8.0,
+            coefficients=given.coefficients, horizon=horizon, predicted_loss=-1.0, confidence=1.0, max_scale=8.0, predicted_reduction=1e3,
             alternatives=(2 * given.coefficients, -given.coefficients),
         )  # fmt: skip
 

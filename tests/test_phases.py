@@ -44,7 +44,7 @@ def test_only_predict_computes_no_backward() -> None:
 READY = Signals(
     phase=F, num_real_steps=500, num_real_steps_since_predict=50, loss_ema_stable=True, baseline_known=True,
     window_just_closed=True, predictor_ready=True, confidence=0.9, num_outcomes=50, num_windows_since_proposal=1, horizon=40,
-    affordable=True, num_windows_to_wait=0, switched_off=False, num_forced_full_steps=0, forced_by_alarm=False,
+    affordable=True, promising=True, num_windows_to_wait=0, switched_off=False, num_forced_full_steps=0, forced_by_alarm=False,
     num_probation_steps=0, num_segments_left=0, fallback_threshold=4.0,
 )  # fmt: skip
 CONTROLLER = PhaseController(config(warmup_steps=100, full_steps=20, explore_outcomes=3, confidence_threshold=0.5, gate__max_backoff=16))
@@ -64,6 +64,7 @@ CASES: dict[str, tuple[dict, Phase, Reason]] = {
     "predictor": ({"predictor_ready": False}, F, Reason.NOT_READY),
     "waiting": ({"num_windows_to_wait": 1}, F, Reason.BACKING_OFF),
     "budget": ({"affordable": False}, F, Reason.OVER_BUDGET),
+    "promises too little": ({"promising": False}, F, Reason.NOT_PROMISING),
     "budget holds while exploring": ({"affordable": False, "num_outcomes": 0}, F, Reason.OVER_BUDGET),
     "after a refusal": ({"phase": P}, F, Reason.WINDOW_OPEN),
     "after correction": ({"phase": C}, F, Reason.WINDOW_OPEN),
@@ -103,7 +104,7 @@ def test_every_signal_matters() -> None:
         num_real_steps_since_predict=st.integers(0, 100), loss_ema_stable=st.booleans(), baseline_known=st.booleans(),
         window_just_closed=st.booleans(), predictor_ready=st.booleans(), confidence=st.floats(0, 1),
         num_outcomes=st.integers(0, 10), num_windows_since_proposal=st.integers(0, 100), horizon=st.integers(1, 100),
-        affordable=st.booleans(), num_windows_to_wait=st.integers(0, 3), switched_off=st.booleans(),
+        affordable=st.booleans(), promising=st.booleans(), num_windows_to_wait=st.integers(0, 3), switched_off=st.booleans(),
         num_forced_full_steps=st.integers(0, 3), forced_by_alarm=st.booleans(), num_probation_steps=st.just(0),
         num_segments_left=st.integers(0, 2), fallback_threshold=st.floats(0, 10),
     )

@@ -47,6 +47,28 @@ def paired_dots(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     return torch.stack([torch.dot(u.reshape(-1), v.reshape(-1)).double() for u, v in zip(a, b, strict=True)]).cpu()
 
 
+def _row_dots(column: Tensor, vector: Tensor) -> Tensor:
+    """(K,) float64 inner products of the rows of (K, P) with (P,).
+
+    Half-precision rows are widened one by one: a product rounded to 8 bits would make the Gram matrix of
+    nearly parallel displacements indefinite.
+    """
+    if column.dtype is torch.bfloat16:
+        wide = vector.to(device=column.device, dtype=torch.float32)
+        return torch.stack([torch.dot(row.float(), wide) for row in column]).double()
+    return (column @ vector.to(device=column.device, dtype=column.dtype)).double()
+
+
+def _weighted_sum(coefficients: Tensor, column: Tensor) -> Tensor:
+    """(P,) sum_k c_k row_k, in float32 for half-precision rows: large coefficients cancel."""
+    if column.dtype is torch.bfloat16:
+        total = torch.zeros(column.shape[1], dtype=torch.float32, device=column.device)
+        for c, row in zip(coefficients.tolist(), column, strict=True):
+            total.add_(row, alpha=c)
+        return total
+    return coefficients.to(device=column.device, dtype=column.dtype) @ column
+
+
 class Basis:
     """Columns, running sums and inner products over one set of parameters."""
 
@@ -151,6 +173,8 @@ class Basis:
                 for p, dtype, device in zip(self.parameters, self._column_dtypes, self._devices, strict=True)
             ]
         hindsight = None
+        # products are those of what is stored
+        s = [piece.to(column.dtype).to(piece.dtype) for piece, column in zip(s, self._columns, strict=True)]
         dots, squares = self._dot_columns(s), squared_norms(s)
         if self.num_columns and not self.jumped:
             hindsight = Hindsight(BB=self._ordered(self._BB), BT=self._ordered(dots), TT=self._by_group(squares))
@@ -211,8 +235,7 @@ class Basis:
         by_slot[:, self._slots()] = coefficients.double()
         deltas = []
         for column, g, p in zip(self._columns, self.groups.index, self.parameters, strict=True):
-            c = by_slot[g].to(device=column.device, dtype=column.dtype)
-            deltas.append((c @ column).reshape(p.shape).to(p.device))
+            deltas.append(_weighted_sum(by_slot[g], column).reshape(p.shape).to(p.device))
         return deltas
 
     def average(self) -> Tensors:
@@ -315,10 +338,7 @@ class Basis:
         """(G, K) inner products of every slot with one vector given tensor by tensor."""
         if not self._columns:
             return torch.zeros(self.groups.num_groups, self.spec.num_columns, dtype=torch.float64)
-        dots = [
-            (column @ v.reshape(-1).to(device=column.device, dtype=column.dtype)).double()
-            for column, v in zip(self._columns, vectors, strict=True)
-        ]
+        dots = [_row_dots(column, v.reshape(-1)) for column, v in zip(self._columns, vectors, strict=True)]
         rows = [torch.stack([dots[i] for i in members]).sum(dim=0) for members in self._group_slices]
         return torch.stack(rows).cpu()
 

@@ -79,11 +79,13 @@ class DmdConfig:
     """Linear dynamics fitted to successive displacements."""
 
     num_displacements: int = 8  # columns kept
+    delays: int = 2  # snapshots stacked: momentum's state is a position and a velocity
     rank_tolerance: float = 1e-4  # relative length under which a direction is rounding noise
 
     def __post_init__(self) -> None:
         """Check ranges."""
         _whole("predictor.dmd.num_displacements", self.num_displacements, 3, 256)
+        _whole("predictor.dmd.delays", self.delays, 1, 64)
         _number("predictor.dmd.rank_tolerance", self.rank_tolerance, 0.0, 0.5)
 
 
@@ -180,7 +182,7 @@ class GateConfig:
 
     judge_at: Literal["auto", "current", "average"] = "auto"  # auto: the raw weights if every batch is the same
     exact: Literal["auto", "always", "never"] = "auto"  # every batch is the whole data set; auto: looks
-    overhead_budget: float = 0.01  # share of the run that prediction may lose
+    overhead_budget: float = 0.005  # share of the run that prediction may lose
     overhead_budget_exact: float = 0.05  # the same where losses are exact and no gain is luck
     significance: float = 0.05  # one-sided level of the paired test
     max_chunks: int = 8  # pieces a half batch is cut into for the paired test

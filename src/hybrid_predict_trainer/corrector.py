@@ -92,7 +92,7 @@ def length(coefficients: Tensor, BB: Tensor) -> float:
 def bounded(coefficients: Tensor, BB: Tensor, limit: float) -> Tensor:
     """Coefficients shortened to at most ``limit`` in the metric of weight space; zeros if not finite."""
     size = length(coefficients, BB)
-    if not (math.isfinite(size) and bool(torch.isfinite(coefficients).all())):
+    if not (math.isfinite(size) and math.isfinite(limit) and bool(torch.isfinite(coefficients).all())):
         return torch.zeros_like(coefficients)
     return coefficients * (limit / size) if size > limit else coefficients
 

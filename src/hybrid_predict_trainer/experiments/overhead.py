@@ -28,10 +28,11 @@ from ..trainer import HybridTrainer
 from .environment import environment
 from .setup import check_device
 
-#: Real steps before anything is timed: warm-up of at most 4 x WARMUP_STEPS, then two windows, so that
-#: the basis has its memory and the predictor has observed.
+#: Before anything is timed warm-up has to end and two windows to close, so that the basis has its memory
+#: and the predictor has observed; a trainer that is not there by MAX_PREPARING_STEPS never will be.
 WARMUP_STEPS = 2
-NUM_PREPARING_STEPS = 24
+MIN_WINDOWS = 2
+MAX_PREPARING_STEPS = 500
 
 #: Ways in which Python code reads a tensor and so waits for an accelerator.
 READS = ("item", "tolist", "__float__", "__int__", "__bool__", "__index__", "numpy", "cpu")
@@ -148,17 +149,13 @@ def measure(prepared: Prepared, note: Callable[[str], None]) -> dict[str, Any]:
         note: Takes lines for a person who waits.
     """
     workload, task = prepared.workload, prepared.task
-    num_steps = NUM_PREPARING_STEPS + workload.num_pairs + 2
+    num_steps = MAX_PREPARING_STEPS + workload.num_pairs
     batches = task.batches(0)
     with tempfile.TemporaryDirectory() as folder:
         bare, trainer = BareLoop(task, num_steps), build(prepared, num_steps)
         trainer.metrics.sink = JsonlSink(Path(folder) / "metrics.jsonl")
-        note(f"{NUM_PREPARING_STEPS} steps of each before measuring")
-        for _ in range(NUM_PREPARING_STEPS):
-            batch = next(batches)
-            bare.step(batch)
-            trainer.step(batch)
-        assert trainer.run.phase is Phase.FULL, "warm-up has not ended"
+        note(f"steps before measuring, until {MIN_WINDOWS} windows have closed")
+        bring_up(trainer, bare, batches)
         pairs = []
         for k in range(workload.num_pairs):
             pairs.append(timed_pair(bare, trainer, next(batches), trainer_first=k % 2 == 1))
@@ -171,6 +168,18 @@ def measure(prepared: Prepared, note: Callable[[str], None]) -> dict[str, Any]:
     memory = memory_ratios(prepared, bare.state_bytes(), trainer)
     return {**figures(pairs), **syncs, **memory, "workload": asdict(workload), "task": task.describe(),
             "environment": environment(workload.device)}  # fmt: skip
+
+
+def bring_up(trainer: HybridTrainer, bare: BareLoop | None, batches: Iterator[Batch]) -> None:
+    """Step until the trainer is in the FULL phase with all it will ever hold."""
+    for _ in range(MAX_PREPARING_STEPS):
+        if trainer.run.phase is Phase.FULL and trainer.run.num_windows >= MIN_WINDOWS:
+            return
+        batch = next(batches)
+        trainer.step(batch)
+        if bare is not None:
+            bare.step(batch)
+    raise AssertionError(f"no {MIN_WINDOWS} windows have closed in {MAX_PREPARING_STEPS} steps")
 
 
 def timed_pair(bare: BareLoop, trainer: HybridTrainer, batch: Batch, *, trainer_first: bool) -> Pair:
@@ -220,10 +229,8 @@ def memory_ratios(prepared: Prepared, state_bytes: int, trainer: HybridTrainer) 
     ratio = 1 + (basis + usage["snapshots"] + usage["predictor"]) / state_bytes
     left = 0  # on the CPU there is nothing to measure: what offload moves is all there is
     if device != "cpu":
-        offloading = build(prepared, NUM_PREPARING_STEPS, offload=True)
-        batches = prepared.task.batches(0)
-        for _ in range(NUM_PREPARING_STEPS):
-            offloading.step(next(batches))
+        offloading = build(prepared, MAX_PREPARING_STEPS, offload=True)
+        bring_up(offloading, None, prepared.task.batches(0))
         left = offloading.memory_usage().get(f"basis_{device}", 0)
     return {
         "memory_ratio_training_device": ratio,

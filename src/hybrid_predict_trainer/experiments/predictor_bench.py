@@ -10,9 +10,8 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,10 +19,9 @@ from torch import Tensor
 
 from ..config import HybridTrainerConfig
 from ..predictors import Predictor, build
-from ..predictors._common import window_from_state, window_state
-from ..records import BasisSpec, CheckpointError, PhasePrediction, State, Window
-from ..state_tree import decode, encode, read_tree, write_tree
+from ..records import BasisSpec
 from ..toml_io import with_values
+from .recording import Recording, future_products, narrow
 from .trajectories import CASES, flat, generate, observe
 
 #: References that are not predictors: no jump at all, and the expected continuation.
@@ -41,6 +39,7 @@ class Scores:
 
     cosines: list[float] = field(default_factory=list)
     squared_errors: list[float] = field(default_factory=list)  # over squared displacement
+    lengths: list[float] = field(default_factory=list)  # of the displacement
     loss_errors: list[float] = field(default_factory=list)
     outcomes: list[tuple[float, bool]] = field(default_factory=list)  # (confidence, better than no jump)
     update_ms: list[float] = field(default_factory=list)
@@ -48,11 +47,17 @@ class Scores:
 
     def add(self, predicted: Tensor, actual: Tensor) -> float:
         """Compare two displacements (P,); returns the relative squared error."""
-        total = float(actual.square().sum())
-        error = float((predicted - actual).square().sum()) / total if total > 0 else 0.0
-        length = math.sqrt(float(predicted.square().sum()) * total)
-        self.cosines.append(float(predicted @ actual) / length if length > 0 else 0.0)
+        return self.add_products(
+            float(predicted @ actual), float(predicted.square().sum()), float(actual.square().sum())
+        )
+
+    def add_products(self, cross: float, fitted: float, total: float) -> float:
+        """The same from inner products: p . T, p . p and T . T."""
+        error = max(total - 2 * cross + fitted, 0.0) / total if total > 0 else 0.0
+        length = math.sqrt(max(fitted * total, 0.0))
+        self.cosines.append(cross / length if length > 0 else 0.0)
         self.squared_errors.append(error)
+        self.lengths.append(math.sqrt(total))
         return error
 
     def row(self, case: str, predictor: str, horizon: int) -> Row:
@@ -68,6 +73,7 @@ class Scores:
             "horizon_windows": horizon,
             "displacement_cosine": mean(self.cosines),
             "displacement_rel_err": None if squared is None else math.sqrt(squared),
+            "displacement_abs_err": mean([math.sqrt(e) * d for e, d in zip(self.squared_errors, self.lengths, strict=True)]),
             "loss_mae_rel": mean(self.loss_errors),
             "ece": calibration_error(self.outcomes) if self.outcomes else None,
             "update_ms": statistics.median(self.update_ms) if self.update_ms else None,
@@ -151,41 +157,51 @@ def _run_case(case: str, name: str, seed: int, scores: dict[int, Scores], *, num
 # ---- recorded runs ---------------------------------------------------------------------------------
 
 
-class Recorder:
-    """Wraps a predictor and keeps every window it observes: the hook for recording a run.
+def replay(recording: Recording, predictors: Sequence[str], case: str, *, horizons: Sequence[int] = HORIZONS) -> list[Row]:
+    """The same table on the recorded windows of a real run, from inner products alone.
 
-    Displacement columns are recorded at the width the wrapped predictor asks for; a replay gives other
-    predictors what they need of them.
+    Later than one window ahead the lag and the optimizer's direction are not in the recorded Gram
+    matrices, so a predictor that uses them has rows for one window only.  Stretches across an accepted
+    jump are not scored.
     """
+    table = []
+    for name in predictors:
+        scores = {m: Scores() for m in horizons}
+        _replay_one(recording, name, scores)
+        table += [scores[m].row(case, name, m) for m in horizons]
+    return table
 
-    def __init__(self, inner: Predictor) -> None:
-        """Args: inner: what really predicts."""
-        self.inner, self.windows = inner, list[Window]()
-        self.name, self.spec = inner.name, inner.spec
 
-    @property
-    def ready(self) -> bool:
-        """The inner predictor's."""
-        return self.inner.ready
-
-    def observe(self, window: Window) -> None:
-        """Keep the window and pass it on."""
-        self.windows.append(window)
-        self.inner.observe(window)
-
-    def predict(self, horizon: int) -> PhasePrediction:
-        """The inner predictor's."""
-        return self.inner.predict(horizon)
-
-    def memory_bytes(self) -> int:
-        """The inner predictor's: the record is not part of a normal run."""
-        return self.inner.memory_bytes()
-
-    def state_dict(self) -> State:
-        """The inner predictor's, and the windows so far."""
-        return {"inner": self.inner.state_dict(), "windows": [window_state(w) for w in self.windows]}
-
-    def load_state_dict(self, state: State) -> None:
-        """Inverse of :meth:`state_dict`."""
-        self.inner.load_state_dict(state["inner"])
-        self.windows = [w for w in map(window_from_state, state["windows"]) if w is not None]
+def _replay_one(recording: Recording, name: str, scores: dict[int, Scores]) -> None:
+    windows = recording.windows
+    if not windows:
+        return
+    G = windows[0].products.num_groups
+    predictor = None if name in REFERENCES else make_predictor(name, G)
+    spec = BasisSpec(num_displacements=1) if predictor is None else predictor.spec
+    for t, window in enumerate(windows):
+        if predictor is not None:
+            began = time.perf_counter()
+            predictor.observe(narrow(window, recording.spec, spec))
+            for score in scores.values():
+                score.update_ms.append(1e3 * (time.perf_counter() - began))
+        if t < len(windows) // 2 or (predictor is not None and not predictor.ready) or name == "optimum":
+            continue
+        for m, score in scores.items():
+            ahead = windows[t + 1 : t + 1 + m]
+            actual = future_products(window, ahead, recording.spec, spec) if len(ahead) == m else None
+            if actual is None:
+                continue
+            dots, gram, total = actual
+            prediction, c = None, torch.zeros_like(dots)
+            if predictor is not None:
+                began = time.perf_counter()
+                prediction = predictor.predict(m * window.num_steps)
+                score.predict_ms.append(1e3 * (time.perf_counter() - began))
+                c = prediction.coefficients
+            score.add_products(float((c * dots).sum()), float(torch.einsum("gk,gkl,gl->", c, gram, c)), total)
+            if prediction is not None:
+                after = ahead[-1].loss
+                score.outcomes.append((prediction.confidence, score.squared_errors[-1] < 1))
+                if math.isfinite(after):
+                    score.loss_errors.append(abs(prediction.predicted_loss - after) / max(abs(after), 1e-300))

@@ -19,6 +19,7 @@ from .heuristic import Heuristic as Heuristic
 from .hold import Hold as Hold
 from .linear import Linear as Linear
 from .mlp import Mlp as Mlp
+from .rssm import Rssm as Rssm
 from .secant import Secant as Secant
 
 #: Where installed packages announce predictors of their own.
@@ -32,6 +33,7 @@ PREDICTORS: dict[str, Callable[[HybridTrainerConfig, int], Predictor]] = {
     "secant": lambda config, num_groups: Secant(config.predictor.secant),
     "dmd": lambda config, num_groups: Dmd(config.predictor.dmd),
     "mlp": lambda config, num_groups: Mlp(config.predictor.mlp, num_groups, config.seed),
+    "rssm": lambda config, num_groups: Rssm(config.predictor.rssm, num_groups, config.seed),
 }
 
 

@@ -3,15 +3,20 @@
 Raw displacement columns are nearly parallel, so optimal coefficients on them are huge, alternate in
 sign and jump about.  In the Gram-Schmidt frame of the same columns, newest first,
 
-    q_j = sum_k M[j, k] b_k,   target[j] = q_j . T / |b_0|,
+    q_j = sum_k M[j, k] b_k,   target[j] = q_j . T / (length of the last displacements),
 
-targets are of order one, ``hold`` is (1, 0, 0, ...), and a bounded answer is a bounded jump.  Because
+targets are of order one and a bounded answer is a bounded jump.  Because
 M is lower triangular, target j needs inner products with the newest j columns only; the Gram matrix
 of a window j windows later still holds those, so displacements up to ``J`` windows ahead become
-targets without one more pass over the weights.
+targets without one more pass over the weights.  The lag x - theta comes after the displacements: half
+of the next displacement of a window mean has already happened and is in it, the later ones are not.
 
-Letters: ``G`` groups, ``K`` displacement columns, ``J`` windows ahead, ``F`` encoded features, ``C``
-capacity of the replay.
+What a network learns is only the residual of a closed-form base: per window ahead a ridge on all
+columns whose prior is ``hold``.  Its correction is trusted as far as past corrections explained what
+the base had left.
+
+Letters: ``G`` groups, ``K`` columns, ``J`` windows ahead, ``F`` encoded features, ``C`` capacity of
+the replay.
 """
 
 from __future__ import annotations
@@ -24,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from ..encoder import Encoder
-from ..records import BasisSpec, PhasePrediction, State, Window
+from ..records import BasisSpec, PhasePrediction, State, Window, zeros_like_coefficients
 from ._common import TRAJECTORY_POINTS, window_from_state, window_state
 
 #: J: how many windows ahead targets are kept; the longest arm of the horizon bandit is 4 N.
@@ -33,6 +38,12 @@ MAX_AHEAD = 4
 MAX_TARGET = 3.0
 #: Weight of a window one window later in the base and in the record of errors.
 FORGETTING = 0.95
+#: Strength of the base's prior, relative to the mean diagonal of its system.
+BASE_L2 = 1e-3
+#: Weight of the all-groups base against one group's own data.
+SHRINKAGE = 0.5
+#: Numbers of the planned learning rate given to a transition model as its action.
+NUM_ACTIONS = 2
 #: Squared relative length of a direction under which the frame fades it out.
 JITTER = 1e-6
 
@@ -42,16 +53,16 @@ class Frame:
     """Gram-Schmidt frame of the displacement columns, per group."""
 
     M: Tensor  # (G, K, K) rows q_j in columns
-    length: Tensor  # (G,) |b_0|
+    inverse: Tensor  # (G, K, K) columns b_k in the frame: b_k = sum_j inverse[j, k] q_j
+    length: Tensor  # (G,) root mean square of the last displacements' lengths
 
     @classmethod
-    def of(cls, BB: Tensor, num_displacements: int) -> Frame:
-        """From a Gram matrix (G, K, K), of which the displacement block is used.
+    def of(cls, gram: Tensor) -> Frame:
+        """From a Gram matrix (G, K, K).
 
         A jitter on the normalised Gram matrix fades near-dependent directions out smoothly: their q
         become shorter than one, which shrinks instead of amplifying.
         """
-        gram = BB[:, :num_displacements, :num_displacements]
         squared = gram.diagonal(dim1=1, dim2=2).clamp(min=0)
         inverse = torch.where(squared > 0, squared.clamp(min=1e-300).rsqrt(), torch.zeros_like(squared))
         normal = inverse[:, :, None] * gram * inverse[:, None, :]
@@ -62,23 +73,31 @@ class Frame:
         if bool(failed.any()):
             L, _ = torch.linalg.cholesky_ex(normal + missing + 1e-2 * eye)
         M = torch.linalg.solve_triangular(L, torch.diag_embed(inverse), upper=False)
-        return cls(torch.nan_to_num(M), squared[:, 0].sqrt())
+        recent = squared[:, :3]  # one alone vanishes at the turning point of an oscillation
+        length = (recent.sum(dim=1) / (recent > 0).sum(dim=1).clamp(min=1)).sqrt()
+        return cls(torch.nan_to_num(M), torch.nan_to_num(L.mT * squared.sqrt()[:, None, :]), length)
 
     def project(self, dots: Tensor) -> Tensor:
         """Inner products with the columns (G, K) -> target (G, K); zero where nothing moved."""
-        scale = torch.where(self.length > 0, 1 / self.length.clamp(min=1e-300), torch.zeros_like(self.length))
-        return (self.M @ dots[:, :, None])[:, :, 0] * scale[:, None]
+        return (self.M @ dots[:, :, None])[:, :, 0] * self._per_length()[:, None]
+
+    def express(self, coefficients: Tensor) -> Tensor:
+        """Coefficients on the columns (..., G, K) -> the same vector in the frame (..., G, K)."""
+        return (self.inverse @ coefficients[..., None])[..., 0] * self._per_length()[:, None]
+
+    def _per_length(self) -> Tensor:
+        return torch.where(self.length > 0, 1 / self.length.clamp(min=1e-300), torch.zeros_like(self.length))
 
     def coefficients(self, u: Tensor) -> Tensor:
         """Answer in the frame (G, K) -> coefficients on the columns (G, K)."""
         return (self.M.mT @ u.double()[:, :, None])[:, :, 0] * self.length[:, None]
 
 
-def known_targets(num_displacements: int) -> Tensor:
+def known_targets(spec: BasisSpec) -> Tensor:
     """(J, K) bool: whether the component along q_k of a displacement j + 1 windows ahead is observable."""
-    j, k = torch.arange(MAX_AHEAD)[:, None], torch.arange(num_displacements)[None, :]
+    j, k = torch.arange(MAX_AHEAD)[:, None], torch.arange(spec.num_columns)[None, :]
     # one window ahead the hindsight has all columns; later only what the ring still holds
-    return (j == 0) | (k + j + 1 < num_displacements)
+    return (j == 0) | (k + j + 1 < spec.num_displacements)
 
 
 def drift_rates(before: float, window: Window) -> Tensor:
@@ -123,9 +142,12 @@ class Pending:
 
     slot: int
     frame: Frame
+    gram: Tensor  # (G, K, K)
     rates: Tensor  # (J,)
     loss: float
-    one_step: Tensor | None  # (G, K) what was predicted one window ahead, in the frame
+    base: Tensor  # (J, G, K) in the frame, per unit of planned drift
+    corrections: Tensor | None = None  # (J, G, K) what was to be added to the base
+    change: float = 0.0  # of the log loss predicted one window ahead
 
 
 class Experience:
@@ -133,20 +155,20 @@ class Experience:
 
     def __init__(self, num_groups: int, spec: BasisSpec, capacity: int) -> None:
         """Args: num_groups: G.  spec: displacement columns come first.  capacity: C."""
-        G, K, J = num_groups, spec.num_displacements, MAX_AHEAD
+        G, K, J = num_groups, spec.num_columns, MAX_AHEAD
         self.spec, self.capacity = spec, capacity
         self.encoder = Encoder(num_groups, spec)
         F = self.encoder.num_features
-        self.known = known_targets(K)
+        self.known = known_targets(spec)
         self.count = 0  # windows so far; row = index % C
         self.encodings = torch.zeros(capacity, F)
         self.actions = torch.zeros(capacity, NUM_ACTIONS)
-        self.targets = torch.zeros(capacity, J, G, K)  # per unit of planned drift, residual to the base when trained on
-        self.shares = torch.zeros(capacity, J, G)  # of each group in the squared displacement; 0: target not known
+        self.residuals = torch.zeros(capacity, J, G, K)  # what the base left, per unit of planned drift
+        self.shares = torch.zeros(capacity, J, G)  # of each group in the squared displacement; 0: not known
         self.changes = torch.full((capacity, J), math.nan)  # of the log loss, in total
-        self.base = torch.zeros(J, G, K, dtype=torch.float64)
-        self.base[:, :, 0] = 1.0  # hold
-        self._base_weight = torch.ones(J, 1, 1, dtype=torch.float64)  # hold counts as one window
+        self.base = torch.zeros(J, G, K, dtype=torch.float64)  # of the last window, like Pending.base
+        self._A = torch.zeros(J, G, K, K, dtype=torch.float64)
+        self._b = torch.zeros(J, G, K, dtype=torch.float64)
         self.change_base = torch.zeros(J, dtype=torch.float64)
         self.change_scale = torch.zeros(J, dtype=torch.float64)  # mean square
         self._change_weight = torch.zeros(J, dtype=torch.float64)
@@ -155,16 +177,28 @@ class Experience:
         self.rates = torch.ones(J, dtype=torch.float64)
         self._pending: deque[Pending] = deque(maxlen=J)
         self._lr_before = 0.0
+        # forgotten sums of (T - base) . correction and |correction|^2, over |T|^2
+        self._left, self._gained = torch.zeros(J, dtype=torch.float64), torch.zeros(J, dtype=torch.float64)
         self.error = 1.0  # prequential |T - p|^2 / |T|^2 one window ahead, forgotten mean
         self.base_error = 1.0  # the same of the base alone
-        self.hold_error = 1.0
         self.loss_error = 0.0  # prequential mean square of the log loss change
-        self._num_errors = 0
+        self._num_errors = self._num_changes = 0
 
     @property
     def num_targets(self) -> int:
         """Windows whose next displacement is known."""
-        return int((self.shares[:, 0].sum(dim=1) > 0).sum())
+        return int((self.shares[: self.count, 0].sum(dim=1) > 0).sum())
+
+    @property
+    def change_std(self) -> Tensor:
+        """(J,) standard deviation of the changes of the log loss."""
+        return (self.change_scale - self.change_base.square()).clamp(min=1e-12).sqrt()
+
+    @property
+    def trust(self) -> Tensor:
+        """(J,) least-squares multiple of past corrections, in [0, 1]; 0 until one was scored."""
+        ratio = self._left / self._gained.clamp(min=1e-300)
+        return torch.where(self._gained > 0, ratio.clamp(0.0, 1.0), torch.zeros_like(ratio))
 
     def observe(self, window: Window) -> None:
         """Fill in what earlier windows were waiting for, then add this one."""
@@ -178,68 +212,105 @@ class Experience:
         self.rates = drift_rates(self._lr_before, window)
         # what drives the step to the next window, as far as it is planned
         self.actions[slot] = torch.stack([self.rates[0].log1p(), self.rates[1].log1p()]).float()
-        self.targets[slot], self.shares[slot], self.changes[slot] = 0.0, 0.0, math.nan
+        self.residuals[slot], self.shares[slot], self.changes[slot] = 0.0, 0.0, math.nan
         self.count += 1
         self._lr_before = window.lr_integral
         self.window = window
-        self.frame = Frame.of(window.products.BB, self.spec.num_displacements) if finite else None
+        self.frame = Frame.of(window.products.BB) if finite else None
         if self.frame is not None and window.num_columns > 0:
-            self._pending.append(Pending(slot, self.frame, self.rates, window.loss, None))
+            self.base = self.frame.express(self._base_coefficients()) * self.known[:, None, :]
+            self._pending.append(
+                Pending(slot, self.frame, window.products.BB, self.rates, window.loss, self.base)
+            )
         else:
             self._pending.clear()
 
-    def expect(self, one_step: Tensor, change: float) -> None:
-        """Note what is predicted one window ahead, in the frame (G, K), to be scored when it is known."""
+    def _base_coefficients(self) -> Tensor:
+        """(J, G, K) ridge per window ahead and group, shrunk to all groups and, all groups, to ``hold``."""
+        K = self.spec.num_columns
+        eye = torch.eye(K, dtype=torch.float64)
+        hold = torch.zeros(K, dtype=torch.float64)
+        hold[0] = 1.0
+        total, right = self._A.sum(dim=1), self._b.sum(dim=1)
+        # normalised columns, so that the prior weighs the same for long and short ones
+        scale = _scale(total)
+        total = scale[:, :, None] * total * scale[:, None, :]
+        ridge = (BASE_L2 * total.diagonal(dim1=1, dim2=2).mean(dim=1) + 1e-12)[:, None]
+        prior = torch.where(scale > 0, hold / scale.clamp(min=1e-300), torch.zeros_like(scale))
+        shared = torch.linalg.solve(total + ridge[:, :, None] * eye, scale * right + ridge * prior)
+        A = scale[:, None, :, None] * self._A * scale[:, None, None, :]
+        trace = A.diagonal(dim1=2, dim2=3).sum(dim=2)
+        kappa = SHRINKAGE * trace / trace.sum(dim=1, keepdim=True).clamp(min=1e-300)
+        A = A + kappa[:, :, None, None] * total[:, None] + ridge[:, :, None, None] * eye
+        b = scale[:, None, :] * self._b + kappa[:, :, None] * (total @ shared[:, :, None])[:, None, :, 0]
+        c = torch.linalg.solve(A, b + ridge[:, :, None] * shared[:, None, :]) * scale[:, None, :]
+        unseen = (right.abs().sum(dim=1) == 0)[:, None, None]
+        return torch.nan_to_num(torch.where(unseen, hold, c))
+
+    def expect(self, corrections: Tensor, change: float) -> None:
+        """Note the corrections (J, G, K), and the log loss change one window ahead, to be scored."""
         if self._pending:
-            self._pending[-1].one_step = torch.cat([one_step.double().reshape(-1), torch.tensor([change]).double()])
+            self._pending[-1].corrections = corrections.double() * self.known[:, None, :]
+            self._pending[-1].change = change
 
     def _fill(self, past: Pending, ahead: int, window: Window) -> None:
-        change = log_change(past.loss, window.loss)
-        self.changes[past.slot, ahead] = change
-        if ahead == 0 and past.one_step is not None and math.isfinite(change):
-            error = (change - float(past.one_step[-1])) ** 2
-            self.loss_error += (error - self.loss_error) / min(self._num_errors + 1, 20)
-        if math.isfinite(change):
-            self._change_weight[ahead] = FORGETTING * self._change_weight[ahead] + 1
-            share = 1 / self._change_weight[ahead]
-            self.change_base[ahead] += share * (change - self.change_base[ahead])
-            self.change_scale[ahead] += share * (change * change - self.change_scale[ahead])
-        K = self.spec.num_displacements
+        self._fill_change(past, ahead, window)
         BB = window.products.BB
         squared = BB[:, 0, 0]
         total = float(squared.sum())
         if not total > 0:
             return
-        dots = torch.zeros_like(past.frame.M[:, :, 0])
-        held = K - 1 - ahead
-        dots[:, :held] = BB[:, 0, ahead + 1 : K]
-        if ahead == 0 and window.hindsight is not None and bool(torch.isfinite(window.hindsight.BT).all()):
-            dots = window.hindsight.BT[:, :K]
-        target = past.frame.project(dots)
-        if ahead == 0 and past.one_step is not None:
-            self._score(past, target, squared)
-        u = (target / past.rates[ahead].clamp(min=1e-3)).clamp(-MAX_TARGET, MAX_TARGET)
-        u = u * self.known[ahead]
-        moved = (past.frame.length > 0).double()
-        self.targets[past.slot, ahead] = u.float()
-        self.shares[past.slot, ahead] = (squared / total * moved).float()
-        self._base_weight[ahead] = FORGETTING * self._base_weight[ahead] + 1
-        self.base[ahead] += (u - self.base[ahead]) / self._base_weight[ahead]
+        dots = torch.zeros_like(past.gram[:, :, 0])
+        if ahead > 0:
+            held = self.spec.num_displacements - 1 - ahead
+            dots[:, :held] = BB[:, 0, ahead + 1 : self.spec.num_displacements]
+        elif window.hindsight is not None and bool(torch.isfinite(window.hindsight.BT).all()):
+            dots = window.hindsight.BT
+        else:
+            return
+        rate = float(past.rates[ahead].clamp(min=1e-3))
+        target = past.frame.project(dots) * self.known[ahead] / rate
+        self._score(past, ahead, target * rate, total)
+        residual = (target - past.base[ahead]).clamp(-MAX_TARGET, MAX_TARGET)
+        self.residuals[past.slot, ahead] = residual.float()
+        self.shares[past.slot, ahead] = (squared / total * (past.frame.length > 0)).float()
+        known = self.known[ahead].double()
+        # every window counts the same
+        gram = past.gram * known[:, None] * known / total
+        self._A[ahead] = FORGETTING * self._A[ahead] + gram
+        self._b[ahead] = FORGETTING * self._b[ahead] + dots * known / (rate * total)
 
-    def _score(self, past: Pending, target: Tensor, squared: Tensor) -> None:
+    def _fill_change(self, past: Pending, ahead: int, window: Window) -> None:
+        change = log_change(past.loss, window.loss)
+        if math.isfinite(past.loss) and not math.isfinite(window.loss):
+            change = math.inf  # diverged: nothing to regress on, but it happened
+        self.changes[past.slot, ahead] = change
+        if not math.isfinite(change):
+            return
+        if ahead == 0:
+            self._num_changes += 1
+            self.loss_error += ((change - past.change) ** 2 - self.loss_error) / min(self._num_changes, 20)
+        self._change_weight[ahead] = FORGETTING * self._change_weight[ahead] + 1
+        share = 1 / self._change_weight[ahead]
+        self.change_base[ahead] += share * (change - self.change_base[ahead])
+        self.change_scale[ahead] += share * (change * change - self.change_scale[ahead])
+
+    def _score(self, past: Pending, ahead: int, target: Tensor, total: float) -> None:
         """|T - p|^2 = |T|^2 - 2 p.T + |p|^2 in the (nearly orthonormal) frame, relative to |T|^2."""
-        assert past.one_step is not None
-        area = past.frame.length.square()[:, None]
-        total = float(squared.sum())
-        hold = torch.zeros_like(target)
-        hold[:, 0] = past.rates[0]
-        rows = {"error": past.one_step[:-1].reshape(target.shape), "base_error": self.base[0] * past.rates[0]}
-        rows["hold_error"] = hold
-        weight = 1 / min(self._num_errors + 1, 20)
-        for name, p in rows.items():
-            error = 1 + float((area * (p * p - 2 * p * target)).sum()) / total
-            setattr(self, name, getattr(self, name) + weight * (min(max(error, 0.0), 4.0) - getattr(self, name)))
-        self._num_errors += 1
+        area = past.frame.length.square()[:, None] / total
+        base = past.base[ahead] * past.rates[ahead]
+        correction = torch.zeros_like(base)
+        if past.corrections is not None:
+            correction = past.corrections[ahead] * past.rates[ahead]
+        if ahead == 0:
+            self._num_errors += 1
+            weight = 1 / min(self._num_errors, 20)
+            for name, p in (("error", base + self.trust[0] * correction), ("base_error", base)):
+                error = 1 + float((area * (p * p - 2 * p * target)).sum())
+                setattr(self, name, getattr(self, name) + weight * (min(max(error, 0.0), 4.0) - getattr(self, name)))
+        left, gained = (area * (target - base) * correction).sum(), (area * correction * correction).sum()
+        self._left[ahead] = FORGETTING * self._left[ahead] + left
+        self._gained[ahead] = FORGETTING * self._gained[ahead] + gained
 
     @property
     def explained(self) -> float:
@@ -248,16 +319,18 @@ class Experience:
 
     def memory_bytes(self) -> int:
         """Bytes of the replay and the statistics."""
-        tensors = (self.encodings, self.actions, self.targets, self.shares, self.changes, self.base, self.known)
+        tensors = (self.encodings, self.actions, self.residuals, self.shares, self.changes, self.base, self._A, self._b)
         return sum(t.numel() * t.element_size() for t in tensors) + self.encoder.memory_bytes()
 
     # ---- state ---------------------------------------------------------------------------------
 
     _TENSORS = (
-        "base", "_base_weight", "change_base", "change_scale", "_change_weight", "rates",
+        "base", "_A", "_b", "change_base", "change_scale", "_change_weight", "rates", "_left", "_gained",
     )  # fmt: skip
-    _ROWS = ("encodings", "actions", "targets", "shares", "changes")
-    _NUMBERS = ("count", "_lr_before", "error", "base_error", "hold_error", "loss_error", "_num_errors")
+    _ROWS = ("encodings", "actions", "residuals", "shares", "changes")
+    _NUMBERS = (
+        "count", "_lr_before", "error", "base_error", "loss_error", "_num_errors", "_num_changes",
+    )  # fmt: skip
 
     def state_dict(self) -> State:
         """Filled rows and everything else."""
@@ -269,8 +342,10 @@ class Experience:
             "encoder": self.encoder.state_dict(),
             "window": window_state(self.window),
             "pending": [
-                {"slot": p.slot, "M": p.frame.M, "length": p.frame.length, "rates": p.rates,
-                 "loss": p.loss, "one_step": p.one_step}
+                {
+                    "slot": p.slot, "gram": p.gram, "rates": p.rates, "loss": p.loss, "base": p.base,
+                    "corrections": p.corrections, "change": p.change,
+                }
                 for p in self._pending
             ],
         }  # fmt: skip
@@ -288,23 +363,28 @@ class Experience:
         self.window = window_from_state(state["window"])
         self._pending.clear()
         for p in state["pending"]:
-            one_step = None if p["one_step"] is None else p["one_step"].clone()
-            frame = Frame(p["M"].clone(), p["length"].clone())
-            self._pending.append(Pending(p["slot"], frame, p["rates"].clone(), p["loss"], one_step))
+            corrections = None if p["corrections"] is None else p["corrections"].clone()
+            tensors = {name: p[name].clone() for name in ("gram", "rates", "base")}
+            self._pending.append(
+                Pending(slot=p["slot"], frame=Frame.of(p["gram"]), loss=p["loss"], corrections=corrections,
+                        change=p["change"], **tensors)
+            )  # fmt: skip
         self.frame = None
         if self.window is not None and bool(torch.isfinite(self.window.products.BB).all()):
-            self.frame = Frame.of(self.window.products.BB, self.spec.num_displacements)
+            self.frame = Frame.of(self.window.products.BB)
 
 
-#: Numbers of the planned learning rate given to a transition model as its action.
-NUM_ACTIONS = 2
+def _scale(A: Tensor) -> Tensor:
+    """(..., K, K) -> (..., K) inverse roots of the diagonal, 0 where it is 0."""
+    diagonal = A.diagonal(dim1=-2, dim2=-1)
+    return torch.where(diagonal > 0, diagonal.clamp(min=1e-300).rsqrt(), torch.zeros_like(diagonal))
 
 
 @dataclass(frozen=True, slots=True)
 class Answers:
     """What M members and samples said of the J windows ahead."""
 
-    u: Tensor  # (M, J, G, K) displacements in the frame, the base included, times the planned drift
+    corrections: Tensor  # (M, J, G, K) to the base, in the frame, per unit of planned drift
     changes: Tensor  # (M, J) of the log loss since the last window, in total
     members: Tensor  # (M,) which member each row is from
     survival: float = 1.0  # probability that the loss stays finite and below twice its value
@@ -318,16 +398,16 @@ def phase_prediction(experience: Experience, answers: Answers, horizon: int) -> 
     """
     window, frame = experience.window, experience.frame
     assert window is not None, "predict() before ready"
-    G, width = window.products.num_groups, experience.spec.num_columns
     m = horizon / window.num_steps
-    weights = step_weights(m).to(answers.u.dtype)
-    totals = torch.einsum("j,mjgk->mgk", weights, answers.u)
-    coefficients = torch.zeros(G, width, dtype=torch.float64)
+    trust = experience.trust[:, None, None]
+    u = experience.base + trust * answers.corrections.double() * experience.known[:, None, :]
+    totals = torch.einsum("j,mjgk->mgk", step_weights(m) * experience.rates, u)
+    coefficients = zeros_like_coefficients(window.products.num_groups, experience.spec.num_columns)
     epistemic = aleatoric = 0.0
     if frame is not None:
         mean = totals.mean(dim=0)
-        coefficients[:, : experience.spec.num_displacements] = frame.coefficients(mean)
-        area = frame.length.square()[:, None].to(totals.dtype)
+        coefficients = frame.coefficients(mean)
+        area = frame.length.square()[:, None]
         size = max(float((area * mean.square()).sum()), 1e-300)
         ids = answers.members.unique()
         centres = torch.stack([totals[answers.members == i].mean(dim=0) for i in ids])
@@ -380,3 +460,6 @@ def initialised(generator: torch.Generator, module: nn.Module) -> None:
                 parameter.copy_((2 * torch.rand(parameter.shape, generator=generator) - 1) * bound)
             else:
                 parameter.zero_()
+        for part in module.modules():
+            if isinstance(part, nn.RMSNorm):
+                part.reset_parameters()  # ones

@@ -13,12 +13,18 @@ closed form, sum_j lambda^j = lambda (1 - lambda^m) / (1 - lambda), which also h
 Under noise a regression in the span promises too much; what earlier predictions were worth in
 hindsight shrinks the jump.
 
+Two refinements.  Momentum hides half of the state: displacements alone then do not determine the next
+one, so snapshots are stacked with their predecessors (delay embedding, Hankel-DMD, arXiv 1611.06664),
+whose Gram matrix is a sum of shifted blocks of the one we have.  And each displacement is first
+divided by the learning rates that made it: a schedule changes the size of the displacements more than the dynamics behind them.
+
 Letters: ``K`` displacement columns, ``R`` directions kept, ``G`` groups (one operator for all).
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
 
 import torch
 from torch import Tensor
@@ -82,6 +88,12 @@ def power_sum(operator: Tensor, start: Tensor, num_powers: float) -> Tensor:
     return total
 
 
+def stacked(BB: Tensor, delays: int) -> Tensor:
+    """Gram matrix (n, n) of columns -> (n - q + 1, ...) of columns stacked with their q - 1 predecessors."""
+    size = BB.shape[0] - delays + 1
+    return sum((BB[r : r + size, r : r + size] for r in range(delays)), torch.zeros(size, size, dtype=BB.dtype))
+
+
 class Dmd:
     """One operator over all groups, their products summed."""
 
@@ -92,6 +104,7 @@ class Dmd:
         self.config = config
         self.spec = BasisSpec(num_displacements=config.num_displacements)
         self._window: Window | None = None
+        self._drifts: deque[float] = deque(maxlen=config.num_displacements + 1)  # lr sums, newest last
         self._one_step: Tensor | None = None  # (G, K) what the last window was predicted to bring
         self._cross = self._fitted = self._total = 0.0  # forgotten sums of p.T, p.p, T.T over hindsights
         self._count = 0
@@ -105,6 +118,9 @@ class Dmd:
         """Score the one-window prediction made last time, then make the next one."""
         if self._one_step is not None and window.hindsight is not None:
             self._score(self._one_step, window.hindsight)
+        before = self._window.lr_integral if self._window is not None else window.lr_integral
+        # a displacement joins the means of two windows, half of each one's steps
+        self._drifts.append(0.5 * (before + window.lr_integral))
         self._window = window
         self._one_step = self._coefficients(1.0)[0] if self.ready else None
 
@@ -140,13 +156,22 @@ class Dmd:
         window = self._window
         assert window is not None
         n = window.num_columns
-        BB = window.products.BB.sum(0)[:n, :n]
+        drift = torch.tensor(list(self._drifts)[: -n - 1 : -1], dtype=torch.float64)
         coefficients = zeros_like_coefficients(window.products.num_groups, self.spec.num_columns)
+        if n < 3 or len(drift) < n or not bool((torch.isfinite(drift) & (drift > 0)).all()):
+            drift = torch.ones(n, dtype=torch.float64)
+        BB = window.products.BB.sum(0)[:n, :n] / torch.outer(drift, drift)
+        BB = stacked(BB, min(self.config.delays, max(n - 2, 1)))
+        n = BB.shape[0]
         if n < 3 or not bool(torch.isfinite(BB).all()) or not float(BB.diagonal().sum()) > 0:
             return coefficients, 1.0
         T, operator, start, residual = snapshot_operator(BB, self.config.rank_tolerance)
         if T.shape[1]:
-            c = T @ power_sum(operator, start, num_windows)
+            planned = window.lr_ahead if window.lr_integral > 0 and window.lr_ahead >= 0 else float(drift[0])
+            first = 0.5 * (window.lr_integral + planned) if window.lr_integral > 0 else planned
+            later = planned * power_sum(operator, start, num_windows)
+            sooner = (first - planned) * power_sum(operator, start, min(num_windows, 1.0))
+            c = (T @ (later + sooner)) / drift[: n - 1]
             if bool(torch.isfinite(c).all()):
                 coefficients[:, : n - 1] = c
         return coefficients, residual
@@ -155,9 +180,7 @@ class Dmd:
         """Coefficients for Y steps, from powers of the fitted operator."""
         window = self._window
         assert window is not None, "predict() before ready"
-        rate = window.lr_ahead / window.lr_integral if window.lr_integral > 0 else 1.0
-        # a changed learning rate is a changed clock of the same dynamics
-        coefficients, residual = self._coefficients(max(rate * horizon / window.num_steps, 1e-9))
+        coefficients, residual = self._coefficients(horizon / window.num_steps)
         trajectory = linear_loss_trajectory(window.loss, window.loss_slope, horizon)
         drop = max(window.loss - trajectory[-1][1], 0.0)
         half = math.sqrt(residual) * max(drop, abs(window.loss_slope) * horizon)
@@ -179,13 +202,14 @@ class Dmd:
     def state_dict(self) -> State:
         """The last window, its prediction, and what past predictions were worth."""
         return {
-            "window": window_state(self._window), "one_step": self._one_step, "count": self._count,
+            "window": window_state(self._window), "drifts": list(self._drifts), "one_step": self._one_step, "count": self._count,
             "cross": self._cross, "fitted": self._fitted, "total": self._total,
         }  # fmt: skip
 
     def load_state_dict(self, state: State) -> None:
         """Inverse of :meth:`state_dict`."""
         self._window = window_from_state(state["window"])
+        self._drifts = deque(state["drifts"], maxlen=self.config.num_displacements + 1)
         self._one_step = None if state["one_step"] is None else state["one_step"].clone()
         self._count, self._cross = state["count"], state["cross"]
         self._fitted, self._total = state["fitted"], state["total"]

@@ -2,12 +2,11 @@
 
 [256, 128] GELU units with dropout, conditioned on the log of how many windows ahead is asked for;
 two heads: a bounded correction to the coefficients of every group, and the change of the log loss.
-What it corrects is a running mean of hindsight-optimal answers that starts as ``hold``, and its heads
-start at zero: an untrained network is that base.
+The heads start at zero: an untrained network is the closed-form base of ``_learned``.
 
-    u[j] = (base[j] + 2 tanh(net(e, log j))) * planned drift          in the frame of ``_learned``
+    u[j] = (base[j] + trust * 2 tanh(net(e, log j))) * planned drift
 
-Letters: ``G`` groups, ``K`` displacement columns, ``J`` windows ahead, ``F`` encoded features,
+Letters: ``G`` groups, ``K`` columns, ``J`` windows ahead, ``F`` encoded features,
 ``B`` rows of a minibatch, ``M`` dropout samples.
 """
 
@@ -59,13 +58,13 @@ class Mlp:
     def __init__(self, config: MlpConfig, num_groups: int, seed: int = 0) -> None:
         """Args: config: widths, dropout, training.  num_groups: G.  seed: of all randomness."""
         self.config = config
-        self.spec = BasisSpec(num_displacements=config.num_displacements)
+        self.spec = BasisSpec(num_displacements=config.num_displacements, lag=True, optimizer=True)
         self.experience = Experience(num_groups, self.spec, config.replay_windows)
-        self._shape = (num_groups, config.num_displacements)
+        self._shape = (num_groups, self.spec.num_columns)
         self._generator = torch.Generator().manual_seed(seed)
         num_inputs = self.experience.encoder.num_features + NUM_ACTIONS + 1
         with torch.device("meta"):  # no weight is drawn from the global generator
-            self.network = Network(num_inputs, config.hidden, num_groups * config.num_displacements)
+            self.network = Network(num_inputs, config.hidden, num_groups * self.spec.num_columns)
         self.network.to_empty(device="cpu")
         initialised(self._generator, self.network)
         for head in (self.network.coefficients, self.network.change):
@@ -89,7 +88,7 @@ class Mlp:
                 self._update()
         if self.ready:
             answers = self._answers(num_samples=0)
-            self.experience.expect(answers.u[0, 0], float(answers.changes[0, 0]))
+            self.experience.expect(answers.corrections[0], float(answers.changes[0, 0]))
 
     # ---- training --------------------------------------------------------------------------------
 
@@ -101,11 +100,11 @@ class Mlp:
         rows, ahead = pick[:, 0], pick[:, 1]
         x = self._inputs(rows, ahead)
         correction, change = self.network(x, config.dropout, self._generator)
-        target = e.targets[rows, ahead] - e.base.float()[ahead]  # (B, G, K)
+        target = e.residuals[rows, ahead]  # (B, G, K)
         weight = e.shares[rows, ahead][:, :, None] * e.known[ahead][:, None, :]
         error = functional.huber_loss(correction.view(-1, *self._shape), target, reduction="none")
         loss = (weight * error).sum() / len(pick)
-        wanted = (e.changes[rows, ahead] - e.change_base.float()[ahead]) / self._change_std().float()[ahead]
+        wanted = (e.changes[rows, ahead] - e.change_base.float()[ahead]) / e.change_std.float()[ahead]
         seen = torch.isfinite(wanted)
         if bool(seen.any()):
             loss = loss + 0.1 * functional.huber_loss(change[seen], wanted[seen].clamp(-5.0, 5.0))
@@ -113,10 +112,6 @@ class Mlp:
         loss.backward()
         nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         self._optimizer.step()
-
-    def _change_std(self) -> Tensor:
-        e = self.experience
-        return (e.change_scale - e.change_base.square()).clamp(min=1e-12).sqrt()
 
     def _inputs(self, rows: Tensor, ahead: Tensor) -> Tensor:
         e = self.experience
@@ -133,10 +128,9 @@ class Mlp:
         ahead = torch.arange(J).repeat(M)
         dropout = self.config.dropout if num_samples else 0.0
         correction, change = self.network(self._inputs(row, ahead), dropout, self._generator)
-        correction = correction.view(M, J, *self._shape).double() * e.known[None, :, None, :]
-        u = (e.base + correction) * e.rates[None, :, None, None]
-        changes = e.change_base + change.view(M, J).double() * self._change_std()
-        return Answers(u=u, changes=changes, members=torch.arange(M))
+        corrections = correction.view(M, J, *self._shape).double() * e.known[None, :, None, :]
+        changes = e.change_base + change.view(M, J).double() * e.change_std
+        return Answers(corrections=corrections, changes=changes, members=torch.arange(M))
 
     def predict(self, horizon: int) -> PhasePrediction:
         """Coefficients for Y steps; the spread over dropout masks is the epistemic part."""

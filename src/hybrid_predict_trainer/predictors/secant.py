@@ -118,15 +118,15 @@ class Secant:
             reductions.append(max(float(-(slopes @ step + 0.5 * (mu * step) @ step)), 0.0))
         reduction = reductions[0]
         loss = window.loss
-        trajectory = tuple(
-            (max(1, round(f * horizon)), loss - reduction * (1 - math.exp(-3 * f)) / (1 - math.exp(-3)))
+        trajectory = {
+            max(1, round(f * horizon)): loss - reduction * (1 - math.exp(-3 * f)) / (1 - math.exp(-3))
             for f in TRAJECTORY_POINTS
-        )
+        }
         return PhasePrediction(
             coefficients=candidates[0],
             horizon=horizon,
             predicted_loss=loss - reduction,
-            loss_trajectory=trajectory,
+            loss_trajectory=tuple(trajectory.items()),
             predicted_reduction=reduction,
             alternatives=tuple(candidates[1:]),
             max_scale=self.config.max_scale,
