@@ -21,14 +21,16 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP)
 
 demo: $(STAMP)
-	$(BIN)/hpt demo --out $(OUT)
+	$(BIN)/hpt compare --task pinn-poisson --steps 2000 --seeds 3 --tune --overwrite --out $(OUT)/pinn-poisson
+	$(BIN)/hpt compare --task gpt --preset 0.3M --steps 300 --seeds 2 --budgets 0.5,2 --overwrite --out $(OUT)/language
+	@echo "open $(OUT)/pinn-poisson/report.html and $(OUT)/language/report.html"
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
 
 check: $(STAMP)
-	$(BIN)/ruff check src tests examples
-	$(BIN)/ruff format --check --diff src/hybrid_predict_trainer/tasks src/hybrid_predict_trainer/experiments
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_imports.py
 

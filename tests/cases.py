@@ -228,9 +228,13 @@ def config(**changes: Any) -> HybridTrainerConfig:
         warmup_steps=4, full_steps=2, max_predict_steps=20, correct_steps=3, explore_outcomes=1000, clock="claimed"
     )
     values = {
-        "predictor.window": 3, "gate.overhead_budget": 1.0, "gate.overhead_budget_exact": 1.0, "gate.max_backoff": 1, "gate.control_fraction": 0.0,
+        "predictor.window": 3,
+        "gate.overhead_budget": 1.0,
+        "gate.overhead_budget_exact": 1.0,
+        "gate.max_backoff": 1,
+        "gate.control_fraction": 0.0,
         "gate.max_chunks": 4,
-    }  # fmt: skip
+    }
     flat = {k: v for k, v in changes.items() if "__" not in k}
     values.update({k.replace("__", "."): v for k, v in changes.items() if "__" in k})
     return with_values(replace(base, **flat), values)
@@ -254,16 +258,20 @@ def rng() -> State:
 def everything(model: nn.Module, optimizer: Optimizer, scheduler: Scheduler | None = None) -> State:
     """A deep copy of all a step can change."""
     order = [p for group in optimizer.param_groups for p in group["params"]]
-    return copy.deepcopy({
-        "parameters": {n: p.detach() for n, p in model.named_parameters()},
-        "held_by_optimizer": [p.detach() for p in order],
-        "buffers": dict(model.named_buffers()),
-        "modes": {n: m.training for n, m in model.named_modules()},
-        "optimizer": {i: dict(optimizer.state[p]) for i, p in enumerate(order) if p in optimizer.state},
-        "groups": [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups],
-        "scheduler": None if scheduler is None else {k: v for k, v in scheduler.state_dict().items() if k != "lr_lambdas"},
-        "rng": rng(),
-    })  # fmt: skip
+    return copy.deepcopy(
+        {
+            "parameters": {n: p.detach() for n, p in model.named_parameters()},
+            "held_by_optimizer": [p.detach() for p in order],
+            "buffers": dict(model.named_buffers()),
+            "modes": {n: m.training for n, m in model.named_modules()},
+            "optimizer": {i: dict(optimizer.state[p]) for i, p in enumerate(order) if p in optimizer.state},
+            "groups": [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups],
+            "scheduler": None
+            if scheduler is None
+            else {k: v for k, v in scheduler.state_dict().items() if k != "lr_lambdas"},
+            "rng": rng(),
+        }
+    )
 
 
 def difference(a: Any, b: Any, path: str = "") -> str | None:
@@ -273,7 +281,9 @@ def difference(a: Any, b: Any, path: str = "") -> str | None:
     if isinstance(a, Tensor):
         if a.dtype != b.dtype or a.shape != b.shape:
             return f"{path}: {a.dtype} {tuple(a.shape)} and {b.dtype} {tuple(b.shape)}"
-        same = torch.equal(a.contiguous().view(torch.uint8) if a.dim() else a, b.contiguous().view(torch.uint8) if b.dim() else b)
+        same = torch.equal(
+            a.contiguous().view(torch.uint8) if a.dim() else a, b.contiguous().view(torch.uint8) if b.dim() else b
+        )
         return None if same or (a.dim() == 0 and repr(a.tolist()) == repr(b.tolist())) else f"{path}: values"
     if isinstance(a, Mapping):
         if list(a) != list(b):
@@ -282,7 +292,9 @@ def difference(a: Any, b: Any, path: str = "") -> str | None:
     if isinstance(a, list | tuple):
         if len(a) != len(b):
             return f"{path}: {len(a)} and {len(b)} entries"
-        return next((d for i, (p, q) in enumerate(zip(a, b, strict=True)) if (d := difference(p, q, f"{path}[{i}]"))), None)
+        return next(
+            (d for i, (p, q) in enumerate(zip(a, b, strict=True)) if (d := difference(p, q, f"{path}[{i}]"))), None
+        )
     return None if a == b or (a != a and b != b) else f"{path}: {a!r} and {b!r}"
 
 
@@ -299,7 +311,9 @@ class Fake:
 
     name = "fake"
 
-    def __init__(self, scale: float = -0.02, *, reduction: float = 100.0, ready: bool = True, horizon: int | None = None) -> None:
+    def __init__(
+        self, scale: float = -0.02, *, reduction: float = 100.0, ready: bool = True, horizon: int | None = None
+    ) -> None:
         self.spec = BasisSpec(num_displacements=1, gradient=True)
         self.scale, self.reduction, self.is_ready, self.horizon = scale, reduction, ready, horizon
         self.num_groups = 0
@@ -383,9 +397,25 @@ class Broken(Fake):
 
 
 PREDICTOR_FAULTS = (
-    "ready_raises", "observe_raises", "predict_raises", "returns_none", "nan", "one_nan", "inf", "too_wide", "too_flat",
-    "transposed", "coefficients_none", "a_list", "a_string", "complex", "huge", "zero", "horizon_zero", "horizon_negative",
-)  # fmt: skip
+    "ready_raises",
+    "observe_raises",
+    "predict_raises",
+    "returns_none",
+    "nan",
+    "one_nan",
+    "inf",
+    "too_wide",
+    "too_flat",
+    "transposed",
+    "coefficients_none",
+    "a_list",
+    "a_string",
+    "complex",
+    "huge",
+    "zero",
+    "horizon_zero",
+    "horizon_negative",
+)
 
 
 # ---------------------------------------------------------------- driving

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from cases import assert_same, loss_fn, make_batches, make_model
-from reference import DenseBasis, flat
 from torch import nn
 
+from cases import assert_same, loss_fn, make_batches, make_model
 from hybrid_predict_trainer import weights
 from hybrid_predict_trainer.basis import Basis, squared_norms
 from hybrid_predict_trainer.records import BasisSpec
+from reference import DenseBasis, flat
 
 WINDOW = 3
 SPECS = {
@@ -191,7 +191,9 @@ def test_storage_types(dtype: str, tolerance: float, offload: bool) -> None:
     close(bench.basis.products().BB, bench.dense.BB(), tolerance)
     assert all(d.shape == p.shape and d.device == p.device for d, p in zip(deltas, bench.parameters, strict=True))
     columns = bench.basis.state_dict()["columns"]
-    assert {t.dtype for t in columns} == {{"param": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]}
+    assert {t.dtype for t in columns} == {
+        {"param": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    }
     assert {t.dtype for t in bench.basis.state_dict()["sum_theta"]} == {torch.float64}
 
 

@@ -51,14 +51,18 @@ def test_other_things_are_handed_on() -> None:
 
 
 @pytest.mark.parametrize(
-    "batch", [None, "text", 3, (), {}, (X, torch.zeros(5)), torch.tensor(1.0), {"x": X, "temperature": torch.tensor(1.0)}],
+    "batch",
+    [None, "text", 3, (), {}, (X, torch.zeros(5)), torch.tensor(1.0), {"x": X, "temperature": torch.tensor(1.0)}],
     ids=["none", "text", "number", "empty tuple", "empty dict", "different lengths", "scalar", "with a scalar"],
-)  # fmt: skip
+)
 def test_no_common_size(batch: Any) -> None:
     assert batches.num_samples(batch) == 0
 
 
-@pytest.mark.parametrize(("start", "stop", "num", "sizes"), [(0, 6, 3, [2, 2, 2]), (0, 6, 4, [1] * 4), (1, 6, 2, [2, 2]), (0, 6, 99, [1] * 6), (5, 6, 8, [1])])
+@pytest.mark.parametrize(
+    ("start", "stop", "num", "sizes"),
+    [(0, 6, 3, [2, 2, 2]), (0, 6, 4, [1] * 4), (1, 6, 2, [2, 2]), (0, 6, 99, [1] * 6), (5, 6, 8, [1])],
+)
 def test_chunks_are_equal(start: int, stop: int, num: int, sizes: list[int]) -> None:
     pieces = batches.chunks((X, Y), start, stop, num)
     assert [batches.num_samples(p) for p in pieces] == sizes

@@ -106,7 +106,7 @@ def test_plain_loop_is_sensitive() -> None:
 
 def test_lbfgs_is_refused() -> None:
     model = make_model("mlp")
-    with pytest.raises(ConfigError, match="LBFGS.*closure"):
+    with pytest.raises(ConfigError, match=r"LBFGS.*closure"):
         HybridTrainer(model, torch.optim.LBFGS(model.parameters()), HybridTrainerConfig())
 
 

@@ -42,16 +42,23 @@ def built(predictor: str, segments: int, seed: int = 1) -> tuple[Setup, HybridTr
     made = setup("norm_dropout", "adamw", "lambda", seed)
     own = {"fake": Fake}.get(predictor)
     changes: dict[str, Any] = {} if own else {"predictor_type": predictor}
-    settings = config(segments=segments, clock="cost", checkpoint__keep_last_n=100, gate__control_fraction=0.2, **changes)
+    settings = config(
+        segments=segments, clock="cost", checkpoint__keep_last_n=100, gate__control_fraction=0.2, **changes
+    )
     return made, made.trainer(settings, predictor=own and own())
 
 
 def state(made: Setup, trainer: HybridTrainer) -> dict[str, Any]:
     run = trainer.run
-    return copy.deepcopy({
-        **made.everything(), "run": run.state_dict(), "predictor": run.predictor.state_dict(), "basis": run.basis.state_dict(),
-        "statistics": trainer.statistics(),
-    })  # fmt: skip
+    return copy.deepcopy(
+        {
+            **made.everything(),
+            "run": run.state_dict(),
+            "predictor": run.predictor.state_dict(),
+            "basis": run.basis.state_dict(),
+            "statistics": trainer.statistics(),
+        }
+    )
 
 
 def outcome(result: StepResult) -> tuple[Any, ...]:
@@ -149,7 +156,7 @@ def test_other_predictor_is_refused(tmp_path: Path) -> None:
     path = trainer.save_checkpoint(tmp_path)
     made, other = built("hold", 1)
     before = made.everything()
-    with pytest.raises(CheckpointError, match="secant.*hold"):
+    with pytest.raises(CheckpointError, match=r"secant.*hold"):
         other.load_checkpoint(path)
     assert_same(made.everything(), before)
 

@@ -75,7 +75,9 @@ REFUSALS = {
     "zero": Refusal(Reason.ZERO_JUMP, lambda: Broken("zero")),
     "uphill": Refusal(Reason.NO_DESCENT, lambda: Fake(1.0)),
     "price": Refusal(Reason.NOT_SIGNIFICANT, patch=price_of_gold),
-    "promise": Refusal(Reason.MODEL_DISAGREES, lambda: Fake(reduction=1e6), {"gate__min_reduction_ratio": 0.5, **CERTAIN}),
+    "promise": Refusal(
+        Reason.MODEL_DISAGREES, lambda: Fake(reduction=1e6), {"gate__min_reduction_ratio": 0.5, **CERTAIN}
+    ),
     "control": Refusal(Reason.CONTROL_SKIP, changes=CERTAIN, patch=always_control),
 }
 #: Only the paired test of the noisy gate knows a price.
@@ -132,7 +134,9 @@ def test_refused_run_is_the_plain_loop(data: str, name: str, scheduler: str, mon
     assert [r.loss for r in results if r.phase is not Phase.PREDICT] == wanted
     assert_same(ours.everything(), plain.everything())
     assert epoch.num_real_steps == len(batches)
-    assert epoch.mean_loss == pytest.approx(sum(wanted) / len(wanted), rel=1e-5), "refused steps have no loss of their own"
+    assert epoch.mean_loss == pytest.approx(sum(wanted) / len(wanted), rel=1e-5), (
+        "refused steps have no loss of their own"
+    )
     assert epoch.final_loss == pytest.approx(wanted[-1])
 
 
@@ -224,7 +228,13 @@ def accepting(patch: pytest.MonkeyPatch) -> None:
 
     def accept(*args: Any, **kwargs: Any) -> Verdict:
         return Verdict(
-            accepted=True, reason=Reason.ACCEPTED, scale=1.0, loss_before=1.0, loss_after=0.5, upper_bound=-0.5, num_forward=2
+            accepted=True,
+            reason=Reason.ACCEPTED,
+            scale=1.0,
+            loss_before=1.0,
+            loss_after=0.5,
+            upper_bound=-0.5,
+            num_forward=2,
         )
 
     patch.setattr(gate, "judge_noisy", accept)

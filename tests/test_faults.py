@@ -41,9 +41,17 @@ NAN, INF = float("nan"), float("inf")
 # ---------------------------------------------------------------- predictors
 
 RAISING = {
-    "ready_raises", "observe_raises", "predict_raises", "returns_none", "coefficients_none", "a_list", "a_string", "complex",
-    "horizon_zero", "horizon_negative",
-}  # fmt: skip
+    "ready_raises",
+    "observe_raises",
+    "predict_raises",
+    "returns_none",
+    "coefficients_none",
+    "a_list",
+    "a_string",
+    "complex",
+    "horizon_zero",
+    "horizon_negative",
+}
 REFUSED_AS = {
     "nan": Reason.NOT_FINITE, "one_nan": Reason.NOT_FINITE, "inf": Reason.NOT_FINITE, "too_wide": Reason.WRONG_SHAPE,
     "too_flat": Reason.WRONG_SHAPE, "transposed": Reason.WRONG_SHAPE, "huge": Reason.TOO_LONG, "zero": Reason.ZERO_JUMP,
@@ -112,9 +120,14 @@ class Adversary(Fake):
     def predict(self, horizon: int) -> PhasePrediction:
         given = super().predict(horizon)
         return PhasePrediction(
-            coefficients=given.coefficients, horizon=horizon, predicted_loss=-1.0, confidence=1.0, max_scale=8.0, predicted_reduction=1e3,
+            coefficients=given.coefficients,
+            horizon=horizon,
+            predicted_loss=-1.0,
+            confidence=1.0,
+            max_scale=8.0,
+            predicted_reduction=1e3,
             alternatives=(2 * given.coefficients, -given.coefficients),
-        )  # fmt: skip
+        )
 
 
 @pytest.mark.parametrize("scale", [0.1, 3.0, 100.0])
@@ -273,7 +286,7 @@ def test_all_nan_ends_clearly(start: int) -> None:
     for batch in batches[:start]:
         trainer.step(batch)
     parameters = made.everything()
-    with pytest.raises(DivergenceError, match="last good step.*Lower the learning rate"):
+    with pytest.raises(DivergenceError, match=r"last good step.*Lower the learning rate"):
         trainer.fit([poison(batch, "nan_loss") for batch in batches])
     now = made.everything()
     for part in ("parameters", "buffers", "optimizer", "groups"):

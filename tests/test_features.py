@@ -14,7 +14,14 @@ from hybrid_predict_trainer.features import NUM_LOSS_FEATURES, log_scale, loss_f
 
 LOSSES = st.lists(st.floats(-1e6, 1e6), max_size=300)
 #: Where the named features stand.
-MEAN, TREND, SPREAD, CORRELATION, SIGNS, HALVES = slice(0, 6), slice(6, 12), slice(12, 18), slice(18, 21), slice(21, 24), slice(24, 26)
+MEAN, TREND, SPREAD, CORRELATION, SIGNS, HALVES = (
+    slice(0, 6),
+    slice(6, 12),
+    slice(12, 18),
+    slice(18, 21),
+    slice(21, 24),
+    slice(24, 26),
+)
 BEST, WORST, FILL, NOW, POWER, DRAWDOWN = 26, 27, 28, 29, 30, 31
 SPANS = (8, 16, 32, 64, 128, 256)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -42,7 +43,9 @@ def test_normal_quantile(level: float) -> None:
 @settings(max_examples=60, deadline=None)
 def test_upper_bound_is_the_paired_t_interval(differences: list[float], level: float) -> None:
     interval = stats.ttest_1samp(differences, 0.0, alternative="less").confidence_interval(1 - level)
-    assert gate.upper_bound(differences, level) == pytest.approx(interval.high, rel=0.01, abs=1e-3 * np.ptp(differences))
+    assert gate.upper_bound(differences, level) == pytest.approx(
+        interval.high, rel=0.01, abs=1e-3 * np.ptp(differences)
+    )
 
 
 @pytest.mark.parametrize("values", [[], [-5.0]])
@@ -65,7 +68,7 @@ def test_parabola_is_found_exactly(minimum: float, curvature: float, level: floa
     scales = [0.0, 0.5, 1.0, 2.0]
     losses = [level + curvature * (a - minimum) ** 2 for a in scales]
     found = gate.parabola_minimum(scales, losses)
-    rise = next((b for a, b in zip(scales, scales[1:], strict=False) if (b - minimum) ** 2 > (a - minimum) ** 2), 2.0)
+    rise = next((b for a, b in pairwise(scales) if (b - minimum) ** 2 > (a - minimum) ** 2), 2.0)
     assert found == pytest.approx(min(max(minimum, 0.0), rise), abs=1e-6)
 
 
@@ -86,9 +89,16 @@ def test_parabola_table(scales: Sequence[float], losses: Sequence[float], wanted
 
 @pytest.mark.parametrize(
     ("jump", "span", "rho", "inside"),
-    [([1.0], [1.0], 1.0, True), ([1.1], [1.0], 1.0, False), ([0.0, 5.0], [0.0, 1.0], 4.0, False), ([0.0], [0.0], 4.0, True),
-     ([1e-9], [0.0], 1e9, False), ([math.inf], [1.0], 1e9, False), ([math.nan], [1.0], 1e9, False)],
-)  # fmt: skip
+    [
+        ([1.0], [1.0], 1.0, True),
+        ([1.1], [1.0], 1.0, False),
+        ([0.0, 5.0], [0.0, 1.0], 4.0, False),
+        ([0.0], [0.0], 4.0, True),
+        ([1e-9], [0.0], 1e9, False),
+        ([math.inf], [1.0], 1e9, False),
+        ([math.nan], [1.0], 1e9, False),
+    ],
+)
 def test_trust_radius(jump: list[float], span: list[float], rho: float, inside: bool) -> None:
     assert gate.within_radius(jump, span, rho) is inside
 
@@ -103,7 +113,9 @@ def test_trust_radius(jump: list[float], span: list[float], rho: float, inside: 
         (-0.1, 0.0, 0.0, False), (1.0, math.nan, 0.5, False),
     ],
 )  # fmt: skip
-def test_reductions_are_compared_by_multiplication(measured: float, predicted: float, ratio: float, agree: bool) -> None:
+def test_reductions_are_compared_by_multiplication(
+    measured: float, predicted: float, ratio: float, agree: bool
+) -> None:
     assert gate.agrees(measured, predicted, ratio) is agree
 
 

@@ -25,8 +25,15 @@ def account(**changes: Any) -> Account:
 
 
 def planted(
-    effect: float, *, gain: float = 0.02, promise: float = 0.97, count: int = 200, seed: int = 0, noise: float = 0.003, share: float = 0.3
-) -> Ledger:  # fmt: skip
+    effect: float,
+    *,
+    gain: float = 0.02,
+    promise: float = 0.97,
+    count: int = 200,
+    seed: int = 0,
+    noise: float = 0.003,
+    share: float = 0.3,
+) -> Ledger:
     """Jumps that take ``effect`` off the loss of the next window; ``promise`` is wrong by -0.01."""
     generator = np.random.default_rng(seed)
     ledger = Ledger(GateConfig())
@@ -185,9 +192,12 @@ def test_steps_gained() -> None:
 
 
 @given(
-    st.lists(st.tuples(st.floats(0.1, 20), st.floats(0, 1), st.floats(0, 5), st.floats(0, 60)), min_size=1, max_size=80),
-    st.floats(0, 0.2), st.booleans(),
-)  # fmt: skip
+    st.lists(
+        st.tuples(st.floats(0.1, 20), st.floats(0, 1), st.floats(0, 5), st.floats(0, 60)), min_size=1, max_size=80
+    ),
+    st.floats(0, 0.2),
+    st.booleans(),
+)
 @settings(max_examples=150, deadline=None)
 def test_budget_is_never_exceeded(events: list[tuple[float, float, float, float]], budget: float, exact: bool) -> None:
     """Whatever is spent on proposals stays within the budget plus what came back."""
@@ -312,7 +322,11 @@ def test_every_jump_has_an_account(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(executors, "_is_control", lambda run: next(draws))
     trainer = setup("mlp", "adam").trainer(config(), predictor=Fake())
     results = [trainer.step(batch) for batch in full_batch(80)]
-    jumps = [r for r in results if r.phase is Phase.PREDICT and r.verdict is not None and r.verdict.loss_after < r.verdict.loss_before]
+    jumps = [
+        r
+        for r in results
+        if r.phase is Phase.PREDICT and r.verdict is not None and r.verdict.loss_after < r.verdict.loss_before
+    ]
     booked = [*trainer.run.ledger.settled, *trainer.run.ledger.open]
     assert len(booked) == len(jumps) - trainer.run.counters.num_rollbacks
     assert {a.skipped for a in booked} == {True, False}

@@ -5,16 +5,17 @@ from __future__ import annotations
 import errno
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from cases import Fake, config, full_batch, make_batches, setup
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cases import Fake, config, full_batch, make_batches, setup
 from hybrid_predict_trainer import metrics
 from hybrid_predict_trainer.metrics import JsonlSink, NullSink, jsonable
 from hybrid_predict_trainer.records import Phase, Reason, StepResult
@@ -85,7 +86,7 @@ def test_lines_tell_what_happened(tmp_path: Path) -> None:
             assert jump["measured_reduction"] == pytest.approx(jump["loss_before"] - jump["loss_after"])
     changes = [line for line in lines if line["event"] == "transition"]
     phases = [r.phase.value for r in results]
-    assert [(c["from"], c["to"]) for c in changes] == [(a, b) for a, b in zip(phases, phases[1:], strict=False) if a != b]
+    assert [(c["from"], c["to"]) for c in changes] == [(a, b) for a, b in pairwise(phases) if a != b]
     corrections = [line for line in lines if line["event"] == "correction"]
     assert len(corrections) == sum(j["accepted"] for j in jumps)
     assert all(isinstance(c["kept"], bool) for c in corrections)
@@ -226,7 +227,9 @@ def test_summary_is_computed(tmp_path: Path) -> None:
     assert phases["avg_predict_length"] == pytest.approx(np.mean(lengths))
     errors = [abs(0.1 - r.verdict.loss_after) for r in accepted if r.verdict]
     assert phases["prediction_accuracy"]["loss_mae"] == pytest.approx(np.mean(errors))
-    assert (own["wall_clock_speedup"], own["baseline_loss_estimate"], own["loss_gap_pct"]) == (None, None, None), "not known to one run"
+    assert (own["wall_clock_speedup"], own["baseline_loss_estimate"], own["loss_gap_pct"]) == (None, None, None), (
+        "not known to one run"
+    )
     assert 0 < summary["predictor_overhead"]["pct_of_step_time"] < 100
     assert summary["statistics"] == trainer.statistics()
     assert lines
@@ -234,9 +237,19 @@ def test_summary_is_computed(tmp_path: Path) -> None:
 
 def test_statistics_names() -> None:
     wanted = {
-        "num_real_steps", "num_claimed_steps", "num_credited_steps", "num_forward", "num_backward", "num_jumps_proposed",
-        "num_jumps_accepted", "num_rollbacks", "cost_units", "backward_reduction_pct", "steps_gained", "steps_gained_ci95",
-    }  # fmt: skip
+        "num_real_steps",
+        "num_claimed_steps",
+        "num_credited_steps",
+        "num_forward",
+        "num_backward",
+        "num_jumps_proposed",
+        "num_jumps_accepted",
+        "num_rollbacks",
+        "cost_units",
+        "backward_reduction_pct",
+        "steps_gained",
+        "steps_gained_ci95",
+    }
     assert wanted <= set(setup().trainer(config()).statistics())
 
 
@@ -286,7 +299,14 @@ def test_epoch_result() -> None:
     before = trainer.statistics()
     second = trainer.train_epoch(data)
     after = trainer.statistics()
-    for name in ("num_real_steps", "num_claimed_steps", "num_forward", "num_backward", "num_jumps_proposed", "cost_units"):
+    for name in (
+        "num_real_steps",
+        "num_claimed_steps",
+        "num_forward",
+        "num_backward",
+        "num_jumps_proposed",
+        "cost_units",
+    ):
         assert getattr(second, name) == pytest.approx(after[name] - before[name]), name
     assert first.epoch_time_s > 0
     assert not first.stopped_early

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from cases import Fake, config, full_batch, make_batches, setup
 from hybrid_predict_trainer.phases import (
     LEGAL,
-    IllegalTransition,
+    IllegalTransitionError,
     NeverPredict,
     PhaseController,
     Signals,
@@ -31,7 +31,7 @@ def test_transition_table(source: Phase, target: Phase) -> None:
     if (source, target) in WANTED:
         validate_transition(source, target)
     else:
-        with pytest.raises(IllegalTransition, match=f"{source.value} -> {target.value} is not.*legal:") as caught:
+        with pytest.raises(IllegalTransitionError, match=f"{source.value} -> {target.value} is not.*legal:") as caught:
             validate_transition(source, target)
         assert isinstance(caught.value, HybridError)
 
@@ -42,12 +42,30 @@ def test_only_predict_computes_no_backward() -> None:
 
 #: Full steps, a window just closed, nothing in the way: predict.
 READY = Signals(
-    phase=F, num_real_steps=500, num_real_steps_since_predict=50, loss_ema_stable=True, baseline_known=True,
-    window_just_closed=True, predictor_ready=True, confidence=0.9, num_outcomes=50, num_windows_since_proposal=1, horizon=40,
-    affordable=True, promising=True, num_windows_to_wait=0, switched_off=False, num_forced_full_steps=0, forced_by_alarm=False,
-    num_probation_steps=0, num_segments_left=0, fallback_threshold=4.0,
-)  # fmt: skip
-CONTROLLER = PhaseController(config(warmup_steps=100, full_steps=20, explore_outcomes=3, confidence_threshold=0.5, gate__max_backoff=16))
+    phase=F,
+    num_real_steps=500,
+    num_real_steps_since_predict=50,
+    loss_ema_stable=True,
+    baseline_known=True,
+    window_just_closed=True,
+    predictor_ready=True,
+    confidence=0.9,
+    num_outcomes=50,
+    num_windows_since_proposal=1,
+    horizon=40,
+    affordable=True,
+    promising=True,
+    num_windows_to_wait=0,
+    switched_off=False,
+    num_forced_full_steps=0,
+    forced_by_alarm=False,
+    num_probation_steps=0,
+    num_segments_left=0,
+    fallback_threshold=4.0,
+)
+CONTROLLER = PhaseController(
+    config(warmup_steps=100, full_steps=20, explore_outcomes=3, confidence_threshold=0.5, gate__max_backoff=16)
+)
 
 CASES: dict[str, tuple[dict, Phase, Reason]] = {
     "ready": ({}, P, Reason.CONFIDENT),
@@ -100,15 +118,29 @@ def test_every_signal_matters() -> None:
 
 @given(
     st.builds(
-        Signals, phase=st.sampled_from(list(Phase)), num_real_steps=st.integers(0, 1000),
-        num_real_steps_since_predict=st.integers(0, 100), loss_ema_stable=st.booleans(), baseline_known=st.booleans(),
-        window_just_closed=st.booleans(), predictor_ready=st.booleans(), confidence=st.floats(0, 1),
-        num_outcomes=st.integers(0, 10), num_windows_since_proposal=st.integers(0, 100), horizon=st.integers(1, 100),
-        affordable=st.booleans(), promising=st.booleans(), num_windows_to_wait=st.integers(0, 3), switched_off=st.booleans(),
-        num_forced_full_steps=st.integers(0, 3), forced_by_alarm=st.booleans(), num_probation_steps=st.just(0),
-        num_segments_left=st.integers(0, 2), fallback_threshold=st.floats(0, 10),
+        Signals,
+        phase=st.sampled_from(list(Phase)),
+        num_real_steps=st.integers(0, 1000),
+        num_real_steps_since_predict=st.integers(0, 100),
+        loss_ema_stable=st.booleans(),
+        baseline_known=st.booleans(),
+        window_just_closed=st.booleans(),
+        predictor_ready=st.booleans(),
+        confidence=st.floats(0, 1),
+        num_outcomes=st.integers(0, 10),
+        num_windows_since_proposal=st.integers(0, 100),
+        horizon=st.integers(1, 100),
+        affordable=st.booleans(),
+        promising=st.booleans(),
+        num_windows_to_wait=st.integers(0, 3),
+        switched_off=st.booleans(),
+        num_forced_full_steps=st.integers(0, 3),
+        forced_by_alarm=st.booleans(),
+        num_probation_steps=st.just(0),
+        num_segments_left=st.integers(0, 2),
+        fallback_threshold=st.floats(0, 10),
     )
-)  # fmt: skip
+)
 @settings(max_examples=300, deadline=None)
 def test_every_decision_is_legal(signals: Signals) -> None:
     """Probation exists only after a jump; all else is arbitrary."""

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import Fake, config, full_batch, make_batches, setup
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from cases import Fake, config, full_batch, make_batches, setup
 from hybrid_predict_trainer import ConfigError, HybridTrainerConfig, LinearConfig, SecantConfig, weights
 from hybrid_predict_trainer.basis import Basis
 from hybrid_predict_trainer.predictors import PREDICTORS, Heuristic, Hold, Linear, Predictor, Secant, build
@@ -35,10 +35,22 @@ def products(spec: BasisSpec, G: int = 2) -> Products:
 
 def window(spec: BasisSpec, **changes: Any) -> Window:
     values = {
-        "index": 3, "num_steps": 10, "num_columns": spec.num_displacements, "step": 40, "loss": 2.0, "loss_slope": -0.01,
-        "gradient_norm": 1.0, "learning_rate": 0.1, "lr_integral": 1.0, "lr_ahead": 1.0, "jumped": False,
-        "features": torch.zeros(32), "products": products(spec), "hindsight": None, "group_sizes": (3, 4),
-    }  # fmt: skip
+        "index": 3,
+        "num_steps": 10,
+        "num_columns": spec.num_displacements,
+        "step": 40,
+        "loss": 2.0,
+        "loss_slope": -0.01,
+        "gradient_norm": 1.0,
+        "learning_rate": 0.1,
+        "lr_integral": 1.0,
+        "lr_ahead": 1.0,
+        "jumped": False,
+        "features": torch.zeros(32),
+        "products": products(spec),
+        "hindsight": None,
+        "group_sizes": (3, 4),
+    }
     return Window(**(values | changes))
 
 
@@ -48,7 +60,9 @@ def window(spec: BasisSpec, **changes: Any) -> Window:
 class Quadratic:
     """f(x) = (x - m)' H (x - m) / 2 + level, trained by gradient descent, seen through a basis."""
 
-    def __init__(self, spec: BasisSpec, eigenvalues: list[float], seed: int = 0, steps: int = 2, lr: float = 0.05) -> None:
+    def __init__(
+        self, spec: BasisSpec, eigenvalues: list[float], seed: int = 0, steps: int = 2, lr: float = 0.05
+    ) -> None:
         generator = torch.Generator().manual_seed(seed)
         size = len(eigenvalues)
         q, _ = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=D))
@@ -69,10 +83,16 @@ class Quadratic:
                 self.x -= self.lr * self.x.grad
         hindsight = self.basis.close_window()
         return window(
-            self.basis.spec, num_steps=self.steps, num_columns=self.basis.num_columns, products=self.basis.products(),
-            hindsight=hindsight, group_sizes=(len(self.x),), lr_integral=self.lr * self.steps, lr_ahead=self.lr * self.steps,
+            self.basis.spec,
+            num_steps=self.steps,
+            num_columns=self.basis.num_columns,
+            products=self.basis.products(),
+            hindsight=hindsight,
+            group_sizes=(len(self.x),),
+            lr_integral=self.lr * self.steps,
+            lr_ahead=self.lr * self.steps,
             loss=self.loss(self.x.detach()),
-        )  # fmt: skip
+        )
 
 
 SECANT = SecantConfig(num_displacements=6, damping=(1e-9,), rank_tolerance=1e-6)
@@ -117,7 +137,9 @@ def test_secant_leaves_a_saddle() -> None:
         predictor.observe(task.window())
     [delta] = task.basis.combine(predictor.predict(5).coefficients)
     [origin] = task.basis.average()
-    assert task.loss(origin + delta) < task.loss(origin) < task.loss(task.minimum) + 1e-9 or task.loss(origin + delta) < 0
+    assert (
+        task.loss(origin + delta) < task.loss(origin) < task.loss(task.minimum) + 1e-9 or task.loss(origin + delta) < 0
+    )
 
 
 def test_secant_dampings_are_alternatives() -> None:
@@ -150,7 +172,11 @@ def test_secant_finite_horizon_is_gradient_flow() -> None:
 def test_decay_factor(horizon: float) -> None:
     mu = torch.tensor([0.01, 1.0, 5.0], dtype=D)
     eta = 0.1
-    wanted = [eta * sum((1 - eta * float(m)) ** t for t in range(int(horizon))) for m in mu] if horizon < math.inf else (1 / mu).tolist()
+    wanted = (
+        [eta * sum((1 - eta * float(m)) ** t for t in range(int(horizon))) for m in mu]
+        if horizon < math.inf
+        else (1 / mu).tolist()
+    )
     assert decay_factor(mu, horizon, eta).tolist() == pytest.approx(wanted)
 
 
@@ -269,9 +295,16 @@ class Recurrence:
         hindsight = self.basis.close_window()
         self.count += 1
         return window(
-            self.basis.spec, index=self.count, num_steps=self.steps, num_columns=self.basis.num_columns, products=self.basis.products(),
-            hindsight=hindsight, group_sizes=(2,), loss=1.0 / self.count, features=torch.zeros(32),
-        )  # fmt: skip
+            self.basis.spec,
+            index=self.count,
+            num_steps=self.steps,
+            num_columns=self.basis.num_columns,
+            products=self.basis.products(),
+            hindsight=hindsight,
+            group_sizes=(2,),
+            loss=1.0 / self.count,
+            features=torch.zeros(32),
+        )
 
 
 def test_linear_learns_a_linear_recurrence() -> None:
@@ -329,7 +362,9 @@ def test_relative_error_by_hand() -> None:
 # ---------------------------------------------------------------- hold and heuristic
 
 
-@pytest.mark.parametrize(("horizon", "ahead", "wanted"), [(10, 1.0, 1.0), (40, 1.0, 4.0), (10, 0.5, 0.5), (20, 0.0, 0.0)])
+@pytest.mark.parametrize(
+    ("horizon", "ahead", "wanted"), [(10, 1.0, 1.0), (40, 1.0, 4.0), (10, 0.5, 0.5), (20, 0.0, 0.0)]
+)
 def test_hold_continues_the_last_displacement(horizon: int, ahead: float, wanted: float) -> None:
     predictor = Hold()
     assert not predictor.ready
@@ -367,7 +402,8 @@ def test_heuristic_formula(scale: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("loss", "slope", "horizon", "end"), [(2.0, -0.1, 10, 1.0), (2.0, -1.0, 10, 0.0), (-2.0, -1.0, 10, -12.0), (2.0, 0.1, 1, 2.1)]
+    ("loss", "slope", "horizon", "end"),
+    [(2.0, -0.1, 10, 1.0), (2.0, -1.0, 10, 0.0), (-2.0, -1.0, 10, -12.0), (2.0, 0.1, 1, 2.1)],
 )
 def test_loss_trajectory(loss: float, slope: float, horizon: int, end: float) -> None:
     trajectory = linear_loss_trajectory(loss, slope, horizon)
@@ -452,7 +488,7 @@ def test_predictions_move_the_weights(name: str) -> None:
 
 def test_names_and_unknown_names() -> None:
     assert {name: make(name).name for name in PREDICTORS} == {name: name for name in PREDICTORS}
-    with pytest.raises(ConfigError, match="'secand' is unknown.*did you mean 'secant'"):
+    with pytest.raises(ConfigError, match=r"'secand' is unknown.*did you mean 'secant'"):
         build(HybridTrainerConfig(predictor_type="secand"), 2)
     with pytest.raises(ConfigError, match=r"memory_budget_mb = 1e-06 is too small: linear needs"):
         build(HybridTrainerConfig(predictor_type="linear", predictor_memory_mb=1e-6), 2)

@@ -111,8 +111,13 @@ def test_parameters_only_the_optimizer_holds() -> None:
 
 def draw() -> list[float]:
     return [
-        *torch.rand(3).tolist(), *torch.randn(3).tolist(), *np.random.rand(2), *np.random.randn(3), random.random(), random.gauss(0, 1),
-    ]  # fmt: skip
+        *torch.rand(3).tolist(),
+        *torch.randn(3).tolist(),
+        *np.random.rand(2),
+        *np.random.randn(3),
+        random.random(),
+        random.gauss(0, 1),
+    ]
 
 
 @pytest.mark.parametrize("odd", [0, 1, 3])
@@ -136,7 +141,11 @@ def test_generator_state_is_plain() -> None:
     def plain(value: Any) -> bool:
         if isinstance(value, dict):
             return all(isinstance(k, str) and plain(v) for k, v in value.items())
-        return all(map(plain, value)) if isinstance(value, list) else type(value) in (int, float, str, type(None), torch.Tensor)
+        return (
+            all(map(plain, value))
+            if isinstance(value, list)
+            else type(value) in (int, float, str, type(None), torch.Tensor)
+        )
 
     assert plain(rng_state())
 

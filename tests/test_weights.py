@@ -105,7 +105,9 @@ def test_clone_and_copy_keep_storages() -> None:
     assert not any(s.requires_grad for s in saved)
 
 
-@given(st.floats(-3, 3), st.sampled_from([torch.float32, torch.float64]), st.sampled_from([torch.float32, torch.float64]))
+@given(
+    st.floats(-3, 3), st.sampled_from([torch.float32, torch.float64]), st.sampled_from([torch.float32, torch.float64])
+)
 @settings(max_examples=30, deadline=None)
 def test_move(scale: float, own: torch.dtype, other: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)

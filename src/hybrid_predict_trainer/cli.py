@@ -135,7 +135,7 @@ def add_task_flags(parser: argparse.ArgumentParser, *, needed: bool) -> None:
     task.add_argument("--device", help="cpu, cuda, ... (default cpu)")
     for flag in ("bf16", "compile", "gradient-checkpointing", "fused"):
         task.add_argument(f"--{flag}", action="store_true", default=None)
-    task.add_argument("--threads", type=number(int, 1, 1024), metavar="N", help="of the processor")
+    task.add_argument("--threads", type=number(int, 1, 1024), metavar="N", help="of the processor (default: all; one for models below 100,000 weights)")
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--steps", type=whole, metavar="N", help="length of the run in full steps")
     recipe.add_argument("--lr", type=number(float, 0, above=True), help="peak learning rate")

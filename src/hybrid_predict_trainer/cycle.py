@@ -96,7 +96,7 @@ def enter(run: Run, decision: Decision) -> None:
     """Go over to the decided phase.
 
     Raises:
-        IllegalTransition: the controller asked for one that is not in the table.
+        IllegalTransitionError: the controller asked for one that is not in the table.
     """
     if decision.phase is not run.phase:
         validate_transition(run.phase, decision.phase)
@@ -140,6 +140,7 @@ def read(run: Run, metrics: Metrics, *, force: bool) -> Alarm:
 def settle_readings(run: Run, metrics: Metrics) -> None:
     """Read what an accelerator still holds back."""
     read(run, metrics, force=True)
+    metrics.flush()
 
 
 def _check(run: Run, metrics: Metrics, reading: Reading) -> Alarm:

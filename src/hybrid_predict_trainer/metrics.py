@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
+
+import torch
+from torch import Tensor
 
 from .executors import Execution
 from .history import RunningMoments
@@ -106,11 +108,10 @@ class Metrics:
         self.total_ms = 0.0
         self.overhead_ms = 0.0
         self._last_phase = Phase.WARMUP
-        self._started = time.perf_counter()
+        self._pending: list[tuple[dict[str, Any], Tensor, Tensor | None]] = []  # step records not yet written
 
     def record(self, run: Run, decision: Decision, execution: Execution, result: StepResult) -> None:
         """Record one step and whatever happened in it."""
-        c = run.counters
         self.total_ms += result.step_time_ms
         if result.phase is not self._last_phase:
             self._write(run, "transition", {"from": self._last_phase, "to": result.phase, "reason": decision.reason})
@@ -126,16 +127,34 @@ class Metrics:
                 run, "correction", {"kept": execution.kept, "reason": reason, "loss_before": before, "loss_after": after}
             )
         if not isinstance(self.sink, NullSink):
-            self._write(
-                run,
-                "step",
-                {
-                    "phase": result.phase, "loss": result.loss, "gradient_norm": result.gradient_norm,
-                    "lr": run.learning_rate, "cost_units": c.cost_units, "num_real_steps": c.num_real_steps,
-                    "confidence": result.confidence, "was_predicted": result.was_predicted,
-                    "step_time_ms": result.step_time_ms, "skipped": result.skipped, "reason": decision.reason,
-                },
-            )  # fmt: skip
+            self._step(run, decision, result)
+
+    def _step(self, run: Run, decision: Decision, result: StepResult) -> None:
+        """Queue the record of one step; on an accelerator its scalars are fetched together, later."""
+        c = run.counters
+        record = {
+            "schema": SCHEMA, "event": "step", "step": c.num_steps, "phase": result.phase,
+            "lr": run.learning_rate, "cost_units": c.cost_units, "num_real_steps": c.num_real_steps,
+            "confidence": result.confidence, "was_predicted": result.was_predicted,
+            "step_time_ms": result.step_time_ms, "skipped": result.skipped, "reason": decision.reason,
+        }  # fmt: skip
+        self._pending.append((record, result.loss_tensor, result.gradient_norm_tensor))
+        if run.on_cpu or len(self._pending) >= run.readout.interval:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the queued step records: one transfer for all of them."""
+        pending, self._pending = self._pending, []
+        if not pending:
+            return
+        scalars = [t.detach().double().reshape(()) for _, *pair in pending for t in pair if t is not None]
+        if len({t.device for t in scalars}) == 1 and scalars[0].device.type != "cpu":
+            scalars = list(torch.stack(scalars).cpu())
+        values = iter(scalars)
+        for record, loss, norm in pending:
+            record["loss"] = float(next(values)) if loss is not None else None
+            record["gradient_norm"] = float(next(values)) if norm is not None else None
+            self.sink.write(record)
 
     def _jump(self, run: Run, decision: Decision, execution: Execution) -> None:
         verdict, prediction = execution.verdict, execution.prediction
@@ -203,6 +222,7 @@ class Metrics:
         )  # fmt: skip
 
     def _write(self, run: Run, event: str, values: Mapping[str, Any]) -> None:
+        self.flush()  # records stay in order
         self.sink.write({"schema": SCHEMA, "event": event, "step": run.counters.num_steps, **values})
 
     # ---- summary ----------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ LEGAL: dict[Phase, frozenset[Phase]] = {
 }
 
 
-class IllegalTransition(HybridError):
+class IllegalTransitionError(HybridError):
     """A controller asked for a transition that is not in the table."""
 
 
@@ -28,11 +28,11 @@ def validate_transition(source: Phase, target: Phase) -> None:
     """Raise unless the table allows ``source -> target``.
 
     Raises:
-        IllegalTransition: it does not.
+        IllegalTransitionError: it does not.
     """
     if target not in LEGAL[source]:
         allowed = ", ".join(sorted(p.value for p in LEGAL[source]))
-        raise IllegalTransition(f"{source.value} -> {target.value} is not a legal transition (legal: {allowed})")
+        raise IllegalTransitionError(f"{source.value} -> {target.value} is not a legal transition (legal: {allowed})")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -44,11 +44,17 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
+#: Below this many weights a step takes a few milliseconds, and handing its work to a second thread costs more
+#: than it saves (on a busy machine 20 times more).
+SMALL_MODEL = 100_000
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """Flags shared by the commands that train; None where the user said nothing."""
 
     task: str
+    threads: int | None = None
     preset: str | None = None
     data: str | None = None
     data_bytes: int | None = None
@@ -94,7 +100,11 @@ def build_setup(options: Options, config: HybridTrainerConfig | None = None) -> 
         recipe = recipe_of(task.defaults, options)
         config = config if config is not None else config_of(options, recipe)
         setup = Setup(task=task, settings=settings, recipe=recipe, config=config, steps=recipe.steps)
-        build_trainer(setup, lr=recipe.lr, steps=recipe.steps, seed=0, predict=True)  # what does not fit, shows here
+        trainer = build_trainer(setup, lr=recipe.lr, steps=recipe.steps, seed=0, predict=True)  # what does not fit, shows
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    elif sum(trainer.run.groups.sizes) < SMALL_MODEL and settings.device == "cpu":
+        torch.set_num_threads(1)
     return setup
 
 

@@ -52,7 +52,7 @@ class Member:
         e = self.experience
         self.mask[row] = torch.rand((), generator=self.generator) < BOOTSTRAP_SHARE
         encoding = e.encoder.standardise(e.encodings[row : row + 1])
-        self.state, self.log_q = self.model.observe(self.state, self._action, encoding)
+        self.state, self.log_q = self.model.observe(self.state, self._action, self.model.embed(encoding))
         self._action = e.actions[row : row + 1].clone()
 
     def update(self) -> float:

@@ -115,19 +115,19 @@ class RssmModel(nn.Module):
         hot = torch.zeros(index.shape[0], C).scatter_(1, index, 1.0).view_as(p)
         return (hot + p - p.detach()).flatten(1)
 
-    def observe(self, state: Latent, action: Tensor, encoding: Tensor) -> tuple[Latent, Tensor]:
+    def observe(self, state: Latent, action: Tensor, embedded: Tensor) -> tuple[Latent, Tensor]:
         """One window later, with what was seen.
 
         Args:
             state: Before.
             action: (B, A) plan for the window between.
-            encoding: (B, F) standardised.
+            embedded: (B, H) what ``embed`` makes of the standardised encoding.
 
         Returns:
             The new state and the posterior's log probabilities (B, S, C).
         """
         h = self.advance(state, action)
-        log_q = self.log_probabilities(self.posterior(torch.cat([h, self.embed(encoding)], dim=1)))
+        log_q = self.log_probabilities(self.posterior(torch.cat([h, embedded], dim=1)))
         return Latent(h, self.sample(log_q)), log_q
 
     def imagine(self, state: Latent, action: Tensor) -> Heads:
@@ -162,16 +162,17 @@ class RssmModel(nn.Module):
         """Negative evidence bound with free bits, and the heads on rollouts from observed states."""
         B, L, _ = batch.encodings.shape
         state, action = self.initial(B), torch.zeros(B, NUM_ACTIONS)
-        states, divergences = [], []
+        states, posteriors = [], []
+        embedded = self.embed(batch.encodings)  # all at once: what the recurrence needs not is not in it
         for t in range(L):
-            state, log_q = self.observe(state, action, batch.encodings[:, t])
-            log_p = self.log_probabilities(self.prior(state.h))
-            divergences.append(self._divergence(log_q, log_p))
+            state, log_q = self.observe(state, action, embedded[:, t])
+            posteriors.append(log_q)
             states.append(state)
             action = batch.actions[:, t]
         seen = Latent(*(torch.stack(parts, dim=1).flatten(0, 1) for parts in zip(*states, strict=True)))
+        log_q = torch.stack(posteriors, dim=1).flatten(0, 1)
+        loss = self._divergence(log_q, self.log_probabilities(self.prior(seen.h)))
         decoded = self.decoder(self._features(seen, 0))
-        loss = torch.stack(divergences).mean()
         loss = loss + DECODER * functional.mse_loss(decoded, batch.encodings.flatten(0, 1))
         if len(batch.starts):
             start = Latent(seen.h[batch.starts], seen.z[batch.starts])
