@@ -220,7 +220,7 @@ def test_learns_from_each_piece_of_evidence():
         assert model.predict(Evidence(**{**neutral, name: low})) < 0.2, name
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(FLOATS, FLOATS, FLOATS, FLOATS, FLOATS, st.booleans())
 def test_a_probability_whatever_comes(raw, record, reduction, price, noise, kept):
     evidence = Evidence(raw=raw, record=record, reduction=reduction, price=price, noise=noise)

@@ -65,9 +65,13 @@ def outcome(result: StepResult) -> tuple[Any, ...]:
     return result.phase, repr(result.loss), result.reason, repr(result.gradient_norm), result.was_predicted, result.step
 
 
-@pytest.mark.parametrize("segments", [1, 2])
-@pytest.mark.parametrize("data", DATA)
-@pytest.mark.parametrize("predictor", [*PREDICTORS, "fake"])
+#: Predictors without networks: every value of their state is a number or a tensor of numbers.
+CLOSED_FORM = ("hold", "heuristic", "linear", "secant")
+RUNS = [(name, data, segments) for name in (*CLOSED_FORM, "fake") for data in DATA for segments in (1, 2)]
+RUNS += [(name, "exact", 1) for name in PREDICTORS if name not in CLOSED_FORM]
+
+
+@pytest.mark.parametrize(("predictor", "data", "segments"), RUNS, ids=["-".join(map(str, run)) for run in RUNS])
 def test_resume_everywhere(
     predictor: str, data: str, segments: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -231,9 +235,6 @@ def _history() -> History:
         history.close_window(i, 2)
     return history
 
-
-#: Predictors without networks: every value of their state is a number or a tensor of numbers.
-CLOSED_FORM = ("hold", "heuristic", "linear", "secant")
 
 COMPONENTS: dict[str, Callable[[], Any]] = {
     "moments": lambda: RunningMoments(decay=0.5, count=3, _mean=1.0, _square=4.0),

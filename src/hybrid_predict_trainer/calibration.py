@@ -250,7 +250,7 @@ class Evidence:
 
     def features(self) -> Array:
         """(5,): logits of both confidences, log of reduction over price, log of the noise, 1."""
-        worth = math.log((max(self.reduction, 0.0) + 1e-12) / (max(self.price, 0.0) + 1e-12))
+        worth = math.log(max(self.reduction, 0.0) + 1e-12) - math.log(max(self.price, 0.0) + 1e-12)
         noise = math.log10(self.noise + 1e-6) / 3 + 1 if self.noise >= 0 else 0.0
         values = (logit(self.raw), logit(self.record), min(max(worth, -5.0), 5.0) / 2, min(max(noise, -1.0), 1.0), 1.0)
         return np.array([v if math.isfinite(v) else 0.0 for v in values])

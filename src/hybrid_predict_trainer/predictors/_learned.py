@@ -12,8 +12,8 @@ targets without one more pass over the weights.  The lag x - theta comes after t
 of the next displacement of a window mean has already happened and is in it, the later ones are not.
 
 What a network learns is only the residual of a closed-form base: per window ahead a ridge on all
-columns whose prior is ``hold``.  Its correction is trusted as far as past corrections explained what
-the base had left.
+columns whose prior is ``hold``.  Base and correction are each trusted as far as past ones explained
+what they were to explain.
 
 Letters: ``G`` groups, ``K`` columns, ``J`` windows ahead, ``F`` encoded features, ``C`` capacity of
 the replay.
@@ -38,6 +38,8 @@ MAX_AHEAD = 4
 MAX_TARGET = 3.0
 #: Weight of a window one window later in the base and in the record of errors.
 FORGETTING = 0.95
+#: The same in the trust in the base, which must fall fast when the base goes wrong.
+TRUST_FORGETTING = 0.9
 #: Strength of the base's prior, relative to the mean diagonal of its system.
 BASE_L2 = 1e-3
 #: Weight of the all-groups base against one group's own data.
@@ -145,7 +147,8 @@ class Pending:
     gram: Tensor  # (G, K, K)
     rates: Tensor  # (J,)
     loss: float
-    base: Tensor  # (J, G, K) in the frame, per unit of planned drift
+    raw: Tensor  # (J, G, K) base in the frame, per unit of planned drift
+    base: Tensor  # (J, G, K) the same, as far as it was trusted
     corrections: Tensor | None = None  # (J, G, K) what was to be added to the base
     change: float = 0.0  # of the log loss predicted one window ahead
 
@@ -177,6 +180,8 @@ class Experience:
         self.rates = torch.ones(J, dtype=torch.float64)
         self._pending: deque[Pending] = deque(maxlen=J)
         self._lr_before = 0.0
+        # forgotten sums of base . T and |base|^2; hold is believed until two windows say otherwise
+        self._agreed, self._based = torch.full((J,), 0.5, dtype=torch.float64), torch.full((J,), 0.5, dtype=torch.float64)
         # forgotten sums of (T - base) . correction and |correction|^2, over |T|^2
         self._left, self._gained = torch.zeros(J, dtype=torch.float64), torch.zeros(J, dtype=torch.float64)
         self.error = 1.0  # prequential |T - p|^2 / |T|^2 one window ahead, forgotten mean
@@ -197,8 +202,12 @@ class Experience:
     @property
     def trust(self) -> Tensor:
         """(J,) least-squares multiple of past corrections, in [0, 1]; 0 until one was scored."""
-        ratio = self._left / self._gained.clamp(min=1e-300)
-        return torch.where(self._gained > 0, ratio.clamp(0.0, 1.0), torch.zeros_like(ratio))
+        return _share(self._left, self._gained)
+
+    @property
+    def base_trust(self) -> Tensor:
+        """(J,) the same for past bases: a ridge on few windows promises too much."""
+        return _share(self._agreed, self._based)
 
     def observe(self, window: Window) -> None:
         """Fill in what earlier windows were waiting for, then add this one."""
@@ -218,9 +227,11 @@ class Experience:
         self.window = window
         self.frame = Frame.of(window.products.BB) if finite else None
         if self.frame is not None and window.num_columns > 0:
-            self.base = self.frame.express(self._base_coefficients()) * self.known[:, None, :]
+            raw = self.frame.express(self._base_coefficients()) * self.known[:, None, :]
+            raw = raw.clamp(-MAX_TARGET, MAX_TARGET)
+            self.base = self.base_trust[:, None, None] * raw
             self._pending.append(
-                Pending(slot, self.frame, window.products.BB, self.rates, window.loss, self.base)
+                Pending(slot, self.frame, window.products.BB, self.rates, window.loss, raw, self.base)
             )
         else:
             self._pending.clear()
@@ -309,6 +320,11 @@ class Experience:
                 error = 1 + float((area * (p * p - 2 * p * target)).sum())
                 setattr(self, name, getattr(self, name) + weight * (min(max(error, 0.0), 4.0) - getattr(self, name)))
         left, gained = (area * (target - base) * correction).sum(), (area * correction * correction).sum()
+        raw = past.raw[ahead] * past.rates[ahead]
+        agreed, based = (area * target * raw).sum(), (area * raw * raw).sum()
+        bound = based.clamp(min=1.0)  # a wild one counts as one window, not as fifty
+        self._agreed[ahead] = TRUST_FORGETTING * self._agreed[ahead] + agreed / bound
+        self._based[ahead] = TRUST_FORGETTING * self._based[ahead] + based / bound
         self._left[ahead] = FORGETTING * self._left[ahead] + left
         self._gained[ahead] = FORGETTING * self._gained[ahead] + gained
 
@@ -325,7 +341,7 @@ class Experience:
     # ---- state ---------------------------------------------------------------------------------
 
     _TENSORS = (
-        "base", "_A", "_b", "change_base", "change_scale", "_change_weight", "rates", "_left", "_gained",
+        "base", "_A", "_b", "change_base", "change_scale", "_change_weight", "rates", "_left", "_gained", "_agreed", "_based",
     )  # fmt: skip
     _ROWS = ("encodings", "actions", "residuals", "shares", "changes")
     _NUMBERS = (
@@ -343,7 +359,7 @@ class Experience:
             "window": window_state(self.window),
             "pending": [
                 {
-                    "slot": p.slot, "gram": p.gram, "rates": p.rates, "loss": p.loss, "base": p.base,
+                    "slot": p.slot, "gram": p.gram, "rates": p.rates, "loss": p.loss, "raw": p.raw, "base": p.base,
                     "corrections": p.corrections, "change": p.change,
                 }
                 for p in self._pending
@@ -364,7 +380,7 @@ class Experience:
         self._pending.clear()
         for p in state["pending"]:
             corrections = None if p["corrections"] is None else p["corrections"].clone()
-            tensors = {name: p[name].clone() for name in ("gram", "rates", "base")}
+            tensors = {name: p[name].clone() for name in ("gram", "rates", "raw", "base")}
             self._pending.append(
                 Pending(slot=p["slot"], frame=Frame.of(p["gram"]), loss=p["loss"], corrections=corrections,
                         change=p["change"], **tensors)
@@ -372,6 +388,11 @@ class Experience:
         self.frame = None
         if self.window is not None and bool(torch.isfinite(self.window.products.BB).all()):
             self.frame = Frame.of(self.window.products.BB)
+
+
+def _share(cross: Tensor, squared: Tensor) -> Tensor:
+    """Least-squares multiple cross / squared in [0, 1], 0 where nothing is known."""
+    return torch.where(squared > 0, (cross / squared.clamp(min=1e-300)).clamp(0.0, 1.0), torch.zeros_like(cross))
 
 
 def _scale(A: Tensor) -> Tensor:
