@@ -7,14 +7,20 @@ ahead of time.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from safetensors.torch import load, save
 from torch import Tensor
 
-from hybrid_predict_trainer.records import BasisSpec, Hindsight, PhasePrediction, Products, Window
+from hybrid_predict_trainer.predictors import Predictor
+from hybrid_predict_trainer.records import BasisSpec, Hindsight, PhasePrediction, Products, State, Window
+from hybrid_predict_trainer.state_tree import decode, encode
 
 
 @dataclass
@@ -68,3 +74,87 @@ def relative_error(step: Step, prediction: PhasePrediction) -> float:
     T = step.ahead[:m].sum(dim=0)
     p = (prediction.coefficients[:, :, None] * step.columns).sum(dim=1)
     return float((p - T).square().sum() / T.square().sum().clamp(min=1e-12))
+
+
+# ---------------------------------------------------------------- checks every predictor is put through
+
+
+def errors(predictor: Predictor, num_windows: int, *, windows_ahead: int = 1, seed: int = 0) -> list[float]:
+    """Relative squared error of every prediction made before its future was seen."""
+    found = []
+    for step in turning(predictor.spec, num_windows, seed=seed):
+        predictor.observe(step.window)
+        if predictor.ready:
+            found.append(relative_error(step, predictor.predict(windows_ahead * step.window.num_steps)))
+    return found
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def through_bytes(state: State) -> State:
+    """Saved and loaded as a checkpoint does it, without pickle."""
+    tree, tensors = encode(state)
+    return decode(json.loads(json.dumps(tree, allow_nan=False)), load(save(tensors)))
+
+
+def assert_same_prediction(a: Predictor, b: Predictor, horizon: int = 20) -> None:
+    first, second = a.predict(horizon), b.predict(horizon)
+    assert torch.equal(first.coefficients, second.coefficients)
+    assert first.predicted_loss == second.predicted_loss
+    assert (first.epistemic, first.aleatoric, first.confidence) == (second.epistemic, second.aleatoric, second.confidence)
+
+
+def assert_resumes_bitwise(make: Callable[[], Predictor], num_windows: int = 16) -> None:
+    """Half, bytes, a fresh predictor, the other half: the same as in one go."""
+    whole = make()
+    windows = [step.window for step in turning(whole.spec, num_windows)]
+    for window in windows:
+        whole.observe(window)
+    half, resumed = make(), make()
+    for window in windows[: num_windows // 2]:
+        half.observe(window)
+    resumed.load_state_dict(through_bytes(half.state_dict()))
+    for window in windows[num_windows // 2 :]:
+        half.observe(window)  # a state that shares memory would be changed by this
+        resumed.observe(window)
+    assert_same_prediction(whole, resumed)
+
+
+def assert_global_random_state_untouched(make: Callable[[], Predictor]) -> None:
+    before = (torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate())  # noqa: NPY002
+    predictor = make()
+    for step in turning(predictor.spec, 10):
+        predictor.observe(step.window)
+    predictor.predict(20)
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1:] == (np.random.get_state()[1].tolist(), random.getstate())  # noqa: NPY002
+
+
+def assert_degenerate_windows_are_harmless(make: Callable[[], Predictor]) -> None:
+    """Zero displacement, constant loss, NaN and infinite losses, negative losses, NaN products."""
+    for name in ("still", "constant", "nan", "inf", "negative", "broken", "no_rate", "mixed"):
+        predictor = make()
+        for step in turning(predictor.spec, 12):
+            window = step.window
+            kind = ("still", "nan", "broken", "constant")[window.index % 4] if name == "mixed" else name
+            p, zero = window.products, torch.zeros_like(window.products.BB)
+            if kind == "still":
+                hindsight = window.hindsight
+                if hindsight is not None:
+                    hindsight = Hindsight(BB=zero, BT=torch.zeros_like(p.Bg), TT=torch.zeros_like(p.gg))
+                window = replace(window, products=replace(p, BB=zero, gg=torch.zeros_like(p.gg)), hindsight=hindsight)
+            elif kind == "broken":
+                window = replace(window, products=replace(p, BB=zero + math.nan, Bg=p.Bg + math.nan), hindsight=None)
+            elif kind == "no_rate":
+                window = replace(window, learning_rate=0.0, lr_integral=0.0, lr_ahead=0.0)
+            else:
+                loss = {"constant": 1.0, "nan": math.nan, "inf": math.inf, "negative": -3.0}[kind]
+                window = replace(window, loss=loss, loss_slope=0.0 if kind == "constant" else window.loss_slope)
+            predictor.observe(window)
+            if predictor.ready:
+                prediction = predictor.predict(25)
+                assert bool(torch.isfinite(prediction.coefficients).all()), name
+                assert 0 <= prediction.confidence <= 1, name
+                assert prediction.predicted_reduction >= 0, name

@@ -78,12 +78,12 @@ class DenseBasis:
             (mask * (c.double() @ columns) for mask, c in zip(self.rows, coefficients, strict=True)), torch.zeros(())
         )
 
-    def BB(self) -> Tensor:  # noqa: N802
+    def BB(self) -> Tensor:
         """(G, K, K)"""
         B = self.columns()
         return torch.stack([(B * mask) @ B.T for mask in self.rows])
 
-    def BY(self) -> Tensor:  # noqa: N802
+    def BY(self) -> Tensor:
         """(G, K, K), symmetric: the product of the older displacement with the newer difference."""
         B, K, num = self.columns(), self.spec.num_columns, len(self.s)
         out = torch.zeros(len(self.rows), K, K, dtype=torch.float64)
@@ -95,7 +95,7 @@ class DenseBasis:
                     out[row, k, j] = (B[older] * mask) @ self.y[newer]
         return out
 
-    def Bg(self) -> Tensor:  # noqa: N802
+    def Bg(self) -> Tensor:
         """(G, K)"""
         B = self.columns()
         assert self.g is not None

@@ -229,6 +229,15 @@ def test_no_correction_corrects_nothing():
     corrector.load_state_dict(corrector.state_dict())
 
 
+@pytest.mark.parametrize("shape", [(G * K,), (G, K + 1)])
+def test_a_prediction_of_the_wrong_shape_is_left_to_the_gate(shape):
+    learnt = made()
+    learnt.observe(Residual(features=torch.ones(F), coefficients=torch.ones(G, K), loss=1.0, horizon=1))
+    jump = prediction(torch.ones(shape))
+    for corrector in (learnt, NoCorrection()):
+        assert cor.apply(jump, corrector.correct(jump, torch.ones(F), torch.eye(K).expand(G, K, K))) == jump
+
+
 def test_state_goes_through_a_fresh_corrector():
     generator = torch.Generator().manual_seed(5)
     corrector, copy, BB = made(capacity=8), made(capacity=8), gram(generator)

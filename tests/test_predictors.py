@@ -185,6 +185,12 @@ def test_damping_limits_the_step() -> None:
     assert damped_step(mu, slopes, 0.1, math.inf, 0.0).tolist() == pytest.approx([-10.0, -1.0])
 
 
+def test_negative_curvature_counts_by_its_size() -> None:
+    """|mu|: as long a step as along a positive curvature of that size, and downhill."""
+    mu, slopes = torch.tensor([-2.0, 1.0, 4.0], dtype=D), torch.tensor([1.0, -1.0, 1.0], dtype=D)
+    assert damped_step(mu, slopes, 0.1, math.inf, 0.0).tolist() == pytest.approx([-0.5, 1.0, -0.25])
+
+
 @given(st.integers(1, 8), st.integers(1, 8), st.integers(0, 100), st.floats(-12, 12))
 @settings(max_examples=60, deadline=None)
 def test_orthonormaliser(columns: int, rank: int, seed: int, exponent: float) -> None:

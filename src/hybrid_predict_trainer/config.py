@@ -129,7 +129,7 @@ class RssmConfig:
     hidden_dim: int = 128
     num_displacements: int = 6  # columns kept; the longest target needs more than 4
     learning_rate: float = 1e-3
-    gradient_clip: float = 1.0
+    gradient_clip: float = 1000.0  # global norm; usual ones are 100 to 1000
     free_nats: float = 1.0
     unimix: float = 0.01
     sequence_length: int = 16  # windows of truncated backpropagation through time

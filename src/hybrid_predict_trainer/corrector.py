@@ -67,7 +67,7 @@ class NoCorrection:
 
     def correct(self, prediction: PhasePrediction, features: Tensor, BB: Tensor) -> Correction:
         """Zero."""
-        return Correction(coefficients=zeros_like_coefficients(*prediction.coefficients.shape))
+        return Correction(coefficients=torch.zeros_like(prediction.coefficients))
 
     def observe(self, residual: Residual) -> None:
         """Nothing is learnt."""
@@ -158,6 +158,8 @@ class ResidualCorrector:
             BB: (G, K, K) Gram matrices of the basis the prediction is on.
         """
         zero = zeros_like_coefficients(self.num_groups, self.spec.num_columns)
+        if prediction.coefficients.shape != zero.shape:
+            return Correction(coefficients=torch.zeros_like(prediction.coefficients))  # the gate refuses it
         if not len(self.store) or not bool(torch.isfinite(features).all()):
             return Correction(coefficients=zero)
         Y = prediction.horizon
