@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cases import Fake, Setup, assert_same, config, difference, full_batch, make_batches, seed_all, setup
-from hybrid_predict_trainer import CheckpointError, HybridTrainer, HybridTrainerConfig, executors
+from hybrid_predict_trainer import CheckpointError, HybridTrainer, HybridTrainerConfig, proposals
 from hybrid_predict_trainer.calibration import TrackRecord
 from hybrid_predict_trainer.counters import Counters
 from hybrid_predict_trainer.divergence import Monitor
@@ -75,7 +75,7 @@ RUNS += [(name, "exact", 1) for name in PREDICTORS if name not in CLOSED_FORM]
 def test_resume_everywhere(
     predictor: str, data: str, segments: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(executors, "price", lambda run: lambda forwards: 0.0)
+    monkeypatch.setattr(proposals, "price", lambda run: lambda forwards: 0.0)
     batches = DATA[data](NUM_STEPS, 32)
     made, trainer = built(predictor, segments)
     saved: dict[str, tuple[Path, int]] = {}
@@ -103,7 +103,7 @@ def test_resume_everywhere(
 
 def test_places_are_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every place of the table is one that some run comes to, or the test above says nothing."""
-    monkeypatch.setattr(executors, "price", lambda run: lambda forwards: 0.0)
+    monkeypatch.setattr(proposals, "price", lambda run: lambda forwards: 0.0)
     seen = set()
     for segments, data in ((1, "noisy"), (2, "exact")):
         _, trainer = built("fake", segments)
@@ -295,6 +295,7 @@ def test_every_field_of_the_run_is_saved() -> None:
     rebuilt = {
         "model", "optimizer", "config", "loss_fn", "lr_scheduler", "grad_scaler", "parameters", "groups", "on_cpu",
         "predictor", "basis", "controller", "observing", "readout", "buffers", "last_batch", "batch_free",
+        "stated_confidence", "correction",
     }  # fmt: skip
     assert set(vars(run)) - saved - rebuilt == set()
 

@@ -30,6 +30,7 @@ from cases import (
     steps_until,
 )
 from hybrid_predict_trainer import HybridTrainer, cycle, executors, gate
+from hybrid_predict_trainer import proposals as proposals_module
 from hybrid_predict_trainer.records import Phase, Reason, StepResult, Verdict
 from reference import DenseBasis, flat
 
@@ -52,7 +53,7 @@ class Refusal:
 
 
 def price_of_gold(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(executors, "price", lambda run: lambda forwards: 1e9)
+    patch.setattr(proposals_module, "price", lambda run: lambda forwards: 1e9)
 
 
 def always_control(patch: pytest.MonkeyPatch) -> None:
@@ -60,7 +61,7 @@ def always_control(patch: pytest.MonkeyPatch) -> None:
 
 
 def looks_promising(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(cycle, "promising", lambda run, horizon: True)
+    patch.setattr(cycle, "consider", lambda run, horizon: cycle.Prospect(horizon, promising=True))
 
 
 CERTAIN = {"gate__significance": 0.5}  # the mean decides
@@ -73,7 +74,7 @@ REFUSALS = {
     "loss": Refusal(Reason.LOSS_NOT_FINITE, loss=nan_without_grad),
     "long": Refusal(Reason.TOO_LONG, lambda: Fake(-1e5)),
     "zero": Refusal(Reason.ZERO_JUMP, lambda: Broken("zero")),
-    "uphill": Refusal(Reason.NO_DESCENT, lambda: Fake(1.0)),
+    "uphill": Refusal(Reason.NO_DESCENT, lambda: Fake(1.0), {"corrector__max_magnitude": 0.0}),
     "price": Refusal(Reason.NOT_SIGNIFICANT, patch=price_of_gold),
     "promise": Refusal(
         Reason.MODEL_DISAGREES, lambda: Fake(reduction=1e6), {"gate__min_reduction_ratio": 0.5, **CERTAIN}
@@ -86,7 +87,7 @@ CASES = [(data, name) for data in DATA for name in REFUSALS if (data, name) != (
 
 
 def refusing(case: Refusal, patch: pytest.MonkeyPatch, built: Setup, **changes: Any) -> HybridTrainer:
-    patch.setattr(executors, "price", lambda run: lambda forwards: 0.0)
+    patch.setattr(proposals_module, "price", lambda run: lambda forwards: 0.0)
     case.patch(patch)
     return built.trainer(config(**{**case.changes, **changes}), predictor=case.predictor(), loss_fn=case.loss)
 
@@ -112,7 +113,7 @@ def test_refused_jump_leaves_no_trace(data: str, name: str, monkeypatch: pytest.
             assert_same(built.everything(), before)
             seen += 1
         before = built.everything()
-    assert seen >= 2
+    assert seen >= (1 if name == "none" else 2)  # one that fails is not asked often
     assert trainer.statistics()["num_jumps_accepted"] == 0
     assert trainer.run.probation is None
 
@@ -130,7 +131,7 @@ def test_refused_run_is_the_plain_loop(data: str, name: str, scheduler: str, mon
     trainer = refusing(case, monkeypatch, ours)
     results: list[StepResult] = []
     epoch = trainer.fit(batches, progress_callback=results.append)
-    assert len(proposals(results)) >= 2
+    assert len(proposals(results)) >= (1 if name == "none" else 2)
     assert [r.loss for r in results if r.phase is not Phase.PREDICT] == wanted
     assert_same(ours.everything(), plain.everything())
     assert epoch.num_real_steps == len(batches)

@@ -282,7 +282,8 @@ def test_bad_step_on_probation_takes_the_jump_back(kind: str) -> None:
 @pytest.mark.parametrize("start", [0, 2, 9])
 def test_all_nan_ends_clearly(start: int) -> None:
     made = setup("norm_dropout")
-    trainer = made.trainer(config(divergence__max_consecutive_nonfinite=5), predictor=Fake(1.0))
+    settings = config(divergence__max_consecutive_nonfinite=5, divergence__retry_learning_rate_factor=1.0)
+    trainer = made.trainer(settings, predictor=Fake(1.0))
     batches = make_batches(20)
     for batch in batches[:start]:
         trainer.step(batch)
@@ -771,3 +772,16 @@ def test_global_generators_are_not_reseeded() -> None:
     before = made.everything()["rng"]
     made.trainer(config())
     assert_same(made.everything()["rng"], before)
+
+
+def test_critical_steps_in_a_row_lower_the_learning_rate() -> None:
+    made = setup("mlp", "adam", "lambda")
+    trainer = made.trainer(config(divergence__retry_learning_rate_factor=0.5), predictor=Fake(1.0))
+    batches = make_batches(20)
+    trainer.step(batches[0])
+    peak = made.scheduler.base_lrs[0]
+    for batch in batches[1:6]:
+        trainer.step(poison(batch, "nan_loss"))
+    assert made.scheduler.base_lrs == [peak / 2]
+    trainer.step(batches[7])
+    assert made.optimizer.param_groups[0]["lr"] == pytest.approx(peak / 2 * made.scheduler.lr_lambdas[0](7))

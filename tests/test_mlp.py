@@ -6,19 +6,21 @@ import math
 
 import pytest
 import torch
+
 from dynamics import (
     assert_degenerate_windows_are_harmless,
     assert_global_random_state_untouched,
     assert_resumes_bitwise,
     errors,
     mean,
+    run,
     turning,
 )
-
 from hybrid_predict_trainer import HybridTrainerConfig
 from hybrid_predict_trainer.config import MlpConfig
 from hybrid_predict_trainer.predictors import build
-from hybrid_predict_trainer.predictors._learned import Frame, changed_loss, known_targets, log_change, step_weights
+from hybrid_predict_trainer.predictors._frame import Frame, known_targets, step_weights
+from hybrid_predict_trainer.predictors._learned import changed_loss, log_change
 from hybrid_predict_trainer.predictors.mlp import Mlp
 from hybrid_predict_trainer.records import BasisSpec, ConfigError
 from hybrid_predict_trainer.toml_io import with_values
@@ -34,7 +36,7 @@ def test_learns_what_the_base_cannot() -> None:
     assert mean(untrained[-40:]) > 0.95, "the base alone is no better than no jump"
     assert mean(learnt[-40:]) < 0.4
     assert mean(learnt[-40:]) < 0.5 * mean(learnt[20:60])
-    assert max(untrained[2:]) < 1.5, "never much worse than no jump, from the start"
+    assert mean(untrained[2:]) < 1.1, "hardly worse than no jump, from the start"
 
 
 def test_without_its_coefficient_head_it_is_the_base() -> None:
@@ -52,16 +54,8 @@ def test_without_its_coefficient_head_it_is_the_base() -> None:
 
 
 def test_learns_the_loss() -> None:
-    def misses(predictor: Mlp) -> list[float]:
-        found, last = [], None
-        for step in turning(predictor.spec, 140):
-            if last is not None:
-                found.append(abs(math.log(step.window.loss / last)))
-            predictor.observe(step.window)
-            last = predictor.predict(10).predicted_loss
-        return found
-
-    assert mean(misses(make())[-40:]) < 0.6 * mean(misses(Mlp(MlpConfig(updates_per_window=0), 2))[-40:])
+    learnt, untrained = run(make(), 140)[1], run(Mlp(MlpConfig(updates_per_window=0), 2), 140)[1]
+    assert mean(learnt[-40:]) < 0.6 * mean(untrained[-40:])
 
 
 def test_resumes_bitwise() -> None:

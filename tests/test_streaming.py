@@ -74,8 +74,8 @@ def test_pca_round_trip_and_degenerate_streams() -> None:
 
 def low_rank(g: torch.Generator, shape: tuple[int, int] = (30, 20), rank: int = 4, noise: float = 0.02) -> torch.Tensor:
     m, n = shape
-    core = torch.linalg.qr(torch.randn(m, rank, generator=g))[0] * torch.linspace(5, 2, rank)
-    return core @ torch.linalg.qr(torch.randn(n, rank, generator=g))[0].mT + noise * torch.randn(m, n, generator=g) / m**0.5
+    left, right = (torch.linalg.qr(torch.randn(size, rank, generator=g))[0] for size in (m, n))
+    return left * torch.linspace(5, 2, rank) @ right.mT + noise * torch.randn(m, n, generator=g) / m**0.5
 
 
 def test_power_iteration_finds_the_truncated_svd() -> None:
@@ -118,7 +118,7 @@ def test_factors_take_vectors_and_convolutions() -> None:
     tensors = [torch.randn(5, generator=g), torch.randn(4, 3, 3, 3, generator=g)]
     (P0, Q0), (P1, Q1) = LowRankFactors(4).observe(tensors)
     torch.testing.assert_close((P0 @ Q0.mT)[:, 0], tensors[0])
-    torch.testing.assert_close((P1 @ Q1.mT).view(4, 3, 3, 3), tensors[1], atol=1e-5, rtol=1e-5)  # rank 4 is all there is
+    torch.testing.assert_close((P1 @ Q1.mT).view(4, 3, 3, 3), tensors[1], atol=1e-5, rtol=1e-5)  # all of its rank
 
 
 def test_sketch_is_linear_and_unbiased() -> None:

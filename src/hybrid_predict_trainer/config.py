@@ -80,7 +80,7 @@ class DmdConfig:
 
     num_displacements: int = 8  # columns kept
     delays: int = 2  # snapshots stacked: momentum's state is a position and a velocity
-    rank_tolerance: float = 1e-4  # relative length under which a direction is rounding noise
+    rank_tolerance: float = 1e-3  # relative length under which a direction is rounding noise
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -177,6 +177,23 @@ class PredictorConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CorrectorConfig:
+    """Residual correction of forecasts (predictors that use curvature are not corrected)."""
+
+    max_magnitude: float = 0.2  # bound on a correction, in lengths of the predicted jump; 0: no correction
+    capacity: int = 200  # residuals kept
+    similarity: float = 0.7  # least cosine of a residual's state
+    num_similar: int = 5  # most residuals used
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _number("corrector.max_magnitude", self.max_magnitude, 0.0, 1.0)
+        _whole("corrector.capacity", self.capacity, 1, 100_000)
+        _number("corrector.similarity", self.similarity, 0.0, 1.0)
+        _whole("corrector.num_similar", self.num_similar, 1, 1000)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GateConfig:
     """How a proposal is judged and what it may cost."""
 
@@ -218,12 +235,12 @@ class DivergenceConfig:
     prediction_error_threshold: float = 0.2
     prediction_error_critical: float = 1.0  # loss above 2x predicted
     max_sign_changes: int = 3  # of the detrended, smoothed loss in 10 steps
-    confidence_exit: float = 0.70
+    confidence_exit: float = 0.1  # a jump in segments is not continued below it
     check_interval_steps: int = 10  # how often an accelerator's losses are read
     max_consecutive_nonfinite: int = 20
-    max_rollbacks: int = 5
+    max_rollbacks: int = 5  # in a row; then prediction is switched off
     recovery_full_steps: int = 0  # full steps forced by a warning; 0: twice training.full_steps
-    retry_learning_rate_factor: float = 0.5
+    retry_learning_rate_factor: float = 0.5  # applied after every 5 critical steps in a row
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -295,11 +312,13 @@ class HybridTrainerConfig:
     correct_steps: int = 5  # real steps on probation after a jump
     segments: int = 1  # gate checks per jump
     clock: Clock = "cost"
+    horizon_rule: Literal["doubling", "bandit"] = "doubling"  # who chooses Y
     gradient_clip_norm: float = 0.0  # 0: off
     explore_outcomes: int = 3  # proposals made whatever the confidence, to learn what it is worth
     seed: int = 0  # of the trainer's own random generator (control group)
 
     predictor: PredictorConfig = field(default_factory=PredictorConfig)
+    corrector: CorrectorConfig = field(default_factory=CorrectorConfig)
     gate: GateConfig = field(default_factory=GateConfig)
     divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
@@ -316,6 +335,7 @@ class HybridTrainerConfig:
         _number("training.confidence_threshold", self.confidence_threshold, 0.0, 1.0)
         _number("training.divergence_threshold", self.divergence_threshold, 0.0, open_low=True)
         _choice("training.clock", self.clock, typing.get_args(Clock))
+        _choice("training.horizon_rule", self.horizon_rule, ("doubling", "bandit"))
         _number("training.gradient_clip_norm", self.gradient_clip_norm, 0.0)
         _whole("training.explore_outcomes", self.explore_outcomes, 0)
         _whole("training.seed", self.seed, 0, 2**63 - 1)

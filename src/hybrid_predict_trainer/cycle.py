@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import dataclass
 
-from .executors import Execution, price, respond, settle_anchor
+from .calibration import Evidence
+from .executors import Execution, respond, settle_anchor
 from .history import Reading
 from .ledger import PASS_UNITS
 from .metrics import Metrics
 from .phases import Signals, validate_transition
+from .proposals import fits, price
 from .records import Action, Alarm, Decision, DivergenceError, Level, Phase, StepResult, Window
 from .run import Run
 
@@ -25,8 +28,11 @@ USUAL_PRICE_EXACT, USUAL_PRICE_NOISY = 5.0, 2.5
 
 def signals(run: Run) -> Signals:
     """Everything the controller may look at."""
+    due = run.window_just_closed and run.phase is Phase.FULL and run.num_forced_full_steps == 0
+    due = due and run.num_real_steps_since_predict >= run.config.full_steps and run.ledger.wait_windows == 0
+    due = due and predictor_ready(run) and affordable(run)
     horizon = min(run.horizon, max(run.config.max_predict_steps, 1))
-    due = run.window_just_closed and predictor_ready(run) and affordable(run) and run.ledger.wait_windows == 0
+    prospect = consider(run, horizon) if due else None
     probation = run.probation
     return Signals(
         phase=run.phase,
@@ -36,12 +42,12 @@ def signals(run: Run) -> Signals:
         baseline_known=run.history.norm_baseline.count > 0,
         window_just_closed=run.window_just_closed,
         predictor_ready=run.window_just_closed and predictor_ready(run),
-        confidence=run.record.confidence,
-        num_outcomes=run.record.num_outcomes,
+        confidence=run.stated_confidence,
+        num_outcomes=run.adaptation.record.num_outcomes,
         num_windows_since_proposal=run.num_windows_since_proposal,
-        horizon=horizon,
+        horizon=horizon if prospect is None else prospect.horizon,
         affordable=run.window_just_closed and affordable(run),
-        promising=due and promising(run, horizon),
+        promising=prospect is not None and prospect.promising,
         num_windows_to_wait=run.ledger.wait_windows,
         switched_off=run.ledger.switched_off,
         num_forced_full_steps=run.num_forced_full_steps,
@@ -50,6 +56,40 @@ def signals(run: Run) -> Signals:
         num_segments_left=0 if run.segment is None else run.segment.num_left,
         fallback_threshold=2 * run.window_loss,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Prospect:
+    """What a proposal now could be."""
+
+    horizon: int  # 0: the bandit would rather not
+    promising: bool
+
+
+def consider(run: Run, horizon: int) -> Prospect:
+    """Look at a proposal before any forward is spent on it: horizon, promise, confidence."""
+    adaptation, window = run.adaptation, run.window
+    noise = run.history.loss_ema.std / (abs(run.history.loss_ema.mean) or 1.0)
+    if adaptation.uses_bandit and window is not None:
+        horizon = adaptation.choose_horizon(
+            window, confidence=run.stated_confidence, persistence=run.ledger.persistence, spread=run.history.loss_ema.std
+        )
+    try:
+        prediction = run.predictor.predict(max(horizon, 1))
+        reduction, raw = float(prediction.predicted_reduction), float(prediction.confidence)
+    except Exception as error:
+        run.note_predictor_failure(error)
+        return Prospect(horizon, promising=False)
+    usual = USUAL_PRICE_EXACT if run.deterministic else USUAL_PRICE_NOISY
+    cost = price(run)(usual)
+    evidence = Evidence(
+        raw=raw if 0 < raw < 1 else 0.5, record=adaptation.record.confidence, reduction=reduction, price=cost, noise=noise
+    )
+    run.stated_confidence = adaptation.state_confidence(evidence)
+    # Where losses are exact a test is worth its price in the long run.  Under noise most proposals of a
+    # young model promise less than a twentieth of what their test costs; the benefit of the doubt is a
+    # factor, because measured gains were up to four times predicted ones.
+    return Prospect(horizon, promising=run.deterministic or OPTIMISM * reduction >= cost)
 
 
 def predictor_ready(run: Run) -> bool:
@@ -74,24 +114,6 @@ def affordable(run: Run) -> bool:
     return run.ledger.affordable(usual, run.counters.cost_units, reserve=to_watch)
 
 
-def promising(run: Run, horizon: int) -> bool:
-    """Whether the predicted gain may pay for testing it; asking costs no forward.
-
-    Where losses are exact a test is always worth its price in the long run.  Under noise most
-    proposals of a young model promise less than a twentieth of what their test costs.  The benefit of
-    the doubt is a factor of :data:`OPTIMISM`, because measured gains were up to four times predicted
-    ones (LOG.md).
-    """
-    if run.deterministic:
-        return True
-    try:
-        reduction = run.predictor.predict(horizon).predicted_reduction
-    except Exception as error:
-        run.note_predictor_failure(error)
-        return False
-    return OPTIMISM * reduction >= price(run)(USUAL_PRICE_NOISY)
-
-
 def enter(run: Run, decision: Decision) -> None:
     """Go over to the decided phase.
 
@@ -101,6 +123,8 @@ def enter(run: Run, decision: Decision) -> None:
     if decision.phase is not run.phase:
         validate_transition(run.phase, decision.phase)
     run.phase = decision.phase
+    if decision.phase is not Phase.PREDICT:
+        run.segment = None  # what is left of a jump in pieces is not continued later
     run.window_just_closed = False
     run.counters.num_steps += 1
     name = f"{decision.phase.value}_steps"
@@ -120,7 +144,7 @@ def monitor(run: Run, metrics: Metrics, execution: Execution) -> Alarm:
     alarm = read(run, metrics, force=window_full)
     if alarm.action is Action.ABORT:
         raise DivergenceError(
-            f"{int(alarm.value)} steps in a row had no finite loss or gradient ({alarm.signal}); the weights are those "
+            f"{int(alarm.value)} steps in a row had no usable loss or gradient ({alarm.signal}); the weights are those "
             "of the last good step. Lower the learning rate, check the data of these batches, or load a checkpoint"
         )
     if alarm.level >= Level.WARNING:
@@ -162,24 +186,32 @@ def observe(run: Run, metrics: Metrics, execution: Execution) -> None:
     started = time.perf_counter()
     loss_before = run.window_loss
     window = run.close_window()
+    cosine = run.adaptation.learn(window)
     learn(run, window)
     run.ledger.note_window(window.loss / loss_before if loss_before else math.nan, jumped=window.jumped)
-    metrics.note_outcomes(run, run.ledger.settle(run.counters.num_real_steps, window.loss))
+    settled = run.ledger.settle(run.counters.num_real_steps, window.loss)
+    for account in settled:
+        run.adaptation.note_settled(account, window.num_steps)
+    metrics.note_outcomes(run, settled)
     # per step two sums of three passes each; at the close one displacement, two rows of products
     passes = 6 * window.num_steps + 10 + (2 if run.basis.spec.curvature else 1) * run.basis.num_columns
     run.counters.num_passes += passes
     run.ledger.observe(passes * PASS_UNITS)
     run.window_just_closed = True
     run.buffers.forget()
-    metrics.note_window(1e3 * (time.perf_counter() - started), None)
+    metrics.note_window(1e3 * (time.perf_counter() - started), cosine)
 
 
 def learn(run: Run, window: Window) -> None:
-    """Show the predictor a window; one that keeps failing is left alone."""
+    """Show the predictor a window and ask for its forecast of the next; one that keeps failing is left alone."""
     if run.num_predictor_failures >= MAX_PREDICTOR_FAILURES:
         return
     try:
         run.predictor.observe(window)
+        if run.adaptation.forecasts and run.predictor.ready:
+            forecast = run.predictor.predict(window.num_steps)
+            if fits(run, forecast):
+                run.adaptation.note_forecast(window, forecast)
     except Exception as error:
         run.note_predictor_failure(error)
 
@@ -195,7 +227,7 @@ def describe(run: Run, decision: Decision, execution: Execution, alarm: Alarm, s
         phase=decision.phase,
         was_predicted=verdict is not None and verdict.accepted,
         prediction_error=error,
-        confidence=run.record.confidence,
+        confidence=run.stated_confidence,
         step_time_ms=1e3 * (time.perf_counter() - started),
         step=run.counters.num_steps,
         reason=(verdict.reason if verdict is not None else decision.reason).value,

@@ -45,8 +45,9 @@ def encoding_size(num_groups: int, sketch_size: int = 0) -> int:
 
 
 def encode(
-    window: Window, spec: BasisSpec, previous: Sequence[Tensor] = (), *, sketch: Tensor | None = None, sketch_size: int = 0
-) -> Tensor:
+    window: Window, spec: BasisSpec, previous: Sequence[Tensor] = (), *,
+    sketch: Tensor | None = None, sketch_size: int = 0,
+) -> Tensor:  # fmt: skip
     """Encode one window.
 
     Args:
@@ -84,7 +85,11 @@ def _log(value: float) -> float:
 
 
 def _run_features(window: Window) -> Tensor:
-    """(10,): loss, its relative slope, gradient norm, learning rate now, its two ratios, window, jump, step, displacement."""
+    """(10,).
+
+    Log loss, its relative slope, log gradient norm, log learning rate, the planned and the present rate
+    against the window's, log window length, jump, log step, log displacement.
+    """
     loss = window.loss if math.isfinite(window.loss) else 0.0
     total = float(window.products.BB[:, 0, 0].sum())
     values = [

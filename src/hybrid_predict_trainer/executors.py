@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import batches, gate, weights
-from .gate import Part
-from .ledger import FORWARD_UNITS, STEP_UNITS, Account
-from .records import Action, Alarm, Decision, Level, Origin, Phase, PhasePrediction, Reason, Verdict
+from . import weights
+from .divergence import prediction_error
+from .ledger import STEP_UNITS, Account
+from .proposals import judge, propose
+from .records import Action, Alarm, Decision, Level, Phase, PhasePrediction, Reason, Verdict
 from .run import Probation, Run, Segment
 from .snapshot import optimizer_parameters, quiet_forward
 from .weights import Tensors
@@ -190,23 +191,22 @@ def run_predict(run: Run, batch: Any, decision: Decision) -> Execution:
     run.num_real_steps_since_predict = 0
     before_units = c.extra_units
     segment = run.segment
-    prediction, deltas, verdict = _propose(run, decision, segment)
+    prediction, deltas, verdict = propose(run, decision, segment)
     execution = Execution(torch.tensor(math.nan))
     if verdict is None:
         assert prediction is not None
         saved = weights.clone(run.parameters)
         try:
             with quiet_forward(run.model):
-                verdict = _judge(run, batch, prediction, deltas, saved)
+                verdict = judge(run, batch, prediction, deltas, saved)
         finally:  # also when the loss function raises (out of memory, say)
             weights.copy_(run.parameters, saved)
         c.num_passes += 4
         if verdict.accepted and _is_control(run):
             verdict = replace(verdict, accepted=False, reason=Reason.CONTROL_SKIP)
             c.num_controls += 1
-        _book(run, verdict, prediction)
         if verdict.accepted:
-            execution.applied = _accept(run, prediction, deltas, saved, verdict)
+            execution.applied = _accept(run, prediction, deltas, saved, verdict, decision.fallback_threshold)
             execution.claimed = prediction.horizon
     loss = verdict.loss_after if verdict.accepted else verdict.loss_before
     execution.loss = torch.tensor(loss)
@@ -214,105 +214,21 @@ def run_predict(run: Run, batch: Any, decision: Decision) -> Execution:
     execution.consumed = verdict.accepted
     execution.forwards = verdict.num_forward
     c.num_forward += verdict.num_forward
-    run.ledger.spend(c.extra_units - before_units)
+    spent = c.extra_units - before_units
+    run.ledger.spend(spent)
+    approved = verdict.accepted or verdict.reason is Reason.CONTROL_SKIP
+    if approved and prediction is not None:
+        _book(run, verdict, prediction, spent)
     if verdict.reason is not Reason.CONTROL_SKIP:
         run.ledger.note_verdict(verdict.accepted)
+    if not approved:
+        run.adaptation.note_refusal(spent, run.config.predictor.window)
     _next_segment(run, prediction, verdict)
-    if not verdict.accepted or run.probation is None:
-        if verdict.reason is not Reason.CONTROL_SKIP:
-            run.record.record(verdict.accepted)
+    if not approved or (verdict.accepted and run.probation is None):
+        run.adaptation.note_outcome(verdict.accepted)
     run.step_scheduler()
     execution.prediction_ms = 1e3 * (time.perf_counter() - started)
     return execution
-
-
-def _propose(
-    run: Run, decision: Decision, segment: Segment | None
-) -> tuple[PhasePrediction | None, list[Tensors], Verdict | None]:
-    """Ask the predictor and check what comes back; a verdict means it is refused already."""
-    try:
-        prediction = segment.prediction if segment is not None else run.predictor.predict(decision.horizon)
-        if segment is None and run.config.segments > 1:
-            prediction = _first_piece(prediction, run.config.segments)
-        if prediction.horizon < 1 or prediction.coefficients.is_complex():
-            raise ValueError(f"a prediction for {prediction.horizon} steps, of {prediction.coefficients.dtype} numbers")
-        candidates = [prediction.coefficients]
-        if run.deterministic:  # where losses are exact, more candidates cost forwards but no luck
-            candidates += prediction.alternatives
-        expected = (run.groups.num_groups, run.predictor.spec.num_columns)
-        if any(tuple(c.shape) != expected for c in candidates):
-            return prediction, [], Verdict(accepted=False, reason=Reason.WRONG_SHAPE)
-        if not all(bool(torch.isfinite(c).all()) for c in candidates):
-            return prediction, [], Verdict(accepted=False, reason=Reason.NOT_FINITE)
-        deltas = [run.basis.combine(c) for c in candidates]
-    except Exception as error:  # whatever a predictor raises must not end a run
-        run.note_predictor_failure(error)
-        return None, [], Verdict(accepted=False, reason=Reason.PREDICTOR_FAILED)
-    run.counters.num_passes += len(candidates) * run.basis.num_columns
-    if not all(weights.all_finite(d) for d in deltas):
-        return prediction, [], Verdict(accepted=False, reason=Reason.NOT_FINITE)
-    lengths = weights.per_tensor_rms(deltas[0])
-    if not any(lengths):
-        return prediction, [], Verdict(accepted=False, reason=Reason.ZERO_JUMP)
-    spans = run.basis.displacement_rms().tolist()
-    if not gate.within_radius(lengths, spans, run.config.gate.max_relative_length):
-        return prediction, [], Verdict(accepted=False, reason=Reason.TOO_LONG)
-    return prediction, deltas, None
-
-
-def _first_piece(prediction: PhasePrediction, segments: int) -> PhasePrediction:
-    """One of ``segments`` equal pieces of a jump."""
-    return replace(
-        prediction,
-        coefficients=prediction.coefficients / segments,
-        alternatives=tuple(c / segments for c in prediction.alternatives),
-        horizon=max(1, prediction.horizon // segments),
-        predicted_reduction=prediction.predicted_reduction / segments,
-    )
-
-
-def _judge(run: Run, batch: Any, prediction: PhasePrediction, deltas: Sequence[Tensors], saved: Tensors) -> Verdict:
-    """Measure losses at x + a d and let the gate decide."""
-    exact = run.deterministic
-    origin_kind = Origin.CURRENT if exact else Origin.AVERAGE
-    if run.config.gate.judge_at != "auto":
-        origin_kind = Origin(run.config.gate.judge_at)
-    origin = saved if origin_kind is Origin.CURRENT else run.basis.average()
-    size = batches.num_samples(batch)
-    split = size >= 4 and not exact
-    middle = size // 2 if split else size
-    max_chunks = run.config.gate.max_chunks
-    parts: dict[Part, list[Any]] = {
-        "whole": [batch],
-        "length": [batches.narrow(batch, 0, middle)] if split else [batch],
-        "judge": batches.chunks(batch, middle if split else 0, size, max_chunks) if size >= 2 else [batch],
-    }
-
-    def evaluate(candidate: int, scale: float, part: Part) -> list[float]:
-        weights.move_(run.parameters, origin, deltas[candidate], scale)
-        run.counters.num_passes += 3
-        losses = torch.stack([run.evaluate_loss(piece).reshape(()) for piece in parts[part]])
-        return [float(v) for v in losses.tolist()]
-
-    settings = run.config.gate
-    if exact:
-        verdict = gate.judge_exact(
-            evaluate, len(deltas), max_scale=prediction.max_scale,
-            predicted_reduction=prediction.predicted_reduction, min_ratio=settings.min_reduction_ratio,
-        )  # fmt: skip
-    else:
-        verdict = gate.judge_noisy(
-            evaluate, max_scale=min(prediction.max_scale, 2.0), level=settings.significance, price=price(run), split=split,
-            predicted_reduction=prediction.predicted_reduction, min_ratio=settings.min_reduction_ratio,
-        )  # fmt: skip
-    return replace(verdict, origin=origin_kind)
-
-
-def price(run: Run) -> Callable[[float], float]:
-    """Forwards -> loss that the same cost in real training would have bought, over the persistence."""
-    pace = max(-run.loss_slope, 0.0)
-    persistence = max(run.ledger.persistence, 0.05)
-    return lambda forwards: forwards * FORWARD_UNITS / STEP_UNITS * pace / persistence
 
 
 def _is_control(run: Run) -> bool:
@@ -320,21 +236,28 @@ def _is_control(run: Run) -> bool:
     return float(torch.rand((), generator=run.generator)) < run.config.gate.control_fraction
 
 
-def _book(run: Run, verdict: Verdict, prediction: PhasePrediction) -> None:
+def _book(run: Run, verdict: Verdict, prediction: PhasePrediction, price: float) -> None:
     """Open the ledger's account for an approved jump, applied or skipped."""
-    if not verdict.accepted and verdict.reason is not Reason.CONTROL_SKIP:
-        return
     step = run.counters.num_real_steps
+    run.adaptation.note_approval(step)
     run.ledger.open_account(
         Account(
-            step=step, due=step + max(run.config.predictor.window, run.config.correct_steps), skipped=not verdict.accepted,
-            horizon=prediction.horizon, loss=run.window_loss, pace=-run.loss_slope / abs(run.window_loss or 1.0),
-            usual=run.ledger.usual_ratio, gain=-verdict.upper_bound / abs(verdict.loss_before or 1.0),
-        )  # fmt: skip
+            step=step,
+            due=step + max(run.config.predictor.window, run.config.correct_steps),
+            skipped=not verdict.accepted,
+            horizon=prediction.horizon,
+            loss=run.window_loss,
+            pace=-run.loss_slope / abs(run.window_loss or 1.0),
+            usual=run.ledger.usual_ratio,
+            gain=-verdict.upper_bound / abs(verdict.loss_before or 1.0),
+            price=price,
+        )
     )
 
 
-def _accept(run: Run, prediction: PhasePrediction, deltas: Sequence[Tensors], saved: Tensors, verdict: Verdict) -> Tensor:
+def _accept(
+    run: Run, prediction: PhasePrediction, deltas: Sequence[Tensors], saved: Tensors, verdict: Verdict, fallback: float
+) -> Tensor:
     """Move the weights by the recorded vector, and start probation."""
     c = run.counters
     delta = deltas[verdict.candidate]
@@ -343,7 +266,8 @@ def _accept(run: Run, prediction: PhasePrediction, deltas: Sequence[Tensors], sa
             snapshot=run.take_snapshot(), basis=run.basis.mark(), num_schedule_steps=run.num_schedule_steps,
             num_steps_left=run.config.correct_steps,
             loss_before=run.history.loss_ema.mean, std_before=run.history.loss_ema.std,
-            predicted_loss=max(prediction.predicted_loss, verdict.loss_after), claimed=prediction.horizon,
+            predicted_loss=max(prediction.predicted_loss, verdict.loss_after), fallback_threshold=fallback,
+            claimed=prediction.horizon,
         )  # fmt: skip
         c.num_passes += 8  # weights and two moments, read and written
     elif run.probation is not None:
@@ -381,10 +305,13 @@ def run_correct(run: Run, batch: Any, decision: Decision) -> Execution:
     if probation.num_steps_left > 0 and probation.worst_level < Level.CRITICAL:
         return execution
     after = sum(probation.losses) / len(probation.losses) if probation.losses else math.inf
+    if _wants_more(run, probation, after):
+        return execution
     execution.probation = (probation.loss_before, after)
     execution.kept = probation_passes(probation, run.config.divergence_threshold)
     if execution.kept:
-        run.record.record(True)
+        run.monitor.num_rollbacks = 0
+        run.adaptation.note_outcome(True)
         run.horizon = min(2 * run.horizon, max(run.config.max_predict_steps, 1))
     else:
         _roll_back(run, probation)
@@ -392,18 +319,39 @@ def run_correct(run: Run, batch: Any, decision: Decision) -> Execution:
     return execution
 
 
+def _wants_more(run: Run, probation: Probation, after: float) -> bool:
+    """Respond to the prediction error of the smoothed loss on probation; a warning extends it once."""
+    d = run.config.divergence
+    alarm = prediction_error(
+        after, probation.predicted_loss, d.prediction_error_caution, d.prediction_error_threshold,
+        d.prediction_error_critical, noise=probation.std_before / math.sqrt(max(len(probation.losses), 1)),
+    )  # fmt: skip
+    if alarm.level >= Level.WARNING:
+        run.horizon = max(run.horizon // 2, run.config.min_predict_steps)
+    # twice the predicted loss is critical only if nothing is left of the gain: a jump to a hundredth of the
+    # loss that bounces to a tenth was still a good one
+    if alarm.level is Level.CRITICAL and after > probation.loss_before:
+        probation.worst_level = Level.CRITICAL
+        return False
+    if alarm.action is Action.CORRECT and not probation.extended and after > probation.loss_before:
+        probation.extended = True
+        probation.num_steps_left = run.config.correct_steps
+        return True
+    return False
+
+
 def probation_passes(probation: Probation, sigma: float) -> bool:
     """Whether the smoothed loss on probation is no worse than before the jump.
 
-    Degraded means: more than ``sigma`` standard errors above the smoothed loss before, or a critical
-    alarm on the way.
+    Degraded means: more than ``sigma`` standard errors above the smoothed loss before, above the
+    fallback threshold, or a critical alarm on the way.
     """
     if probation.worst_level >= Level.CRITICAL or not probation.losses:
         return False
     n = len(probation.losses)
     after = sum(probation.losses) / n
     tolerance = sigma * max(probation.std_before, 1e-6 * abs(probation.loss_before)) / math.sqrt(n)
-    return after <= probation.loss_before + tolerance
+    return after <= min(probation.loss_before + tolerance, max(probation.fallback_threshold, probation.loss_before))
 
 
 def _roll_back(run: Run, probation: Probation) -> None:
@@ -414,11 +362,14 @@ def _roll_back(run: Run, probation: Probation) -> None:
     run.anchor = None  # it holds weights after the jump
     run.num_schedule_steps = probation.num_schedule_steps  # the clock catches up with the next step
     run.lr_integral = 0.0
-    run.ledger.cancel_account()
+    for account in run.ledger.cancel_account():
+        run.adaptation.note_taken_back(account, len(probation.losses), run.config.predictor.window)
     run.ledger.note_verdict(False)
-    lost = run.config.correct_steps - probation.num_steps_left
-    run.ledger.spend(lost * STEP_UNITS)
-    run.record.record(False)
+    run.ledger.spend(len(probation.losses) * STEP_UNITS)
+    run.adaptation.note_outcome(False)
+    run.monitor.num_rollbacks += 1
+    if run.monitor.num_rollbacks > run.config.divergence.max_rollbacks:
+        run.ledger.switched_off = True  # it keeps failing: plain training from here
     run.horizon = max(run.horizon // 2, run.config.min_predict_steps)
     c.num_claimed_steps -= probation.claimed
     c.num_rollbacks += 1
@@ -441,9 +392,26 @@ def force_full(run: Run, num_steps: int, *, by_alarm: bool) -> None:
     run.forced_by_alarm = by_alarm
 
 
+#: Critical steps in a row after which the same learning rate is not tried again.
+RETRY_AFTER = 5
+
+
+def lower_learning_rate(run: Run, factor: float) -> None:
+    """Retry with a smaller learning rate: the groups' rates and the peaks a schedule starts from."""
+    for group in run.optimizer.param_groups:
+        group["lr"] *= factor
+        if "initial_lr" in group:
+            group["initial_lr"] *= factor
+    if isinstance(run.lr_scheduler, torch.optim.lr_scheduler.LRScheduler):
+        run.lr_scheduler.base_lrs = [lr * factor for lr in run.lr_scheduler.base_lrs]
+
+
 def respond(run: Run, alarm: Alarm) -> None:
     """Apply what an alarm asks for."""
     settings = run.config.divergence
+    critical = run.monitor.num_consecutive_critical
+    if alarm.level is Level.CRITICAL and critical and critical % RETRY_AFTER == 0:
+        lower_learning_rate(run, settings.retry_learning_rate_factor)
     if run.probation is not None:
         run.probation.worst_level = max(run.probation.worst_level, alarm.level)
     if alarm.action is Action.REDUCE_HORIZON:

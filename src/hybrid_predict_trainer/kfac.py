@@ -33,7 +33,7 @@ def layer_inputs(layer: Layer, inputs: Tensor) -> Tensor:
         if layer.groups != 1 or isinstance(layer.padding, str):
             raise ValueError("grouped convolutions and padding by name have no single Kronecker factor here")
         patches = functional.unfold(
-            inputs, layer.kernel_size, layer.dilation, layer.padding, layer.stride  # type: ignore[arg-type]
+            inputs, layer.kernel_size, layer.dilation, layer.padding, layer.stride
         )
         rows = patches.transpose(1, 2).flatten(0, 1)  # (B * T, channels * kernel)
     else:
@@ -140,7 +140,7 @@ class KfacFactors:
         pi = (max(mean_A, 1e-30) / max(mean_G, 1e-30)) ** 0.5
         root = damping**0.5
         left = _solve(G, gradient.float(), root / pi)
-        return _solve(A, left.mT, root * pi).mT
+        return _solve(A, left.mT, root * pi).mT.contiguous()
 
     def memory_bytes(self) -> int:
         """Bytes of all factors."""
@@ -164,4 +164,5 @@ def _solve(factor: Tensor, right: Tensor, damping: float) -> Tensor:
     if factor.dim() == 1:
         return right / (factor + damping)[:, None]
     eye = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
-    return torch.linalg.solve(factor + damping * eye, right)
+    solution: Tensor = torch.linalg.solve(factor + damping * eye, right)
+    return solution

@@ -56,7 +56,9 @@ class Account:
     pace: float  # share of the loss that a real step takes off
     usual: float  # ratio of the loss over a window without a jump, lately
     gain: float  # share of the loss that the gate proved the jump takes off
+    price: float = 0.0  # of the proposal, in units
     left: float = math.nan  # share still there when settled
+    credited: float = 0.0  # steps
 
     @property
     def known(self) -> bool:
@@ -133,11 +135,12 @@ class Ledger:
         """Remember an approved jump until it is due."""
         self.open.append(account)
 
-    def cancel_account(self) -> None:
+    def cancel_account(self) -> list[Account]:
         """The latest jump was taken back: its account is void (several, if it was checked in segments)."""
         applied = [a.step for a in self.open if not a.skipped]
-        if applied:
-            self.open = [a for a in self.open if a.skipped or a.step < applied[-1]]
+        void = [a for a in self.open if not a.skipped and a.step >= applied[-1]] if applied else []
+        self.open = [a for a in self.open if a not in void]
+        return void
 
     def settle(self, step: int, loss: float) -> list[Account]:
         """Settle the accounts that are due at ``step`` with the averaged training loss there.
@@ -152,20 +155,22 @@ class Ledger:
             left = account.usual - loss / account.loss if account.loss else math.nan
             account = replace(account, left=left)
             self.settled.append(account)
-            done.append(account)
             if not account.skipped:
-                self._credit(account)
+                account = replace(account, credited=self._credit(account))
+                self.settled[-1] = account
+            done.append(account)
         if done:
             self._check_switch()
         return done
 
-    def _credit(self, account: Account) -> None:
+    def _credit(self, account: Account) -> float:
         worth = max(account.gain, 0.0) * self.persistence
         if not worth > 0:
-            return
+            return 0.0
         steps = min(worth / account.pace, float(account.horizon)) if account.pace > 0 else float(account.horizon)
         self.num_credited_steps += steps
         self.returned_units += steps * STEP_UNITS
+        return steps
 
     def _settled(self, *, skipped: bool) -> list[Account]:
         return [a for a in self.settled if a.skipped is skipped and a.known]

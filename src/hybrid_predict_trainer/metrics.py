@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -176,9 +177,25 @@ class Metrics:
                 "predicted_reduction": None if prediction is None else prediction.predicted_reduction,
                 "measured_reduction": verdict.gain, "upper_bound": verdict.upper_bound, "price": verdict.price,
                 "confidence": decision.confidence, "predictor": run.predictor.name, "num_forward": verdict.num_forward,
-                "coefficients": None if execution.applied is None else execution.applied.tolist(),
+                **self._saved_prediction(run, execution),
             },
         )  # fmt: skip
+
+    @staticmethod
+    def _saved_prediction(run: Run, execution: Execution) -> dict[str, Any]:
+        """Coefficients of an accepted jump, scale included; the forecast too if ``save_predictions`` asks for it."""
+        correction = run.correction
+        saved: dict[str, Any] = {
+            "correction_magnitude": 0.0 if correction is None else correction.magnitude,
+            "num_similar": 0 if correction is None else correction.num_similar,
+            "similarity_weights": () if correction is None else correction.weights,
+        }
+        saved["coefficients"] = None if execution.applied is None else execution.applied.tolist()
+        if run.config.metrics.save_predictions and execution.prediction is not None:
+            saved["proposed"] = execution.prediction.coefficients.tolist()
+            saved["loss_trajectory"] = execution.prediction.loss_trajectory
+            saved["loss_interval"] = execution.prediction.loss_interval
+        return saved
 
     def note_alarm(self, run: Run, alarm: Alarm) -> None:
         """Record a divergence alarm of any level above normal."""
@@ -262,6 +279,8 @@ class Metrics:
                 "basis_mb": sum(run.basis.memory_bytes().values()) / 2**20,
                 "pct_of_step_time": 100 * self.overhead_ms / self.total_ms if self.total_ms else None,
             },
+            "calibration": jsonable(run.adaptation.confidence.report()),
+            "histograms": histograms(run),
             "ledger": {k: jsonable(v) for k, v in run.ledger.summary().items()},
             "statistics": statistics(run),
             "metrics_incomplete": self.sink.incomplete,
@@ -286,6 +305,16 @@ class Metrics:
         self.step_ms.load_state_dict(state["step_ms"])
         self.total_ms, self.overhead_ms = state["total_ms"], state["overhead_ms"]
         self._last_phase = Phase(state["last_phase"])
+
+
+def histograms(run: Run) -> dict[str, Any]:
+    """Counts and edges of the last losses (256) and gradient norms (64)."""
+    bins = run.config.metrics.histogram_bins
+    found = {}
+    for name, values in (("loss", run.history.losses), ("gradient_norm", run.history.norms)):
+        counts, edges = np.histogram(np.asarray(values, dtype=np.float64), bins=bins)
+        found[name] = {"counts": counts.tolist(), "edges": edges.tolist()}
+    return found
 
 
 def statistics(run: Run) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def save(trainer: HybridTrainer, directory: Path, extra: dict[str, State] | None
         config_toml=to_toml(run.config),
         summary={
             "loss": run.history.loss_ema.mean, "phase": run.phase.value,
-            "phase_step": getattr(run.counters, f"{run.phase.value}_steps"), "confidence": run.record.confidence,
+            "phase_step": getattr(run.counters, f"{run.phase.value}_steps"), "confidence": run.stated_confidence,
             "num_real_steps": run.counters.num_real_steps, "cost_units": run.counters.cost_units,
         },
         keep_last_n=run.config.checkpoint.keep_last_n,
@@ -142,10 +142,11 @@ def _check_identity(path: Path, saved: dict[str, Any], live: dict[str, Any]) -> 
 
 
 def memory_usage(run: Run) -> dict[str, int]:
-    """Bytes held beside model and optimizer: ``predictor``, ``basis_<device>``, ``snapshots``."""
+    """Bytes held beside model and optimizer: ``predictor``, ``corrector``, ``basis_<device>``, ``snapshots``."""
     snapshots = [run.anchor, None if run.probation is None else run.probation.snapshot]
     return {
         "predictor": run.predictor.memory_bytes(),
+        "corrector": run.adaptation.memory_bytes(),
         **{f"basis_{device}": size for device, size in run.basis.memory_bytes().items()},
         "snapshots": sum(s.memory_bytes() for s in snapshots if s is not None),
     }

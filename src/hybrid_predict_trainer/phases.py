@@ -101,7 +101,10 @@ class PhaseController:
         if s.num_probation_steps > 0:
             return Decision(phase=Phase.CORRECT, reason=Reason.PROBATION, confidence=s.confidence)
         if s.num_segments_left > 0 and s.phase is Phase.PREDICT:
-            return self._predict(s, Reason.SEGMENT)
+            if s.confidence >= c.divergence.confidence_exit:
+                return self._predict(s, Reason.SEGMENT)
+            phase = Phase.CORRECT if c.correct_steps else Phase.FULL
+            return Decision(phase=phase, reason=Reason.NOT_CONFIDENT, confidence=s.confidence)
         reason = self._objection(s)
         if reason is not None:
             return self._full(reason, s.confidence)
@@ -124,6 +127,8 @@ class PhaseController:
             return Reason.BACKING_OFF
         if not s.affordable:
             return Reason.OVER_BUDGET
+        if s.horizon == 0:
+            return Reason.WAITING
         if not s.promising:
             return Reason.NOT_PROMISING
         if s.confidence < self.config.confidence_threshold and not self._exploring(s):

@@ -59,6 +59,7 @@ class Reason(StrEnum):
     BACKING_OFF = "waiting after refused proposals"
     RECENT_ALARM = "a recent divergence alarm forces full steps"
     NOT_PROMISING = "the predicted gain is below the price of testing it"
+    WAITING = "the bandit expects more of real steps"
     CONFIDENT = "confident, affordable and due"
     EXPLORING = "too few outcomes to know: trying"
     SEGMENT = "next segment of the jump"

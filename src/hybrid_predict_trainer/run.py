@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import weights
+from .adaptation import Adaptation
 from .basis import Basis
 from .batches import Fingerprint
-from .calibration import TrackRecord
 from .config import HybridTrainerConfig
+from .corrector import Correction
 from .counters import Counters
 from .divergence import Monitor
 from .features import loss_features
@@ -23,6 +24,7 @@ from .history import History, Readout
 from .ledger import Ledger
 from .phases import controller_for
 from .predictors import Predictor, build
+from .predictors._common import window_from_state, window_state
 from .records import Level, Phase, PhasePrediction, State, Window
 from .snapshot import BufferGuard, HasState, Snapshot
 
@@ -40,7 +42,9 @@ class Probation:
     loss_before: float  # smoothed training loss before the jump
     std_before: float
     predicted_loss: float
+    fallback_threshold: float  # smoothed loss above which the jump is taken back whatever else
     claimed: int
+    extended: bool = False  # the prediction error asked for more steps once
     losses: list[float] = field(default_factory=list)
     worst_level: Level = Level.NORMAL
 
@@ -77,11 +81,12 @@ class Run:
         self.readout = Readout(config.divergence.check_interval_steps)
         self.monitor = Monitor(config.divergence, config.divergence_threshold)
         self.ledger = Ledger(config.gate)
-        self.record = TrackRecord()
+        self.adaptation = Adaptation(config, self.predictor.spec, self.groups.num_groups)
         self.counters = Counters()
         self.buffers = BufferGuard(model)
         self.generator = torch.Generator().manual_seed(config.seed)
 
+        self.stated_confidence = 0.5  # of the last proposal considered
         self.phase = Phase.WARMUP
         self.horizon = min(max(config.min_predict_steps, 4 * config.predictor.window), max(config.max_predict_steps, 1))
         self.window_just_closed = False
@@ -96,6 +101,8 @@ class Run:
         self.lr_integral = 0.0  # over the open window
         self.loss_slope = 0.0
         self.window_loss = float("nan")
+        self.window: Window | None = None  # the last one closed
+        self.correction: Correction | None = None  # of the last proposal, for the record
         self.probation: Probation | None = None
         self.segment: Segment | None = None
         self.anchor: Snapshot | None = None  # for non-finite steps seen late
@@ -212,6 +219,7 @@ class Run:
         )
         if self.predictor.spec.curvature and not self.deterministic:
             self.num_rest_steps = self.config.predictor.rest_windows * self.config.predictor.window
+        self.window = window
         self.num_windows += 1
         self.num_windows_since_proposal += 1
         self.lr_integral = 0.0
@@ -235,7 +243,9 @@ class Run:
             "history": self.history.state_dict(),
             "monitor": self.monitor.state_dict(),
             "ledger": self.ledger.state_dict(),
-            "record": self.record.state_dict(),
+            "window": window_state(self.window),
+            "adaptation": self.adaptation.state_dict(),
+            "confidence": self.stated_confidence,
             "generator": self.generator.get_state(),
             "probation": _probation_state(self.probation),
             "segment": _segment_state(self.segment),
@@ -251,7 +261,9 @@ class Run:
         self.history.load_state_dict(state["history"])
         self.monitor.load_state_dict(state["monitor"])
         self.ledger.load_state_dict(state["ledger"])
-        self.record.load_state_dict(state["record"])
+        self.window = window_from_state(state["window"])
+        self.adaptation.load_state_dict(state["adaptation"])
+        self.stated_confidence = state["confidence"]
         self.generator.set_state(state["generator"])
         self.probation = _probation_from(state["probation"])
         self.segment = _segment_from(state["segment"])
@@ -266,7 +278,7 @@ def _probation_state(p: Probation | None) -> State | None:
         "snapshot": p.snapshot.state_dict(), "basis": p.basis,
         "num_schedule_steps": p.num_schedule_steps, "num_steps_left": p.num_steps_left,
         "loss_before": p.loss_before, "std_before": p.std_before, "predicted_loss": p.predicted_loss,
-        "claimed": p.claimed, "losses": list(p.losses), "worst_level": int(p.worst_level),
+        "fallback_threshold": p.fallback_threshold, "extended": p.extended, "claimed": p.claimed, "losses": list(p.losses), "worst_level": int(p.worst_level),
     }  # fmt: skip
 
 

@@ -245,7 +245,7 @@ class HybridTrainer:
 
     def current_confidence(self) -> float:
         """Probability that the next jump is kept, in [0, 1]."""
-        return self.run.record.confidence
+        return self.run.stated_confidence
 
     def statistics(self) -> dict[str, Any]:
         """Counts and the ledger's estimate, JSON-able."""

@@ -32,6 +32,8 @@ Array = NDArray[np.float64]
 NUM_WARMUP = 100
 NUM_PROBATION = 5
 SIGMA = 3.0
+#: Losses whose spread says what a single one is worth.
+NUM_BEFORE = 40
 
 #: Entry and exit of the confidence signal: the specification's, and the same ratio below a default run's entry.
 CONFIDENCE_LINES = ((0.85, 0.70), (0.15, 0.15 * 0.70 / 0.85))
@@ -148,7 +150,8 @@ def alarms(
         if step >= num_warmup:
             baseline = history.norm_baseline.mean
             yield step, named(
-                divergence.loss_deviation(loss, history.loss_ema.mean, history.loss_ema.std, SIGMA), "loss_deviation"
+                divergence.loss_deviation(loss, history.loss_ema.mean, history.loss_ema.std, SIGMA, history.losses[-1]),
+                "loss_deviation",
             )
             explosion = divergence.gradient_explosion(norm, baseline, c.gradient_norm_multiplier, c.critical_multiplier)
             yield step, named(explosion, "gradient_explosion")
@@ -184,6 +187,7 @@ def prediction_errors(
         alarm = divergence.prediction_error(
             float(actual), float(predicted),
             c.prediction_error_caution, c.prediction_error_threshold, c.prediction_error_critical,
+            noise=float(np.std(run.losses[step - NUM_BEFORE : step])) / math.sqrt(n),
         )  # fmt: skip
         yield step, named(alarm, signal)
 

@@ -67,13 +67,14 @@ class Scores:
             return statistics.fmean(values) if values else None
 
         squared = mean(self.squared_errors)
+        absolute = [math.sqrt(e) * length for e, length in zip(self.squared_errors, self.lengths, strict=True)]
         return {
             "case": case,
             "predictor": predictor,
             "horizon_windows": horizon,
             "displacement_cosine": mean(self.cosines),
             "displacement_rel_err": None if squared is None else math.sqrt(squared),
-            "displacement_abs_err": mean([math.sqrt(e) * d for e, d in zip(self.squared_errors, self.lengths, strict=True)]),
+            "displacement_abs_err": mean(absolute),
             "loss_mae_rel": mean(self.loss_errors),
             "ece": calibration_error(self.outcomes) if self.outcomes else None,
             "update_ms": statistics.median(self.update_ms) if self.update_ms else None,
@@ -98,8 +99,8 @@ def make_predictor(name: str, num_groups: int, seed: int = 0) -> Predictor:
 
 
 def rows(
-    predictors: Sequence[str] = DEFAULT_PREDICTORS, cases: Sequence[str] = tuple(CASES), seeds: Iterable[int] = range(3),
-    *, quick: bool = False, horizons: Sequence[int] = HORIZONS,
+    predictors: Sequence[str] = DEFAULT_PREDICTORS, cases: Sequence[str] = tuple(CASES),
+    seeds: Iterable[int] = range(3), *, quick: bool = False, horizons: Sequence[int] = HORIZONS,
 ) -> list[Row]:  # fmt: skip
     """The table on trajectories with a known answer, pooled over seeds.
 
@@ -157,7 +158,9 @@ def _run_case(case: str, name: str, seed: int, scores: dict[int, Scores], *, num
 # ---- recorded runs ---------------------------------------------------------------------------------
 
 
-def replay(recording: Recording, predictors: Sequence[str], case: str, *, horizons: Sequence[int] = HORIZONS) -> list[Row]:
+def replay(
+    recording: Recording, predictors: Sequence[str], case: str, *, horizons: Sequence[int] = HORIZONS
+) -> list[Row]:
     """The same table on the recorded windows of a real run, from inner products alone.
 
     Later than one window ahead the lag and the optimizer's direction are not in the recorded Gram

@@ -44,10 +44,8 @@ def build(config: HybridTrainerConfig, num_groups: int) -> Predictor:
         ConfigError: unknown name, or more memory than ``predictor_memory_mb``.
     """
     name = config.predictor_type
-    if name in PREDICTORS:
-        predictor = PREDICTORS[name](config, num_groups)
-    else:
-        predictor = _installed(name)(config, num_groups)
+    constructor = PREDICTORS[name] if name in PREDICTORS else _installed(name)
+    predictor = constructor(config, num_groups)
     needed = predictor.memory_bytes() / 2**20
     if needed > config.predictor_memory_mb:
         raise ConfigError(

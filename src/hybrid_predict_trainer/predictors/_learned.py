@@ -1,15 +1,4 @@
-"""What the learned predictors share: a well-conditioned frame, targets in it, a base, a replay.
-
-Raw displacement columns are nearly parallel, so optimal coefficients on them are huge, alternate in
-sign and jump about.  In the Gram-Schmidt frame of the same columns, newest first,
-
-    q_j = sum_k M[j, k] b_k,   target[j] = q_j . T / (length of the last displacements),
-
-targets are of order one and a bounded answer is a bounded jump.  Because
-M is lower triangular, target j needs inner products with the newest j columns only; the Gram matrix
-of a window j windows later still holds those, so displacements up to ``J`` windows ahead become
-targets without one more pass over the weights.  The lag x - theta comes after the displacements: half
-of the next displacement of a window mean has already happened and is in it, the later ones are not.
+"""What the learned predictors share: targets, a closed-form base, a replay, and how answers become a prediction.
 
 What a network learns is only the residual of a closed-form base: per window ahead a ridge on all
 columns whose prior is ``hold``.  Base and correction are each trusted as far as past ones explained
@@ -31,9 +20,8 @@ from torch import Tensor, nn
 from ..encoder import Encoder
 from ..records import BasisSpec, PhasePrediction, State, Window, zeros_like_coefficients
 from ._common import TRAJECTORY_POINTS, window_from_state, window_state
+from ._frame import MAX_AHEAD, Frame, drift_rates, known_targets, step_weights
 
-#: J: how many windows ahead targets are kept; the longest arm of the horizon bandit is 4 N.
-MAX_AHEAD = 4
 #: Targets beyond this multiple of the last displacement are outliers (a step on a spike).
 MAX_TARGET = 3.0
 #: Weight of a window one window later in the base and in the record of errors.
@@ -46,88 +34,13 @@ BASE_L2 = 1e-3
 SHRINKAGE = 0.5
 #: Numbers of the planned learning rate given to a transition model as its action.
 NUM_ACTIONS = 2
-#: Squared relative length of a direction under which the frame fades it out.
-JITTER = 1e-6
-
-
-@dataclass(frozen=True, slots=True)
-class Frame:
-    """Gram-Schmidt frame of the displacement columns, per group."""
-
-    M: Tensor  # (G, K, K) rows q_j in columns
-    inverse: Tensor  # (G, K, K) columns b_k in the frame: b_k = sum_j inverse[j, k] q_j
-    length: Tensor  # (G,) root mean square of the last displacements' lengths
-
-    @classmethod
-    def of(cls, gram: Tensor) -> Frame:
-        """From a Gram matrix (G, K, K).
-
-        A jitter on the normalised Gram matrix fades near-dependent directions out smoothly: their q
-        become shorter than one, which shrinks instead of amplifying.
-        """
-        squared = gram.diagonal(dim1=1, dim2=2).clamp(min=0)
-        inverse = torch.where(squared > 0, squared.clamp(min=1e-300).rsqrt(), torch.zeros_like(squared))
-        normal = inverse[:, :, None] * gram * inverse[:, None, :]
-        missing = torch.diag_embed((squared <= 0).double())
-        eye = torch.eye(normal.shape[1], dtype=torch.float64)
-        # the factor of the jittered matrix exists whatever rounding did to the Gram matrix
-        L, failed = torch.linalg.cholesky_ex(normal + missing + JITTER * eye)
-        if bool(failed.any()):
-            L, _ = torch.linalg.cholesky_ex(normal + missing + 1e-2 * eye)
-        M = torch.linalg.solve_triangular(L, torch.diag_embed(inverse), upper=False)
-        recent = squared[:, :3]  # one alone vanishes at the turning point of an oscillation
-        length = (recent.sum(dim=1) / (recent > 0).sum(dim=1).clamp(min=1)).sqrt()
-        return cls(torch.nan_to_num(M), torch.nan_to_num(L.mT * squared.sqrt()[:, None, :]), length)
-
-    def project(self, dots: Tensor) -> Tensor:
-        """Inner products with the columns (G, K) -> target (G, K); zero where nothing moved."""
-        return (self.M @ dots[:, :, None])[:, :, 0] * self._per_length()[:, None]
-
-    def express(self, coefficients: Tensor) -> Tensor:
-        """Coefficients on the columns (..., G, K) -> the same vector in the frame (..., G, K)."""
-        return (self.inverse @ coefficients[..., None])[..., 0] * self._per_length()[:, None]
-
-    def _per_length(self) -> Tensor:
-        return torch.where(self.length > 0, 1 / self.length.clamp(min=1e-300), torch.zeros_like(self.length))
-
-    def coefficients(self, u: Tensor) -> Tensor:
-        """Answer in the frame (G, K) -> coefficients on the columns (G, K)."""
-        return (self.M.mT @ u.double()[:, :, None])[:, :, 0] * self.length[:, None]
-
-
-def known_targets(spec: BasisSpec) -> Tensor:
-    """(J, K) bool: whether the component along q_k of a displacement j + 1 windows ahead is observable."""
-    j, k = torch.arange(MAX_AHEAD)[:, None], torch.arange(spec.num_columns)[None, :]
-    # one window ahead the hindsight has all columns; later only what the ring still holds
-    return (j == 0) | (k + j + 1 < spec.num_displacements)
-
-
-def drift_rates(before: float, window: Window) -> Tensor:
-    """(J,) how much longer the learning-rate plan makes the displacements ahead than the last one.
-
-    A displacement joins the means of two windows, so it sees half of each one's learning rates.
-    """
-    past = 0.5 * (before + window.lr_integral) if before > 0 else window.lr_integral
-    if not (past > 0 and math.isfinite(past) and math.isfinite(window.lr_ahead)):
-        return torch.ones(MAX_AHEAD, dtype=torch.float64)
-    rates = torch.full((MAX_AHEAD,), window.lr_ahead / past, dtype=torch.float64)
-    rates[0] = 0.5 * (window.lr_integral + window.lr_ahead) / past
-    return rates
-
-
-def step_weights(num_windows: float) -> Tensor:
-    """(J,) how often each of the steps ahead counts over a horizon of m windows; the last stands for all later."""
-    full = torch.arange(MAX_AHEAD, dtype=torch.float64)
-    weights = (num_windows - full).clamp(0.0, 1.0)
-    weights[-1] = max(num_windows - (MAX_AHEAD - 1), 0.0)
-    return weights
 
 
 def log_change(before: float, after: float) -> float:
     """Change of the log loss; of the loss relative to its size where it is not positive.  NaN if unknown."""
     if not (math.isfinite(before) and math.isfinite(after)):
         return math.nan
-    if before > 0 and after > 0:
+    if min(before, after) > 0:
         return max(min(math.log(after / before), 5.0), -5.0)
     return max(min((after - before) / max(abs(before), abs(after), 1e-300), 5.0), -5.0)
 
@@ -180,10 +93,11 @@ class Experience:
         self.rates = torch.ones(J, dtype=torch.float64)
         self._pending: deque[Pending] = deque(maxlen=J)
         self._lr_before = 0.0
-        # forgotten sums of base . T and |base|^2; hold is believed until two windows say otherwise
-        self._agreed, self._based = torch.full((J,), 0.5, dtype=torch.float64), torch.full((J,), 0.5, dtype=torch.float64)
-        # forgotten sums of (T - base) . correction and |correction|^2, over |T|^2
-        self._left, self._gained = torch.zeros(J, dtype=torch.float64), torch.zeros(J, dtype=torch.float64)
+        # forgotten sums over |T|^2 of base . T and |base|^2; hold is believed until windows say otherwise
+        self._agreed = torch.full((J,), 0.5, dtype=torch.float64)
+        self._based = torch.full((J,), 0.5, dtype=torch.float64)
+        self._left = torch.zeros(J, dtype=torch.float64)  # of (T - base) . correction
+        self._gained = torch.zeros(J, dtype=torch.float64)  # of |correction|^2
         self.error = 1.0  # prequential |T - p|^2 / |T|^2 one window ahead, forgotten mean
         self.base_error = 1.0  # the same of the base alone
         self.loss_error = 0.0  # prequential mean square of the log loss change
@@ -227,12 +141,11 @@ class Experience:
         self.window = window
         self.frame = Frame.of(window.products.BB) if finite else None
         if self.frame is not None and window.num_columns > 0:
-            raw = self.frame.express(self._base_coefficients()) * self.known[:, None, :]
-            raw = raw.clamp(-MAX_TARGET, MAX_TARGET)
+            raw = self.frame.express(self._base_coefficients()).clamp(-MAX_TARGET, MAX_TARGET)
+            raw = raw * self.known[:, None, :]
             self.base = self.base_trust[:, None, None] * raw
-            self._pending.append(
-                Pending(slot, self.frame, window.products.BB, self.rates, window.loss, raw, self.base)
-            )
+            past = Pending(slot, self.frame, window.products.BB, self.rates, window.loss, raw, self.base)
+            self._pending.append(past)
         else:
             self._pending.clear()
 
@@ -341,7 +254,8 @@ class Experience:
     # ---- state ---------------------------------------------------------------------------------
 
     _TENSORS = (
-        "base", "_A", "_b", "change_base", "change_scale", "_change_weight", "rates", "_left", "_gained", "_agreed", "_based",
+        "base", "_A", "_b", "change_base", "change_scale", "_change_weight", "rates",
+        "_left", "_gained", "_agreed", "_based",
     )  # fmt: skip
     _ROWS = ("encodings", "actions", "residuals", "shares", "changes")
     _NUMBERS = (

@@ -16,7 +16,8 @@ hindsight shrinks the jump.
 Two refinements.  Momentum hides half of the state: displacements alone then do not determine the next
 one, so snapshots are stacked with their predecessors (delay embedding, Hankel-DMD, arXiv 1611.06664),
 whose Gram matrix is a sum of shifted blocks of the one we have.  And each displacement is first
-divided by the learning rates that made it: a schedule changes the size of the displacements more than the dynamics behind them.
+divided by the learning rates that made it: a schedule changes the size of the displacements more
+than the dynamics behind them.
 
 Letters: ``K`` displacement columns, ``R`` directions kept, ``G`` groups (one operator for all).
 """
@@ -35,7 +36,10 @@ from ._common import linear_loss_trajectory, window_from_state, window_state
 from .secant import orthonormaliser
 
 #: Weight of an older hindsight one window later in the measured shrinkage.
-FORGETTING = 0.9
+FORGETTING = 0.95
+#: Longest displacement per window, in median lengths of the columns: across a spike of the loss the fit
+#: is of two different systems, and one such prediction was 400 times too long.
+MAX_LENGTH = 2.0
 #: Beyond this condition number of the eigenvectors powers are taken by multiplication instead.
 MAX_CONDITION = 1e8
 
@@ -79,7 +83,9 @@ def power_sum(operator: Tensor, start: Tensor, num_powers: float) -> Tensor:
         near = (1 - clipped).abs() < 1e-9
         safe = torch.where(near, torch.zeros_like(clipped), clipped)
         sums = torch.where(near, torch.full_like(clipped, num_powers), (1 - safe**num_powers) / (1 - safe))
-        return (vectors @ (sums * torch.linalg.solve(vectors, start.to(values.dtype)))).real
+        weights: Tensor = torch.linalg.solve(vectors, start.to(values.dtype))
+        summed: Tensor = vectors @ (sums * weights)
+        return summed.real
     radius = max(float(size.max()), 1.0)
     total, term = torch.zeros_like(start), start
     for j in range(math.ceil(num_powers)):
@@ -91,7 +97,14 @@ def power_sum(operator: Tensor, start: Tensor, num_powers: float) -> Tensor:
 def stacked(BB: Tensor, delays: int) -> Tensor:
     """Gram matrix (n, n) of columns -> (n - q + 1, ...) of columns stacked with their q - 1 predecessors."""
     size = BB.shape[0] - delays + 1
-    return sum((BB[r : r + size, r : r + size] for r in range(delays)), torch.zeros(size, size, dtype=BB.dtype))
+    return torch.stack([BB[r : r + size, r : r + size] for r in range(delays)]).sum(dim=0)
+
+
+def _shortened(c: Tensor, gram: Tensor, limit: float) -> Tensor:
+    """Coefficients (K,) of a vector no longer than ``limit`` median columns."""
+    allowed = limit * float(gram.diagonal().clamp(min=0).sqrt().median())
+    length = math.sqrt(max(float(c @ gram @ c), 0.0))
+    return c * (allowed / length) if length > allowed else c
 
 
 class Dmd:
@@ -132,9 +145,10 @@ class Dmd:
         cross = float(torch.einsum("gk,gk->", coefficients, hindsight.BT))
         if not (math.isfinite(fitted) and math.isfinite(cross)):
             return
-        self._cross = FORGETTING * self._cross + cross / total  # every window counts the same
-        self._fitted = FORGETTING * self._fitted + fitted / total
-        self._total = FORGETTING * self._total + 1.0
+        weight = 1 / max(total, fitted)  # every window counts the same, also one with a wild prediction
+        self._cross = FORGETTING * self._cross + weight * cross
+        self._fitted = FORGETTING * self._fitted + weight * fitted
+        self._total = FORGETTING * self._total + weight * total
         self._count += 1
 
     @property
@@ -160,8 +174,8 @@ class Dmd:
         coefficients = zeros_like_coefficients(window.products.num_groups, self.spec.num_columns)
         if n < 3 or len(drift) < n or not bool((torch.isfinite(drift) & (drift > 0)).all()):
             drift = torch.ones(n, dtype=torch.float64)
-        BB = window.products.BB.sum(0)[:n, :n] / torch.outer(drift, drift)
-        BB = stacked(BB, min(self.config.delays, max(n - 2, 1)))
+        gram = window.products.BB.sum(0)[:n, :n] / torch.outer(drift, drift)
+        BB = stacked(gram, min(self.config.delays, max(n - 2, 1)))
         n = BB.shape[0]
         if n < 3 or not bool(torch.isfinite(BB).all()) or not float(BB.diagonal().sum()) > 0:
             return coefficients, 1.0
@@ -171,9 +185,10 @@ class Dmd:
             first = 0.5 * (window.lr_integral + planned) if window.lr_integral > 0 else planned
             later = planned * power_sum(operator, start, num_windows)
             sooner = (first - planned) * power_sum(operator, start, min(num_windows, 1.0))
-            c = (T @ (later + sooner)) / drift[: n - 1]
+            c = T @ (later + sooner)
             if bool(torch.isfinite(c).all()):
-                coefficients[:, : n - 1] = c
+                limit = MAX_LENGTH * (num_windows * planned + abs(first - planned))
+                coefficients[:, : n - 1] = _shortened(c, gram[: n - 1, : n - 1], limit) / drift[: n - 1]
         return coefficients, residual
 
     def predict(self, horizon: int) -> PhasePrediction:
@@ -182,7 +197,7 @@ class Dmd:
         assert window is not None, "predict() before ready"
         coefficients, residual = self._coefficients(horizon / window.num_steps)
         trajectory = linear_loss_trajectory(window.loss, window.loss_slope, horizon)
-        drop = max(window.loss - trajectory[-1][1], 0.0)
+        drop = max(window.loss - trajectory[-1][1], 0.0) if math.isfinite(window.loss) else 0.0
         half = math.sqrt(residual) * max(drop, abs(window.loss_slope) * horizon)
         return PhasePrediction(
             coefficients=coefficients * self.shrinkage,
@@ -202,7 +217,8 @@ class Dmd:
     def state_dict(self) -> State:
         """The last window, its prediction, and what past predictions were worth."""
         return {
-            "window": window_state(self._window), "drifts": list(self._drifts), "one_step": self._one_step, "count": self._count,
+            "window": window_state(self._window), "drifts": list(self._drifts),
+            "one_step": self._one_step, "count": self._count,
             "cross": self._cross, "fitted": self._fitted, "total": self._total,
         }  # fmt: skip
 

@@ -20,7 +20,8 @@ from torch.nn import functional
 
 from ..config import MlpConfig
 from ..records import BasisSpec, PhasePrediction, State, Window
-from ._learned import MAX_AHEAD, NUM_ACTIONS, Answers, Experience, initialised, phase_prediction
+from ._frame import MAX_AHEAD
+from ._learned import NUM_ACTIONS, Answers, Experience, initialised, phase_prediction
 
 #: Largest correction of one coefficient, in lengths of the last displacement; arbitrary.
 MAX_CORRECTION = 2.0

@@ -1,0 +1,124 @@
+"""A proposal: asked of the predictor, corrected, checked, judged.  Nothing here is applied."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from . import batches, corrector, gate, weights
+from .gate import Part
+from .ledger import FORWARD_UNITS, STEP_UNITS
+from .records import Decision, Origin, PhasePrediction, Reason, Verdict
+from .run import Run, Segment
+from .weights import Tensors
+
+
+def propose(
+    run: Run, decision: Decision, segment: Segment | None
+) -> tuple[PhasePrediction | None, list[Tensors], Verdict | None]:
+    """Ask the predictor and check what comes back; a verdict means it is refused already."""
+    try:
+        prediction = segment.prediction if segment is not None else _asked(run, decision.horizon)
+        if prediction.horizon < 1 or prediction.coefficients.is_complex():
+            raise ValueError(f"a prediction for {prediction.horizon} steps, of {prediction.coefficients.dtype} numbers")
+        candidates = [prediction.coefficients]
+        if run.deterministic:  # where losses are exact, more candidates cost forwards but no luck
+            candidates += prediction.alternatives
+        expected = (run.groups.num_groups, run.predictor.spec.num_columns)
+        if any(tuple(c.shape) != expected for c in candidates):
+            return prediction, [], Verdict(accepted=False, reason=Reason.WRONG_SHAPE)
+        if not all(bool(torch.isfinite(c).all()) for c in candidates):
+            return prediction, [], Verdict(accepted=False, reason=Reason.NOT_FINITE)
+        deltas = [run.basis.combine(c) for c in candidates]
+    except Exception as error:  # whatever a predictor raises must not end a run
+        run.note_predictor_failure(error)
+        return None, [], Verdict(accepted=False, reason=Reason.PREDICTOR_FAILED)
+    run.counters.num_passes += len(candidates) * run.basis.num_columns
+    if not all(weights.all_finite(d) for d in deltas):
+        return prediction, [], Verdict(accepted=False, reason=Reason.NOT_FINITE)
+    lengths = [weights.per_tensor_rms(d) for d in deltas]
+    if not any(lengths[0]):
+        return prediction, [], Verdict(accepted=False, reason=Reason.ZERO_JUMP)
+    spans, rho = run.basis.displacement_rms().tolist(), run.config.gate.max_relative_length
+    num_inside = 0  # bolder candidates are longer: the first one outside ends the list
+    while num_inside < len(deltas) and gate.within_radius(lengths[num_inside], spans, rho):
+        num_inside += 1
+    if not num_inside:
+        return prediction, [], Verdict(accepted=False, reason=Reason.TOO_LONG)
+    return prediction, deltas[:num_inside], None
+
+
+def fits(run: Run, prediction: PhasePrediction) -> bool:
+    """Whether the coefficients have the basis's shape and are finite: anything else is refused, not corrected."""
+    c = prediction.coefficients
+    return tuple(c.shape) == (run.groups.num_groups, run.predictor.spec.num_columns) and bool(torch.isfinite(c).all())
+
+
+def _asked(run: Run, horizon: int) -> PhasePrediction:
+    """The predictor's answer, corrected by what similar answers got wrong, cut into segments."""
+    prediction = run.predictor.predict(horizon)
+    window = run.window
+    if window is not None and fits(run, prediction):
+        correction = run.adaptation.corrector.correct(prediction, window.features, window.products.BB)
+        run.correction = correction
+        prediction = corrector.apply(prediction, correction)
+    return _first_piece(prediction, run.config.segments) if run.config.segments > 1 else prediction
+
+
+def _first_piece(prediction: PhasePrediction, segments: int) -> PhasePrediction:
+    """One of ``segments`` equal pieces of a jump."""
+    return replace(
+        prediction,
+        coefficients=prediction.coefficients / segments,
+        alternatives=tuple(c / segments for c in prediction.alternatives),
+        horizon=max(1, prediction.horizon // segments),
+        predicted_reduction=prediction.predicted_reduction / segments,
+    )
+
+
+def judge(run: Run, batch: Any, prediction: PhasePrediction, deltas: Sequence[Tensors], saved: Tensors) -> Verdict:
+    """Measure losses at x + a d and let the gate decide."""
+    exact = run.deterministic
+    origin_kind = Origin.CURRENT if exact else Origin.AVERAGE
+    if run.config.gate.judge_at != "auto":
+        origin_kind = Origin(run.config.gate.judge_at)
+    origin = saved if origin_kind is Origin.CURRENT else run.basis.average()
+    size = batches.num_samples(batch)
+    split = size >= 4 and not exact
+    middle = size // 2 if split else size
+    max_chunks = run.config.gate.max_chunks
+    parts: dict[Part, list[Any]] = {
+        "whole": [batch],
+        "length": [batches.narrow(batch, 0, middle)] if split else [batch],
+        "judge": batches.chunks(batch, middle if split else 0, size, max_chunks) if size >= 2 else [batch],
+    }
+
+    def evaluate(candidate: int, scale: float, part: Part) -> list[float]:
+        weights.move_(run.parameters, origin, deltas[candidate], scale)
+        run.counters.num_passes += 3
+        losses = torch.stack([run.evaluate_loss(piece).reshape(()) for piece in parts[part]])
+        return [float(v) for v in losses.tolist()]
+
+    settings = run.config.gate
+    if exact:
+        verdict = gate.judge_exact(
+            evaluate, len(deltas), max_scale=prediction.max_scale,
+            predicted_reduction=prediction.predicted_reduction, min_ratio=settings.min_reduction_ratio,
+        )  # fmt: skip
+    else:
+        verdict = gate.judge_noisy(
+            evaluate, max_scale=min(prediction.max_scale, 2.0), level=settings.significance, price=price(run),
+            split=split,
+            predicted_reduction=prediction.predicted_reduction, min_ratio=settings.min_reduction_ratio,
+        )  # fmt: skip
+    return replace(verdict, origin=origin_kind)
+
+
+def price(run: Run) -> Callable[[float], float]:
+    """Forwards -> loss that the same cost in real training would have bought, over the persistence."""
+    pace = max(-run.loss_slope, 0.0)
+    persistence = max(run.ledger.persistence, 0.05)
+    return lambda forwards: forwards * FORWARD_UNITS / STEP_UNITS * pace / persistence
