@@ -118,11 +118,7 @@ def tensors(draw: st.DrawFn) -> Tensor:
     raw = draw(st.binary(min_size=num_bytes, max_size=num_bytes))
     if dtype is torch.bool:
         raw = bytes(byte % 2 for byte in raw)
-    flat = (
-        torch.frombuffer(bytearray(raw), dtype=torch.uint8).view(dtype)
-        if raw
-        else torch.empty(0, dtype=dtype)
-    )
+    flat = torch.frombuffer(bytearray(raw), dtype=torch.uint8).view(dtype) if raw else torch.empty(0, dtype=dtype)
     tensor = flat.reshape(shape)
     kind = draw(st.sampled_from(["plain", "transposed", "sliced", "expanded"]))
     if tensor.ndim and kind == "transposed":
@@ -147,16 +143,12 @@ def states(draw: st.DrawFn) -> State:
         | st.sampled_from(views)
     )
     keys: st.SearchStrategy[Any] = (
-        st.text(max_size=4)
-        | st.integers()
-        | st.sampled_from(["a", "a.b", "b", "$tuple", "1", "__metadata__"])
+        st.text(max_size=4) | st.integers() | st.sampled_from(["a", "a.b", "b", "$tuple", "1", "__metadata__"])
     )
     inner = st.recursive(
         leaves,
         lambda node: (
-            st.lists(node, max_size=4)
-            | st.lists(node, max_size=4).map(tuple)
-            | st.dictionaries(keys, node, max_size=4)
+            st.lists(node, max_size=4) | st.lists(node, max_size=4).map(tuple) | st.dictionaries(keys, node, max_size=4)
         ),
         max_leaves=20,
     )
@@ -416,9 +408,7 @@ def test_bad_arguments_are_refused_before_anything_is_written(
 def test_check_compatible_lists_the_differences() -> None:
     live = nn.Linear(2, 3).state_dict()
     checkpoint.check_compatible(live, live)
-    checkpoint.check_compatible(
-        {"weight": checkpoint.TensorSpec("float32", (3, 2))}, {"weight": torch.ones(3, 2)}
-    )
+    checkpoint.check_compatible({"weight": checkpoint.TensorSpec("float32", (3, 2))}, {"weight": torch.ones(3, 2)})
     saved = {"weight": torch.ones(3, 9), **{f"extra{i}": torch.ones(1) for i in range(7)}}
     with pytest.raises(CheckpointError) as caught:
         checkpoint.check_compatible(saved, live)
@@ -506,9 +496,7 @@ def test_a_renamed_step_is_refused_but_any_other_name_loads(small: Path) -> None
     damaged(other.rename(small.with_name("checkpoint_step_6")), "holds step 5")
 
 
-@pytest.mark.parametrize(
-    "name", ["../outside", "/etc/hostname", "a/b", "..", ".", "", "MANIFEST.json", "a\\b"]
-)
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "a/b", "..", ".", "", "MANIFEST.json", "a\\b"])
 def test_manifest_names_cannot_leave_the_directory(small: Path, name: str) -> None:
     outside = small.parent / "outside"
     outside.write_text("secret")
@@ -687,9 +675,7 @@ def test_disk_full_leaves_nothing_behind(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     try:
-        with pytest.raises(
-            CheckpointError, match=r"cannot save checkpoint .*checkpoint_step_2: .*(?i:file too large)"
-        ):
+        with pytest.raises(CheckpointError, match=r"cannot save checkpoint .*checkpoint_step_2: .*(?i:file too large)"):
             checkpoint.save(tmp_path, 2, {"model": {"w": torch.ones(100_000)}})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -749,9 +735,7 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
-def test_everything_is_on_disk_before_it_gets_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_everything_is_on_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log: list[str] = []
     fsync, rename = os.fsync, os.rename
 

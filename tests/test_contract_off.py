@@ -92,7 +92,11 @@ def test_every_predictor_observes_without_a_trace(predictor: str, storage: str) 
 
 def test_a_disabled_run_remembers_nothing() -> None:
     trainer = check(("mlp", "adam"), {"enabled": False})
-    assert trainer.memory_usage() == {"predictor": 0, "corrector": trainer.run.adaptation.memory_bytes(), "snapshots": 0}
+    assert trainer.memory_usage() == {
+        "predictor": 0,
+        "corrector": trainer.run.adaptation.memory_bytes(),
+        "snapshots": 0,
+    }
 
 
 def test_plain_loop_is_sensitive() -> None:

@@ -29,9 +29,7 @@ Row = dict[str, Any]
 # ---------------------------------------------------------------------------------------- made-up data
 
 
-def fake_run(
-    folder: Path, arm: str, seed: int, num_steps: int, budget: float = 1.0, lead: float = 0.0
-) -> None:
+def fake_run(folder: Path, arm: str, seed: int, num_steps: int, budget: float = 1.0, lead: float = 0.0) -> None:
     """Write one run with a decaying loss; ``lead`` > 0 makes it a hybrid run that is that far ahead."""
     rng = random.Random(f"{arm}{seed}")
     rows: list[Row] = []

@@ -154,9 +154,7 @@ def test_a_few_steps_lower_the_loss(settings: tuple[str, TaskSettings]) -> None:
     recipe = with_steps(task.defaults, 120 if task.deterministic else 25)
     model = task.build_model(0)
     optimizer = build_optimizer(model, recipe)
-    scheduler = build_scheduler(
-        optimizer, recipe.schedule, recipe.steps, recipe.warmup_steps, recipe.decay_frac
-    )
+    scheduler = build_scheduler(optimizer, recipe.schedule, recipe.steps, recipe.warmup_steps, recipe.decay_frac)
     batch = next(task.batches(0))
     with torch.no_grad():
         before = task.loss_fn(model, batch).item()
@@ -321,9 +319,7 @@ def test_a_folder_with_names_for_its_parts(tmp_path: Path) -> None:
     # Not so where other files would be left out.
     (tmp_path / "model.txt").write_text("model")
     corpus = load_corpus(tmp_path)
-    assert len(corpus.train) + len(corpus.valid) == len("train" + "valid" + "test" + "model") + 2 * len(
-        "\n\n"
-    )
+    assert len(corpus.train) + len(corpus.valid) == len("train" + "valid" + "test" + "model") + 2 * len("\n\n")
 
 
 def test_split_by_hash_always_has_two_sides() -> None:
@@ -468,9 +464,7 @@ def test_gpt_starts_from_the_uniform_guess() -> None:
 def test_compile_keeps_parameter_names(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[nn.Module] = []
     monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
-    plain, fast = (
-        GptTask(TaskSettings(preset="0.3M", compile=on)).build_model(0).state_dict() for on in (False, True)
-    )
+    plain, fast = (GptTask(TaskSettings(preset="0.3M", compile=on)).build_model(0).state_dict() for on in (False, True))
     assert len(compiled) == 1
     assert same(plain, fast)
 
@@ -513,9 +507,7 @@ def finite_jet(name: str, points: Tensor, step: float = 1e-4) -> Tensor:
         shift = torch.zeros(points.shape[1], dtype=torch.float64)
         shift[coordinate] = step if order else 0
         ahead, here, behind = solution(points + shift), solution(points), solution(points - shift)
-        channels.append(
-            {0: here, 1: (ahead - behind) / (2 * step), 2: (ahead - 2 * here + behind) / step**2}[order]
-        )
+        channels.append({0: here, 1: (ahead - behind) / (2 * step), 2: (ahead - 2 * here + behind) / step**2}[order])
     return torch.stack(channels)
 
 
@@ -709,9 +701,7 @@ def test_each_optimizer_resumes_bitwise(name: str, tmp_path: Path) -> None:
     task = make_task("gpt", TaskSettings(preset="0.3M", context=16, batch_size=2))
     recipe = replace(task.defaults, optimizer=name, steps=6)
 
-    def train(
-        model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, start: int, stop: int
-    ) -> None:
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, start: int, stop: int) -> None:
         for batch in itertools.islice(task.batches(0, start=start), stop - start):
             optimizer.zero_grad()
             task.loss_fn(model, batch).backward()
@@ -770,9 +760,7 @@ def test_muon_takes_hidden_matrices_only_and_steps_like_its_parts() -> None:
         ("cosine", [0.1, 0.5, 1, 1, 0.5, 0.5 - 0.5 * math.cos(math.pi * 25 / 90), None, None, 0, 0]),
     ],
 )
-def test_schedules_have_their_values_and_never_rise_again(
-    schedule: Any, expected: list[float | None]
-) -> None:
+def test_schedules_have_their_values_and_never_rise_again(schedule: Any, expected: list[float | None]) -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
     scheduler = build_scheduler(optimizer, schedule, 100, warmup_steps=10, decay_frac=0.25)
     rates = []

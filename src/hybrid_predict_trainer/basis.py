@@ -73,7 +73,13 @@ class Basis:
     """Columns, running sums and inner products over one set of parameters."""
 
     def __init__(
-        self, parameters: Sequence[Tensor], groups: Groups, spec: BasisSpec, *, dtype: str = "param", offload: bool = False
+        self,
+        parameters: Sequence[Tensor],
+        groups: Groups,
+        spec: BasisSpec,
+        *,
+        dtype: str = "param",
+        offload: bool = False,
     ) -> None:
         """Bind to the parameters; memory is taken when the first window closes.
 
@@ -230,7 +236,9 @@ class Basis:
         """
         expected = (self.groups.num_groups, self.spec.num_columns)
         if tuple(coefficients.shape) != expected:
-            raise ValueError(f"coefficients have shape {tuple(coefficients.shape)}, the basis needs (G, K) = {expected}")
+            raise ValueError(
+                f"coefficients have shape {tuple(coefficients.shape)}, the basis needs (G, K) = {expected}"
+            )
         by_slot = torch.zeros_like(coefficients, dtype=torch.float64)
         by_slot[:, self._slots()] = coefficients.double()
         deltas = []
@@ -300,7 +308,8 @@ class Basis:
         """Everything, as plain containers and tensors."""
         return {
             "num_steps": self.num_steps, "num_columns": self.num_columns, "jumped": self.jumped, "head": self._head,
-            "sum_theta": list(self._sum_theta), "sum_grad": list(self._sum_grad), "x": list(self._x), "g": list(self._g),
+            "sum_theta": list(self._sum_theta), "sum_grad": list(self._sum_grad),
+            "x": list(self._x), "g": list(self._g),
             "columns": list(self._columns), "before": list(self._before),
             "BB": self._BB, "BY": self._BY, "Bg": self._Bg, "gg": self._gg, "squared": self._squared,
         }  # fmt: skip

@@ -294,9 +294,7 @@ def _fill(
         library_version=_library_version(),
         torch_version=str(torch.__version__),
         step=step,
-        files={
-            path.name: FileRecord(path.stat().st_size, sha256_of(path)) for path in sorted(temporary.iterdir())
-        },
+        files={path.name: FileRecord(path.stat().st_size, sha256_of(path)) for path in sorted(temporary.iterdir())},
         tensors={
             part: {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
             for part, (_, tensors) in encoded.items()

@@ -20,9 +20,9 @@ from typing import Any, NoReturn, TextIO
 
 import torch
 
-from . import __version__, checkpoint
+from . import __version__, bench, checkpoint
 from .experiments import compare as comparing
-from .experiments import overhead, single, table
+from .experiments import single, table
 from .experiments.arms import Run, in_steps
 from .experiments.report import write_report
 from .experiments.setup import InputError, Options, as_input_error, build_setup, one_line
@@ -93,6 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_task_flags(train, needed=False)
     train.add_argument("--resume", action="store_true", help="continue the run in --out, bit for bit")
     train.add_argument("--plain", action="store_true", help="without prediction")
+    train.add_argument("--record", action="store_true", help="keep every window for 'hpt bench predictors --recording'")
 
     compare = command("compare", run_compare, "train plainly and with prediction, and compare")
     add_task_flags(compare, needed=True)
@@ -110,15 +111,8 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("folder", type=Path, metavar="DIR")
     report.add_argument("--out", type=Path, metavar="FILE", help="default: DIR/report.html")
 
-    bench = command("bench", run_bench, "measure what the trainer adds to a step")
-    bench.add_argument("what", choices=["overhead"])
-    bench.add_argument("--preset", default="10M", help="size of the gpt task's model (default 10M)")
-    bench.add_argument("--steps", type=number(int, 30, 100_000), default=40, metavar="K", help="pairs (default 40)")
-    bench.add_argument("--batch-size", type=whole, default=8, metavar="N")
-    bench.add_argument("--context", type=whole, default=128, metavar="N")
-    bench.add_argument("--device", default="cpu")
-    bench.add_argument("--predictor", default="secant", help=", ".join(PREDICTORS))
-    bench.add_argument("--threads", type=number(int, 1, 1024), metavar="N")
+    found = command("bench", run_bench, "measure overhead, predictors or memory")
+    bench.add_flags(found, whole, number(int, 30, 100_000))
     return parser
 
 
@@ -135,7 +129,12 @@ def add_task_flags(parser: argparse.ArgumentParser, *, needed: bool) -> None:
     task.add_argument("--device", help="cpu, cuda, ... (default cpu)")
     for flag in ("bf16", "compile", "gradient-checkpointing", "fused"):
         task.add_argument(f"--{flag}", action="store_true", default=None)
-    task.add_argument("--threads", type=number(int, 1, 1024), metavar="N", help="of the processor (default: all; one for models below 100,000 weights)")
+    task.add_argument(
+        "--threads",
+        type=number(int, 1, 1024),
+        metavar="N",
+        help="of the processor (default: all; one for models below 100,000 weights)",
+    )
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--steps", type=whole, metavar="N", help="length of the run in full steps")
     recipe.add_argument("--lr", type=number(float, 0, above=True), help="peak learning rate")
@@ -171,7 +170,7 @@ def run_train(args: argparse.Namespace) -> int:
         raise InputError(f"--task is needed: one of {', '.join(TASKS)}")
     if args.resume and args.out is None:
         raise InputError("--resume needs --out: the folder of the run to continue")
-    request = single.Request(options=options_of(args), seed=args.seed or 0, plain=args.plain)
+    request = single.Request(options=options_of(args), seed=args.seed or 0, plain=args.plain, record=args.record)
     bars: list[Progress] = []
 
     def watch(label: str, trainer: Any, total: int) -> Progress:
@@ -259,15 +258,9 @@ def run_report(args: argparse.Namespace) -> int:
 
 
 def run_bench(args: argparse.Namespace) -> int:
-    """``hpt bench overhead``."""
-    workload = overhead.Workload(
-        preset=args.preset, batch_size=args.batch_size, context=args.context, device=args.device,
-        predictor=args.predictor, num_pairs=args.steps,
-    )  # fmt: skip
-    with as_input_error():
-        prepared = overhead.prepare(workload)
-    result = overhead.measure(prepared, note=lambda line: print(line, file=sys.stderr))
-    show(args, result, lambda: overhead.text(result))
+    """``hpt bench overhead | predictors | memory``."""
+    value, text = bench.run(args)
+    show(args, value, text)
     return OK
 
 

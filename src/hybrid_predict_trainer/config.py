@@ -23,7 +23,12 @@ def _number(key: str, value: object, low: float, high: float = math.inf, *, open
         raise ConfigError(f"{key} = {value!r} is not a number")
     left = "(" if open_low else "["
     inside = (value > low if open_low else value >= low) and value <= high and math.isfinite(value)
-    _check(inside, key, value, f"in {left}{low:g}, {high:g}]" if math.isfinite(high) else f"{'>' if open_low else '>='} {low:g}")
+    _check(
+        inside,
+        key,
+        value,
+        f"in {left}{low:g}, {high:g}]" if math.isfinite(high) else f"{'>' if open_low else '>='} {low:g}",
+    )
 
 
 def _whole(key: str, value: object, low: int, high: int = 1_000_000_000) -> None:

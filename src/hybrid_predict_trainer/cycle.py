@@ -72,7 +72,10 @@ def consider(run: Run, horizon: int) -> Prospect:
     noise = run.history.loss_ema.std / (abs(run.history.loss_ema.mean) or 1.0)
     if adaptation.uses_bandit and window is not None:
         horizon = adaptation.choose_horizon(
-            window, confidence=run.stated_confidence, persistence=run.ledger.persistence, spread=run.history.loss_ema.std
+            window,
+            confidence=run.stated_confidence,
+            persistence=run.ledger.persistence,
+            spread=run.history.loss_ema.std,
         )
     try:
         prediction = run.predictor.predict(max(horizon, 1))
@@ -83,7 +86,11 @@ def consider(run: Run, horizon: int) -> Prospect:
     usual = USUAL_PRICE_EXACT if run.deterministic else USUAL_PRICE_NOISY
     cost = price(run)(usual)
     evidence = Evidence(
-        raw=raw if 0 < raw < 1 else 0.5, record=adaptation.record.confidence, reduction=reduction, price=cost, noise=noise
+        raw=raw if 0 < raw < 1 else 0.5,
+        record=adaptation.record.confidence,
+        reduction=reduction,
+        price=cost,
+        noise=noise,
     )
     run.stated_confidence = adaptation.state_confidence(evidence)
     # Where losses are exact a test is worth its price in the long run.  Under noise most proposals of a

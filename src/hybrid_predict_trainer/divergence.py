@@ -34,7 +34,9 @@ def loss_deviation(loss: float, mean: float, std: float, sigma: float, previous:
     Without a ``previous`` loss one step above ``sigma`` is a warning.
     """
     if not math.isfinite(loss):
-        return Alarm(level=Level.CRITICAL, action=Action.SKIP_STEP, signal="loss_nonfinite", value=loss, threshold=math.inf)
+        return Alarm(
+            level=Level.CRITICAL, action=Action.SKIP_STEP, signal="loss_nonfinite", value=loss, threshold=math.inf
+        )
     if not (math.isfinite(mean) and std > 1e-12 * max(1.0, abs(mean))):
         return Alarm()
     z = (loss - mean) / std
@@ -141,7 +143,9 @@ def oscillation(losses: Sequence[float], max_changes: int) -> Alarm:
 def low_confidence(confidence: float, enter: float, leave: float) -> Alarm:
     """Confidence of a prediction under way: caution below ``enter``, warning below ``leave``."""
     if confidence < leave:
-        return Alarm(level=Level.WARNING, action=Action.FORCE_FULL, signal="confidence", value=confidence, threshold=leave)
+        return Alarm(
+            level=Level.WARNING, action=Action.FORCE_FULL, signal="confidence", value=confidence, threshold=leave
+        )
     if confidence < enter:
         return Alarm(level=Level.CAUTION, signal="confidence", value=confidence, threshold=enter)
     return Alarm()

@@ -32,9 +32,7 @@ def layer_inputs(layer: Layer, inputs: Tensor) -> Tensor:
     if isinstance(layer, nn.Conv2d):
         if layer.groups != 1 or isinstance(layer.padding, str):
             raise ValueError("grouped convolutions and padding by name have no single Kronecker factor here")
-        patches = functional.unfold(
-            inputs, layer.kernel_size, layer.dilation, layer.padding, layer.stride
-        )
+        patches = functional.unfold(inputs, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
         rows = patches.transpose(1, 2).flatten(0, 1)  # (B * T, channels * kernel)
     else:
         rows = inputs.reshape(-1, inputs.shape[-1])

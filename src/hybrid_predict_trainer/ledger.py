@@ -223,7 +223,11 @@ class Ledger:
         jumps = [a for a in self._settled(skipped=False) if a.pace > 0]
         effect = self.effect()
         if effect is None or not jumps:
-            return {"steps_gained": None, "steps_gained_ci95": None, "reason": "fewer than 3 jumps or 3 controls settled"}
+            return {
+                "steps_gained": None,
+                "steps_gained_ci95": None,
+                "reason": "fewer than 3 jumps or 3 controls settled",
+            }
         steps_per_share = sum(1 / a.pace for a in jumps)
         mean, low, high = effect
         return {
@@ -257,9 +261,11 @@ class Ledger:
         return {
             "spent_units": self.spent_units, "returned_units": self.returned_units, "watched_units": self.watched_units,
             "num_credited_steps": self.num_credited_steps, "wait_windows": self.wait_windows,
-            "backoff": self._backoff, "usual_price": self._usual_price, "exact": self.exact, "planned_units": self.planned_units,
+            "backoff": self._backoff, "usual_price": self._usual_price,
+            "exact": self.exact, "planned_units": self.planned_units,
              "losing_checks": self._losing_checks, "switched_off": self.switched_off,
-            "free_ratios": list(self._free_ratios), "open": [asdict(a) for a in self.open], "settled": [asdict(a) for a in self.settled],
+            "free_ratios": list(self._free_ratios), "open": [asdict(a) for a in self.open],
+            "settled": [asdict(a) for a in self.settled],
         }  # fmt: skip
 
     def load_state_dict(self, state: State) -> None:

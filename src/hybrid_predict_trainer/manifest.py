@@ -65,9 +65,7 @@ def verify(path: str | Path, *, hashes: bool = True) -> Manifest:
             raise refusal(path, "is a symbolic link; give the directory itself")
         if not path.is_dir():
             old = path.with_name(path.name + ".old")
-            advice = (
-                f"a save was cut short, the one before is {old.name}" if old.is_dir() else "check the path"
-            )
+            advice = f"a save was cut short, the one before is {old.name}" if old.is_dir() else "check the path"
             raise CheckpointError(f"no checkpoint directory at {path}; {advice}")
         manifest = read_manifest(path)
         name = CHECKPOINT_NAME.fullmatch(path.name)
@@ -93,6 +91,7 @@ def sha256_of(path: Path) -> str:
 
 def manifest_text(fields: Mapping[str, Json]) -> str:
     """Text of a manifest, its own hash included."""
+
     def dump(fields: Mapping[str, Json]) -> str:
         return json.dumps(fields, indent=1, sort_keys=True) + "\n"
 
@@ -120,9 +119,7 @@ def read_manifest(path: Path) -> Manifest:
             raise ValueError("its text does not match its own SHA-256")
         manifest = Manifest(
             **{key: fields[key] for key in ("format_version", "library_version", "torch_version", "step")},
-            files={
-                name: FileRecord(int(f["bytes"]), str(f["sha256"])) for name, f in fields["files"].items()
-            },
+            files={name: FileRecord(int(f["bytes"]), str(f["sha256"])) for name, f in fields["files"].items()},
             tensors={
                 part: {name: TensorSpec(t["dtype"], tuple(map(int, t["shape"]))) for name, t in specs.items()}
                 for part, specs in fields["tensors"].items()

@@ -81,7 +81,9 @@ class JsonlSink:
             self._file.flush()
         except OSError as error:
             self.incomplete = True
-            warnings.warn(f"{self._path}: {error.strerror}; metrics are no longer written, training goes on", stacklevel=2)
+            warnings.warn(
+                f"{self._path}: {error.strerror}; metrics are no longer written, training goes on", stacklevel=2
+            )
 
     def close(self) -> None:
         """Close the file."""
@@ -125,7 +127,9 @@ class Metrics:
             before, after = execution.probation
             reason = "kept" if execution.kept else "rolled back"
             self._write(
-                run, "correction", {"kept": execution.kept, "reason": reason, "loss_before": before, "loss_after": after}
+                run,
+                "correction",
+                {"kept": execution.kept, "reason": reason, "loss_before": before, "loss_after": after},
             )
         if not isinstance(self.sink, NullSink):
             self._step(run, decision, result)

@@ -156,4 +156,6 @@ class PhaseController:
 
 def controller_for(config: HybridTrainerConfig) -> Controller:
     """The cycle, or the null object where the settings rule out every jump."""
-    return NeverPredict(config.warmup_steps if config.enabled else 0) if config.never_predicts else PhaseController(config)
+    return (
+        NeverPredict(config.warmup_steps if config.enabled else 0) if config.never_predicts else PhaseController(config)
+    )

@@ -187,7 +187,7 @@ class Run:
         self.num_predictor_failures += 1
         if self.num_predictor_failures == 1:
             warnings.warn(
-                f"predictor {self.predictor.name!r} failed ({type(error).__name__}: {error}); training goes on without it",
+                f"predictor {self.predictor.name!r} failed ({type(error).__name__}: {error}); training goes on",
                 stacklevel=2,
             )
 
@@ -278,7 +278,8 @@ def _probation_state(p: Probation | None) -> State | None:
         "snapshot": p.snapshot.state_dict(), "basis": p.basis,
         "num_schedule_steps": p.num_schedule_steps, "num_steps_left": p.num_steps_left,
         "loss_before": p.loss_before, "std_before": p.std_before, "predicted_loss": p.predicted_loss,
-        "fallback_threshold": p.fallback_threshold, "extended": p.extended, "claimed": p.claimed, "losses": list(p.losses), "worst_level": int(p.worst_level),
+        "fallback_threshold": p.fallback_threshold, "extended": p.extended, "claimed": p.claimed,
+        "losses": list(p.losses), "worst_level": int(p.worst_level),
     }  # fmt: skip
 
 

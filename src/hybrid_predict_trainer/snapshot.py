@@ -35,7 +35,13 @@ def rng_state() -> State:
     state: State = {
         "torch": torch.get_rng_state(),
         "python": [version, list(words), gauss],
-        "numpy": [str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), float(cached)],
+        "numpy": [
+            str(name),
+            torch.from_numpy(np.asarray(keys).astype(np.int64)),
+            int(position),
+            int(has_gauss),
+            float(cached),
+        ],
     }
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state_all()
@@ -96,13 +102,17 @@ class Snapshot:
                 for i, p in enumerate(optimizer_parameters(optimizer))
                 if p in optimizer.state
             },
-            optimizer_groups=[{k: kept_value(v) for k, v in g.items() if k != "params"} for g in optimizer.param_groups],
+            optimizer_groups=[
+                {k: kept_value(v) for k, v in g.items() if k != "params"} for g in optimizer.param_groups
+            ],
             others=[copy.deepcopy(o.state_dict()) for o in others],
             rng=rng_state(),
         )
 
     @torch.no_grad()
-    def restore(self, model: nn.Module, optimizer: Optimizer, others: Sequence[HasState] = (), *, rng: bool = True) -> None:
+    def restore(
+        self, model: nn.Module, optimizer: Optimizer, others: Sequence[HasState] = (), *, rng: bool = True
+    ) -> None:
         """Put everything back, bit for bit."""
         for live, saved in zip(all_parameters(model, optimizer), self.parameters, strict=True):
             live.copy_(saved)

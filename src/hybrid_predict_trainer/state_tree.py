@@ -135,9 +135,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in load_file(path).items()}
 
 
-def check_compatible(
-    saved: Mapping[str, Tensor | TensorSpec], live: Mapping[str, Tensor | TensorSpec]
-) -> None:
+def check_compatible(saved: Mapping[str, Tensor | TensorSpec], live: Mapping[str, Tensor | TensorSpec]) -> None:
     """Compare names, shapes and types of a saved model state with those of the live model.
 
     Raises:
@@ -237,9 +235,7 @@ def _encode_dict(value: dict[Any, Any], path: tuple[object, ...], tensors: _Tens
     if plain and type(value) is not Counter:
         return dict(items)
     return {
-        "$counter" if type(value) is Counter else "$items": [
-            [_encode(key, path, tensors), item] for key, item in items
-        ]
+        "$counter" if type(value) is Counter else "$items": [[_encode(key, path, tensors), item] for key, item in items]
     }
 
 

@@ -184,7 +184,12 @@ class HybridTrainer:
             if should_stop is not None and should_stop():
                 stopped = True
                 break
-            if total_steps is not None and run.position >= total_steps and run.probation is None and run.segment is None:
+            if (
+                total_steps is not None
+                and run.position >= total_steps
+                and run.probation is None
+                and run.segment is None
+            ):
                 break
         settle_readings(self.run, self.metrics)
         after = statistics(run)

@@ -16,10 +16,12 @@ from .. import weights
 from ..config import HybridTrainerConfig
 from ..ledger import STEP_UNITS
 from ..metrics import JsonlSink, jsonable
+from ..predictors import Predictor, build
 from ..records import DivergenceError, State, StepResult
 from ..tasks import Task, TaskDefaults, TaskSettings, build_optimizer, build_scheduler, with_steps
 from ..toml_io import to_toml
 from ..trainer import HybridTrainer
+from ..weights import predicted_parameters
 
 Kind = Literal["plain", "hybrid", "jump-of-zero"]
 
@@ -80,7 +82,10 @@ def steps_of(setup: Setup, budget: float) -> int:
     return max(1, round(setup.steps * budget))
 
 
-def build_trainer(setup: Setup, *, lr: float, steps: int, seed: int, predict: bool) -> HybridTrainer:
+def build_trainer(
+    setup: Setup, *, lr: float, steps: int, seed: int, predict: bool,
+    wrap: Callable[[Predictor], Predictor] | None = None,
+) -> HybridTrainer:  # fmt: skip
     """A fresh model in a trainer, with the recipe's optimizer and a schedule that ends at ``steps``.
 
     Args:
@@ -89,6 +94,7 @@ def build_trainer(setup: Setup, *, lr: float, steps: int, seed: int, predict: bo
         steps: Length of the run on the configured clock.
         seed: Of the model, of dropout, and of the trainer's control group.
         predict: False: ``enabled=False``, the plain loop bit for bit.
+        wrap: Put around the predictor, to record what it sees.
     """
     torch.manual_seed(seed)
     model = setup.task.build_model(seed)
@@ -96,7 +102,13 @@ def build_trainer(setup: Setup, *, lr: float, steps: int, seed: int, predict: bo
     optimizer = build_optimizer(model, recipe, fused=setup.settings.fused)
     schedule = build_scheduler(optimizer, recipe.schedule, steps, recipe.warmup_steps, recipe.decay_frac)
     config = replace(setup.config, enabled=setup.config.enabled and predict, seed=setup.config.seed + seed)
-    return HybridTrainer(model, optimizer, config, loss_fn=setup.task.loss_fn, lr_scheduler=schedule)
+    predictor = None
+    if wrap is not None:
+        num_groups = predicted_parameters(model, optimizer)[1].num_groups
+        predictor = wrap(build(config, num_groups))
+    return HybridTrainer(
+        model, optimizer, config, loss_fn=setup.task.loss_fn, lr_scheduler=schedule, predictor=predictor
+    )
 
 
 class UndoneJumps:

@@ -149,9 +149,14 @@ def alarms(
     for step, (loss, norm) in enumerate(zip(run.losses, run.norms, strict=True)):
         if step >= num_warmup:
             baseline = history.norm_baseline.mean
-            yield step, named(
-                divergence.loss_deviation(loss, history.loss_ema.mean, history.loss_ema.std, SIGMA, history.losses[-1]),
-                "loss_deviation",
+            yield (
+                step,
+                named(
+                    divergence.loss_deviation(
+                        loss, history.loss_ema.mean, history.loss_ema.std, SIGMA, history.losses[-1]
+                    ),
+                    "loss_deviation",
+                ),
             )
             explosion = divergence.gradient_explosion(norm, baseline, c.gradient_norm_multiplier, c.critical_multiplier)
             yield step, named(explosion, "gradient_explosion")

@@ -111,8 +111,7 @@ def loss_figure(report: Report) -> str:
             [
                 (x, y)
                 for r in run.of("validation")
-                if (x := number(r.get("cost_units"))) is not None
-                and (y := number(r.get("val_loss"))) is not None
+                if (x := number(r.get("cost_units"))) is not None and (y := number(r.get("val_loss"))) is not None
             ]
             for run in report.runs
             if run.arm == arm
@@ -131,8 +130,7 @@ def loss_figure(report: Report) -> str:
     half = max(c.points[-1][0] for c in curves) / 2
 
     late = [
-        svg.Curve(c.name, c.style, *(svg.since(points, half) for points in (c.points, c.low, c.high)))
-        for c in curves
+        svg.Curve(c.name, c.style, *(svg.since(points, half) for points in (c.points, c.low, c.high))) for c in curves
     ]
     late = [c for c in late if len(c.points) > 1]
     out = title + keys + figure("", caption, lambda w: svg.line_chart(curves, w, x_title, y_title))

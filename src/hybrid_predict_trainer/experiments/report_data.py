@@ -81,7 +81,6 @@ def list_of(value: object) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-
 def read_json(path: Path) -> Record:
     """A JSON object from a file; a ValueError with the file's name if it holds none."""
     try:
@@ -160,9 +159,7 @@ def load(run_dir: Path) -> Report:
     arms = tuple(told) or tuple(arm_of(name, members) for name, members in by_arm.items())
     names = dict.fromkeys([*(str(a.get("name", "unnamed")) for a in arms), *by_arm])
     title = "Comparison" if compare is not None else "Run" if len(runs) == 1 else "Runs"
-    return Report(
-        f"{title}: {run_dir.resolve().name}", compare, arms, tuple(runs), arm_styles(names), tuple(notices)
-    )
+    return Report(f"{title}: {run_dir.resolve().name}", compare, arms, tuple(runs), arm_styles(names), tuple(notices))
 
 
 def arm_of(name: str, runs: Sequence[Run]) -> Record:
@@ -181,9 +178,7 @@ def arm_of(name: str, runs: Sequence[Run]) -> Record:
     for key in ("real_steps", "claimed_steps", "credited_steps", "forward", "backward"):
         row[f"num_{key}"] = mean(number(c.get(f"num_{key}")) for c in counts)
     row["num_jumps_proposed"] = mean(float(len(run.of("jump"))) for run in runs)
-    row["num_jumps_accepted"] = mean(
-        float(sum(j.get("accepted") is True for j in run.of("jump"))) for run in runs
-    )
+    row["num_jumps_accepted"] = mean(float(sum(j.get("accepted") is True for j in run.of("jump"))) for run in runs)
     return row
 
 

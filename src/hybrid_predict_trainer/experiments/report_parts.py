@@ -87,7 +87,6 @@ WORDS = (
 )  # fmt: skip
 
 
-
 def shown(value: object, digits: int = 4) -> str:
     """A number as HTML, thousands set apart; "not measured" if there is none."""
     found = number(value)

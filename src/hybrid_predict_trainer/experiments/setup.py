@@ -100,7 +100,9 @@ def build_setup(options: Options, config: HybridTrainerConfig | None = None) -> 
         recipe = recipe_of(task.defaults, options)
         config = config if config is not None else config_of(options, recipe)
         setup = Setup(task=task, settings=settings, recipe=recipe, config=config, steps=recipe.steps)
-        trainer = build_trainer(setup, lr=recipe.lr, steps=recipe.steps, seed=0, predict=True)  # what does not fit, shows
+        trainer = build_trainer(
+            setup, lr=recipe.lr, steps=recipe.steps, seed=0, predict=True
+        )  # what does not fit, shows
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     elif sum(trainer.run.groups.sizes) < SMALL_MODEL and settings.device == "cpu":

@@ -23,6 +23,7 @@ from ..toml_io import load, to_toml
 from ..trainer import HybridTrainer
 from .arms import Setup, Validation, Watch, build_trainer, write_json
 from .environment import environment
+from .recording import Recorder
 from .setup import InputError, Options, as_input_error, build_setup
 
 #: What a folder of results has at least one of.
@@ -36,6 +37,7 @@ class Request:
     options: Options
     seed: int = 0
     plain: bool = False
+    record: bool = False  # keep every window
 
 
 def refuse_used(out: Path, advice: str) -> None:
@@ -141,7 +143,7 @@ def _resumed(request: Request, out: Path) -> Request:
         stored = json.loads((out / "run.json").read_text(encoding="utf-8"))
         values: dict[str, Any] = {**stored["options"], "set": tuple(stored["options"]["set"])}
         options = Options(**values)
-        before = Request(options=options, seed=stored["seed"], plain=stored["plain"])
+        before = Request(options=options, seed=stored["seed"], plain=stored["plain"], record=stored["record"])
     except OSError:
         raise InputError(f"{out}: there is no run to resume (no run.json); leave out --resume to start one") from None
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -152,7 +154,7 @@ def _resumed(request: Request, out: Path) -> Request:
             flag = "--" + name.replace("_", "-")
             said = f"without {flag}" if was in (None, ()) else f"with {flag} {was}"
             raise InputError(f"{out}: was started {said}, not {value}; leave the flag out or choose another --out")
-    for name in ("seed", "plain"):
+    for name in ("seed", "plain", "record"):
         if getattr(request, name) and getattr(request, name) != getattr(before, name):
             raise InputError(f"{out}: was started with --{name} {getattr(before, name)}; leave the flag out")
     return before
@@ -161,7 +163,10 @@ def _resumed(request: Request, out: Path) -> Request:
 def _train(
     setup: Setup, request: Request, out: Path, *, resume: bool, watch: Watch | None
 ) -> tuple[dict[str, Any], int]:
-    trainer = build_trainer(setup, lr=setup.recipe.lr, steps=setup.steps, seed=request.seed, predict=not request.plain)
+    trainer = build_trainer(
+        setup, lr=setup.recipe.lr, steps=setup.steps, seed=request.seed, predict=not request.plain,
+        wrap=Recorder if request.record else None,
+    )  # fmt: skip
     folder = out / "checkpoints"
     data = Position()
     if resume:
@@ -203,6 +208,8 @@ def _train(
         val_loss = validation.final() if ended else None
         result = _result(setup, request, trainer, wall_s, val_loss, ended=ended)
         trainer.metrics.sink.close()
+        if isinstance(trainer.run.predictor, Recorder):
+            trainer.run.predictor.recording.save(out / "recording")
         write_json(out / "summary.json", result)
     printed = {k: v for k, v in result.items() if k != "divergence_events"}
     status = 0 if ended else stop.exit_status

@@ -42,7 +42,9 @@ class OnlineRidge:
 
     def _encode(self, features: Tensor) -> Tensor:
         std = (self._m2 / max(self._count - 1, 1)).sqrt()
-        scaled = torch.where(std > 1e-12, (features.double() - self._mean) / std.clamp(min=1e-12), torch.zeros_like(std))
+        scaled = torch.where(
+            std > 1e-12, (features.double() - self._mean) / std.clamp(min=1e-12), torch.zeros_like(std)
+        )
         # a standardised value beyond 5 means the run left what was seen: extrapolate no further
         return torch.cat([scaled.clamp(-5.0, 5.0), torch.ones(1, dtype=torch.float64)])
 

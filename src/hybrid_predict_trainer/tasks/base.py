@@ -196,9 +196,7 @@ def counter_rng(seed: int, *counter: int) -> np.random.Generator:
     return np.random.default_rng((seed, *counter))
 
 
-def seeded_model(
-    build: Callable[[], nn.Module], seed: int, settings: TaskSettings, dtype: torch.dtype
-) -> nn.Module:
+def seeded_model(build: Callable[[], nn.Module], seed: int, settings: TaskSettings, dtype: torch.dtype) -> nn.Module:
     """Return `build()` initialised from `seed`, moved to device and dtype, compiled if asked for.
 
     Weights are drawn on the CPU in float32: a seed means the same model on every device and in every dtype.

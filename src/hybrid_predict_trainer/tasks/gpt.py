@@ -62,9 +62,7 @@ PRESETS: dict[str, GptConfig] = {
     "10M": GptConfig(num_layers=8, width=320, num_heads=5, context=256, lr=1.5e-3),
     "30M": GptConfig(num_layers=9, width=512, num_heads=8, context=512, lr=1e-3),
     # GPT-2 small with its vocabulary, for the cost of it; fed with bytes all the same.
-    "124M": GptConfig(
-        num_layers=12, width=768, num_heads=12, context=1024, lr=6e-4, vocab_size=50257, tied=True
-    ),
+    "124M": GptConfig(num_layers=12, width=768, num_heads=12, context=1024, lr=6e-4, vocab_size=50257, tied=True),
 }
 DEFAULT_PRESET = "0.9M"
 
@@ -237,9 +235,7 @@ class GptTask:
     def evaluate(self, model: nn.Module) -> float:
         """Return the loss on 64 evenly spaced windows of the validation text."""
         last = len(self._valid) - self.config.context - 1
-        positions = (
-            torch.linspace(0, last, NUM_VALID_WINDOWS, dtype=torch.float64).long().to(self._valid.device)
-        )
+        positions = torch.linspace(0, last, NUM_VALID_WINDOWS, dtype=torch.float64).long().to(self._valid.device)
         chunks = torch.split(positions, self.batch_size)
         parts = ((windows(self._valid, chunk, self.config.context), len(chunk)) for chunk in chunks)
         return mean_loss(self.loss_fn, model, parts)

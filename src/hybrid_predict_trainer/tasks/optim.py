@@ -104,9 +104,7 @@ def build_optimizer(model: nn.Module, recipe: TaskDefaults, *, fused: bool = Fal
             return torch.optim.Adam(groups, lr=recipe.lr, betas=recipe.betas, fused=fused)
         case "sgd":
             nesterov = recipe.momentum > 0
-            return torch.optim.SGD(
-                groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=nesterov, fused=fused
-            )
+            return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=nesterov, fused=fused)
         case "muon":
             return _build_muon(model, recipe, fused=fused)
     raise unknown_name("optimizer", recipe.optimizer, get_args(OptimizerName))
@@ -129,9 +127,7 @@ def _build_muon(model: nn.Module, recipe: TaskDefaults, *, fused: bool) -> MuonA
     return MuonAdamW(muon, adamw, lr=recipe.lr, betas=recipe.betas, momentum=recipe.momentum, fused=fused)
 
 
-def lr_factor(
-    step: int, *, schedule: ScheduleName, total_steps: int, warmup_steps: int, decay_frac: float
-) -> float:
+def lr_factor(step: int, *, schedule: ScheduleName, total_steps: int, warmup_steps: int, decay_frac: float) -> float:
     """Return the learning rate of step `step` (from 0) as a share of the peak.
 
     Warm-up is linear and reaches 1 at step `warmup_steps - 1`. "linear", "cosine" and "wsd" reach 0 at

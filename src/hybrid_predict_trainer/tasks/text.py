@@ -115,9 +115,7 @@ def load_folder(path: Path, max_bytes: int, name: str) -> Corpus:
     candidates = (p for p in path.rglob("*") if p.is_file() and p.suffix in TEXT_SUFFIXES)
     files = sorted(p for p in candidates if p.stat().st_size > 0)
     if not files:
-        raise ValueError(
-            f"no text in {path}: no file in it ends in {', '.join(TEXT_SUFFIXES)} and is not empty"
-        )
+        raise ValueError(f"no text in {path}: no file in it ends in {', '.join(TEXT_SUFFIXES)} and is not empty")
     if len(files) == 1:
         return load_file(files[0], max_bytes, name)
     parts = [PART_NAME.search(p.name) for p in files]
@@ -146,15 +144,11 @@ def load_hub(name: str, max_bytes: int) -> Corpus:
     train, valid = parts
     if not valid:
         have = f"{HUB_PREFIX}{name} gave {len(train)} documents in {max_bytes} bytes"
-        raise ValueError(
-            f"{have}, at least {VALID_EVERY} are needed; choose a larger set or raise data_bytes"
-        )
+        raise ValueError(f"{have}, at least {VALID_EVERY} are needed; choose a larger set or raise data_bytes")
     return _corpus(HUB_PREFIX + name, train, valid)
 
 
-def stream_texts(
-    load_dataset: Callable[..., Iterable[dict[str, Any]]], name: str, **options: Any
-) -> Iterator[str]:
+def stream_texts(load_dataset: Callable[..., Iterable[dict[str, Any]]], name: str, **options: Any) -> Iterator[str]:
     """Yield the texts of a set's training split without downloading it first.
 
     Args:

@@ -61,9 +61,7 @@ class ConvNet(nn.Module):
         num_classes: of the output.
     """
 
-    def __init__(
-        self, in_channels: int, stages: Sequence[Sequence[int]], norm: str, num_classes: int
-    ) -> None:
+    def __init__(self, in_channels: int, stages: Sequence[Sequence[int]], norm: str, num_classes: int) -> None:
         """Draw all weights."""
         super().__init__()
         layers: list[nn.Module] = []
@@ -72,9 +70,7 @@ class ConvNet(nn.Module):
                 layers.append(nn.MaxPool2d(2))
             for width in stage:
                 layers.append(nn.Conv2d(in_channels, width, 3, padding=1, bias=False))
-                layers.append(
-                    nn.GroupNorm(width // 8, width) if norm == "groupnorm" else nn.BatchNorm2d(width)
-                )
+                layers.append(nn.GroupNorm(width // 8, width) if norm == "groupnorm" else nn.BatchNorm2d(width))
                 layers.append(nn.ReLU())
                 in_channels = width
         self.features = nn.Sequential(*layers)
