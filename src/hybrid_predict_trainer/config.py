@@ -205,7 +205,7 @@ class GateConfig:
     judge_at: Literal["auto", "current", "average"] = "auto"  # auto: the raw weights if every batch is the same
     exact: Literal["auto", "always", "never"] = "auto"  # every batch is the whole data set; auto: looks
     overhead_budget: float = 0.005  # share of the run that prediction may lose
-    overhead_budget_exact: float = 0.05  # the same where losses are exact and no gain is luck
+    overhead_budget_exact: float = 0.1  # the same where losses are exact and no gain is luck
     significance: float = 0.05  # one-sided level of the paired test
     max_chunks: int = 8  # pieces a half batch is cut into for the paired test
     max_relative_length: float = 1000.0  # rho: RMS of the jump over the RMS the basis spans, per tensor
@@ -304,7 +304,7 @@ class HybridTrainerConfig:
     """All settings of a :class:`~hybrid_predict_trainer.HybridTrainer`; see docs/configuration.md."""
 
     warmup_steps: int = 100
-    full_steps: int = 20
+    full_steps: int = 20  # between proposals, at least; where losses are exact a closed window is enough
     max_predict_steps: int = 80
     confidence_threshold: float = 0.15
     divergence_threshold: float = 3.0  # sigma over the loss EMA; TOML also divergence.loss_sigma_threshold

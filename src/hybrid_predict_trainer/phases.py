@@ -54,6 +54,7 @@ class Signals:
     promising: bool  # the predicted gain may pay for the test
     num_windows_to_wait: int
     switched_off: bool
+    num_full_steps_due: int  # real steps between proposals, at least
     num_forced_full_steps: int
     forced_by_alarm: bool
     num_probation_steps: int  # still to run
@@ -117,7 +118,7 @@ class PhaseController:
             return Reason.RECENT_ALARM if s.forced_by_alarm else Reason.FORCED_FULL
         if s.phase in (Phase.PREDICT, Phase.CORRECT) or not s.window_just_closed:
             return Reason.WINDOW_OPEN
-        if s.num_real_steps_since_predict < self.config.full_steps:
+        if s.num_real_steps_since_predict < s.num_full_steps_due:
             return Reason.WINDOW_OPEN
         if s.switched_off:
             return Reason.SWITCHED_OFF

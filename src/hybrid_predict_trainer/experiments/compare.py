@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import shutil
 import statistics
@@ -25,6 +26,8 @@ ROUNDING = 1e-9
 #: How far the seed of the learning-rate sweep lies from those of the comparison: tuning on the
 #: evaluation seeds would favour whoever has more trials.
 SWEEP_SEED_OFFSET = 1000
+#: Seeds per rate: with one the choice is luck where seeds differ more than rates.
+NUM_SWEEP_SEEDS = 2
 
 #: (label, run) when a run has ended.
 Done = Callable[[str, Run], None]
@@ -104,29 +107,40 @@ def _discard(setup: Setup) -> None:
 
 
 def _sweep(plan: Plan, run_one: Callable[[Arm, int, Path, str], Run]) -> dict[str, Any]:
-    """One trial per rate of the grid and arm, on a seed that the comparison does not use."""
-    setup, seed = plan.setup, plan.seeds[0] + SWEEP_SEED_OFFSET
+    """A trial per rate of the grid, arm and sweep seed; the comparison does not use those seeds."""
+    setup = plan.setup
+    seeds = [plan.seeds[0] + SWEEP_SEED_OFFSET + i for i in range(NUM_SWEEP_SEEDS)]
     grid = setup.recipe.lr_grid or (setup.recipe.lr,)
     kinds: tuple[Kind, ...] = ("plain", "hybrid")
     trials: list[dict[str, Any]] = []
     for lr in grid:
-        for kind in kinds:
+        for kind, seed in itertools.product(kinds, seeds):
             arm = Arm(name=kind, kind=kind, lr=lr)
             folder = plan.out / "sweep" / f"{kind}-lr{lr:g}-s{seed}"
-            run = run_one(arm, seed, folder, f"sweep, {kind}, lr {lr:g}")
-            trials.append({"arm": kind, "lr": lr, "final_val_loss": run.final_val_loss, "cost_units": run.cost_units})
+            run = run_one(arm, seed, folder, f"sweep, {kind}, lr {lr:g}, seed {seed}")
+            trial = {"arm": kind, "lr": lr, "seed": seed}
+            trials.append({**trial, "final_val_loss": run.final_val_loss, "cost_units": run.cost_units})
     chosen = {kind: best_rate([t for t in trials if t["arm"] == kind], setup.recipe.lr) for kind in kinds}
     at_edge = [kind for kind in kinds if len(grid) > 1 and chosen[kind] in (min(grid), max(grid))]
     return {
-        "grid": list(grid), "seed": seed, "trials_per_arm": len(grid), "trials": trials, "chosen": chosen,
+        "grid": list(grid), "seeds": seeds, "trials_per_arm": len(grid) * len(seeds), "trials": trials,
+        "chosen": chosen,
         "at_edge_of_grid": at_edge,
     }  # fmt: skip
 
 
 def best_rate(trials: Sequence[Mapping[str, Any]], otherwise: float) -> float:
-    """Rate of the lowest finite validation loss; ``otherwise`` if every trial diverged."""
-    finite = [t for t in trials if math.isfinite(t["final_val_loss"])]
-    return float(min(finite, key=lambda t: t["final_val_loss"])["lr"]) if finite else otherwise
+    """Rate of the lowest mean validation loss over seeds; ``otherwise`` if every rate diverged on some seed.
+
+    The mean is geometric where losses are positive: a PINN's differ by a factor of ten between seeds.
+    """
+    means: dict[float, float] = {}
+    for lr in {t["lr"] for t in trials}:
+        losses = [float(t["final_val_loss"]) for t in trials if t["lr"] == lr]
+        if all(math.isfinite(v) for v in losses):
+            logs = [math.log(v) for v in losses] if min(losses) > 0 else losses
+            means[lr] = sum(logs) / len(logs)
+    return min(means, key=lambda lr: means[lr]) if means else otherwise
 
 
 # ---- from runs to the object that is printed --------------------------------------------------------
