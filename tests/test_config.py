@@ -311,3 +311,11 @@ def test_any_text_is_a_configuration_or_a_config_error(text: str) -> None:
     except ConfigError as error:
         message = str(error)
     assert message.startswith("<string>: ")
+
+
+SHIPPED = {"default": DEFAULT, "small": preset_config("small"), "large": preset_config("large")}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_files_are_the_presets_written_out(name: str) -> None:
+    assert load_config(Path(__file__).parents[1] / "configs" / f"{name}.toml") == SHIPPED[name]

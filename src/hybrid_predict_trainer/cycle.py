@@ -196,8 +196,10 @@ def observe(run: Run, metrics: Metrics, execution: Execution) -> None:
     started = time.perf_counter()
     loss_before = run.window_loss
     window = run.close_window()
+    encoded = time.perf_counter()
     cosine = run.adaptation.learn(window)
     learn(run, window)
+    updated = time.perf_counter()
     run.ledger.note_window(window.loss / loss_before if loss_before else math.nan, jumped=window.jumped)
     settled = run.ledger.settle(run.counters.num_real_steps, window.loss)
     for account in settled:
@@ -209,7 +211,7 @@ def observe(run: Run, metrics: Metrics, execution: Execution) -> None:
     run.ledger.observe(passes * PASS_UNITS)
     run.window_just_closed = True
     run.buffers.forget()
-    metrics.note_window(1e3 * (time.perf_counter() - started), cosine)
+    metrics.note_window(1e3 * (encoded - started), 1e3 * (updated - encoded), cosine)
 
 
 def learn(run: Run, window: Window) -> None:

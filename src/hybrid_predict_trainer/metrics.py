@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +24,9 @@ from .records import Alarm, Decision, Phase, State, StepResult
 from .run import Run
 
 SCHEMA = 1
+
+#: Jumps and windows whose times and errors enter the averages: the last ones, or a long run's memory would grow.
+KEPT = 1000
 
 
 def jsonable(value: Any) -> Any:
@@ -101,13 +105,14 @@ class Metrics:
         self.sink = sink
         self.log_interval = log_interval
         self.divergence_events: list[dict[str, Any]] = []
-        self.jump_lengths: list[int] = []
+        self.jump_lengths: deque[int] = deque(maxlen=KEPT)
         self.confidences = RunningMoments(decay=0.999)
-        self.loss_pairs: list[tuple[float, float]] = []  # (predicted, measured)
-        self.cosines: list[float] = []
+        self.loss_pairs: deque[tuple[float, float]] = deque(maxlen=KEPT)  # (predicted, measured)
+        self.cosines: deque[float] = deque(maxlen=KEPT)
         self.step_ms = RunningMoments(decay=0.99)
-        self.predict_ms: list[float] = []
-        self.observe_ms: list[float] = []
+        self.predict_ms: deque[float] = deque(maxlen=KEPT)
+        self.encode_ms: deque[float] = deque(maxlen=KEPT)
+        self.update_ms: deque[float] = deque(maxlen=KEPT)
         self.total_ms = 0.0
         self.overhead_ms = 0.0
         self._last_phase = Phase.WARMUP
@@ -227,10 +232,11 @@ class Metrics:
                 {"skipped": a.skipped, "gate_gain": a.gain, "gain_left": a.left, "persistence": run.ledger.persistence},
             )  # fmt: skip
 
-    def note_window(self, observe_ms: float, cosine: float | None) -> None:
-        """Time spent observing a window, and how well its displacement was predicted."""
-        self.observe_ms.append(observe_ms)
-        self.overhead_ms += observe_ms
+    def note_window(self, encode_ms: float, update_ms: float, cosine: float | None) -> None:
+        """Time spent closing a window and learning from it, and how well its displacement was forecast."""
+        self.encode_ms.append(encode_ms)
+        self.update_ms.append(update_ms)
+        self.overhead_ms += encode_ms + update_ms
         if cosine is not None:
             self.cosines.append(cosine)
 
@@ -276,9 +282,9 @@ class Metrics:
             "divergence_events": [jsonable(e) for e in self.divergence_events],
             "divergence_exits_per_100_steps": 100 * c.num_divergence_events / c.num_steps if c.num_steps else 0.0,
             "predictor_overhead": {
-                "encode_time_ms_avg": _mean(self.observe_ms),
+                "encode_time_ms_avg": _mean(self.encode_ms),
                 "predict_time_ms_avg": _mean(self.predict_ms),
-                "update_time_ms_avg": _mean(self.observe_ms),
+                "update_time_ms_avg": _mean(self.update_ms),
                 "memory_used_mb": run.predictor.memory_bytes() / 2**20,
                 "basis_mb": sum(run.basis.memory_bytes().values()) / 2**20,
                 "pct_of_step_time": 100 * self.overhead_ms / self.total_ms if self.total_ms else None,
@@ -296,15 +302,17 @@ class Metrics:
             "divergence_events": list(self.divergence_events), "jump_lengths": list(self.jump_lengths),
             "confidences": self.confidences.state_dict(), "loss_pairs": [list(p) for p in self.loss_pairs],
             "cosines": list(self.cosines), "step_ms": self.step_ms.state_dict(), "predict_ms": list(self.predict_ms),
-            "observe_ms": list(self.observe_ms), "total_ms": self.total_ms, "overhead_ms": self.overhead_ms,
+            "encode_ms": list(self.encode_ms),
+            "update_ms": list(self.update_ms), "total_ms": self.total_ms, "overhead_ms": self.overhead_ms,
             "last_phase": self._last_phase.value,
         }  # fmt: skip
 
     def load_state_dict(self, state: State) -> None:
         """Inverse of :meth:`state_dict`."""
-        for name in ("divergence_events", "jump_lengths", "cosines", "predict_ms", "observe_ms"):
-            setattr(self, name, list(state[name]))
-        self.loss_pairs = [(p, m) for p, m in state["loss_pairs"]]
+        for name in ("divergence_events", "jump_lengths", "cosines", "predict_ms", "encode_ms", "update_ms"):
+            kept = list(state[name])
+            setattr(self, name, kept if name == "divergence_events" else deque(kept, maxlen=KEPT))
+        self.loss_pairs = deque(((p, m) for p, m in state["loss_pairs"]), maxlen=KEPT)
         self.confidences.load_state_dict(state["confidences"])
         self.step_ms.load_state_dict(state["step_ms"])
         self.total_ms, self.overhead_ms = state["total_ms"], state["overhead_ms"]
@@ -336,12 +344,12 @@ def statistics(run: Run) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _mean(values: list[float]) -> float | None:
+def _mean(values: Iterable[float]) -> float | None:
     finite = [v for v in values if math.isfinite(v)]
     return sum(finite) / len(finite) if finite else None
 
 
-def _correlation(pairs: list[tuple[float, float]]) -> float | None:
+def _correlation(pairs: Iterable[tuple[float, float]]) -> float | None:
     """Pearson correlation, None below three pairs or for a constant."""
     pairs = [(a, b) for a, b in pairs if math.isfinite(a) and math.isfinite(b)]
     if len(pairs) < 3:
