@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import checkpoint
+from .metrics import Metrics
 from .records import CheckpointError, State
+from .run import Run
 from .snapshot import optimizer_parameters, restore_optimizer, rng_state, set_rng_state
 from .toml_io import to_toml
 
-if TYPE_CHECKING:
-    from .run import Run
-    from .trainer import HybridTrainer
 
-
-def parts(trainer: HybridTrainer) -> dict[str, State]:
+def parts(run: Run, metrics: Metrics) -> dict[str, State]:
     """Everything a bitwise resume needs, by part."""
-    run = trainer.run
     saved: dict[str, State] = {
         "model": dict(run.model.state_dict()),
         "optimizer": _optimizer_state(run),
         "trainer": {
             "run": run.state_dict(),
-            "metrics": trainer.metrics.state_dict(),
+            "metrics": metrics.state_dict(),
             "scheduler": None if run.lr_scheduler is None else run.lr_scheduler.state_dict(),
             "scaler": None if run.grad_scaler is None else run.grad_scaler.state_dict(),
             "rng": rng_state(),
@@ -40,22 +37,22 @@ def parts(trainer: HybridTrainer) -> dict[str, State]:
     return saved
 
 
-def save(trainer: HybridTrainer, directory: Path, extra: dict[str, State] | None = None) -> Path:
+def save(run: Run, metrics: Metrics, directory: Path, extra: dict[str, State] | None = None) -> Path:
     """Write ``directory/checkpoint_step_N``.
 
     Args:
-        trainer: In a consistent state, between steps.
+        run: In a consistent state, between steps.
+        metrics: Of that run.
         directory: Made if missing.
         extra: More parts, such as a data position.
 
     Raises:
         CheckpointError: it could not be written.
     """
-    run = trainer.run
     return checkpoint.save(
         directory,
         run.counters.num_steps,
-        {**parts(trainer), **(extra or {})},
+        {**parts(run, metrics), **(extra or {})},
         config_toml=to_toml(run.config),
         summary={
             "loss": run.history.loss_ema.mean, "phase": run.phase.value,
@@ -66,7 +63,7 @@ def save(trainer: HybridTrainer, directory: Path, extra: dict[str, State] | None
     )  # fmt: skip
 
 
-def load(trainer: HybridTrainer, path: Path) -> dict[str, State]:
+def load(run: Run, metrics: Metrics, path: Path) -> dict[str, State]:
     """Take a checkpoint back: all of it is read and checked before anything is changed.
 
     Returns:
@@ -75,7 +72,6 @@ def load(trainer: HybridTrainer, path: Path) -> dict[str, State]:
     Raises:
         CheckpointError: missing, damaged, or of another model, optimizer or predictor.
     """
-    run = trainer.run
     loaded = checkpoint.load(path)
     for part in ("model", "optimizer", "trainer"):
         if part not in loaded.parts:
@@ -103,7 +99,7 @@ def load(trainer: HybridTrainer, path: Path) -> dict[str, State]:
         run.predictor.load_state_dict(predictor["predictor"])
         run.basis.load_state_dict(predictor["basis"])
     run.load_state_dict(own["run"])
-    trainer.metrics.load_state_dict(own["metrics"])
+    metrics.load_state_dict(own["metrics"])
     set_rng_state(own["rng"])
     return loaded.parts
 

@@ -284,7 +284,7 @@ class HybridTrainer:
             CheckpointError: it could not be written; older checkpoints are untouched.
         """
         settle_readings(self.run, self.metrics)
-        return persistence.save(self, Path(path))
+        return persistence.save(self.run, self.metrics, Path(path))
 
     def load_checkpoint(self, path: str | Path) -> None:
         """Continue from a checkpoint folder, bit for bit.
@@ -292,7 +292,7 @@ class HybridTrainer:
         Raises:
             CheckpointError: missing, damaged, or of another model; nothing has been changed then.
         """
-        persistence.load(self, Path(path))
+        persistence.load(self.run, self.metrics, Path(path))
 
 
 def _replaying(loader: Iterable[Any], unused: Callable[[], Any]) -> Iterator[Any]:

@@ -170,7 +170,7 @@ def _train(
     folder = out / "checkpoints"
     data = Position()
     if resume:
-        data = Position.of(persistence.load(trainer, checkpoint.latest(folder)))
+        data = Position.of(persistence.load(trainer.run, trainer.metrics, checkpoint.latest(folder)))
     trainer.metrics.sink = JsonlSink(out / "metrics.jsonl")
     validation = Validation(trainer, setup.task, setup.steps, before_s=data.wall_s)
     note = watch("", trainer, setup.steps) if watch is not None else _silent
@@ -181,7 +181,7 @@ def _train(
         nonlocal saved
         if trainer.current_step != saved:
             data.wall_s = validation.wall_s()
-            persistence.save(trainer, folder, extra={"data": asdict(data)})
+            persistence.save(trainer.run, trainer.metrics, folder, extra={"data": asdict(data)})
             saved = trainer.current_step
 
     def after_step(result: StepResult) -> None:
