@@ -65,11 +65,19 @@ def _speedup(c: Record) -> tuple[str, str, str]:
     parts = [interval(c.get("speedup_ci95")) or "no confidence interval: too few seeds or not computed"]
     if len(ends) == 2 and ends[0] is not None and ends[1] is not None and ends[0] <= 1 <= ends[1]:
         parts.append("the interval includes 1, so no speed-up has been shown")
-    per_seed = ", ".join(shown(s, 3) for s in list_of(c.get("speedup_per_seed")))
+    per_seed = ", ".join(_one_seed(s) for s in list_of(c.get("speedup_bounds") or c.get("speedup_per_seed")))
     parts += [f"per seed {per_seed}"] if per_seed else []
     parts += [reason] if reason else []
     text = "; ".join(parts)
     return "Equal-loss speed-up", f"{speed:.2f}&times;", f"{text[:1].upper()}{text[1:]}."
+
+
+def _one_seed(found: object) -> str:
+    """One seed's speed-up: a number, or a bound with its kind."""
+    if not isinstance(found, Mapping):
+        return shown(found, 3)
+    kind = str(found.get("kind") or "")
+    return shown(found.get("value"), 3) if kind == "exact" else f"{kind} {shown(found.get('value'), 3)}"
 
 
 def _gained(run: Run) -> tuple[str, str, str]:
@@ -104,7 +112,7 @@ def arms_table(report: Report) -> str:
 
 
 def loss_figure(report: Report) -> str:
-    """Figure 1: validation loss against cost, and its second half enlarged."""
+    """Figure 1: validation loss against cost, and its later part enlarged."""
     curves = []
     for arm, style in report.styles.items():
         rows = [
@@ -127,7 +135,8 @@ def loss_figure(report: Report) -> str:
     caption = "Mean over seeds; the band reaches from the lowest to the highest seed." if any(
         c.low for c in curves
     ) else "One run per arm."  # fmt: skip
-    half = max(c.points[-1][0] for c in curves) / 2
+    # from the middle of the hybrid run on: longer plain budgets would leave nothing of it
+    half = min((c.points[-1][0] for c in curves if c.name == "hybrid"), default=curves[-1].points[-1][0]) / 2
 
     late = [
         svg.Curve(c.name, c.style, *(svg.since(points, half) for points in (c.points, c.low, c.high))) for c in curves
@@ -135,7 +144,7 @@ def loss_figure(report: Report) -> str:
     late = [c for c in late if len(c.points) > 1]
     out = title + keys + figure("", caption, lambda w: svg.line_chart(curves, w, x_title, y_title))
     if late:
-        out += figure("The second half, enlarged", "", lambda w: svg.line_chart(late, w, x_title, y_title))
+        out += figure("From the middle of the hybrid run on", "", lambda w: svg.line_chart(late, w, x_title, y_title))
     return out
 
 
@@ -181,6 +190,10 @@ def jumps_figure(report: Report) -> str:
         if x is not None and y is not None:
             tip = f"{run.name}, step {jump.get('step')}: predicted {x:.5g}, measured {y:.5g}"
             points[accepted].append((x, y, tip))
+    drawn = [p for cloud in points.values() for p in cloud]
+    positive = [p for p in drawn if min(p[:2]) > 0]
+    if len(positive) > 0.8 * len(drawn):  # a loss that falls over decades needs a log scale, which has no room below 0
+        points = {accepted: [p for p in cloud if min(p[:2]) > 0] for accepted, cloud in points.items()}
     clouds = (
         svg.Cloud("refused", "c0", thinned(points[False]), filled=False),
         svg.Cloud("accepted", "c1", thinned(points[True])),
@@ -188,7 +201,7 @@ def jumps_figure(report: Report) -> str:
     num_drawn = len(points[True]) + len(points[False])
     verdicts = [c for r in report.runs for c in r.of("correction") if r.arm != "jump-of-zero"]
     num_kept = sum(c.get("kept") is True for c in verdicts)
-    caption = f"{len(told)} jumps proposed; {len(told) - num_drawn} without both losses are not drawn. "
+    caption = f"{len(told)} jumps proposed; {len(told) - num_drawn} without two losses to draw. "
     if verdicts:
         caption += f"Of {len(verdicts)} jumps on probation {num_kept} were kept, the others taken back."
     kinds = (("accepted", "dot", "c1"), ("refused", "ring", "c0"), ("measured = predicted", "guide", ""))
