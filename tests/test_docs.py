@@ -33,10 +33,7 @@ def test_the_example_predictor_runs() -> None:
 
 def test_documented_keys_exist() -> None:
     text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
-    named = {
-        k
-        for k in re.findall(r"`((?:training|predictor|gate|divergence|metrics|checkpoint|corrector)\.[a-z_.]+)`", text)
-    }
+    named = set(re.findall(r"`((?:training|predictor|gate|divergence|metrics|checkpoint|corrector)\.[a-z_.]+)`", text))
     assert named - set(valid_keys()) <= {"divergence.loss_sigma_threshold"}
     tables = {k.rpartition(".")[0] for k in valid_keys()}
     assert all(f"`{t}" in text for t in tables if t not in ("predictor.dmd", "predictor.mlp", "predictor.rssm"))
