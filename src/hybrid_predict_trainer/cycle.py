@@ -159,7 +159,10 @@ def monitor(run: Run, metrics: Metrics, execution: Execution) -> Alarm:
         )
     if alarm.level >= Level.WARNING:
         respond(run, alarm)
-    return alarm
+    if execution.alarm.level >= Level.WARNING:
+        metrics.note_alarm(run, execution.alarm)
+        respond(run, execution.alarm)
+    return max(alarm, execution.alarm, key=lambda a: a.level)
 
 
 def read(run: Run, metrics: Metrics, *, force: bool) -> Alarm:

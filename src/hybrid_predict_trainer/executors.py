@@ -43,7 +43,7 @@ class Execution:
     backwards: int = 0
     claimed: int = 0
     prediction_ms: float = 0.0
-    events: list[dict[str, Any]] = field(default_factory=list)
+    alarm: Alarm = field(default_factory=Alarm)  # of the loss on probation against the predicted one
 
 
 # ---- real steps ---------------------------------------------------------------------------------
@@ -305,7 +305,8 @@ def run_correct(run: Run, batch: Any, decision: Decision) -> Execution:
     if probation.num_steps_left > 0 and probation.worst_level < Level.CRITICAL:
         return execution
     after = sum(probation.losses) / len(probation.losses) if probation.losses else math.inf
-    if _wants_more(run, probation, after):
+    execution.alarm = probation_alarm(run, probation, after)
+    if _extended(run, probation, execution.alarm, after):
         return execution
     execution.probation = (probation.loss_before, after)
     execution.kept = probation_passes(probation, run.config.divergence_threshold)
@@ -319,25 +320,31 @@ def run_correct(run: Run, batch: Any, decision: Decision) -> Execution:
     return execution
 
 
-def _wants_more(run: Run, probation: Probation, after: float) -> bool:
-    """Respond to the prediction error of the smoothed loss on probation; a warning extends it once."""
+def probation_alarm(run: Run, probation: Probation, after: float) -> Alarm:
+    """Prediction error of the smoothed loss on probation; from a warning on the next horizon is halved."""
     d = run.config.divergence
     alarm = prediction_error(
         after, probation.predicted_loss, d.prediction_error_caution, d.prediction_error_threshold,
         d.prediction_error_critical, noise=probation.std_before / math.sqrt(max(len(probation.losses), 1)),
     )  # fmt: skip
-    if alarm.level >= Level.WARNING:
-        run.horizon = max(run.horizon // 2, run.config.min_predict_steps)
-    # twice the predicted loss is critical only if nothing is left of the gain: a jump to a hundredth of the
-    # loss that bounces to a tenth was still a good one
-    if alarm.level is Level.CRITICAL and after > probation.loss_before:
+    return replace(alarm, action=Action.REDUCE_HORIZON) if alarm.level >= Level.WARNING else alarm
+
+
+def _extended(run: Run, probation: Probation, alarm: Alarm, after: float) -> bool:
+    """Whether a jump in doubt gets as many steps again, once; one beyond doubt is marked critical.
+
+    Twice the predicted loss is critical only if nothing is left of the gain: a jump to a hundredth of
+    the loss that bounces to a tenth was still a good one.
+    """
+    if after <= probation.loss_before or alarm.level < Level.WARNING:
+        return False
+    if alarm.level is Level.CRITICAL:
         probation.worst_level = Level.CRITICAL
         return False
-    if alarm.action is Action.CORRECT and not probation.extended and after > probation.loss_before:
-        probation.extended = True
-        probation.num_steps_left = run.config.correct_steps
-        return True
-    return False
+    if probation.extended:
+        return False
+    probation.extended, probation.num_steps_left = True, run.config.correct_steps
+    return True
 
 
 def probation_passes(probation: Probation, sigma: float) -> bool:
@@ -412,7 +419,7 @@ def respond(run: Run, alarm: Alarm) -> None:
     critical = run.monitor.num_consecutive_critical
     if alarm.level is Level.CRITICAL and critical and critical % RETRY_AFTER == 0:
         lower_learning_rate(run, settings.retry_learning_rate_factor)
-    if run.probation is not None:
+    if alarm.action is not Action.REDUCE_HORIZON and run.probation is not None:
         run.probation.worst_level = max(run.probation.worst_level, alarm.level)
     if alarm.action is Action.REDUCE_HORIZON:
         run.horizon = max(run.horizon // 2, run.config.min_predict_steps)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .executors import Execution
 from .history import RunningMoments
-from .records import Alarm, Decision, Phase, State, StepResult
+from .records import Alarm, Decision, Phase, Reason, State, StepResult
 from .run import Run
 
 SCHEMA = 1
@@ -130,7 +130,7 @@ class Metrics:
             self._jump(run, decision, execution)
         if execution.probation is not None:
             before, after = execution.probation
-            reason = "kept" if execution.kept else "rolled back"
+            reason = Reason.KEPT if execution.kept else Reason.DEGRADED
             self._write(
                 run,
                 "correction",

@@ -64,7 +64,6 @@ class Reason(StrEnum):
     EXPLORING = "too few outcomes to know: trying"
     SEGMENT = "next segment of the jump"
     PROBATION = "a jump is on probation"
-    CORRECTING = "a monitor asks for correction"
     # verdicts
     ACCEPTED = "the loss fell by more than the jump cost"
     NOT_FINITE = "the proposal holds NaN or infinity"
