@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hybrid_predict_trainer import HybridTrainer, HybridTrainerConfig, predictors
-from hybrid_predict_trainer.experiments.predictor_bench import Row, calibration_error, make_predictor, replay, rows
+from hybrid_predict_trainer.experiments.predictor_bench import Row, make_predictor, raw_calibration_error, replay, rows
 from hybrid_predict_trainer.experiments.recording import Recorder, Recording, column_map, narrow
 from hybrid_predict_trainer.experiments.trajectories import CASES, flat, generate, observe
 from hybrid_predict_trainer.predictors import Hold, Linear, Mlp
@@ -85,9 +85,9 @@ def test_windows_are_what_the_basis_says() -> None:
 
 
 def test_calibration_error() -> None:
-    assert calibration_error([(0.75, True)] * 3 + [(0.75, False)]) == pytest.approx(0)
-    assert calibration_error([(0.9, False)] * 10) == pytest.approx(0.9)
-    assert calibration_error([(1.0, True), (0.0, False)]) == 0
+    assert raw_calibration_error([(0.75, True)] * 3 + [(0.75, False)]) == pytest.approx(0)
+    assert raw_calibration_error([(0.9, False)] * 10) == pytest.approx(0.9)
+    assert raw_calibration_error([(1.0, True), (0.0, False)]) == 0
 
 
 # ---------------------------------------------------------------- recorded runs

@@ -98,7 +98,7 @@ def consider(run: Run, horizon: int) -> Prospect:
     run.stated_confidence = adaptation.state_confidence(evidence)
     # Where losses are exact a test is worth its price in the long run.  Under noise most proposals of a
     # young model promise less than a twentieth of what their test costs; the benefit of the doubt is a
-    # factor, because measured gains were up to four times predicted ones.
+    # factor, because the gate may lengthen a jump and so find more than was predicted.
     return Prospect(horizon, promising=run.deterministic or OPTIMISM * reduction >= cost)
 
 

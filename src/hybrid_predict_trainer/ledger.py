@@ -30,13 +30,13 @@ FORWARD_UNITS = 1.0
 BACKWARD_UNITS = 2.0
 UPDATE_UNITS = 0.1
 STEP_UNITS = FORWARD_UNITS + BACKWARD_UNITS + UPDATE_UNITS
-#: One pass over the weights (reading or writing every weight once) in forwards.  Measured 0.0012 to
-#: 0.0033 on a 2.8 M-parameter GPT with 2,048 tokens a batch; a third of what the specification's 0.1
-#: for an update of seven passes would say.  What it is on a given machine shows in the wall-clock.
+#: One pass over the weights (reading or writing every weight once) in forwards: an estimate for batches of
+#: some 2,000 tokens (an update of seven passes at the specification's 0.1 would make it 0.014).  What it is on a given
+#: machine shows in the wall-clock beside the cost.
 PASS_UNITS = 0.002
 
 #: Persistence before anything is known, as mean and standard deviation of a normal prior.  With noisy
-#: losses gate gains of 0.25 nats in sum were measured to leave 0.015; with exact ones most stays.
+#: losses most of a gate gain is progress that the next steps would have made anyway; with exact ones most stays.
 PRIOR_EXACT = (0.5, 0.3)
 PRIOR_NOISY = (0.1, 0.1)
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..calibration import calibration_error, reliability_curve
 from ..config import HybridTrainerConfig
 from ..predictors import Predictor, build
 from ..records import BasisSpec
@@ -76,20 +77,16 @@ class Scores:
             "displacement_rel_err": None if squared is None else math.sqrt(squared),
             "displacement_abs_err": mean(absolute),
             "loss_mae_rel": mean(self.loss_errors),
-            "ece": calibration_error(self.outcomes) if self.outcomes else None,
+            "ece": raw_calibration_error(self.outcomes) if self.outcomes else None,
             "update_ms": statistics.median(self.update_ms) if self.update_ms else None,
             "predict_ms": statistics.median(self.predict_ms) if self.predict_ms else None,
             "num_predictions": len(self.squared_errors),
         }
 
 
-def calibration_error(outcomes: Sequence[tuple[float, bool]], num_bins: int = 10) -> float:
-    """Expected calibration error with equal-width bins (Guo et al. 2017, arXiv 1706.04599, eq. 3)."""
-    bins: dict[int, list[tuple[float, bool]]] = {}
-    for confidence, outcome in outcomes:
-        bins.setdefault(min(int(confidence * num_bins), num_bins - 1), []).append((confidence, outcome))
-    gaps = (abs(sum(c for c, _ in b) - sum(o for _, o in b)) for b in bins.values())
-    return sum(gaps) / len(outcomes)
+def raw_calibration_error(outcomes: Sequence[tuple[float, bool]]) -> float:
+    """ECE of the raw confidences."""
+    return calibration_error(reliability_curve([c for c, _ in outcomes], [float(kept) for _, kept in outcomes]))
 
 
 def make_predictor(name: str, num_groups: int, seed: int = 0) -> Predictor:

@@ -45,7 +45,7 @@ def one_line(text: str) -> str:
 
 
 #: Below this many weights a step takes a few milliseconds, and handing its work to a second thread costs more
-#: than it saves (on a busy machine 20 times more).
+#: than it saves, most of all on a busy machine.
 SMALL_MODEL = 100_000
 
 
