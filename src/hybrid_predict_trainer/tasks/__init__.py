@@ -1,8 +1,9 @@
 """Models and data for `hpt train`, `compare`, `validate` and `bench`, by name.
 
-Reading order: `base` (what a task is), `optim` (optimizers and schedules by name), `text` and `gpt`,
-`images` and `vision`, `mlp`, `regression`, `equations` and `pinn`. A leaf of the package: it imports nothing
-from the rest of the library.
+Reading order: `base` (what a task is), `optim` (optimizers and schedules by name); language: `text`, `tokens`,
+`language` and `gpt`, then `llama`, `lora`, `pretrained` and `finetune`, then `sentences`, `wordpieces` and `bert`;
+images: `images`, `networks` and `vision`; equations: `mlp`, `regression`, `equations` and `pinn`. A leaf of the
+package: it imports nothing from the rest of the library.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import functools
 from collections.abc import Callable
 
 from .base import Batch, Task, TaskDefaults, TaskSettings, unknown_name, with_steps
+from .bert import BertTask
 from .equations import PROBLEMS
+from .finetune import FinetuneTask
 from .gpt import GptTask
 from .optim import build_optimizer, build_scheduler, lr_factor
 from .pinn import PinnTask
@@ -20,6 +23,8 @@ from .vision import RECIPES, ImageTask
 
 TASKS: dict[str, Callable[[TaskSettings], Task]] = {
     "gpt": GptTask,
+    "finetune": FinetuneTask,
+    "bert": BertTask,
     **{name: functools.partial(ImageTask, name) for name in RECIPES},
     "regression": RegressionTask,
     **{name: functools.partial(PinnTask, name) for name in PROBLEMS},

@@ -8,25 +8,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from .base import (
-    Batch,
-    TaskDefaults,
-    TaskSettings,
-    count_parameters,
-    counter_rng,
-    mean_loss,
-    seeded_model,
-    torch_dtype,
-    unknown_name,
-)
+from .base import Batch, TaskDefaults, TaskSettings, count_parameters, seeded_model, torch_dtype, unknown_name
+from .language import NUM_VALID_WINDOWS, TokenWindows
 from .text import NUM_BYTE_TOKENS, Corpus, load_corpus
+from .tokens import encode_corpus, load_gpt2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +32,9 @@ class GptConfig:
         context: most tokens a sequence may have.
         lr: peak rate for AdamW; measured for 0.9M, scaled down with size by hand for the rest.
         batch_size: default number of sequences per batch.
-        vocab_size: tokens the model knows; the task's data are bytes.
+        vocab_size: tokens the model knows.
         tied: use the embedding as the head.
+        tokens: what the corpus is cut into: "bytes", or "gpt2" for GPT-2's byte-pair encoding.
     """
 
     num_layers: int
@@ -52,9 +45,10 @@ class GptConfig:
     batch_size: int = 16
     vocab_size: int = NUM_BYTE_TOKENS
     tied: bool = False
+    tokens: Literal["bytes", "gpt2"] = "bytes"
 
 
-# Named by the number of parameters, which a test counts.
+# Named by the number of parameters, which a test counts; "gpt2" by the model whose shape and tokens it has.
 PRESETS: dict[str, GptConfig] = {
     "0.3M": GptConfig(num_layers=2, width=96, num_heads=3, context=128, lr=3e-3),
     "0.9M": GptConfig(num_layers=4, width=128, num_heads=4, context=128, lr=3e-3),
@@ -63,10 +57,12 @@ PRESETS: dict[str, GptConfig] = {
     "30M": GptConfig(num_layers=9, width=512, num_heads=8, context=512, lr=1e-3),
     # GPT-2 small with its vocabulary, for the cost of it; fed with bytes all the same.
     "124M": GptConfig(num_layers=12, width=768, num_heads=12, context=1024, lr=6e-4, vocab_size=50257, tied=True),
+    # Radford et al. 2019; blocks are this module's (RMSNorm, no biases), so 0.1 M parameters fewer.
+    "gpt2": GptConfig(
+        num_layers=12, width=768, num_heads=12, context=1024, lr=6e-4, vocab_size=50257, tied=True, tokens="gpt2"
+    ),
 }
 DEFAULT_PRESET = "0.9M"
-
-NUM_VALID_WINDOWS = 64
 
 
 class Attention(nn.Module):
@@ -148,24 +144,8 @@ def init_weights(model: nn.Module, num_layers: int) -> None:
             nn.init.normal_(module.weight, std=0.02 / math.sqrt(2 * num_layers) if writes else 0.02)
 
 
-def windows(tokens: Tensor, positions: Tensor, context: int) -> tuple[Tensor, Tensor]:
-    """Return (x, y), each (B, T) int64, y one token ahead of x, from positions (B,) of 1-D tokens."""
-    offsets = positions[:, None] + torch.arange(context + 1, device=positions.device)
-    taken = tokens[offsets].long()
-    return taken[:, :-1], taken[:, 1:]
-
-
-def check_length(tokens: Tensor, context: int, part: str, source: str) -> None:
-    """Raise `ValueError` if there is not one whole window in `tokens`."""
-    if len(tokens) < context + 1:
-        raise ValueError(
-            f"the {part} part of {source} has {len(tokens)} tokens, fewer than context + 1 = {context + 1}; "
-            "give more text or a smaller --context"
-        )
-
-
 class GptTask:
-    """A `Task`: next-byte prediction; batches are windows at positions drawn from (seed, step).
+    """A `Task`: next-token prediction; batches are windows at positions drawn from (seed, step).
 
     Args:
         settings: all of them apply.
@@ -198,13 +178,17 @@ class GptTask:
             decay_frac=0.25,
             grad_clip=1.0,
         )
-        corpus = corpus or load_corpus(settings.data, settings.data_bytes)
+        if corpus is None:
+            corpus = load_corpus(settings.data, settings.data_bytes)
+            corpus = encode_corpus(corpus, load_gpt2()) if self.config.tokens == "gpt2" else corpus
         self.source = corpus.source
-        for tokens, part in ((corpus.train, "training"), (corpus.valid, "validation")):
-            check_length(tokens, self.config.context, part, self.source["name"])
-        # The whole corpus sits on the device, a byte per token: a batch then costs a copy of its B positions.
-        self._train = corpus.train.to(settings.device)
-        self._valid = corpus.valid.to(settings.device)
+        self._windows = TokenWindows(
+            corpus,
+            context=self.config.context,
+            batch_size=self.batch_size,
+            device=settings.device,
+            autocast_bf16=settings.autocast_bf16,
+        )
 
     def _new_model(self) -> nn.Module:
         return Gpt(self.config, gradient_checkpointing=self.settings.gradient_checkpointing)
@@ -215,30 +199,15 @@ class GptTask:
 
     def batches(self, seed: int, start: int = 0) -> Iterator[Batch]:
         """Yield (x, y), each (batch_size, context) int64; batch k depends on (seed, k) only."""
-        step = start
-        while True:
-            last = len(self._train) - self.config.context
-            positions = torch.from_numpy(counter_rng(seed, step).integers(last, size=self.batch_size))
-            yield windows(self._train, positions.to(self._train.device), self.config.context)
-            step += 1
+        return self._windows.batches(seed, start)
 
     def loss_fn(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the mean cross-entropy of a token, nats."""
-        assert isinstance(batch, tuple)
-        x, y = batch
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.settings.autocast_bf16):
-            logits: Tensor = model(x)
-        # At least float32 here: a bfloat16 log-sum-exp loses the third digit of the loss.
-        logits = logits.float() if logits.dtype == torch.bfloat16 else logits
-        return functional.cross_entropy(logits.flatten(0, 1), y.flatten())
+        return self._windows.loss_fn(model, batch)
 
     def evaluate(self, model: nn.Module) -> float:
         """Return the loss on 64 evenly spaced windows of the validation text."""
-        last = len(self._valid) - self.config.context - 1
-        positions = torch.linspace(0, last, NUM_VALID_WINDOWS, dtype=torch.float64).long().to(self._valid.device)
-        chunks = torch.split(positions, self.batch_size)
-        parts = ((windows(self._valid, chunk, self.config.context), len(chunk)) for chunk in chunks)
-        return mean_loss(self.loss_fn, model, parts)
+        return self._windows.evaluate(model)
 
     def describe(self) -> dict[str, Any]:
         """Return preset, sizes, data provenance and precision."""

@@ -38,7 +38,7 @@ class ImageSet:
 def load_digits(data: str | Path | None) -> ImageSet:
     """Return scikit-learn's 1797 handwritten digits (8 x 8, values 0 to 16), every sixth for validation."""
     if data is not None:
-        raise ValueError("task 'digits' brings its own data; leave --data unset, or use task 'cifar'")
+        raise ValueError("a task on digits brings its own data; leave --data unset, or use task 'cifar'")
     try:
         digits = importlib.import_module("sklearn.datasets").load_digits()
     except ModuleNotFoundError as error:

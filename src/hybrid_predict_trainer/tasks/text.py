@@ -33,6 +33,7 @@ STDLIB_EXCLUDED = frozenset({"site-packages", "dist-packages", "test", "tests", 
 PART_NAME = re.compile(r"(?:^|[_.-])(train|valid|test)[_.-]")
 TEXT_SUFFIXES = (".txt", ".py", ".md", ".gz")
 NAMED_SETS = ("tinystories", "wikitext-2", "novels", "tinyshakespeare")
+STDLIB, MANUAL = "stdlib", "manual"  # what every Python brings: its library's source, and its manual in prose
 HUB_PREFIX = "hf:"
 
 
@@ -56,7 +57,7 @@ def load_corpus(data: str | Path | None, max_bytes: int | None = None) -> Corpus
 
     Args:
         data: a file or folder; else one of `NAMED_SETS` (under `HPT_DATA_DIR`); else `hf:<owner>/<name>`;
-            `None` for the Python standard library's source text.
+            "manual" for the Python manual's prose; "stdlib" or `None` for the standard library's source text.
         max_bytes: read at most this much training text, or the source's own limit.
 
     Raises:
@@ -64,33 +65,68 @@ def load_corpus(data: str | Path | None, max_bytes: int | None = None) -> Corpus
         ValueError: there is no text in it.
         ModuleNotFoundError: a hub set is asked for and `datasets` is not installed.
     """
-    if data is None:
+    if data is None:  # whatever the working directory holds
         return load_stdlib(max_bytes or STDLIB_BYTES)
     name = str(data)
     if name.startswith(HUB_PREFIX):
         return load_hub(name.removeprefix(HUB_PREFIX), max_bytes or STREAM_BYTES)
-    path = Path(data)
+    path = Path(name)
     if not path.exists() and name in NAMED_SETS:
         path = data_dir(f"data set {name!r}") / "text" / name
+    elif not path.exists() and name in EMBEDDED:
+        return EMBEDDED[name](max_bytes or STDLIB_BYTES)
     if path.is_dir():
         return load_folder(path, max_bytes or LOCAL_BYTES, name)
     if path.is_file():
         return load_file(path, max_bytes or LOCAL_BYTES, name)
-    sets = ", ".join(NAMED_SETS)
+    sets = ", ".join((*NAMED_SETS, *EMBEDDED))
     known = f"a text file, a folder of them, hf:<owner>/<name> or one of {sets}"
     raise FileNotFoundError(f"no file or folder {path}; pass {known}")
 
 
-@functools.lru_cache(maxsize=1)
-def load_stdlib(max_bytes: int) -> Corpus:
-    """Return the Python standard library's source text, without its tests, split by file; kept in memory."""
+@functools.lru_cache(maxsize=2)
+def load_stdlib(max_bytes: int, without: frozenset[str] = frozenset()) -> Corpus:
+    """Return the Python standard library's source text, without its tests, split by file; kept in memory.
+
+    Args:
+        max_bytes: read at most this much training text, and as much for validation.
+        without: names of folders to leave out as well.
+    """
     root = Path(sysconfig.get_path("stdlib"))
-    files = [path for path in root.rglob("*.py") if STDLIB_EXCLUDED.isdisjoint(path.relative_to(root).parts)]
+    excluded = STDLIB_EXCLUDED | without
+    files = [path for path in root.rglob("*.py") if excluded.isdisjoint(path.relative_to(root).parts)]
     if not files:
         raise ValueError(f"no Python source text in {root}; pass a text file or folder with --data")
     train, valid = split_by_hash({path.relative_to(root).as_posix(): path for path in files})
     name = f"Python {platform.python_version()} standard library"
     return _corpus(name, read_files(train, max_bytes), read_files(valid, max_bytes))
+
+
+MANUAL_PACKAGE = "pydoc_data"
+MANUAL_VALID_EVERY = 6  # of 79 chapters, many of them short: a twentieth would be less text than is validated on
+
+
+def load_manual(max_bytes: int) -> Corpus:
+    """Return the chapters of the Python reference that `help()` shows: English prose, split by chapter.
+
+    Half a megabyte that looks unlike source text, in every installation that has `help()`.
+    """
+    try:
+        topics: dict[str, str] = importlib.import_module(f"{MANUAL_PACKAGE}.topics").topics
+    except ModuleNotFoundError as error:
+        raise ValueError("this Python comes without its manual (pydoc_data); pass a text file with --data") from error
+    parts: tuple[list[bytes], list[bytes]] = ([], [])
+    left = max_bytes
+    # In the hash's order, as files are: a chapter stays on its side, and a limit favours no letter.
+    for index, name in enumerate(sorted(topics, key=name_hash)):
+        held_out = index == 0 or name_hash(name) % MANUAL_VALID_EVERY == 0
+        text = topics[name].encode()[: None if held_out else left]
+        parts[held_out].append(text)
+        left -= 0 if held_out else len(text)
+    return _corpus(f"Python {platform.python_version()} manual", *parts)
+
+
+EMBEDDED: dict[str, Callable[[int], Corpus]] = {STDLIB: load_stdlib, MANUAL: load_manual}
 
 
 def load_file(path: Path, max_bytes: int, name: str) -> Corpus:
