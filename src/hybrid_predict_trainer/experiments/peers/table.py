@@ -1,0 +1,120 @@
+"""All peers by name, with the hyper-parameters their papers give."""
+
+from __future__ import annotations
+
+from . import lbfgs
+from .averaging import ema, lawa
+from .base import Peer, in_loop, recipe_grid
+from .optimizers import (
+    lookahead,
+    lookahead_optimizer,
+    prodigy,
+    prodigy_grid,
+    prodigy_optimizer,
+    schedule_free,
+    schedule_free_optimizer,
+    soap,
+    soap_optimizer,
+)
+from .outer import ema_nesterov, snoo
+from .wnn import wnn_plus
+
+
+def _lbfgs(history: int) -> Peer:
+    return Peer(
+        about=f"L-BFGS, strong Wolfe, {history} pairs; every evaluation counted",
+        source="Liu and Nocedal 1989; torch.optim.LBFGS",
+        family="quasi-Newton",
+        weights_only=False,
+        deterministic_only=True,
+        values={"history": history},
+        grid=lbfgs.grid,
+        train=lbfgs.train,
+    )
+
+
+PEERS: dict[str, Peer] = {
+    "snoo": Peer(
+        about="outer Nesterov momentum on the displacement of every 28 steps",
+        source="arXiv 2510.15830",
+        family="outer loop",
+        weights_only=True,
+        values={"every": 28, "eta": 0.68, "mu": 0.37},
+        grid=recipe_grid,
+        train=in_loop(snoo),
+    ),
+    "lookahead": Peer(
+        about="slow weights go half of the way that five steps went",
+        source="arXiv 1907.08610; pytorch_optimizer",
+        family="outer loop",
+        weights_only=True,
+        values={"every": 5, "alpha": 0.5},
+        grid=recipe_grid,
+        train=in_loop(lookahead, optimizer=lookahead_optimizer),
+    ),
+    "ema-nesterov": Peer(
+        about="steps from a point ahead along the mean displacement, off in the decay",
+        source="arXiv 2605.25395",
+        family="outer loop",
+        weights_only=True,
+        values={"gamma": 0.99, "beta": 0.3, "beta_muon": 0.6},
+        grid=recipe_grid,
+        train=in_loop(ema_nesterov),
+    ),
+    "lawa": Peer(
+        about="validated at the mean of the last 5 checkpoints, 1 % of the run apart",
+        source="arXiv 2209.14981, 2502.06761",
+        family="averaging",
+        weights_only=True,
+        values={"num_checkpoints": 5, "spacing_frac": 0.01},
+        grid=recipe_grid,
+        train=in_loop(lawa),
+    ),
+    "ema": Peer(
+        about="validated at an exponential average of the weights over 1 % of the run",
+        source="arXiv 2502.06761; torch.optim.swa_utils",
+        family="averaging",
+        weights_only=True,
+        values={"tau_frac": 0.01},
+        grid=recipe_grid,
+        train=in_loop(ema),
+    ),
+    "wnn+": Peer(
+        about="a pretrained network forecasts every weight from its last five states, up to five times a run",
+        source="arXiv 2409.04434, nino_mlp.pt",
+        family="forecast",
+        weights_only=True,
+        values={"max_forecasts": 5, "cost_frac": 0.05},
+        grid=recipe_grid,
+        train=in_loop(wnn_plus),
+    ),
+    "schedule-free": Peer(
+        about="Schedule-Free AdamW: averaging in place of a schedule",
+        source="arXiv 2405.15682; schedulefree",
+        family="optimizer",
+        weights_only=False,
+        values={"beta1": 0.9, "warmup_frac": 0.05},
+        grid=recipe_grid,
+        train=in_loop(schedule_free, optimizer=schedule_free_optimizer, scheduled=False),
+    ),
+    "prodigy": Peer(
+        about="Adam that finds its own step size; the rate is a multiple of it",
+        source="arXiv 2306.06101; prodigyopt",
+        family="optimizer",
+        weights_only=False,
+        values={"d_coef": 1.0},
+        grid=prodigy_grid,
+        train=in_loop(prodigy, optimizer=prodigy_optimizer),
+    ),
+    "soap": Peer(
+        about="Adam in the eigenbasis of Shampoo's preconditioner, renewed every 10 steps",
+        source="arXiv 2409.11321; pytorch_optimizer",
+        family="optimizer",
+        weights_only=False,
+        values={"beta1": 0.95, "beta2": 0.95, "every": 10, "max_dim": 10_000},
+        grid=recipe_grid,
+        train=in_loop(soap, optimizer=soap_optimizer),
+    ),
+    "lbfgs-20": _lbfgs(20),
+    "lbfgs-100": _lbfgs(100),
+}
