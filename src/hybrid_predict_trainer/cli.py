@@ -111,8 +111,8 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("folder", type=Path, metavar="DIR")
     report.add_argument("--out", type=Path, metavar="FILE", help="default: DIR/report.html")
 
-    found = command("bench", run_bench, "measure overhead, predictors or memory")
-    bench.add_flags(found, whole, number(int, 30, 100_000))
+    found = command("bench", run_bench, "the measurements behind the figures in the documents")
+    bench.add_commands(found, number)
     return parser
 
 
@@ -258,7 +258,7 @@ def run_report(args: argparse.Namespace) -> int:
 
 
 def run_bench(args: argparse.Namespace) -> int:
-    """``hpt bench overhead | predictors | memory``."""
+    """``hpt bench regimes | report | overhead | predictors | memory | costs | stack``."""
     value, text = bench.run(args)
     show(args, value, text)
     return OK
