@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,11 +13,12 @@ from dynamics import (
     assert_global_random_state_untouched,
     assert_resumes_bitwise,
     errors,
+    turning,
 )
 from hybrid_predict_trainer.config import DmdConfig
 from hybrid_predict_trainer.experiments.predictor_bench import rows
 from hybrid_predict_trainer.experiments.trajectories import CASES, flat, generate, observe
-from hybrid_predict_trainer.predictors.dmd import Dmd, power_sum, snapshot_operator, stacked
+from hybrid_predict_trainer.predictors.dmd import Dmd, LossRecurrence, power_sum, recurrence, snapshot_operator, stacked
 
 
 def make() -> Dmd:
@@ -65,6 +69,42 @@ def test_noise_free_linear_systems(case: str) -> None:
     for row in rows(["dmd"], [case], [0], quick=True):
         assert row["displacement_cosine"] > 0.99, row
         assert row["displacement_rel_err"] < 0.05, row
+
+
+@pytest.mark.parametrize("case", ["quadratic", "momentum", "two_scales", "switching"])
+def test_loss_is_forecast_better_than_by_its_slope(case: str) -> None:
+    """``hold`` continues the slope, ``zero`` says that the loss stays."""
+    table = rows(["dmd", "hold", "zero"], [case], [0], quick=True)
+    missed = {(row["predictor"], row["horizon"]): row["loss_mae_rel"] for row in table}
+    for horizon in (10, 20, 40):
+        assert missed["dmd", horizon] < 0.8 * min(missed["hold", horizon], missed["zero", horizon]), (case, horizon)
+
+
+def test_recurrence_of_a_sum_of_exponentials() -> None:
+    n = torch.arange(24, dtype=torch.float64)
+    series = 2 * 0.9**n - 0.5**n
+    companion = recurrence(series)
+    ahead = power_sum(companion, companion @ series.flip(0)[: len(companion)], 3)[0]
+    exact = sum(2 * 0.9**i - 0.5**i for i in (24, 25, 26))
+    assert float(ahead) == pytest.approx(exact, rel=0.01)
+
+
+def test_the_recurrence_is_of_changes_per_learning_rate() -> None:
+    """A loss that falls by e^-rate: whatever the rates were, the next change follows the planned ones."""
+    loss, found = 1.0, LossRecurrence()
+    (step, *_) = turning(make().spec, 1)
+    before = replace(step.window, loss=loss)
+    for i in range(12):
+        rate = 0.4 if i % 3 == 0 else 0.1
+        loss *= math.exp(-rate)
+        after = replace(before, loss=loss)
+        found.observe(before, after, rate)
+        before = after
+    assert found.change(1.0, 0.2, 0.2) == pytest.approx(-0.2, rel=1e-2)
+    assert found.change(3.0, 0.1, 0.3) == pytest.approx(-0.7, rel=1e-2)
+    held = found.change(1.0, 0.2, 0.2)
+    found.observe(before, replace(before, loss=loss / 100, jumped=True), 0.1)
+    assert found.change(1.0, 0.2, 0.2) == held  # a jump is no dynamics
 
 
 def test_momentum_needs_the_delays() -> None:

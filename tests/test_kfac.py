@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
-from hybrid_predict_trainer.kfac import KfacFactors
+from hybrid_predict_trainer.kfac import KfacFactors, diagonal_factors
 
 
 def small_net() -> nn.Sequential:
@@ -59,13 +61,80 @@ def test_diagonal_above_the_limit() -> None:
     model, x = small_net(), torch.randn(7, 5)
     with KfacFactors(model) as full:
         model(x).square().mean().backward()
-    with KfacFactors(model, max_bytes=4 * 4 * 4) as limited:
+    with KfacFactors(model, max_bytes=4 * (6 + 16 + 25 + 9)) as limited:
         model(x).square().mean().backward()
     assert limited.A["0"].shape == (6,)
     assert limited.G["0"].shape == (4, 4)
     torch.testing.assert_close(limited.A["0"], full.A["0"].diagonal())
     assert limited.memory_bytes() < full.memory_bytes()
     assert limited.traces()["0"] == pytest.approx(full.traces()["0"])
+
+
+def test_memory_limit_takes_the_largest_first() -> None:
+    sizes = {"a": (10, 4), "b": (6, 10)}
+    whole = 4 * (100 + 16 + 36 + 100)
+    assert diagonal_factors(sizes, whole) == set()
+    assert diagonal_factors(sizes, whole - 1) == {("a", "A")}
+    assert diagonal_factors(sizes, 4 * (10 + 16 + 36 + 10)) == {("a", "A"), ("b", "G")}
+    assert diagonal_factors(sizes, 0) == {("a", "A"), ("a", "G"), ("b", "A"), ("b", "G")}
+
+
+@pytest.mark.parametrize("limit", [10**9, 0], ids=["full", "diagonal"])
+def test_spectra_are_traces_and_shares_of_eigenvalues(limit: int) -> None:
+    model, x = small_net(), torch.randn(7, 5)
+    with KfacFactors(model, max_bytes=limit) as factors:
+        model(x).square().mean().backward()
+    A, G = (f if f.dim() == 2 else torch.diag(f) for f in (factors.A["0"], factors.G["0"]))
+    wanted = [
+        v for f in (A, G) for e in (torch.linalg.eigvalsh(f.double()),) for v in (e.sum(), e.sum() ** 2 / (e @ e))
+    ]
+    torch.testing.assert_close(factors.spectra()["0"], torch.stack(wanted), rtol=1e-4, atol=1e-6)
+
+
+def test_only_the_backward_pass_of_the_loss_is_gathered() -> None:
+    """A loss that differentiates inside calls the same hooks; unarmed they gather nothing."""
+    torch.manual_seed(3)
+    model, x = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1)), torch.randn(5, 2, requires_grad=True)
+    factors = KfacFactors(model)
+    factors.attach(armed=False)
+    output = model(x)
+    (slope,) = torch.autograd.grad(output.sum(), x, create_graph=True)
+    loss = slope.square().mean() + output.square().mean()
+    factors.commit()
+    assert not factors.A
+    factors.arm()
+    loss.backward()
+    factors.detach()
+    factors.commit()
+    assert set(factors.A) == {"0", "2"}
+
+
+def test_a_skipped_step_leaves_no_trace() -> None:
+    model, x = small_net(), torch.randn(7, 5)
+    factors = KfacFactors(model)
+    for keep in (True, False):
+        factors.attach()
+        model(x if keep else 100 * x).square().mean().backward()
+        factors.detach()
+        (factors.commit if keep else factors.discard)()
+        factors.commit()
+    with KfacFactors(model) as once:
+        model(x).square().mean().backward()
+    torch.testing.assert_close(factors.A["0"], once.A["0"], rtol=0, atol=0)
+    with KfacFactors(model) as other:
+        model(x).square().mean().backward()
+        model(x + math.inf).square().mean().backward()
+    assert bool(torch.isfinite(other.A["0"]).all()), "on an accelerator an overflow is only known later"
+
+
+def test_the_scale_of_a_gradient_scaler_is_taken_out() -> None:
+    model, x = small_net(), torch.randn(7, 5)
+    with KfacFactors(model) as plain:
+        model(x).square().mean().backward()
+    with KfacFactors(model) as scaled:
+        scaled.arm(torch.tensor(1024.0))
+        (1024 * model(x).square().mean()).backward()
+    torch.testing.assert_close(scaled.G["0"], plain.G["0"])
 
 
 def test_hooks_are_removed_and_the_forward_pass_is_unchanged() -> None:

@@ -20,7 +20,7 @@ from hybrid_predict_trainer.basis import Basis
 from hybrid_predict_trainer.predictors import PREDICTORS, Heuristic, Hold, Linear, Predictor, Secant, build
 from hybrid_predict_trainer.predictors._common import linear_loss_trajectory, window_from_state, window_state
 from hybrid_predict_trainer.predictors.linear import relative_error
-from hybrid_predict_trainer.predictors.ridge import OnlineRidge, solve_ridge
+from hybrid_predict_trainer.predictors.ridge import OnlineRidge, SelectedRidge, solve_ridge, solve_ridges
 from hybrid_predict_trainer.predictors.secant import damped_step, decay_factor, orthonormaliser, quadratic_model
 from hybrid_predict_trainer.records import BasisSpec, Products, Window
 
@@ -272,6 +272,56 @@ def test_online_ridge_does_not_extrapolate_wildly() -> None:
     assert abs(float(ridge.predict(torch.tensor([1e9])))) < 10
 
 
+def test_many_ridges_are_one_each() -> None:
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(3, 2, 9, 4, generator=generator, dtype=D)
+    A, b, prior = X.mT @ X, X.sum(dim=2), torch.randn(3, 2, 4, generator=generator, dtype=D)
+    strengths = torch.tensor([[1e-3], [0.1], [10.0]], dtype=D)
+    found = solve_ridges(A, b, strengths, prior)
+    for i in range(3):
+        for j in range(2):
+            wanted = solve_ridge(A[i, j], b[i, j], float(strengths[i]), prior[i, j])
+            torch.testing.assert_close(found[i, j], wanted)
+
+
+def taught(targets: list[float], features: list[Tensor]) -> list[int]:
+    """Which candidate speaks after every observation: 0 the ridge, 1 the mean, 2 zero."""
+    ridge = SelectedRidge(len(features[0]), 1, strengths=(1e-6,), forgetting=0.99)
+    chosen = []
+    for x, y in zip(features, targets, strict=True):
+        said = ridge.candidates(x)
+        assert torch.equal(ridge.predict(x), ridge.choose(said))
+        ridge.observe(0, x, y, said[:, 0])
+        chosen.append(int(ridge._errors[:, 0].argmin()))
+    return chosen
+
+
+def test_the_ridge_that_predicts_best_speaks() -> None:
+    """A line: the ridge.  Noise around 3: the mean.  Noise around 0: hardly ever the ridge."""
+    generator = torch.Generator().manual_seed(0)
+    x = list(torch.randn(120, 30, generator=generator, dtype=D))
+    noise = torch.randn(120, generator=generator, dtype=D).tolist()
+    assert set(taught([float(v.sum()) for v in x], x)[60:]) == {0}
+    assert taught([3 + n for n in noise], x).count(1) > 100
+    assert taught(noise, x).count(0) < 20
+
+
+def test_selected_ridge_is_least_squares_with_a_mean() -> None:
+    generator = torch.Generator().manual_seed(1)
+    X = torch.randn(40, 3, generator=generator, dtype=D) + 5
+    y = X @ torch.tensor([1.0, -2.0, 0.5], dtype=D) + 7 + 0.1 * torch.randn(40, generator=generator, dtype=D)
+    ridge = SelectedRidge(3, 1, strengths=(1e-12,), forgetting=1.0)
+    assert ridge.predict(X[0]).tolist() == [0.0]
+    for row, target in zip(X, y.tolist(), strict=True):
+        ridge.observe(0, row, target, ridge.candidates(row)[:, 0])
+    design = torch.cat([X, torch.ones(40, 1, dtype=D)], dim=1)
+    wanted = torch.linalg.lstsq(design, y[:, None]).solution[:, 0]
+    probe = torch.tensor([4.0, 6.0, 5.0, 1.0], dtype=D)
+    assert float(ridge.candidates(probe[:3])[0]) == pytest.approx(float(probe @ wanted), rel=1e-6)
+    assert float(ridge.candidates(probe[:3])[1]) == pytest.approx(float(y.mean()))
+    assert 0 < float(ridge.spread) < 1
+
+
 # ---------------------------------------------------------------- linear
 
 
@@ -331,6 +381,78 @@ def test_linear_knows_noise_for_what_it_is() -> None:
     # a random walk: half of the mean's displacement is the known way from the mean to the end of the window
     assert 0.0 <= predictor.explained < 0.65
     assert predictor.predict(1).confidence == predictor.explained
+
+
+@pytest.mark.parametrize("ahead", [1, 2, 4, 7])
+def test_linear_continues_an_oscillation(ahead: int) -> None:
+    """Two windows of a rotation determine all later ones: the recurrence applied to its own predictions."""
+    predictor = Linear(LinearConfig(), 1)
+    run = Recurrence(predictor.spec, 0.0)
+    for _ in range(40):
+        predictor.observe(run.window())
+    x = run.basis.average()[0].clone()  # its storage is used again
+    [delta] = run.basis.combine(predictor.predict(ahead).coefficients)
+    for _ in range(ahead):
+        run.window()
+    torch.testing.assert_close(x + delta, run.basis.average()[0], rtol=1e-3, atol=1e-3)
+
+
+def test_linear_does_not_continue_growth_without_bound() -> None:
+    predictor = Linear(LinearConfig(), 1)
+    run = Recurrence(predictor.spec, 0.0)
+    run.A = run.A * 1.3
+    for _ in range(20):
+        predictor.observe(run.window())
+    lengths = [float(run.basis.combine(predictor.predict(m).coefficients)[0].norm()) for m in (1, 40)]
+    assert lengths[1] < 40 * lengths[0]
+
+
+def test_linear_follows_the_learning_rate() -> None:
+    """Plain gradient descent on a line: displacements are as long as the learning rate says."""
+
+    def run(plan: list[float]) -> tuple[Linear, Basis]:
+        predictor = Linear(LinearConfig(), 1)
+        x = nn.Parameter(torch.zeros(2, dtype=D))
+        basis = Basis([x], weights.Groups(("x",), (0,), ("other",), (2,)), predictor.spec)
+        for i, rate in enumerate(plan[:-1]):
+            x.grad = torch.ones(2, dtype=D)
+            for _ in range(4):
+                basis.accumulate()
+                basis.before_step(last=True)
+                with torch.no_grad():
+                    x -= rate * x.grad
+            hindsight = basis.close_window()
+            values = {"num_columns": basis.num_columns, "products": basis.products(), "hindsight": hindsight}
+            values |= {"lr_integral": 4 * rate, "lr_ahead": 4 * plan[i + 1], "group_sizes": (2,), "num_steps": 4}
+            predictor.observe(window(predictor.spec, index=i, features=torch.zeros(32), loss=1.0, **values))
+        return predictor, basis
+
+    plan = [1.0, 1.0, 0.25, 0.25, 1.0, 0.5] * 5 + [0.125]
+    predictor, basis = run(plan)
+    [delta] = basis.combine(predictor.predict(12).coefficients)
+    # the last window's steps from its mean to its end, then two windows and the way to the third's mean
+    wanted = -(2.5 * plan[-2] + (4 + 4 + 1.5) * plan[-1])
+    torch.testing.assert_close(delta, torch.full((2,), wanted, dtype=D), rtol=0.02, atol=0.0)
+
+
+def test_linear_reads_the_encoded_state() -> None:
+    """The loss change is told by one number of the encoding: without it there is nothing to know."""
+    generator = torch.Generator().manual_seed(0)
+    errors = {}
+    for encoded in (True, False):
+        predictor, loss, misses = Linear(LinearConfig(), 2), 1.0, []
+        told = torch.randn(200, generator=generator).tolist()
+        for i, tell in enumerate(told):
+            encoding = torch.zeros(300)
+            encoding[100] = tell
+            state = window(predictor.spec, index=i, loss=loss, features=torch.zeros(32), lr_integral=1.0)
+            predictor.observe(replace(state, encoding=encoding if encoded else None))
+            loss *= math.exp(0.1 * tell)
+            if i > 100 and predictor._waiting:
+                said = float(predictor._loss.choose(predictor._waiting[-1].said)[0])
+                misses.append(abs(said - 0.1 * tell))
+        errors[encoded] = sum(misses) / len(misses)
+    assert errors[True] < 0.05 * errors[False]
 
 
 def test_linear_is_not_ready_at_first() -> None:

@@ -114,17 +114,27 @@ def test_the_coefficient_head_is_needed() -> None:
 
 def test_the_stochastic_path_is_needed() -> None:
     def cut(model: RssmModel) -> None:
-        model.sample = lambda log_p: torch.zeros(log_p.shape[0], log_p[0].numel())  # type: ignore[method-assign]
+        model.sample = lambda p: torch.zeros(p.shape[0], p[0].numel())  # type: ignore[method-assign]
 
     assert held_out(broken(cut)) > 0.7
 
 
 def test_rollouts_are_sampled() -> None:
     predictor = copy.deepcopy(trained()[0])
-    first, second = predictor.predict(40), predictor.predict(40)
-    assert not torch.equal(first.coefficients, second.coefficients)
-    assert first.aleatoric > 0
+    first, second = (member.imagine(64).corrections for member in predictor.members)
+    assert not torch.equal(first[0], first[1])
+    assert float(first.mean(dim=0).sub(second.mean(dim=0)).norm()) > 0
+
+
+def test_a_window_is_rolled_out_once() -> None:
+    """What was considered is what is proposed: asking again, or for another horizon, draws nothing new."""
+    predictor = copy.deepcopy(trained()[0])
+    before = [member.generator.get_state() for member in predictor.members]
+    first, _, second = predictor.predict(40), predictor.predict(10), predictor.predict(40)
+    assert torch.equal(first.coefficients, second.coefficients)
+    assert all(torch.equal(m.generator.get_state(), s) for m, s in zip(predictor.members, before, strict=True))
     assert first.epistemic > 0
+    assert first.aleatoric > 0
 
 
 def test_several_windows_are_predicted_in_one_rollout(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,8 +142,10 @@ def test_several_windows_are_predicted_in_one_rollout(monkeypatch: pytest.Monkey
     steps = []
     advance = RssmModel.advance
     monkeypatch.setattr(RssmModel, "advance", lambda *args: steps.append(1) or advance(*args))
-    prediction = predictor.predict(40)
+    for member in predictor.members:
+        member.imagine(2)
     assert len(steps) == MAX_AHEAD * len(predictor.members)
+    prediction = predictor.predict(40)
     assert [step for step, _ in prediction.loss_trajectory] == [10, 20, 30, 40]
     assert len({round(loss, 9) for _, loss in prediction.loss_trajectory}) == 4
     # two windows ahead is told too: worse than one, better than nothing
@@ -176,7 +188,7 @@ def test_probabilities_have_their_uniform_share() -> None:
     model = tiny().members[0].model
     logits = torch.zeros(3, 64)
     logits[:, ::8] = 100.0
-    p = model.log_probabilities(logits).exp()
+    p = model.probabilities(logits)
     assert float(p.min()) == pytest.approx(0.01 / 8, rel=1e-4)
     torch.testing.assert_close(p.sum(dim=2), torch.ones(3, 8))
 
@@ -184,7 +196,7 @@ def test_probabilities_have_their_uniform_share() -> None:
 def test_samples_are_one_hot_and_let_gradients_through() -> None:
     model = tiny().members[0].model
     logits = torch.randn(5, 64, requires_grad=True)
-    z = model.sample(model.log_probabilities(logits)).view(5, 8, 8)
+    z = model.sample(model.probabilities(logits)).view(5, 8, 8)
     torch.testing.assert_close(z.sum(dim=2), torch.ones(5, 8))
     torch.testing.assert_close(z.max(dim=2).values, torch.ones(5, 8))
     (z * torch.randn(5, 8, 8)).sum().backward()
@@ -195,9 +207,9 @@ def test_samples_are_one_hot_and_let_gradients_through() -> None:
 def test_sampling_frequencies() -> None:
     model = tiny().members[0].model
     logits = torch.randn(1, 64).expand(4000, -1)
-    log_p = model.log_probabilities(logits)
-    frequency = model.sample(log_p).view(4000, 8, 8).mean(dim=0)
-    torch.testing.assert_close(frequency, log_p[0].exp(), atol=0.04, rtol=0)
+    p = model.probabilities(logits)
+    frequency = model.sample(p).view(4000, 8, 8).mean(dim=0)
+    torch.testing.assert_close(frequency, p[0], atol=0.04, rtol=0)
 
 
 def test_free_bits_and_balancing() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hybrid_predict_trainer.streaming import LowRankFactors, StreamingPca, sketch_tensors
+from hybrid_predict_trainer.streaming import CountSketch, LowRankFactors, StreamingPca, sketch_tensors
 
 
 def stream(num_vectors: int, size: int = 40, rank: int = 12, *, noise: float = 0.05, seed: int = 0) -> torch.Tensor:
@@ -72,6 +72,25 @@ def test_pca_round_trip_and_degenerate_streams() -> None:
     assert constant.reconstruction_error(torch.ones(2, 7)) == 0
 
 
+def test_coordinates_keep_their_meaning() -> None:
+    """Directions turn and change sign from block to block; aligned coordinates of one vector hardly move."""
+    pca, probe = StreamingPca(12), stream(20, seed=9)
+    assert pca.coordinates(probe).shape == (20, 12)
+    assert float(pca.coordinates(probe).abs().max()) == 0
+    plain, aligned = [], []
+    data = stream(600)[torch.randperm(600, generator=torch.Generator().manual_seed(1))]
+    for block in data.split(20):
+        before = (pca.transform(probe), pca.coordinates(probe)) if pca.count > 100 else None
+        pca.observe(block)
+        if before is not None:
+            plain.append(float((pca.transform(probe) - before[0]).norm() / probe.norm()))
+            aligned.append(float((pca.coordinates(probe) - before[1]).norm() / probe.norm()))
+    assert max(aligned) < 0.1
+    assert max(plain) > 3 * max(aligned)
+    left = pca.coordinates(probe) @ pca.rotation @ pca.directions + pca.mean
+    torch.testing.assert_close(left, pca.reconstruct(pca.transform(probe)))
+
+
 def low_rank(g: torch.Generator, shape: tuple[int, int] = (30, 20), rank: int = 4, noise: float = 0.02) -> torch.Tensor:
     m, n = shape
     left, right = (torch.linalg.qr(torch.randn(size, rank, generator=g))[0] for size in (m, n))
@@ -113,6 +132,18 @@ def test_error_feedback_loses_nothing() -> None:
     torch.testing.assert_close(sums[True] + with_feedback.state_dict()["error"][0], total, atol=1e-4, rtol=1e-4)
 
 
+def test_energies_are_those_of_the_factors() -> None:
+    g = torch.Generator().manual_seed(5)
+    tensors = [low_rank(g), torch.randn(3, 7, generator=g)]
+    factors = LowRankFactors(4)
+    assert factors.energies().shape == (0, 5)
+    pairs = factors.observe(tensors)
+    for row, M, (P, Q) in zip(factors.energies(), tensors, pairs, strict=True):
+        assert float(row.sum()) == pytest.approx(float(M.square().sum()), rel=1e-4)
+        assert float(row[-1]) == pytest.approx(float((M - P @ Q.mT).square().sum()), rel=1e-3, abs=1e-6)
+        assert row[:-1].tolist() == sorted(row[:-1].tolist(), reverse=True)
+
+
 def test_factors_take_vectors_and_convolutions() -> None:
     g = torch.Generator().manual_seed(3)
     tensors = [torch.randn(5, generator=g), torch.randn(4, 3, 3, 3, generator=g)]
@@ -133,3 +164,30 @@ def test_sketch_is_linear_and_unbiased() -> None:
     spread = float(((a @ a) * (b @ b) + (a @ b) ** 2).sqrt()) / 100**0.5
     assert float(estimates.mean()) == pytest.approx(exact, abs=4 * spread / 400**0.5)
     assert float(estimates.std()) == pytest.approx(spread, rel=0.25)
+
+
+def test_small_tensors_are_sketched_whole() -> None:
+    g = torch.Generator().manual_seed(6)
+    tensors = [torch.randn(30, 20, generator=g), torch.randn(7, generator=g), torch.randn((), generator=g)]
+    sketch = CountSketch([t.shape for t in tensors], 50)
+    found = sketch([t.reshape(-1) for t in tensors])
+    torch.testing.assert_close(found.double(), sketch_tensors(tensors, 50), rtol=1e-4, atol=1e-4)
+
+
+def test_a_sample_estimates_inner_products() -> None:
+    """From 1/16 of the numbers; a matrix whose columns differ needs strides that visit all of them."""
+    g = torch.Generator().manual_seed(7)
+    shapes = [(64, 256), (256, 64), (300,)]
+    columns = [torch.randn(s[-1], generator=g) for s in shapes]
+    a = [torch.randn(s, generator=g) * c for s, c in zip(shapes, columns, strict=True)]
+    b = [0.8 * t + 0.6 * torch.randn(t.shape, generator=g) * c for t, c in zip(a, columns, strict=True)]
+    exact = sum(float((u * v).sum()) for u, v in zip(a, b, strict=True))
+    size = sum(float(u.square().sum()) for u in a)
+    estimates = []
+    for seed in range(60):
+        sketch = CountSketch(shapes, 100, max_numbers=2048, seed=seed)
+        assert sketch.memory_bytes() < 2048 * 16 * 1.1
+        estimates.append(float(sketch([t.reshape(-1) for t in a]) @ sketch([t.reshape(-1) for t in b])))
+    spread = torch.tensor(estimates).std()
+    assert float(torch.tensor(estimates).mean()) == pytest.approx(exact, abs=4 * float(spread) / 60**0.5)
+    assert float(spread) < 0.3 * size

@@ -4,7 +4,7 @@ Only the small matrices of a :class:`~.records.Window` are touched, never a weig
 not depend on the model.  Every number goes through symlog (DreamerV3, arXiv 2301.04104, eq. 1):
 norms span decades, and a single one must not drown the others.
 
-Letters: ``G`` parameter groups, ``K`` basis columns, ``F`` encoded features, ``S`` sketch size.
+Letters: ``G`` parameter groups, ``K`` basis columns, ``F`` encoded features, ``S`` sketch size, ``X`` extras.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ def symexp(x: Tensor) -> Tensor:
     return x.sign() * x.abs().expm1()
 
 
-def encoding_size(num_groups: int, sketch_size: int = 0) -> int:
-    """F for G groups and a count sketch of S numbers."""
-    return NUM_LOSS_FEATURES + 2 * NUM_RUN_FEATURES + NUM_GROUP_FEATURES * num_groups + sketch_size
+def encoding_size(num_groups: int, sketch_size: int = 0, num_extras: int = 0) -> int:
+    """F for G groups, a count sketch of S numbers and X more numbers."""
+    return NUM_LOSS_FEATURES + 2 * NUM_RUN_FEATURES + NUM_GROUP_FEATURES * num_groups + num_extras + sketch_size
 
 
 def encode(
     window: Window, spec: BasisSpec, previous: Sequence[Tensor] = (), *,
-    sketch: Tensor | None = None, sketch_size: int = 0,
+    sketch: Tensor | None = None, sketch_size: int = 0, extras: Tensor | None = None, num_extras: int = 0,
 ) -> Tensor:  # fmt: skip
     """Encode one window.
 
@@ -57,10 +57,12 @@ def encode(
         sketch: (S,) count sketch of the newest displacement (:func:`.streaming.sketch_tensors`); only
             its direction is used.  None leaves the slot zero.
         sketch_size: S, fixed for a run.
+        extras: (X,) more numbers, of Kronecker or low-rank factors say.  None leaves their slot zero.
+        num_extras: X, fixed for a run.
 
     Returns:
         (F,) float32, in order: 32 loss features, 10 numbers of the run, their change since the
-        previous window, 10 numbers per group, the sketch.
+        previous window, 10 numbers per group, the extras, the sketch.
     """
     run = symlog(_run_features(window))
     start = NUM_LOSS_FEATURES
@@ -75,6 +77,7 @@ def encode(
         run,
         run - before,
         symlog(_group_features(window, spec)).reshape(-1),
+        torch.zeros(num_extras, dtype=torch.float64) if extras is None else symlog(extras),
         slot,
     )
     return torch.cat(parts).float()
@@ -156,19 +159,22 @@ def _group_features(window: Window, spec: BasisSpec) -> Tensor:
 class Encoder:
     """:func:`encode` with its memory: the previous encoding and running moments to standardise with."""
 
-    def __init__(self, num_groups: int, spec: BasisSpec, sketch_size: int = 0) -> None:
-        """Args: num_groups: G.  spec: columns of the basis.  sketch_size: S, 0 for none."""
-        self.spec, self.sketch_size = spec, sketch_size
-        self.num_features = encoding_size(num_groups, sketch_size)
+    def __init__(self, num_groups: int, spec: BasisSpec, sketch_size: int = 0, num_extras: int = 0) -> None:
+        """Args: num_groups: G.  spec: columns of the basis.  sketch_size: S, 0 for none.  num_extras: X."""
+        self.spec, self.sketch_size, self.num_extras = spec, sketch_size, num_extras
+        self.num_features = encoding_size(num_groups, sketch_size, num_extras)
         self._previous: Tensor | None = None
         self._count = 0
         self._mean = torch.zeros(self.num_features, dtype=torch.float64)
         self._m2 = torch.zeros(self.num_features, dtype=torch.float64)
 
-    def observe(self, window: Window, sketch: Tensor | None = None) -> Tensor:
+    def observe(self, window: Window, sketch: Tensor | None = None, extras: Tensor | None = None) -> Tensor:
         """(F,) encoding of the next window; its moments are updated (Welford)."""
         previous = () if self._previous is None else (self._previous,)
-        encoding = encode(window, self.spec, previous, sketch=sketch, sketch_size=self.sketch_size)
+        encoding = encode(
+            window, self.spec, previous,
+            sketch=sketch, sketch_size=self.sketch_size, extras=extras, num_extras=self.num_extras,
+        )  # fmt: skip
         self._previous = encoding
         self._count += 1
         delta = encoding.double() - self._mean

@@ -86,8 +86,10 @@ class HealthReport:
         return tuple(layer for layer in self.layers if layer.zone in (Zone.CRITICAL, Zone.NOT_FINITE))
 
     def as_dict(self) -> dict[str, Any]:
-        """For a JSON file."""
-        return {**asdict(self), "ok": self.ok}
+        """Plain containers and values, for a JSON file or a checkpoint."""
+        layers = [{**asdict(layer), "zone": layer.zone.value} for layer in self.layers]
+        checks = [asdict(check) for check in self.checks]
+        return {**asdict(self), "zone": self.zone.value, "layers": layers, "checks": checks, "ok": self.ok}
 
 
 # ---- measuring ----------------------------------------------------------------------------------

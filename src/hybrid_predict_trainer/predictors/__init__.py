@@ -19,6 +19,7 @@ from .heuristic import Heuristic as Heuristic
 from .hold import Hold as Hold
 from .linear import Linear as Linear
 from .mlp import Mlp as Mlp
+from .pacing import Paced as Paced
 from .rssm import Rssm as Rssm
 from .secant import Secant as Secant
 
@@ -32,8 +33,12 @@ PREDICTORS: dict[str, Callable[[HybridTrainerConfig, int], Predictor]] = {
     "linear": lambda config, num_groups: Linear(config.predictor.linear, num_groups),
     "secant": lambda config, num_groups: Secant(config.predictor.secant),
     "dmd": lambda config, num_groups: Dmd(config.predictor.dmd),
-    "mlp": lambda config, num_groups: Mlp(config.predictor.mlp, num_groups, config.seed),
-    "rssm": lambda config, num_groups: Rssm(config.predictor.rssm, num_groups, config.seed),
+    "mlp": lambda config, num_groups: Mlp(
+        config.predictor.mlp, num_groups, config.seed, config.predictor.update_budget
+    ),
+    "rssm": lambda config, num_groups: Rssm(
+        config.predictor.rssm, num_groups, config.seed, config.predictor.update_budget
+    ),
 }
 
 

@@ -1,4 +1,4 @@
-"""What the learned predictors share: targets, a closed-form base, a replay, and how answers become a prediction.
+"""What the learned predictors share: targets, a closed-form base and a replay.
 
 What a network learns is only the residual of a closed-form base: per window ahead a ridge on all
 columns whose prior is ``hold``.  Base and correction are each trusted as far as past ones explained
@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ..encoder import Encoder
-from ..records import BasisSpec, PhasePrediction, State, Window, zeros_like_coefficients
-from ._common import TRAJECTORY_POINTS, window_from_state, window_state
-from ._frame import MAX_AHEAD, Frame, drift_rates, known_targets, step_weights
+from ..records import BasisSpec, State, Window
+from ._common import window_from_state, window_state
+from ._frame import MAX_AHEAD, Frame, drift_rates, known_targets
 
 #: Targets beyond this multiple of the last displacement are outliers (a step on a spike).
 MAX_TARGET = 3.0
@@ -32,6 +32,8 @@ TRUST_FORGETTING = 0.9
 BASE_L2 = 1e-3
 #: Weight of the all-groups base against one group's own data.
 SHRINKAGE = 0.5
+#: Squared relative miss below which a prediction counts as exact; arbitrary, a tenth of a percent.
+MIN_MISS = 1e-6
 #: Numbers of the planned learning rate given to a transition model as its action.
 NUM_ACTIONS = 2
 
@@ -80,6 +82,7 @@ class Experience:
         self.encodings = torch.zeros(capacity, F)
         self.actions = torch.zeros(capacity, NUM_ACTIONS)
         self.residuals = torch.zeros(capacity, J, G, K)  # what the base left, per unit of planned drift
+        self.beyond = torch.zeros(capacity, J, G)  # squared length outside the frame, per unit of planned drift
         self.shares = torch.zeros(capacity, J, G)  # of each group in the squared displacement; 0: not known
         self.changes = torch.full((capacity, J), math.nan)  # of the log loss, in total
         self.base = torch.zeros(J, G, K, dtype=torch.float64)  # of the last window, like Pending.base
@@ -88,6 +91,8 @@ class Experience:
         self.change_base = torch.zeros(J, dtype=torch.float64)
         self.change_scale = torch.zeros(J, dtype=torch.float64)  # mean square
         self._change_weight = torch.zeros(J, dtype=torch.float64)
+        self.miss_base = torch.ones(J, G, dtype=torch.float64)  # forgotten mean of the base's squared misses
+        self._miss_weight = torch.zeros(J, dtype=torch.float64)
         self.window: Window | None = None
         self.frame: Frame | None = None
         self.rates = torch.ones(J, dtype=torch.float64)
@@ -135,7 +140,7 @@ class Experience:
         self.rates = drift_rates(self._lr_before, window)
         # what drives the step to the next window, as far as it is planned
         self.actions[slot] = torch.stack([self.rates[0].log1p(), self.rates[1].log1p()]).float()
-        self.residuals[slot], self.shares[slot], self.changes[slot] = 0.0, 0.0, math.nan
+        self.residuals[slot], self.beyond[slot], self.shares[slot], self.changes[slot] = 0.0, 0.0, 0.0, math.nan
         self.count += 1
         self._lr_before = window.lr_integral
         self.window = window
@@ -197,6 +202,12 @@ class Experience:
         self._score(past, ahead, target * rate, total)
         residual = (target - past.base[ahead]).clamp(-MAX_TARGET, MAX_TARGET)
         self.residuals[past.slot, ahead] = residual.float()
+        whole = squared / (past.frame.length.clamp(min=1e-150) * rate).square()
+        beyond = (whole - target.square().sum(dim=1)).clamp(0.0, MAX_TARGET**2)
+        self.beyond[past.slot, ahead] = beyond.float()
+        self._miss_weight[ahead] = FORGETTING * self._miss_weight[ahead] + 1
+        missed = (residual.square().sum(dim=1) + beyond).clamp(min=MIN_MISS)
+        self.miss_base[ahead] += (missed - self.miss_base[ahead]) / self._miss_weight[ahead]
         self.shares[past.slot, ahead] = (squared / total * (past.frame.length > 0)).float()
         known = self.known[ahead].double()
         # every window counts the same
@@ -248,16 +259,17 @@ class Experience:
 
     def memory_bytes(self) -> int:
         """Bytes of the replay and the statistics."""
-        tensors = (self.encodings, self.actions, self.residuals, self.shares, self.changes, self.base, self._A, self._b)
+        rows: list[Tensor] = [getattr(self, name) for name in self._ROWS]
+        tensors = (*rows, self.base, self._A, self._b)
         return sum(t.numel() * t.element_size() for t in tensors) + self.encoder.memory_bytes()
 
     # ---- state ---------------------------------------------------------------------------------
 
     _TENSORS = (
-        "base", "_A", "_b", "change_base", "change_scale", "_change_weight", "rates",
+        "base", "_A", "_b", "change_base", "change_scale", "_change_weight", "miss_base", "_miss_weight", "rates",
         "_left", "_gained", "_agreed", "_based",
     )  # fmt: skip
-    _ROWS = ("encodings", "actions", "residuals", "shares", "changes")
+    _ROWS = ("encodings", "actions", "residuals", "beyond", "shares", "changes")
     _NUMBERS = (
         "count", "_lr_before", "error", "base_error", "loss_error", "_num_errors", "_num_changes",
     )  # fmt: skip
@@ -313,74 +325,6 @@ def _scale(A: Tensor) -> Tensor:
     """(..., K, K) -> (..., K) inverse roots of the diagonal, 0 where it is 0."""
     diagonal = A.diagonal(dim1=-2, dim2=-1)
     return torch.where(diagonal > 0, diagonal.clamp(min=1e-300).rsqrt(), torch.zeros_like(diagonal))
-
-
-@dataclass(frozen=True, slots=True)
-class Answers:
-    """What M members and samples said of the J windows ahead."""
-
-    corrections: Tensor  # (M, J, G, K) to the base, in the frame, per unit of planned drift
-    changes: Tensor  # (M, J) of the log loss since the last window, in total
-    members: Tensor  # (M,) which member each row is from
-    survival: float = 1.0  # probability that the loss stays finite and below twice its value
-
-
-def phase_prediction(experience: Experience, answers: Answers, horizon: int) -> PhasePrediction:
-    """Turn answers per window ahead into one prediction over Y steps.
-
-    Epistemic: spread of the members' means; aleatoric: mean spread within a member, with what the
-    past one-window predictions missed; both relative to the predicted displacement.
-    """
-    window, frame = experience.window, experience.frame
-    assert window is not None, "predict() before ready"
-    m = horizon / window.num_steps
-    trust = experience.trust[:, None, None]
-    u = experience.base + trust * answers.corrections.double() * experience.known[:, None, :]
-    totals = torch.einsum("j,mjgk->mgk", step_weights(m) * experience.rates, u)
-    coefficients = zeros_like_coefficients(window.products.num_groups, experience.spec.num_columns)
-    epistemic = aleatoric = 0.0
-    if frame is not None:
-        mean = totals.mean(dim=0)
-        coefficients = frame.coefficients(mean)
-        area = frame.length.square()[:, None]
-        size = max(float((area * mean.square()).sum()), 1e-300)
-        ids = answers.members.unique()
-        centres = torch.stack([totals[answers.members == i].mean(dim=0) for i in ids])
-        epistemic = math.sqrt(float((area * (centres - mean).square()).sum(dim=(1, 2)).mean()) / size)
-        own = torch.stack([centres[int((ids == i).nonzero())] for i in answers.members])
-        aleatoric = math.sqrt(float((area * (totals - own).square()).sum(dim=(1, 2)).mean()) / size)
-    trajectory = _trajectory(experience, answers, horizon)
-    spread = float(_at(answers.changes, m).std(correction=0)) if len(answers.changes) > 1 else 0.0
-    half = 1.96 * math.sqrt(spread**2 + experience.loss_error * max(m, 1e-3))
-    ends = [changed_loss(window.loss, float(_at(answers.changes, m).mean()) + sign * half) for sign in (-1, 1)]
-    predicted = trajectory[-1][1]
-    confidence = experience.explained * answers.survival / (1 + min(epistemic, 1e6))
-    return PhasePrediction(
-        coefficients=torch.nan_to_num(coefficients),
-        horizon=horizon,
-        predicted_loss=predicted,
-        loss_trajectory=trajectory,
-        loss_interval=(min(ends), max(ends)),
-        confidence=min(max(confidence, 0.0), 1.0),
-        predicted_reduction=max(window.loss - predicted, 0.0) if math.isfinite(window.loss) else 0.0,
-        epistemic=epistemic,
-        aleatoric=aleatoric,
-    )
-
-
-def _at(changes: Tensor, m: float) -> Tensor:
-    """(M, J) changes after 1 ... J windows -> (M,) after m, linear between and beyond."""
-    points = torch.cat([torch.zeros_like(changes[:, :1]), changes], dim=1)
-    low = min(int(m), MAX_AHEAD - 1)
-    return points[:, low] + (m - low) * (points[:, low + 1] - points[:, low])
-
-
-def _trajectory(experience: Experience, answers: Answers, horizon: int) -> tuple[tuple[int, float], ...]:
-    window = experience.window
-    assert window is not None
-    steps = sorted({max(1, round(f * horizon)) for f in TRAJECTORY_POINTS})
-    means = [float(_at(answers.changes, step / window.num_steps).mean()) for step in steps]
-    return tuple((step, changed_loss(window.loss, mean)) for step, mean in zip(steps, means, strict=True))
 
 
 def initialised(generator: torch.Generator, module: nn.Module) -> None:

@@ -19,6 +19,10 @@ whose Gram matrix is a sum of shifted blocks of the one we have.  And each displ
 divided by the learning rates that made it: a schedule changes the size of the displacements more
 than the dynamics behind them.
 
+The loss is forecast in the same way from its own past: a loss that is a quadratic form of linear dynamics
+is a sum of exponentials, so the changes of the log loss, per learning rate, follow a linear recurrence
+(Prony's method), fitted by ridge and summed over the horizon like the displacements.
+
 Letters: ``K`` displacement columns, ``R`` directions kept, ``G`` groups (one operator for all).
 """
 
@@ -32,7 +36,8 @@ from torch import Tensor
 
 from ..config import DmdConfig
 from ..records import BasisSpec, Hindsight, PhasePrediction, State, Window, zeros_like_coefficients
-from ._common import linear_loss_trajectory, window_from_state, window_state
+from ._common import TRAJECTORY_POINTS, linear_loss_trajectory, window_from_state, window_state
+from ._learned import changed_loss, log_change
 from .secant import orthonormaliser
 
 #: Weight of an older hindsight one window later in the measured shrinkage.
@@ -40,6 +45,9 @@ FORGETTING = 0.95
 #: Longest displacement per window, in median lengths of the columns: across a spike of the loss the fit
 #: is of two different systems, and one such prediction was 400 times too long.
 MAX_LENGTH = 2.0
+#: Order of the recurrence of the loss, changes kept to fit it, and strength of its ridge relative to the mean
+#: diagonal: the least error over all cases of ``hpt bench predictors`` among orders 1 to 4, 12 to 24 changes.
+LOSS_ORDER, NUM_CHANGES, LOSS_L2 = 4, 24, 1e-3
 #: Beyond this condition number of the eigenvectors powers are taken by multiplication instead.
 MAX_CONDITION = 1e8
 
@@ -107,6 +115,80 @@ def _shortened(c: Tensor, gram: Tensor, limit: float) -> Tensor:
     return c * (allowed / length) if length > allowed else c
 
 
+def recurrence(changes: Tensor) -> Tensor:
+    """Companion matrix (R, R) of d_{i+1} = sum_r a_r d_{i-r} fitted to a series (n,), oldest first, R <= LOSS_ORDER."""
+    R = min(LOSS_ORDER, (len(changes) - 1) // 2)
+    past = changes[:-1].unfold(0, R, 1).flip(1)  # (n - R, R) newest first
+    A, b = past.T @ past, past.T @ changes[R:]
+    ridge = LOSS_L2 * float(A.diagonal().mean()) + 1e-300
+    companion = torch.diag(torch.ones(R - 1, dtype=torch.float64), -1)
+    companion[0] = torch.linalg.solve(A + ridge * torch.eye(R, dtype=torch.float64), b)
+    return companion
+
+
+class LossRecurrence:
+    """Changes of the log loss per learning rate, and how well they were forecast."""
+
+    def __init__(self) -> None:
+        """Nothing is known yet."""
+        self._changes: deque[float] = deque(maxlen=NUM_CHANGES)  # oldest first
+        self._fit: tuple[Tensor, Tensor] | None = None  # companion matrix and next state, made when first asked for
+        self._expected = math.nan  # next change of the log loss
+        self._squared, self._count = 0.0, 0
+
+    def observe(self, before: Window, after: Window, drift: float) -> None:
+        """Score the forecast, add a change; one across a jump says nothing of the dynamics."""
+        change = log_change(before.loss, after.loss)
+        if after.jumped or not math.isfinite(change):
+            return
+        if math.isfinite(self._expected):
+            self._count += 1
+            self._squared += ((change - self._expected) ** 2 - self._squared) / min(self._count, 20)
+        self._changes.append(change / drift if drift > 0 and math.isfinite(drift) else change)
+        self._fit = None
+
+    def note(self, expected: float | None) -> None:
+        """Remember what is forecast for the next window, None for nothing."""
+        self._expected = math.nan if expected is None else expected
+
+    def change(self, num_windows: float, first: float, planned: float) -> float | None:
+        """Expected change of the log loss over m windows, None until four changes are known.
+
+        Args:
+            num_windows: m.
+            first: Sum of the learning rate that makes the next change.
+            planned: The same of every later one.
+        """
+        if len(self._changes) < 4:
+            return None
+        if self._fit is None:
+            changes = torch.tensor(list(self._changes), dtype=torch.float64)
+            companion = recurrence(changes)
+            self._fit = companion, companion @ changes.flip(0)[: len(companion)]
+        total = planned * float(power_sum(*self._fit, num_windows)[0])
+        if first != planned:
+            total += (first - planned) * float(power_sum(*self._fit, min(num_windows, 1.0))[0])
+        return total if math.isfinite(total) else None
+
+    @property
+    def spread(self) -> float:
+        """Root mean square of past errors one window ahead, in log loss."""
+        return math.sqrt(self._squared)
+
+    def state_dict(self) -> State:
+        """Everything learnt."""
+        return {
+            "changes": list(self._changes), "squared": self._squared, "count": self._count,
+            "expected": None if math.isnan(self._expected) else self._expected,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: State) -> None:
+        """Inverse of :meth:`state_dict`."""
+        self._changes, self._fit = deque(state["changes"], maxlen=NUM_CHANGES), None
+        self._squared, self._count = state["squared"], state["count"]
+        self.note(state["expected"])
+
+
 class Dmd:
     """One operator over all groups, their products summed."""
 
@@ -118,6 +200,7 @@ class Dmd:
         self.spec = BasisSpec(num_displacements=config.num_displacements)
         self._window: Window | None = None
         self._drifts: deque[float] = deque(maxlen=config.num_displacements + 1)  # lr sums, newest last
+        self._loss = LossRecurrence()
         self._one_step: Tensor | None = None  # (G, K) what the last window was predicted to bring
         self._cross = self._fitted = self._total = 0.0  # forgotten sums of p.T, p.p, T.T over hindsights
         self._count = 0
@@ -134,7 +217,10 @@ class Dmd:
         before = self._window.lr_integral if self._window is not None else window.lr_integral
         # a displacement joins the means of two windows, half of each one's steps
         self._drifts.append(0.5 * (before + window.lr_integral))
+        if self._window is not None:
+            self._loss.observe(self._window, window, self._drifts[-1])
         self._window = window
+        self._loss.note(self._loss_change(1.0))
         self._one_step = self._coefficients(1.0)[0] if self.ready else None
 
     def _score(self, coefficients: Tensor, hindsight: Hindsight) -> None:
@@ -181,8 +267,7 @@ class Dmd:
             return coefficients, 1.0
         T, operator, start, residual = snapshot_operator(BB, self.config.rank_tolerance)
         if T.shape[1]:
-            planned = window.lr_ahead if window.lr_integral > 0 and window.lr_ahead >= 0 else float(drift[0])
-            first = 0.5 * (window.lr_integral + planned) if window.lr_integral > 0 else planned
+            first, planned = self._planned(float(drift[0]))
             later = planned * power_sum(operator, start, num_windows)
             sooner = (first - planned) * power_sum(operator, start, min(num_windows, 1.0))
             c = T @ (later + sooner)
@@ -191,22 +276,46 @@ class Dmd:
                 coefficients[:, : n - 1] = _shortened(c, gram[: n - 1, : n - 1], limit) / drift[: n - 1]
         return coefficients, residual
 
+    def _planned(self, otherwise: float) -> tuple[float, float]:
+        """Sums of the learning rate that make the next displacement, half of it past, and every later one."""
+        window = self._window
+        assert window is not None
+        if not window.lr_integral > 0:
+            return otherwise, otherwise
+        planned = window.lr_ahead if window.lr_ahead >= 0 else otherwise
+        return 0.5 * (window.lr_integral + planned), planned
+
+    def _loss_change(self, num_windows: float) -> float | None:
+        """Expected change of the log loss over m windows."""
+        drift = self._drifts[-1]
+        return self._loss.change(num_windows, *self._planned(drift if drift > 0 else 1.0))
+
+    def _loss_trajectory(self, horizon: int) -> tuple[tuple[int, float], ...]:
+        """Loss at a few points of the horizon; along its slope until its recurrence is known."""
+        window = self._window
+        assert window is not None
+        steps = sorted({max(1, round(f * horizon)) for f in TRAJECTORY_POINTS})
+        changes = [self._loss_change(step / window.num_steps) for step in steps]
+        known = [(step, changed_loss(window.loss, c)) for step, c in zip(steps, changes, strict=True) if c is not None]
+        return tuple(known) if known else linear_loss_trajectory(window.loss, window.loss_slope, horizon)
+
     def predict(self, horizon: int) -> PhasePrediction:
         """Coefficients for Y steps, from powers of the fitted operator."""
         window = self._window
         assert window is not None, "predict() before ready"
         coefficients, residual = self._coefficients(horizon / window.num_steps)
-        trajectory = linear_loss_trajectory(window.loss, window.loss_slope, horizon)
-        drop = max(window.loss - trajectory[-1][1], 0.0) if math.isfinite(window.loss) else 0.0
-        half = math.sqrt(residual) * max(drop, abs(window.loss_slope) * horizon)
+        trajectory = self._loss_trajectory(horizon)
+        predicted = trajectory[-1][1]
+        half = 1.96 * self._loss.spread * math.sqrt(horizon / window.num_steps)
+        ends = [changed_loss(predicted, sign * half) for sign in (-1, 1)]
         return PhasePrediction(
             coefficients=coefficients * self.shrinkage,
             horizon=horizon,
-            predicted_loss=trajectory[-1][1],
+            predicted_loss=predicted,
             loss_trajectory=trajectory,
-            loss_interval=(trajectory[-1][1] - half, trajectory[-1][1] + half),
+            loss_interval=(min(ends), max(ends)),
             confidence=self.explained,
-            predicted_reduction=drop,
+            predicted_reduction=max(window.loss - predicted, 0.0) if math.isfinite(window.loss) else 0.0,
             epistemic=residual,
         )
 
@@ -219,7 +328,7 @@ class Dmd:
         return {
             "window": window_state(self._window), "drifts": list(self._drifts),
             "one_step": self._one_step, "count": self._count,
-            "cross": self._cross, "fitted": self._fitted, "total": self._total,
+            "cross": self._cross, "fitted": self._fitted, "total": self._total, "loss": self._loss.state_dict(),
         }  # fmt: skip
 
     def load_state_dict(self, state: State) -> None:
@@ -229,3 +338,4 @@ class Dmd:
         self._one_step = None if state["one_step"] is None else state["one_step"].clone()
         self._count, self._cross = state["count"], state["cross"]
         self._fitted, self._total = state["fitted"], state["total"]
+        self._loss.load_state_dict(state["loss"])

@@ -1,13 +1,17 @@
 """``mlp``: a small network on the encoded state, trained online from a replay of all windows.
 
 [256, 128] GELU units with dropout, conditioned on the log of how many windows ahead is asked for;
-two heads: a bounded correction to the coefficients of every group, and the change of the log loss.
-The heads start at zero: an untrained network is the closed-form base of ``_learned``.
+three heads: a bounded correction to the coefficients of every group, the change of the log loss, and
+how far the displacement is expected to miss that.  They start at zero: an untrained network is the
+closed-form base of ``_learned``.  It trains at every k-th window (see ``pacing``), and its dropout
+masks are drawn once per window: a prediction for any horizon is read off the same answers.
 
     u[j] = (base[j] + trust * 2 tanh(net(e, log j))) * planned drift
 
 Letters: ``G`` groups, ``K`` columns, ``J`` windows ahead, ``F`` encoded features,
 ``B`` rows of a minibatch, ``M`` dropout samples.
+
+Epistemic: spread between dropout masks; aleatoric: the miss it expects.
 """
 
 from __future__ import annotations
@@ -20,26 +24,31 @@ from torch.nn import functional
 
 from ..config import MlpConfig
 from ..records import BasisSpec, PhasePrediction, State, Window
+from ._answers import Answers, miss_loss, phase_prediction
 from ._frame import MAX_AHEAD
-from ._learned import NUM_ACTIONS, Answers, Experience, initialised, phase_prediction
+from ._learned import NUM_ACTIONS, Experience, initialised
+from .pacing import Pace
 
 #: Largest correction of one coefficient, in lengths of the last displacement; arbitrary.
 MAX_CORRECTION = 2.0
 
 
 class Network(nn.Module):
-    """Trunk and two heads."""
+    """Trunk and three heads."""
 
-    def __init__(self, num_inputs: int, hidden: tuple[int, ...], num_coefficients: int) -> None:
-        """Args: num_inputs: encoding, action and log j.  hidden: widths.  num_coefficients: G * K."""
+    def __init__(self, num_inputs: int, hidden: tuple[int, ...], shape: tuple[int, int]) -> None:
+        """Args: num_inputs: encoding, action and log j.  hidden: widths.  shape: (G, K)."""
         super().__init__()
         sizes = (num_inputs, *hidden)
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
-        self.coefficients = nn.Linear(hidden[-1], num_coefficients)
+        self.shape = shape
+        self.coefficients = nn.Linear(hidden[-1], shape[0] * shape[1])
         self.change = nn.Linear(hidden[-1], 1)
+        self.miss = nn.Linear(hidden[-1], shape[0])
 
-    def forward(self, x: Tensor, dropout: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """(B, inputs) -> correction (B, G * K), standardised change of the log loss (B,).
+    def forward(self, x: Tensor, dropout: float, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, inputs) -> correction (B, G, K), standardised change of the log loss (B,), log of the miss
+        over the base's (B, G).
 
         Dropout is drawn from our own generator: ``nn.Dropout`` would draw from the user's.
         """
@@ -48,7 +57,8 @@ class Network(nn.Module):
             if dropout > 0:
                 keep = torch.rand(x.shape, generator=generator) >= dropout
                 x = x * keep / (1 - dropout)
-        return MAX_CORRECTION * torch.tanh(self.coefficients(x)), self.change(x)[:, 0]
+        correction = MAX_CORRECTION * torch.tanh(self.coefficients(x)).view(-1, *self.shape)
+        return correction, self.change(x)[:, 0], self.miss(x.detach())  # the miss must not shape what is said
 
 
 class Mlp:
@@ -56,23 +66,31 @@ class Mlp:
 
     name = "mlp"
 
-    def __init__(self, config: MlpConfig, num_groups: int, seed: int = 0) -> None:
-        """Args: config: widths, dropout, training.  num_groups: G.  seed: of all randomness."""
+    def __init__(self, config: MlpConfig, num_groups: int, seed: int = 0, update_budget: float = 0.0) -> None:
+        """Bind sizes; no weight is drawn from the global random state.
+
+        Args:
+            config: Widths, dropout, training.
+            num_groups: G.
+            seed: Of all randomness.
+            update_budget: Share of the real steps' time that training may take, 0 for no bound.
+        """
         self.config = config
         self.spec = BasisSpec(num_displacements=config.num_displacements, lag=True, optimizer=True)
         self.experience = Experience(num_groups, self.spec, config.replay_windows)
-        self._shape = (num_groups, self.spec.num_columns)
         self._generator = torch.Generator().manual_seed(seed)
         num_inputs = self.experience.encoder.num_features + NUM_ACTIONS + 1
         with torch.device("meta"):  # no weight is drawn from the global generator
-            self.network = Network(num_inputs, config.hidden, num_groups * self.spec.num_columns)
+            self.network = Network(num_inputs, config.hidden, (num_groups, self.spec.num_columns))
         self.network.to_empty(device="cpu")
         initialised(self._generator, self.network)
-        for head in (self.network.coefficients, self.network.change):
+        for head in (self.network.coefficients, self.network.change, self.network.miss):
             nn.init.zeros_(head.weight)  # untrained: the base
         self._optimizer = torch.optim.AdamW(
-            self.network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+            self.network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
+        self.schedule = Pace(update_budget)
+        self._answers: Answers | None = None  # of the last window
 
     @property
     def ready(self) -> bool:
@@ -81,15 +99,27 @@ class Mlp:
             self.experience.window.num_columns > 0
         )  # fmt: skip
 
+    @property
+    def update_every(self) -> int:
+        """Windows between two updates."""
+        return self.schedule.update_every
+
+    def pace(self, window_seconds: float) -> None:
+        """Hear how long the real steps of the window about to be observed took."""
+        self.schedule.note_window(window_seconds)
+
     def observe(self, window: Window) -> None:
-        """Add the window to the replay, train a few steps, note what is expected next."""
-        self.experience.observe(window)
-        if self.experience.num_targets >= 4:
-            for _ in range(self.config.updates_per_window):
-                self._update()
+        """Add the window to the replay, train a few steps if it is time, note what is expected next."""
+        e = self.experience
+        e.observe(window)
+        if e.num_targets >= 4 and self.schedule.due(e.count - 1):
+            with self.schedule.measured():
+                for _ in range(self.config.updates_per_window):
+                    self._update()
+        self._answers = None
         if self.ready:
-            answers = self._answers(num_samples=0)
-            self.experience.expect(answers.corrections[0], float(answers.changes[0, 0]))
+            self._answers = self._ask()
+            e.expect(self._answers.corrections.mean(dim=0), float(self._answers.changes[:, 0].mean()))
 
     # ---- training --------------------------------------------------------------------------------
 
@@ -100,11 +130,13 @@ class Mlp:
         pick = known[torch.randint(len(known), (config.batch_size,), generator=self._generator)]
         rows, ahead = pick[:, 0], pick[:, 1]
         x = self._inputs(rows, ahead)
-        correction, change = self.network(x, config.dropout, self._generator)
+        correction, change, log_ratio = self.network(x, config.dropout, self._generator)
         target = e.residuals[rows, ahead]  # (B, G, K)
         weight = e.shares[rows, ahead][:, :, None] * e.known[ahead][:, None, :]
-        error = functional.huber_loss(correction.view(-1, *self._shape), target, reduction="none")
-        loss = (weight * error).sum() / len(pick)
+        error = functional.huber_loss(correction, target, reduction="none")
+        missed = (target - correction.detach()).square()
+        miss = miss_loss(log_ratio, missed, e.beyond[rows, ahead], weight, e.miss_base.float()[ahead])
+        loss = ((weight * error).sum() + 0.1 * miss) / len(pick)
         wanted = (e.changes[rows, ahead] - e.change_base.float()[ahead]) / e.change_std.float()[ahead]
         seen = torch.isfinite(wanted)
         if bool(seen.any()):
@@ -122,20 +154,23 @@ class Mlp:
     # ---- prediction --------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _answers(self, num_samples: int) -> Answers:
-        """Without dropout for 0 samples, else M = num_samples draws of the dropout mask."""
-        e, M, J = self.experience, max(num_samples, 1), MAX_AHEAD
+    def _ask(self) -> Answers:
+        """M draws of the dropout mask for the last window, each for J windows ahead."""
+        e, M, J = self.experience, self.config.num_samples, MAX_AHEAD
         row = torch.full((M * J,), (e.count - 1) % e.capacity)
         ahead = torch.arange(J).repeat(M)
-        dropout = self.config.dropout if num_samples else 0.0
-        correction, change = self.network(self._inputs(row, ahead), dropout, self._generator)
-        corrections = correction.view(M, J, *self._shape).double() * e.known[None, :, None, :]
-        changes = e.change_base + change.view(M, J).double() * e.change_std
-        return Answers(corrections=corrections, changes=changes, members=torch.arange(M))
+        correction, change, log_ratio = self.network(self._inputs(row, ahead), self.config.dropout, self._generator)
+        return Answers(
+            corrections=correction.view(M, J, *self.network.shape).double() * e.known[None, :, None, :],
+            changes=e.change_base + change.view(M, J).double() * e.change_std,
+            misses=e.miss_base * log_ratio.view(M, J, -1).double().exp(),
+            members=torch.arange(M),
+        )
 
     def predict(self, horizon: int) -> PhasePrediction:
-        """Coefficients for Y steps; the spread over dropout masks is the epistemic part."""
-        return phase_prediction(self.experience, self._answers(self.config.num_samples), horizon)
+        """Coefficients for Y steps."""
+        assert self._answers is not None, "predict() before ready"
+        return phase_prediction(self.experience, self._answers, horizon)
 
     # ---- cost and state ----------------------------------------------------------------------------
 
@@ -145,10 +180,12 @@ class Mlp:
         return 4 * own + self.experience.memory_bytes()
 
     def state_dict(self) -> State:
-        """Everything learnt, the optimizer's moments and the generator."""
+        """Everything learnt, the optimizer's moments, the generator, the last answers and the pace."""
         return {
             "network": dict(self.network.state_dict()), "optimizer": self._optimizer.state_dict(),
             "generator": self._generator.get_state(), "experience": self.experience.state_dict(),
+            "answers": None if self._answers is None else self._answers.state_dict(),
+            "schedule": self.schedule.state_dict(),
         }  # fmt: skip
 
     def load_state_dict(self, state: State) -> None:
@@ -157,3 +194,5 @@ class Mlp:
         self._optimizer.load_state_dict(state["optimizer"])
         self._generator.set_state(state["generator"])
         self.experience.load_state_dict(state["experience"])
+        self._answers = Answers.from_state(state["answers"])
+        self.schedule.load_state_dict(state["schedule"])

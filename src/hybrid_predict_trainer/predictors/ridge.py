@@ -1,11 +1,19 @@
-"""Closed-form ridge regression that learns online with exponential forgetting."""
+"""Closed-form ridge regression: one system, many at once, online, and with its strength chosen by results.
+
+Letters: ``F`` features, ``O`` outputs, ``S`` ridge strengths, ``C`` candidates.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..records import State
+
+#: Weight of an error one observation later in the choice between candidates.
+CHOICE_FORGETTING = 0.9
 
 
 def solve_ridge(A: Tensor, b: Tensor, l2: float, prior: Tensor | None = None) -> Tensor:
@@ -24,6 +32,25 @@ def solve_ridge(A: Tensor, b: Tensor, l2: float, prior: Tensor | None = None) ->
     strength = l2 * float(A.diagonal().mean()) + 1e-12
     right = b if prior is None else b + strength * prior
     weights: Tensor = torch.linalg.solve(A + strength * torch.eye(size, dtype=A.dtype), right)
+    return weights
+
+
+def solve_ridges(A: Tensor, b: Tensor, l2: float | Tensor, prior: Tensor | None = None) -> Tensor:
+    """:func:`solve_ridge` for many systems at once.
+
+    Args:
+        A: (..., F, F) accumulated Gram matrices.
+        b: (..., F) accumulated products, one target each.
+        l2: Strengths, broadcast over the systems.
+        prior: Like ``b``; zero if None.
+
+    Returns:
+        Weights shaped like ``b``.
+    """
+    strength = l2 * A.diagonal(dim1=-2, dim2=-1).mean(dim=-1) + 1e-12
+    right = b if prior is None else b + strength[..., None] * prior
+    eye = torch.eye(A.shape[-1], dtype=A.dtype)
+    weights: Tensor = torch.linalg.solve(A + strength[..., None, None] * eye, right[..., None])[..., 0]
     return weights
 
 
@@ -76,3 +103,92 @@ class OnlineRidge:
         """Inverse of :meth:`state_dict`."""
         self._A, self._b, self._count = state["A"].clone(), state["b"].clone(), state["count"]
         self._mean, self._m2 = state["mean"].clone(), state["m2"].clone()
+
+
+class SelectedRidge:
+    """Ridge regressions of O targets on F features, each with whichever strength has predicted best of late.
+
+    How strong a ridge has to be differs by orders of magnitude between a smooth curve and noise, and
+    often nothing is there at all.  So S strengths, the forgotten mean of the target and zero are
+    candidates; every one is scored on what it said before the target was known.  Features and targets
+    are centred; the mean is not shrunk.
+    """
+
+    def __init__(self, num_features: int, num_outputs: int, *, strengths: Sequence[float], forgetting: float) -> None:
+        """No data: predicts zeros.
+
+        Args:
+            num_features: F.
+            num_outputs: O; each has its own sums, as its target may come at another time.
+            strengths: S ridge strengths, relative to the mean variance of the features.
+            forgetting: Weight of an observation one observation later.
+        """
+        F = num_features
+        self.forgetting = forgetting
+        self._strengths = torch.tensor(list(strengths), dtype=torch.float64)
+        self._A = torch.zeros(num_outputs, F, F, dtype=torch.float64)
+        self._b = torch.zeros(num_outputs, F, dtype=torch.float64)
+        self._z = torch.zeros(num_outputs, F, dtype=torch.float64)
+        self._y = torch.zeros(num_outputs, dtype=torch.float64)
+        self._weight = torch.zeros(num_outputs, dtype=torch.float64)
+        self._errors = torch.zeros(len(self._strengths) + 2, num_outputs, dtype=torch.float64)  # (C, O) mean absolute
+        self._spread = torch.zeros(num_outputs, dtype=torch.float64)  # mean square of the chosen one's
+
+    def candidates(self, features: Tensor) -> Tensor:
+        """(C, O) what every strength, the mean and zero say of features (F,)."""
+        weight = self._weight.clamp(min=1e-300)
+        mean_z, mean_y = self._z / weight[:, None], self._y / weight
+        covariance = self._A - self._z[:, :, None] * mean_z[:, None, :]
+        right = self._b - self._z * mean_y[:, None]
+        w = solve_ridges(covariance, right.expand(len(self._strengths), -1, -1), self._strengths[:, None])  # (S, O, F)
+        ridges = mean_y + (w * (features.double() - mean_z)).sum(dim=-1)
+        return torch.cat([ridges, mean_y[None], torch.zeros_like(mean_y)[None]])
+
+    def choose(self, candidates: Tensor) -> Tensor:
+        """(O,) of candidates (C, O) those that were best so far."""
+        return candidates.gather(0, self._errors.argmin(dim=0)[None])[0]
+
+    def predict(self, features: Tensor) -> Tensor:
+        """(O,) prediction; zeros before the first observation."""
+        return self.choose(self.candidates(features))
+
+    def observe(self, output: int, features: Tensor, target: float, said: Tensor) -> None:
+        """Learn one pair.
+
+        Args:
+            output: Which target.
+            features: (F,).
+            target: What happened.
+            said: (C,) candidates for this output at these features, from before the target was known.
+        """
+        miss = (said - target).abs()
+        chosen = float(miss[int(self._errors[:, output].argmin())])
+        k, f = CHOICE_FORGETTING, self.forgetting
+        self._spread[output] = k * self._spread[output] + (1 - k) * chosen * chosen
+        self._errors[:, output] = k * self._errors[:, output] + (1 - k) * miss
+        z = features.double()
+        for total, new in (
+            (self._A, torch.outer(z, z)), (self._b, z * target), (self._z, z), (self._y, target), (self._weight, 1.0),
+        ):  # fmt: skip
+            total[output] = f * total[output] + new
+
+    @property
+    def spread(self) -> Tensor:
+        """(O,) root mean square error of late, of what was chosen."""
+        return self._spread.sqrt()
+
+    _TENSORS = ("_A", "_b", "_z", "_y", "_weight", "_errors", "_spread")
+
+    def memory_bytes(self) -> int:
+        """Bytes of all sums."""
+        tensors = [getattr(self, name) for name in self._TENSORS]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def state_dict(self) -> State:
+        """Sums and errors."""
+        return {name.lstrip("_"): getattr(self, name) for name in self._TENSORS}
+
+    def load_state_dict(self, state: State) -> None:
+        """Inverse of :meth:`state_dict`."""
+        for name in self._TENSORS:
+            setattr(self, name, state[name.lstrip("_")].clone())

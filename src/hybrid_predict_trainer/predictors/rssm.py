@@ -1,12 +1,15 @@
 """``rssm``: an ensemble of recurrent state-space models of training, learnt while it runs.
 
 Every member has its own weights, optimizer, random generator and bootstrap mask over the windows.  It
-is trained by truncated backpropagation through sequences of windows, a fixed number of updates per
-window, and predicts by rolling its prior out as many windows as the horizon has, with sampling.  As
-the other learned predictors it corrects the closed-form base of ``_learned``, and is trusted as far
-as its corrections have proved right.
+is trained by truncated backpropagation through sequences of windows, at every k-th window (see
+``pacing``), and predicts by rolling its prior out four windows, with sampling, once per window: a
+prediction for any horizon is read off the same rollouts.  As the other learned predictors it corrects
+the closed-form base of ``_learned``, and is trusted as far as its corrections have proved right.
 
-Epistemic: spread between members; aleatoric: spread between rollouts of one.
+Epistemic: spread between members; aleatoric: spread between rollouts of one, and the miss it expects.
+
+Members are trained one after the other: the time goes into moving weights and their gradients through
+memory, which batching the members does not save (and ``torch.vmap`` has no rule for ``nn.GRUCell``).
 
 Letters: ``E`` members, ``M`` rollouts of all members, ``B`` sequences, ``L`` windows of a sequence,
 ``R`` imagined rollouts in training, ``J`` windows ahead, ``G`` groups, ``K`` columns.
@@ -21,8 +24,10 @@ from torch import Tensor, nn
 
 from ..config import RssmConfig
 from ..records import BasisSpec, PhasePrediction, State, Window
-from ._learned import NUM_ACTIONS, Answers, Experience, phase_prediction
-from .rssm_model import Batch, Latent, RssmModel
+from ._answers import Answers, phase_prediction
+from ._learned import NUM_ACTIONS, Experience
+from .pacing import Pace
+from .rssm_model import Batch, Heads, Latent, RssmModel
 
 #: R: rollouts imagined per update; arbitrary, about what a sequence holds.
 NUM_IMAGINED = 16
@@ -40,10 +45,10 @@ class Member:
         self.config, self.experience = config, experience
         self.generator = torch.Generator().manual_seed(seed)
         self.model = RssmModel(config, experience.encoder.num_features, shape, self.generator)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.learning_rate, eps=1e-8)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.learning_rate, eps=1e-8, fused=True)
         self.mask = torch.zeros(experience.capacity, dtype=torch.bool)  # windows this member learns from
         self.state = self.model.initial(1)
-        self.log_q: Tensor | None = None  # (1, S, C) posterior of the last window
+        self.q: Tensor | None = None  # (1, S, C) posterior of the last window
         self._action = torch.zeros(1, NUM_ACTIONS)
 
     @torch.no_grad()
@@ -52,7 +57,7 @@ class Member:
         e = self.experience
         self.mask[row] = torch.rand((), generator=self.generator) < BOOTSTRAP_SHARE
         encoding = e.encoder.standardise(e.encodings[row : row + 1])
-        self.state, self.log_q = self.model.observe(self.state, self._action, self.model.embed(encoding))
+        self.state, self.q = self.model.observe(self.state, self._action, self.model.embed(encoding))
         self._action = e.actions[row : row + 1].clone()
 
     def update(self) -> float:
@@ -87,6 +92,8 @@ class Member:
             actions=e.actions[rows],
             starts=usable,
             residuals=e.residuals[starts],
+            beyond=e.beyond[starts],
+            miss_base=e.miss_base.float(),
             weights=e.shares[starts][..., None] * e.known[None, :, None, :],
             changes=((changes - e.change_base.float()) / e.change_std.float()).clamp(-5.0, 5.0)
             + torch.where(torch.isfinite(changes), 0.0, math.nan),
@@ -94,15 +101,13 @@ class Member:
         )
 
     @torch.no_grad()
-    def imagine(self, num_samples: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Corrections (samples, J, G, K), standardised changes (samples, J), survival (samples, J)."""
-        if self.log_q is None:
-            state = Latent(*(part.expand(num_samples, -1) for part in self.state))
-        else:
-            z = self.model.sample(self.log_q.expand(num_samples, -1, -1))
-            state = Latent(self.state.h.expand(num_samples, -1), z)
-        heads = self.model.imagine(state, self._action.expand(num_samples, -1))
-        return heads.corrections, heads.changes, heads.survival.sigmoid()
+    def imagine(self, num_samples: int) -> Heads:
+        """Rollouts from the last window, each from its own sample of the posterior."""
+        h = self.state.h.expand(num_samples, -1)
+        z = self.state.z.expand(num_samples, -1)
+        if self.q is not None:
+            z = self.model.sample(self.q.expand(num_samples, -1, -1))
+        return self.model.imagine(Latent(h, z), self._action.expand(num_samples, -1))
 
     def num_parameters(self) -> int:
         """Weights of the model."""
@@ -113,7 +118,7 @@ class Member:
         return {
             "model": dict(self.model.state_dict()), "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(), "mask": self.mask, "h": self.state.h, "z": self.state.z,
-            "log_q": self.log_q, "action": self._action,
+            "q": self.q, "action": self._action,
         }  # fmt: skip
 
     def load_state_dict(self, state: State) -> None:
@@ -123,7 +128,7 @@ class Member:
         self.generator.set_state(state["generator"])
         self.mask = state["mask"].clone()
         self.state = Latent(state["h"].clone(), state["z"].clone())
-        self.log_q = None if state["log_q"] is None else state["log_q"].clone()
+        self.q = None if state["q"] is None else state["q"].clone()
         self._action = state["action"].clone()
 
 
@@ -132,8 +137,15 @@ class Rssm:
 
     name = "rssm"
 
-    def __init__(self, config: RssmConfig, num_groups: int, seed: int = 0) -> None:
-        """Args: config: sizes and training.  num_groups: G.  seed: of all randomness."""
+    def __init__(self, config: RssmConfig, num_groups: int, seed: int = 0, update_budget: float = 0.0) -> None:
+        """Bind sizes; no weight is drawn from the global random state.
+
+        Args:
+            config: Sizes and training.
+            num_groups: G.
+            seed: Of all randomness.
+            update_budget: Share of the real steps' time that training may take, 0 for no bound.
+        """
         self.config = config
         self.spec = BasisSpec(num_displacements=config.num_displacements, lag=True, optimizer=True)
         self.experience = Experience(num_groups, self.spec, config.replay_windows)
@@ -141,6 +153,8 @@ class Rssm:
         # seeds of members of different runs must not meet: 7919 is an arbitrary prime
         seeds = (seed * config.ensemble_size + i + 7919 for i in range(config.ensemble_size))
         self.members = [Member(config, self.experience, shape, s) for s in seeds]
+        self.schedule = Pace(update_budget)
+        self._answers: Answers | None = None  # of the last window
 
     @property
     def ready(self) -> bool:
@@ -148,34 +162,46 @@ class Rssm:
         window = self.experience.window
         return self.experience.frame is not None and window is not None and window.num_columns > 0
 
+    @property
+    def update_every(self) -> int:
+        """Windows between two updates."""
+        return self.schedule.update_every
+
+    def pace(self, window_seconds: float) -> None:
+        """Hear how long the real steps of the window about to be observed took."""
+        self.schedule.note_window(window_seconds)
+
     def observe(self, window: Window) -> None:
-        """Record the window, train every member, follow with their states, note what is expected next."""
+        """Record the window, train every member if it is time, follow with their states, note what comes next."""
         e = self.experience
         e.observe(window)
-        if e.num_targets >= 4:
-            for member in self.members:
-                for _ in range(self.config.updates_per_window):
-                    member.update()
+        if e.num_targets >= 4 and self.schedule.due(e.count - 1):
+            with self.schedule.measured():
+                for member in self.members:
+                    for _ in range(self.config.updates_per_window):
+                        member.update()
         for member in self.members:
             member.follow((e.count - 1) % e.capacity)
+        self._answers = None
         if self.ready:
-            answers = self._answers()
-            e.expect(answers.corrections.mean(dim=0), float(answers.changes[:, 0].mean()))
+            self._answers = self._rollouts()
+            e.expect(self._answers.corrections.mean(dim=0), float(self._answers.changes[:, 0].mean()))
 
-    def _answers(self) -> Answers:
+    def _rollouts(self) -> Answers:
         e = self.experience
-        rolled = [member.imagine(self.config.num_samples) for member in self.members]
-        corrections, changes, survival = (torch.cat(parts) for parts in zip(*rolled, strict=True))
+        heads = Heads(*map(torch.cat, zip(*(m.imagine(self.config.num_samples) for m in self.members), strict=True)))
         return Answers(
-            corrections=corrections.double(),
-            changes=e.change_base + changes.double() * e.change_std,
+            corrections=heads.corrections.double(),
+            changes=e.change_base + heads.changes.double() * e.change_std,
+            misses=e.miss_base * heads.misses.double().exp(),
             members=torch.arange(len(self.members)).repeat_interleave(self.config.num_samples),
-            survival=float(survival[:, 0].mean()) if e.num_targets >= 4 else 1.0,
+            survival=float(heads.survival[:, 0].sigmoid().mean()) if e.num_targets >= 4 else 1.0,
         )
 
     def predict(self, horizon: int) -> PhasePrediction:
-        """Coefficients for Y steps from rollouts of every member."""
-        return phase_prediction(self.experience, self._answers(), horizon)
+        """Coefficients for Y steps from the rollouts of every member."""
+        assert self._answers is not None, "predict() before ready"
+        return phase_prediction(self.experience, self._answers, horizon)
 
     def memory_bytes(self) -> int:
         """Weights and two moments of every member, the gradients of one, masks and the replay."""
@@ -184,11 +210,17 @@ class Rssm:
         return 4 * (3 * weights + self.members[0].num_parameters()) + masks + self.experience.memory_bytes()
 
     def state_dict(self) -> State:
-        """Weights, optimizers, generators, masks, latent states and the replay."""
-        return {"experience": self.experience.state_dict(), "members": [m.state_dict() for m in self.members]}
+        """Weights, optimizers, generators, masks, latent states, rollouts, the pace and the replay."""
+        return {
+            "experience": self.experience.state_dict(), "members": [m.state_dict() for m in self.members],
+            "answers": None if self._answers is None else self._answers.state_dict(),
+            "schedule": self.schedule.state_dict(),
+        }  # fmt: skip
 
     def load_state_dict(self, state: State) -> None:
         """Inverse of :meth:`state_dict`."""
         self.experience.load_state_dict(state["experience"])
         for member, own in zip(self.members, state["members"], strict=True):
             member.load_state_dict(own)
+        self._answers = Answers.from_state(state["answers"])
+        self.schedule.load_state_dict(state["schedule"])

@@ -16,7 +16,6 @@ groups, ``K`` columns.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..config import RssmConfig
+from ._answers import miss_loss
 from ._frame import MAX_AHEAD
 from ._learned import NUM_ACTIONS, initialised
 
@@ -34,7 +34,7 @@ KL_DYNAMICS, KL_REPRESENTATION = 1.0, 0.1
 #: Weights of the rest against the KL.  The decoder's error is summed over the features, as DreamerV3
 #: does: with a mean the posterior collapses to the prior (under 1 nat after 200 updates, nothing
 #: learnt; with these 34 nats, and nine tenths of a hidden sign learnt after 100).
-DECODER, COEFFICIENTS, CHANGE, SURVIVAL = 2.0, 1000.0, 100.0, 30.0
+DECODER, COEFFICIENTS, CHANGE, SURVIVAL, MISS = 2.0, 1000.0, 100.0, 30.0, 30.0
 
 
 class Latent(NamedTuple):
@@ -50,6 +50,7 @@ class Heads(NamedTuple):
     corrections: Tensor  # (R, J, G, K)
     changes: Tensor  # (R, J) of the log loss in total, standardised
     survival: Tensor  # (R, J) logit that the loss is finite and below twice its value
+    misses: Tensor  # (R, J, G) log of the expected squared miss of the displacement over the base's
 
 
 class Batch(NamedTuple):
@@ -59,6 +60,8 @@ class Batch(NamedTuple):
     actions: Tensor  # (B, L, A)
     starts: Tensor  # (R,) positions in the flattened (B * L)
     residuals: Tensor  # (R, J, G, K)
+    beyond: Tensor  # (R, J, G) squared length of what no correction can reach
+    miss_base: Tensor  # (J, G) what the base alone misses on average
     weights: Tensor  # (R, J, G, K) of each residual, 0: not known
     changes: Tensor  # (R, J) standardised, not finite: not known
     survived: Tensor  # (R, J) 1 or 0, NaN: not known
@@ -88,10 +91,11 @@ class RssmModel(nn.Module):
             self.coefficients = nn.Linear(H, shape[0] * shape[1])
             self.change = nn.Linear(H, 1)
             self.survival = nn.Linear(H, 1)
+            self.miss = nn.Linear(H, shape[0])
             self.decoder = nn.Linear(H, num_features)
         self.to_empty(device="cpu")
         initialised(generator, self)
-        for head in (self.coefficients, self.change, self.survival):
+        for head in (self.coefficients, self.change, self.survival, self.miss):
             nn.init.zeros_(head.weight)  # untrained: the base
 
     # ---- the transition --------------------------------------------------------------------------
@@ -107,20 +111,17 @@ class RssmModel(nn.Module):
         h: Tensor = self.gru(self.enter(torch.cat([state.z, action], dim=1)), state.h)
         return h
 
-    def log_probabilities(self, logits: Tensor) -> Tensor:
-        """(B, S * C) logits -> (B, S, C) log of the probabilities with the uniform share mixed in."""
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """(B, S * C) logits -> (B, S, C) probabilities with the uniform share mixed in."""
         C = self.config.num_categoricals
-        probabilities = logits.view(len(logits), -1, C).softmax(dim=2)
-        return ((1 - self.config.unimix) * probabilities + self.config.unimix / C).log()
+        return (1 - self.config.unimix) * logits.view(len(logits), -1, C).softmax(dim=2) + self.config.unimix / C
 
-    def sample(self, log_p: Tensor) -> Tensor:
+    def sample(self, p: Tensor) -> Tensor:
         """(B, S, C) -> (B, S * C) one-hot sample, gradients straight through to the probabilities."""
-        p = log_p.exp()
-        C = p.shape[2]
         # by the inverse of the distribution function: a third of the time of torch.multinomial
         steps = p.detach().cumsum(dim=2)
         draw = torch.rand(*p.shape[:2], 1, generator=self.generator) * steps[:, :, -1:]
-        index = (steps < draw).sum(dim=2, keepdim=True).clamp(max=C - 1)
+        index = (steps < draw).sum(dim=2, keepdim=True)  # at most C - 1: no draw is above the last step
         hot = torch.zeros_like(steps).scatter_(2, index, 1.0)
         return (hot + p - p.detach()).flatten(1)
 
@@ -133,11 +134,11 @@ class RssmModel(nn.Module):
             embedded: (B, H) what ``embed`` makes of the standardised encoding.
 
         Returns:
-            The new state and the posterior's log probabilities (B, S, C).
+            The new state and the posterior's probabilities (B, S, C).
         """
         h = self.advance(state, action)
-        log_q = self.log_probabilities(self.posterior(torch.cat([h, embedded], dim=1)))
-        return Latent(h, self.sample(log_q)), log_q
+        q = self.probabilities(self.posterior(torch.cat([h, embedded], dim=1)))
+        return Latent(h, self.sample(q)), q
 
     def imagine(self, state: Latent, action: Tensor) -> Heads:
         """Roll out J windows from the prior and read the heads at every one.
@@ -147,23 +148,27 @@ class RssmModel(nn.Module):
             action: (R, A) plan of the next window and of those after it.
         """
         later = action[:, 1:].expand(-1, NUM_ACTIONS)
-        read = []
+        states = []
         for j in range(MAX_AHEAD):
             h = self.advance(state, action if j == 0 else later)
-            state = Latent(h, self.sample(self.log_probabilities(self.prior(h))))
-            read.append(self._read(state, j + 1))
-        corrections, changes, survival = (torch.stack(parts, dim=1) for parts in zip(*read, strict=True))
-        return Heads(corrections, changes, survival)
+            state = Latent(h, self.sample(self.probabilities(self.prior(h))))
+            states.append(state)
+        R = len(action)
+        # all at once: the heads' weights, and in training their gradients, go through memory once
+        rolled = Latent(*(torch.stack(parts, dim=1).flatten(0, 1) for parts in zip(*states, strict=True)))
+        x = self._features(rolled, torch.arange(1.0, MAX_AHEAD + 1).repeat(R))
+        corrections = MAX_CORRECTION * torch.tanh(self.coefficients(x))
+        return Heads(
+            corrections.view(R, MAX_AHEAD, *self.shape),
+            self.change(x).view(R, MAX_AHEAD),
+            self.survival(x).view(R, MAX_AHEAD),
+            self.miss(x.detach()).view(R, MAX_AHEAD, -1),  # how wrong it is must not shape what it says
+        )
 
-    def _features(self, state: Latent, ahead: int) -> Tensor:
-        position = torch.full((len(state.h), 1), math.log1p(ahead))
-        features: Tensor = self.trunk(torch.cat([state.h, state.z, position], dim=1))
+    def _features(self, state: Latent, ahead: Tensor) -> Tensor:
+        """(B, H) what the heads read of B states, each ``ahead`` (B,) windows imagined."""
+        features: Tensor = self.trunk(torch.cat([state.h, state.z, ahead.log1p()[:, None]], dim=1))
         return features
-
-    def _read(self, state: Latent, ahead: int) -> tuple[Tensor, Tensor, Tensor]:
-        x = self._features(state, ahead)
-        corrections = MAX_CORRECTION * torch.tanh(self.coefficients(x)).view(-1, *self.shape)
-        return corrections, self.change(x)[:, 0], self.survival(x)[:, 0]
 
     # ---- the loss ----------------------------------------------------------------------------------
 
@@ -174,14 +179,14 @@ class RssmModel(nn.Module):
         states, posteriors = [], []
         embedded = self.embed(batch.encodings)  # all at once: what the recurrence needs not is not in it
         for t in range(L):
-            state, log_q = self.observe(state, action, embedded[:, t])
-            posteriors.append(log_q)
+            state, q = self.observe(state, action, embedded[:, t])
+            posteriors.append(q)
             states.append(state)
             action = batch.actions[:, t]
         seen = Latent(*(torch.stack(parts, dim=1).flatten(0, 1) for parts in zip(*states, strict=True)))
-        log_q = torch.stack(posteriors, dim=1).flatten(0, 1)
-        loss: Tensor = self._divergence(log_q, self.log_probabilities(self.prior(seen.h)))
-        decoded = self.decoder(self._features(seen, 0))
+        q = torch.stack(posteriors, dim=1).flatten(0, 1)
+        loss: Tensor = self._divergence(q.log(), self.probabilities(self.prior(seen.h)).log())
+        decoded = self.decoder(self._features(seen, torch.zeros(B * L)))
         error = functional.mse_loss(decoded, batch.encodings.flatten(0, 1))
         loss = loss + DECODER * decoded.shape[1] * error
         if len(batch.starts):
@@ -201,8 +206,13 @@ class RssmModel(nn.Module):
         return total
 
     def _head_loss(self, heads: Heads, batch: Batch) -> Tensor:
+        num_targets = len(batch.starts) * MAX_AHEAD
         error = functional.huber_loss(heads.corrections, batch.residuals, reduction="none")
-        loss = COEFFICIENTS * (batch.weights * error).sum() / (len(batch.starts) * MAX_AHEAD)
+        loss = COEFFICIENTS * (batch.weights * error).sum() / num_targets
+        missed = (batch.residuals - heads.corrections.detach()).square()
+        loss = loss + MISS * miss_loss(
+            heads.misses, missed, batch.beyond, batch.weights, batch.miss_base
+        ) / num_targets  # fmt: skip
         known = torch.isfinite(batch.changes)
         if bool(known.any()):
             loss = loss + CHANGE * functional.huber_loss(heads.changes[known], batch.changes[known])
