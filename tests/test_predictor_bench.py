@@ -9,15 +9,33 @@ import pytest
 import torch
 from torch import nn
 
+from dynamics import through_bytes
 from hybrid_predict_trainer import HybridTrainer, HybridTrainerConfig, predictors
-from hybrid_predict_trainer.experiments.predictor_bench import Row, make_predictor, raw_calibration_error, replay, rows
-from hybrid_predict_trainer.experiments.recording import Recorder, Recording, column_map, narrow
+from hybrid_predict_trainer.experiments import single
+from hybrid_predict_trainer.experiments.predictor_bench import (
+    RealRun,
+    Row,
+    make_predictor,
+    raw_calibration_error,
+    real_runs,
+    recorded_rows,
+    replay,
+    rows,
+)
+from hybrid_predict_trainer.experiments.recording import (
+    Recorder,
+    Recording,
+    best_coefficients,
+    column_map,
+    narrow,
+)
+from hybrid_predict_trainer.experiments.setup import Options
 from hybrid_predict_trainer.experiments.trajectories import CASES, flat, generate, observe
 from hybrid_predict_trainer.predictors import Hold, Linear, Mlp
 from hybrid_predict_trainer.records import BasisSpec, CheckpointError, ConfigError
 
 KEYS = (
-    "case", "predictor", "displacement_cosine", "displacement_rel_err", "loss_mae_rel", "ece",
+    "case", "predictor", "horizon", "displacement_cosine", "displacement_rel_err", "loss_mae_rel", "ece",
     "update_ms", "predict_ms",
 )  # fmt: skip
 
@@ -152,6 +170,101 @@ def test_inner_products_agree_with_weights() -> None:
             actual = trajectory.means[window.index + 2] - trajectory.means[window.index]
             cosines.append(float(p @ actual / (p.norm() * actual.norm())))
     assert by_horizon(replayed, name)[2]["displacement_cosine"] == pytest.approx(sum(cosines) / len(cosines), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["linear", "mlp", "secant"])
+def test_extra_and_old_columns_are_scored_four_windows_ahead(name: str) -> None:
+    """Lag and optimizer columns, and the oldest of sixteen, are gone from the basis by then; not from the recording."""
+    trajectory, recorder = generate(CASES["noisy"], 2, num_windows=32), Recorder(Hold())
+    for window, basis in observe(trajectory, recorder.spec):
+        recorder.attach(basis)
+        recorder.observe(window)
+    found = {m: row["displacement_cosine"] for m, row in by_horizon(replay(recorder.recording, [name]), name).items()}
+    predictor, means = make_predictor(name, 2), trajectory.means
+    cosines: dict[int, list[float]] = {1: [], 2: [], 4: []}
+    for window, basis in observe(trajectory, predictor.spec):
+        predictor.observe(window)
+        for m, seen in cosines.items():
+            if 16 <= window.index < 32 - m:
+                p = flat(basis.combine(predictor.predict(m * 10).coefficients))
+                actual = means[window.index + m] - means[window.index]
+                seen.append(float(p @ actual / (p.norm() * actual.norm())))
+    assert found == pytest.approx({m: sum(seen) / len(seen) for m, seen in cosines.items()}, abs=1e-5)
+
+
+def test_without_a_basis_extra_columns_are_scored_one_window_ahead() -> None:
+    trajectory, recorder = generate(CASES["noisy"], 2, num_windows=24), Recorder(Hold())
+    for window, _ in observe(trajectory, recorder.spec):
+        recorder.observe(window)
+    table = by_horizon(replay(recorder.recording, ["linear"]), "linear")
+    assert [table[m]["num_predictions"] > 0 for m in (1, 2, 4)] == [True, False, False]
+
+
+def test_hindsight_is_the_least_squares_answer() -> None:
+    torch.manual_seed(0)
+    columns, T = torch.randn(2, 5, 30, dtype=torch.float64), torch.randn(2, 30, dtype=torch.float64)
+    columns[1, 4] = 2 * columns[1, 3]  # dependent: no column of its own
+    columns[0, 2] = 0.0
+    c = best_coefficients((columns @ T[:, :, None])[:, :, 0], columns @ columns.mT)
+    for g in range(2):
+        exact = torch.linalg.lstsq(columns[g].T, T[g][:, None], driver="gelsd").solution[:, 0]
+        torch.testing.assert_close(c[g] @ columns[g], exact @ columns[g])
+
+
+def test_references_frame_a_recorded_run(tmp_path: Path) -> None:
+    table = replay(recorded(tmp_path), ["hold", "secant"], "small")
+    assert {row["predictor"] for row in table} == {"hold", "secant", "zero", "optimum"}
+    by_name = {row["predictor"]: row for row in table if row["horizon_windows"] == 1}
+    assert by_name["zero"]["displacement_rel_err"] == pytest.approx(1)
+    for row in table:
+        assert row["horizon"] == 10 * row["horizon_windows"]
+        if row["num_predictions"]:
+            best = next(r for r in table if r["predictor"] == "optimum" and r["horizon"] == row["horizon"])
+            if row["num_predictions"] == best["num_predictions"]:
+                assert row["displacement_rel_err"] >= best["displacement_rel_err"] - 1e-6, "nobody beats hindsight"
+    assert by_name["secant"]["note"] == "aims elsewhere"
+    assert by_name["secant"]["loss_mae_rel"] is None
+    assert by_name["hold"]["loss_mae_rel"] is not None
+
+
+def test_memory_of_a_recorder_is_bounded() -> None:
+    trajectory, recorder = generate(CASES["quadratic"], 0, num_windows=12), Recorder(Hold())
+    for window, basis in observe(trajectory, recorder.spec):
+        recorder.attach(basis)
+        recorder.observe(window)
+    state = recorder.state_dict()
+    assert len(state["extras"]) == 4
+    again = Recorder(Hold())
+    again.load_state_dict(through_bytes(state))
+    again.attach(basis)
+    assert torch.equal(again.recording.extras_ahead[3], recorder.recording.extras_ahead[3])
+    assert bool(torch.isfinite(recorder.recording.extras_ahead[3]).all())
+    assert bool(torch.isnan(recorder.recording.extras_ahead[-1]).all())  # its future is not known
+
+
+def test_a_plain_run_is_recorded_undisturbed(tmp_path: Path) -> None:
+    """Window by window the losses of the loop that a recorded plain run stands for; no jump is ever proposed."""
+    options = Options(task="regression", steps=60, set=("training.warmup_steps=5",))
+    runs = {}
+    for record in (False, True):
+        request = single.Request(options=options, plain=True, record=record)
+        runs[record] = single.train(request, tmp_path / str(record), resume=False)[0]
+    assert runs[True]["statistics"]["num_jumps_proposed"] == 0
+    assert runs[True]["statistics"]["num_real_steps"] == 60
+    assert runs[True]["final_val_loss"] == runs[False]["final_val_loss"]
+    recording = Recording.load(tmp_path / "True" / "recording")
+    assert [w.step for w in recording.windows] == [10, 20, 30, 40, 50, 60]
+    assert not (tmp_path / "False" / "recording").exists()
+    case = RealRun(case="True", options=options)
+    assert recorded_rows(tmp_path, ["hold"], [case])[0]["case"] == "True"  # what is there is not recorded again
+
+
+def test_real_runs_take_what_data_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HPT_DATA_DIR", raising=False)
+    assert [run.options.task for run in real_runs()] == ["gpt", "pinn-poisson", "digits"]
+    (tmp_path / "images").mkdir()
+    monkeypatch.setenv("HPT_DATA_DIR", str(tmp_path))
+    assert real_runs()[2].options.task == "cifar"
 
 
 def test_recording_does_not_change_the_inner_predictor(tmp_path: Path) -> None:

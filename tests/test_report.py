@@ -14,6 +14,7 @@ import pytest
 
 from hybrid_predict_trainer.experiments import svg
 from hybrid_predict_trainer.experiments.report import build_report, mean_std, number, shown, write_report
+from hybrid_predict_trainer.experiments.report_confidence import Point, pooled, pooled_error, reliability_chart
 
 HOSTILE = "<script>alert('x')</script>\"&\x00\u202e"
 VOID = {"meta", "br", "hr", "img", "input", "link"}
@@ -76,8 +77,12 @@ def fake_run(folder: Path, arm: str, seed: int, num_steps: int, budget: float = 
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
     ledger = {"steps_gained": 41.5 + seed, "steps_gained_ci95": [12.0, 70.25], "persistence": 0.31,
               "num_controls": 4, "num_treated": 31, "returned_units": 52.5, "spent_units": 17.25,
-              "state": "paying"}  # fmt: skip
+              "effect_per_jump": 0.0213, "effect_per_jump_ci95": [0.011, 0.032], "state": "paying"}  # fmt: skip
     summary: Row = {"training_summary": {"num_steps": stop}, "predictor_overhead": {"frac": 0.004}}
+    bins = [{"center": c, "confidence": c + 0.02, "accuracy": c - 0.03, "count": 5} for c in (0.25, 0.45, 0.75)]
+    summary["calibration"] = {"num_outcomes": 15 if hybrid else 0, "temperature": 1.25, "ece": 0.05, "ece_sweep": 0.04,
+                              "ece_by_chance": 0.06, "log_loss": 0.61, "log_loss_raw": 0.93,
+                              "reliability": bins if hybrid else []}  # fmt: skip
     (folder / "summary.json").write_text(json.dumps(summary | ({"ledger": ledger} if hybrid else {})))
 
 
@@ -173,13 +178,52 @@ def test_page_shows_the_numbers_in_order(compared: Path) -> None:
         "1.33, 1.41", "interpolated between plain budgets", "\u22121.84 %", "4.25 %", "2.154 ± 0.012",
         "1 234",
         "1 187", "31 of 48", "1. Loss against cost", "plain@0.75", "2. Phases", "jumps accepted", "3. Jumps",
-        "no length of the jump lowers the loss", "4. The ledger", "52.5", "41.5", "12 to 70.25", "paying",
-        "Divergence", "loss above EMA", "warning", "How to read this page", "Jump of zero", "Environment",
+        "no length of the jump lowers the loss", "4. The ledger", "52.5", "41.5", "12 to 70.25", "2.13 %",
+        "1.1 to 3.2", "paying", "5. Confidence", "calibration error 0.050 over 30 outcomes", "hybrid-s0",
+        "1.25", "0.93", "Divergence", "loss above EMA", "warning",
+        "How to read this page", "Jump of zero", "Environment",
         "abc123", "gate.overhead_budget", "0.001, 0.003",
     ):  # fmt: skip
         found = text.find(expected, at)
         assert found >= 0, f"{expected!r} missing after {text[max(0, at - 40) : at]!r}"
         at = found
+
+
+def test_reliability_is_pooled_by_counts_and_drawn_where_it_belongs() -> None:
+    few = {"center": 0.25, "confidence": 0.2, "accuracy": 0.0, "count": 1}
+    many = {"center": 0.25, "confidence": 0.3, "accuracy": 1.0, "count": 3}
+    (point,) = pooled([[few], [many, {"center": 0.75}, "no bin", {**few, "accuracy": 7}, {**few, "count": 0}]])
+    assert (point.stated, point.kept, point.count) == pytest.approx((0.275, 0.75, 4))
+    assert pooled_error([point]) == pytest.approx(0.475)
+    assert math.isnan(pooled_error([]))
+    drawn = reliability_chart([("a<b", "c1", [Point(0.0, 0.0, 1), Point(1.0, 1.0, 3)])], 470)
+    circles = re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)" r="([\d.]+)"', drawn)
+    guide = re.search(r'<line x1="([\d.]+)" y1="([\d.]+)" x2="([\d.]+)" y2="([\d.]+)" class="guide"', drawn)
+    assert guide is not None
+    assert [(x, y) for x, y, _ in circles] == [
+        guide.group(1, 2),
+        guide.group(3, 4),
+    ]  # honest points lie on the diagonal
+    assert [float(r) ** 2 for _, _, r in circles] == pytest.approx([16.0**2 / 4, 16.0**2 * 3 / 4], rel=0.01)
+    assert "a&lt;b" in drawn
+
+
+def test_a_run_without_outcomes_draws_no_curve(tmp_path: Path) -> None:
+    fake_run(tmp_path / "mine", "plain", 0, 40)
+    text = build_report(tmp_path / "mine")
+    assert "No outcome of a proposal was recorded" in text
+    assert "share that was kept and paid" not in text
+
+
+def test_spread_of_the_predictor_is_shown_where_it_has_one(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    fake_run(folder, "hybrid", 0, 60, lead=0.5)
+    assert "Epistemic" in build_report(folder)
+    assert "0.438" not in build_report(folder)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    told = [line | {"epistemic": 0.4375, "aleatoric": 0.0} if line["event"] == "jump" else line for line in lines]
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, told)))
+    assert "0.438 not measured" in Page(build_report(folder)).text
 
 
 def test_unknown_speedup_is_said_plainly(tmp_path: Path) -> None:
@@ -290,6 +334,7 @@ def test_empty_metrics_file_gives_a_page(tmp_path: Path) -> None:
         "No run predicted",
         "No jump was proposed",
         "No ledger",
+        "No outcome of a proposal was recorded",
         "None.",
     ):
         assert expected in text

@@ -2,13 +2,14 @@
 
 A forecast for one window is made at every window's close and held against what happened: that is
 the residual the corrector learns from, and the cosine in the metrics.  The outcome of every jump
-teaches the confidence; the settled accounts of the ledger reward the bandit.
+teaches the confidence: a refused or taken-back one at once, a kept one when its account in the ledger
+is settled, because only then is it known whether it paid.  The same accounts reward the bandit.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -53,6 +54,7 @@ class Adaptation:
         self.evidence: Evidence | None = None  # of the proposal under way
         self._choice: Choice | None = None  # horizon chosen for the next proposal
         self._open: dict[int, Choice] = {}  # by the real step of the account
+        self._approved: dict[int, Evidence] = {}  # of jumps whose worth is not known yet, likewise
 
     # ---- windows: residuals and forecasts -------------------------------------------------------
 
@@ -81,11 +83,17 @@ class Adaptation:
         return self.confidence.predict(evidence)
 
     def note_outcome(self, kept: bool) -> None:
-        """A jump was refused, kept or taken back."""
+        """A jump was refused, kept or taken back; whether a kept one pays comes with its account."""
         self.record.record(kept)
         if self.evidence is not None:
             self.confidence.observe(self.evidence, kept)
             self.evidence = None
+
+    def _note_worth(self, account: Account, pays: bool) -> None:
+        """Teach the confidence what became of an approved jump; one skipped as a control says nothing."""
+        evidence = self._approved.pop(account.step, None)
+        if evidence is not None and not account.skipped:
+            self.confidence.observe(evidence, pays)
 
     # ---- accounts: the horizon --------------------------------------------------------------------
 
@@ -106,19 +114,24 @@ class Adaptation:
             self._choice = None
 
     def note_approval(self, step: int) -> None:
-        """The proposal was approved: its reward comes with its account."""
+        """The proposal was approved: its reward and its worth come with its account."""
         if self._choice is not None:
             self._open[step] = self._choice
             self._choice = None
+        if self.evidence is not None:
+            self._approved[step] = self.evidence
+            self.evidence = None
 
     def note_settled(self, account: Account, window_steps: int) -> None:
         """Reward the horizon of a settled account; controls say nothing of a jump's reward."""
+        self._note_worth(account, pays(account))
         choice = self._open.pop(account.step, None)
         if choice is not None and not account.skipped:
             self.bandit.observe(choice, reward(account.credited, account.price / STEP_UNITS, window_steps))
 
     def note_taken_back(self, account: Account, lost_steps: int, window_steps: int) -> None:
         """The jump was rolled back: its price and the lost steps are its reward."""
+        self._note_worth(account, False)
         choice = self._open.pop(account.step, None)
         if choice is not None:
             self.bandit.observe(choice, reward(0.0, account.price / STEP_UNITS + lost_steps, window_steps))
@@ -135,11 +148,10 @@ class Adaptation:
             "corrector": self.corrector.state_dict(), "record": self.record.state_dict(),
             "confidence": self.confidence.state_dict(), "bandit": self.bandit.state_dict(),
             "forecast": forecast_state(self.forecast), "features": self.features,
-            "evidence": None if self.evidence is None else {
-                name: getattr(self.evidence, name) for name in ("raw", "record", "reduction", "price", "noise")
-            },
+            "evidence": None if self.evidence is None else asdict(self.evidence),
             "choice": None if self._choice is None else self._choice.state_dict(),
             "open": {step: choice.state_dict() for step, choice in self._open.items()},
+            "approved": {step: asdict(evidence) for step, evidence in self._approved.items()},
         }  # fmt: skip
 
     def load_state_dict(self, state: State) -> None:
@@ -153,6 +165,15 @@ class Adaptation:
         self.evidence = None if state["evidence"] is None else Evidence(**state["evidence"])
         self._choice = None if state["choice"] is None else Choice.from_state_dict(state["choice"])
         self._open = {int(step): Choice.from_state_dict(choice) for step, choice in state["open"].items()}
+        self._approved = {int(step): Evidence(**evidence) for step, evidence in state["approved"].items()}
+
+
+def pays(account: Account) -> bool:
+    """Whether a kept jump was worth its price: credited steps against the steps its proposal cost.
+
+    An account that was settled with a loss that is not finite says nothing of worth: then kept is enough.
+    """
+    return not account.known or account.credited * STEP_UNITS >= account.price
 
 
 def displacement_cosine(coefficients: Tensor, hindsight: Hindsight) -> float | None:

@@ -3,15 +3,22 @@
 Every prediction is made before the future it is compared with is seen; only the latter half of a
 trajectory counts, after the predictor has had the first half to learn.  Errors are of the
 displacement of the window mean, x(t + Y) - x(t), over all weights.
+
+Two references frame them: ``zero`` (no jump, the loss stays) and ``optimum``, which on a trajectory with a
+known answer is the expected continuation and on a recorded run what hindsight would have answered in the
+span of the recorded columns.  ``secant`` goes to a minimum and not to where training goes: its displacement
+is measured like any other, its loss forecast is left out.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,15 +28,21 @@ from ..calibration import calibration_error, reliability_curve
 from ..config import HybridTrainerConfig
 from ..predictors import Predictor, build
 from ..records import BasisSpec
+from ..tasks.base import DATA_DIR_VARIABLE
 from ..toml_io import with_values
-from .recording import Recording, future_products, narrow
+from . import single
+from .recording import Recording, best_coefficients, future_products, narrow
+from .setup import Options, as_input_error
 from .trajectories import CASES, flat, generate, observe
 
-#: References that are not predictors: no jump at all, and the expected continuation.
+#: References that are not predictors: no jump at all, and the best that could be known.
 REFERENCES = ("zero", "optimum")
 DEFAULT_PREDICTORS = ("hold", "linear", "dmd", "mlp", "rssm", *REFERENCES)
+RECORDED_PREDICTORS = ("hold", "linear", "dmd", "mlp", "rssm", "secant")
 #: Horizons in windows.
 HORIZONS = (1, 2, 4)
+#: What hindsight may combine on a recorded run.
+HINDSIGHT_SPEC = BasisSpec(num_displacements=16, lag=True, optimizer=True)
 
 Row = dict[str, Any]
 
@@ -61,8 +74,21 @@ class Scores:
         self.lengths.append(math.sqrt(total))
         return error
 
-    def row(self, case: str, predictor: str, horizon: int) -> Row:
-        """One line of the table; None where a reference has no such number."""
+    def add_loss(self, predicted: float, actual: float) -> None:
+        """Compare two losses; one that is not finite says nothing."""
+        if math.isfinite(actual):
+            self.loss_errors.append(abs(predicted - actual) / max(abs(actual), 1e-300))
+
+    def row(self, case: str, predictor: str, num_windows: int, num_steps: int, note: str | None = None) -> Row:
+        """One line of the table; None where there is no such number.
+
+        Args:
+            case: Trajectory or run.
+            predictor: Name.
+            num_windows: Horizon in windows.
+            num_steps: N, real steps of a window.
+            note: What a reader has to know.
+        """
 
         def mean(values: list[float]) -> float | None:
             return statistics.fmean(values) if values else None
@@ -72,7 +98,8 @@ class Scores:
         return {
             "case": case,
             "predictor": predictor,
-            "horizon_windows": horizon,
+            "horizon": num_windows * num_steps,
+            "horizon_windows": num_windows,
             "displacement_cosine": mean(self.cosines),
             "displacement_rel_err": None if squared is None else math.sqrt(squared),
             "displacement_abs_err": mean(absolute),
@@ -81,6 +108,7 @@ class Scores:
             "update_ms": statistics.median(self.update_ms) if self.update_ms else None,
             "predict_ms": statistics.median(self.predict_ms) if self.predict_ms else None,
             "num_predictions": len(self.squared_errors),
+            "note": note,
         }
 
 
@@ -108,23 +136,24 @@ def rows(
         quick: Half as many windows.
         horizons: In windows.
     """
-    table = []
+    table, num_steps = [], 0
     seeds = list(seeds)
     for case in cases:
         for name in predictors:
             scores = {m: Scores() for m in horizons}
             for seed in seeds:
-                _run_case(case, name, seed, scores, num_windows=80 if quick else 160)
-            table += [scores[m].row(case, name, m) for m in horizons]
+                num_steps = _run_case(case, name, seed, scores, num_windows=80 if quick else 160)
+            table += [scores[m].row(case, name, m, num_steps) for m in horizons]
     return table
 
 
-def _run_case(case: str, name: str, seed: int, scores: dict[int, Scores], *, num_windows: int) -> None:
+def _run_case(case: str, name: str, seed: int, scores: dict[int, Scores], *, num_windows: int) -> int:
+    """Add to the scores per horizon; returns N."""
     trajectory = generate(CASES[case], seed, num_windows=num_windows, ahead=max(scores))
     means, losses = trajectory.means, trajectory.window_losses
     predictor = None if name in REFERENCES else make_predictor(name, 2, seed)
     spec = BasisSpec() if predictor is None else predictor.spec
-    for window, basis in observe(trajectory, spec):
+    for window, basis in observe(trajectory, spec, predictor=predictor):
         if predictor is not None:
             began = time.perf_counter()
             predictor.observe(window)
@@ -140,6 +169,8 @@ def _run_case(case: str, name: str, seed: int, scores: dict[int, Scores], *, num
             if predictor is None:
                 expected = trajectory.expected[t, m - 1]
                 score.add(expected if name == "optimum" else torch.zeros_like(actual), actual)
+                if name == "zero":
+                    score.add_loss(float(losses[t]), float(losses[t + m]))
                 continue
             if not predictor.ready:
                 continue
@@ -148,60 +179,117 @@ def _run_case(case: str, name: str, seed: int, scores: dict[int, Scores], *, num
             score.predict_ms.append(1e3 * (time.perf_counter() - began))
             error = score.add(flat(basis.combine(prediction.coefficients)), actual)
             score.outcomes.append((prediction.confidence, error < 1))
-            after = float(losses[t + m])
-            score.loss_errors.append(abs(prediction.predicted_loss - after) / max(abs(after), 1e-300))
+            score.add_loss(prediction.predicted_loss, float(losses[t + m]))
+    return trajectory.num_steps
 
 
 # ---- recorded runs ---------------------------------------------------------------------------------
 
 
 def replay(
-    recording: Recording, predictors: Sequence[str], case: str, *, horizons: Sequence[int] = HORIZONS
-) -> list[Row]:
+    recording: Recording, predictors: Sequence[str] = RECORDED_PREDICTORS, case: str = "recording", *,
+    horizons: Sequence[int] = HORIZONS,
+) -> list[Row]:  # fmt: skip
     """The same table on the recorded windows of a real run, from inner products alone.
 
-    Later than one window ahead the lag and the optimizer's direction are not in the recorded Gram
-    matrices, so a predictor that uses them has rows for one window only.  Stretches across an accepted
-    jump are not scored.
+    Both references are in it, asked for or not.  Stretches across an accepted jump are not scored.
+
+    Args:
+        recording: Of a run.
+        predictors: Names.
+        case: What to call the run.
+        horizons: In windows.
     """
-    table = []
-    for name in predictors:
+    table: list[Row] = []
+    for name in dict.fromkeys([*predictors, *REFERENCES]):
         scores = {m: Scores() for m in horizons}
-        _replay_one(recording, name, scores)
-        table += [scores[m].row(case, name, m) for m in horizons]
+        aims_elsewhere = _replay_one(recording, name, scores)
+        num_steps = recording.windows[0].num_steps if recording.windows else 0
+        note = "aims elsewhere" if aims_elsewhere else None
+        table += [scores[m].row(case, name, m, num_steps, note) for m in horizons]
     return table
 
 
-def _replay_one(recording: Recording, name: str, scores: dict[int, Scores]) -> None:
+def _replay_one(recording: Recording, name: str, scores: dict[int, Scores]) -> bool:
+    """Add to the scores per horizon; returns whether the predictor aims elsewhere than where training goes."""
     windows = recording.windows
     if not windows:
-        return
-    G = windows[0].products.num_groups
-    predictor = None if name in REFERENCES else make_predictor(name, G)
-    spec = BasisSpec(num_displacements=1) if predictor is None else predictor.spec
+        return False
+    predictor = None if name in REFERENCES else make_predictor(name, windows[0].products.num_groups)
+    spec = HINDSIGHT_SPEC if predictor is None else predictor.spec
     for t, window in enumerate(windows):
         if predictor is not None:
             began = time.perf_counter()
             predictor.observe(narrow(window, recording.spec, spec))
             for score in scores.values():
                 score.update_ms.append(1e3 * (time.perf_counter() - began))
-        if t < len(windows) // 2 or (predictor is not None and not predictor.ready) or name == "optimum":
+        if t < len(windows) // 2 or (predictor is not None and not predictor.ready):
             continue
         for m, score in scores.items():
-            ahead = windows[t + 1 : t + 1 + m]
-            actual = future_products(window, ahead, recording.spec, spec) if len(ahead) == m else None
-            if actual is None:
+            seen = future_products(recording, t, m, spec)
+            if seen is None:
                 continue
-            dots, gram, total = actual
-            prediction, c = None, torch.zeros_like(dots)
+            dots, gram, total = seen
+            prediction, c = None, best_coefficients(dots, gram) if name == "optimum" else torch.zeros_like(dots)
             if predictor is not None:
                 began = time.perf_counter()
                 prediction = predictor.predict(m * window.num_steps)
                 score.predict_ms.append(1e3 * (time.perf_counter() - began))
                 c = prediction.coefficients
-            score.add_products(float((c * dots).sum()), float(torch.einsum("gk,gkl,gl->", c, gram, c)), total)
+            error = score.add_products(float((c * dots).sum()), float(torch.einsum("gk,gkl,gl->", c, gram, c)), total)
             if prediction is not None:
-                after = ahead[-1].loss
-                score.outcomes.append((prediction.confidence, score.squared_errors[-1] < 1))
-                if math.isfinite(after):
-                    score.loss_errors.append(abs(prediction.predicted_loss - after) / max(abs(after), 1e-300))
+                score.outcomes.append((prediction.confidence, error < 1))
+            if prediction is not None and not spec.curvature:
+                score.add_loss(prediction.predicted_loss, windows[t + m].loss)
+            elif name == "zero":
+                score.add_loss(window.loss, windows[t + m].loss)
+    return spec.curvature
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RealRun:
+    """A run that is recorded plainly and replayed."""
+
+    case: str
+    options: Options
+
+
+def real_runs() -> tuple[RealRun, ...]:
+    """The language task, a PINN and a CNN: on CIFAR-10 images where ``HPT_DATA_DIR`` has them, else on digits."""
+    folder = os.environ.get(DATA_DIR_VARIABLE)
+    cifar = folder is not None and (Path(folder) / "images").is_dir()
+    cnn = Options(task="cifar") if cifar else Options(task="digits")
+    return (
+        RealRun(case="gpt 0.3M", options=Options(task="gpt", preset="0.3M", steps=300)),
+        RealRun(case="pinn-poisson", options=Options(task="pinn-poisson", steps=1500, lr=0.005)),
+        RealRun(case=cnn.task, options=cnn),
+    )
+
+
+def recorded_rows(
+    out: Path, predictors: Sequence[str] = RECORDED_PREDICTORS, runs: Sequence[RealRun] | None = None, *,
+    seed: int = 0, note: Callable[[str], None] = lambda line: None,
+) -> list[Row]:  # fmt: skip
+    """Record real runs without prediction and replay them: one table.
+
+    Args:
+        out: Folder; a run whose recording is already below it is not trained again.
+        predictors: Names.
+        runs: :func:`real_runs` if None.
+        seed: Of the runs.
+        note: Takes lines for a person who waits.
+
+    Raises:
+        InputError: a run cannot be made, or a name is unknown.
+        CheckpointError: a recording is damaged.
+    """
+    table: list[Row] = []
+    for run in real_runs() if runs is None else runs:
+        folder = out / run.case.replace(" ", "-")
+        if not (folder / "recording" / "windows.json").exists():
+            note(f"recording {run.case}")
+            single.train(single.Request(options=run.options, seed=seed, plain=True, record=True), folder, resume=False)
+        note(f"replaying {run.case}")
+        with as_input_error():
+            table += replay(Recording.load(folder / "recording"), predictors, run.case)
+    return table

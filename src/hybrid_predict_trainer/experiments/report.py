@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from . import svg
+from .report_confidence import confidence_figure
 from .report_data import LEVELS, PHASES, Record, Report, Run, list_of, load, number, table_of
 from .report_parts import (
     CSS,
@@ -248,11 +249,12 @@ def ledger_figure(report: Report) -> str:
             units = [v for r, g in kept if r.arm == arm and (v := number(g.get(key))) is not None]
             bars += [(f"{arm}, {word}", statistics.fmean(units), colour)] if units else []
     side = bar_list("Spent and returned, cost units per run", bars) if bars else ""
-    head = ["Run", "Steps gained", "text:95&nbsp;% interval", "Persistence", "Treated", "Controls",
-            "text:State"]  # fmt: skip
+    head = ["Run", "Steps gained", "text:95&nbsp;% interval", "Loss a jump takes off", "text:95&nbsp;% interval",
+            "Persistence", "Treated", "Controls", "text:State"]  # fmt: skip
     rows = [
         [escape(r.name, 60), shown(g.get("steps_gained")),
-         f"text:{_ends(g) or escape(g.get('reason') or '') or UNKNOWN}",
+         f"text:{_ends(g.get('steps_gained_ci95')) or escape(g.get('reason') or '') or UNKNOWN}",
+         _share(g.get("effect_per_jump")), f"text:{_share_ends(g.get('effect_per_jump_ci95')) or UNKNOWN}",
          shown(g.get("persistence"), 3), shown(g.get("num_treated")), shown(g.get("num_controls")),
          f"text:{escape(g['state']) if g.get('state') is not None else UNKNOWN}"]
         for r, g in kept
@@ -261,10 +263,20 @@ def ledger_figure(report: Report) -> str:
     return title + (keys if any(marks.values()) else "") + plot + (table(head, rows) if rows else "")
 
 
-def _ends(ledger: Record) -> str:
-    """The ends of the interval of the steps gained, on one line."""
-    words = interval(ledger.get("steps_gained_ci95")).partition("interval ")[2]
-    return words.replace(" ", "&nbsp;")
+def _ends(found: object) -> str:
+    """The ends of an interval on one line."""
+    return interval(found).partition("interval ")[2].replace(" ", "&nbsp;")
+
+
+def _share(value: object) -> str:
+    """A share of the loss in percent."""
+    found = number(value)
+    return percent(None if found is None else 100 * found)
+
+
+def _share_ends(found: object) -> str:
+    """The ends of an interval of shares, in percent."""
+    return _ends([None if (v := number(end)) is None else round(100 * v, 2) for end in list_of(found)])
 
 
 def divergence_table(report: Report) -> str:
@@ -327,8 +339,8 @@ def environment(report: Report) -> str:
     return out + "".join(f'<p class="notice">Note: {escape(n)}.</p>' for n in report.notices)
 
 
-SECTIONS = (headline, arms_table, loss_figure, timeline_figure, jumps_figure, ledger_figure, divergence_table,
-            words, environment)  # fmt: skip
+SECTIONS = (headline, arms_table, loss_figure, timeline_figure, jumps_figure, ledger_figure, confidence_figure,
+            divergence_table, words, environment)  # fmt: skip
 
 
 def build_report(run_dir: Path) -> str:

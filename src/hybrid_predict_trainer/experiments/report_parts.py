@@ -82,6 +82,10 @@ WORDS = (
     ("Gate, treated and control", "The gate measures the loss before and after a proposed jump and accepts "
      "it if the gain pays for the test. A random share of the approved jumps is skipped: these are the "
      "controls. The difference between treated and controls some steps later is the true effect."),
+    ("Confidence", "The stated probability that a jump will be kept and pay for its test. On the diagonal of the "
+     "reliability curve what was stated came true as often as it was stated. The calibration error (ECE) is the mean "
+     "distance from it; a few hundred outcomes show some of it by chance, which is given beside it. Epistemic is the "
+     "disagreement between a predictor's members, aleatoric the spread within one."),
     ("Persistence", "The share of the gain seen at the gate that is still there after further real steps. "
      "Ordinary training would have made part of that progress anyway, so it is below 1 as a rule."),
 )  # fmt: skip

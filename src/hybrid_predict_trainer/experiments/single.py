@@ -11,7 +11,7 @@ import json
 import signal
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,7 +23,7 @@ from ..toml_io import load, to_toml
 from ..trainer import HybridTrainer
 from .arms import Setup, Validation, Watch, build_trainer, write_json
 from .environment import environment
-from .recording import Recorder
+from .recording import FOR_EVER, Recorder, recording_settings
 from .setup import InputError, Options, as_input_error, build_setup
 
 #: What a folder of results has at least one of.
@@ -130,6 +130,8 @@ def train(request: Request, out: Path, *, resume: bool, watch: Watch | None = No
     else:
         refuse_used(out, "add --resume to continue it, or choose another --out")
         setup = build_setup(request.options)
+    if request.record:
+        setup = replace(setup, config=recording_settings(setup.config, plain=request.plain))
     with locked(out):
         if not resume:
             write_json(out / "run.json", asdict(request))
@@ -164,9 +166,13 @@ def _train(
     setup: Setup, request: Request, out: Path, *, resume: bool, watch: Watch | None
 ) -> tuple[dict[str, Any], int]:
     trainer = build_trainer(
-        setup, lr=setup.recipe.lr, steps=setup.steps, seed=request.seed, predict=not request.plain,
+        setup, lr=setup.recipe.lr, steps=setup.steps, seed=request.seed, predict=request.record or not request.plain,
         wrap=Recorder if request.record else None,
     )  # fmt: skip
+    if isinstance(trainer.run.predictor, Recorder):
+        trainer.run.predictor.attach(trainer.run.basis)
+        if request.plain:  # watched, and never asked for a jump
+            trainer.force_full_phase(FOR_EVER)
     folder = out / "checkpoints"
     data = Position()
     if resume:

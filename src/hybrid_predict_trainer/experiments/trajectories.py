@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ..basis import Basis
+from ..config import EncoderConfig
 from ..features import loss_features
 from ..history import History, Reading
+from ..observer import observer_for
 from ..records import BasisSpec, Window
 from ..weights import predicted_parameters
 
@@ -148,11 +150,21 @@ def _continue(
     return torch.stack(means)
 
 
-def observe(trajectory: Trajectory, spec: BasisSpec) -> Iterator[tuple[Window, Basis]]:
-    """Feed the recorded steps to a real basis, as a run does; yields every window as it closes."""
+def observe(
+    trajectory: Trajectory, spec: BasisSpec, *, predictor: object = None, encoder: EncoderConfig | None = None
+) -> Iterator[tuple[Window, Basis]]:
+    """Feed the recorded steps to a real basis, as a run does; yields every window as it closes.
+
+    Args:
+        trajectory: All steps.
+        spec: Columns to keep.
+        predictor: Gets encoded windows if it wants them.
+        encoder: Settings of the encoding, defaults if None.
+    """
     model = Weights(trajectory.thetas[0])
     parameters, groups = predicted_parameters(model, torch.optim.SGD(model.parameters(), lr=1.0))
     basis, history, N = Basis(parameters, groups, spec), History(), trajectory.num_steps
+    observer = observer_for(encoder or EncoderConfig(), predictor, model, parameters, groups, spec)
     norms = torch.linalg.vector_norm(trajectory.grads, dim=1)
     for index in range(len(trajectory.grads) // N):
         for step in range(index * N, (index + 1) * N):
@@ -180,7 +192,7 @@ def observe(trajectory: Trajectory, spec: BasisSpec) -> Iterator[tuple[Window, B
             hindsight=hindsight,
             group_sizes=groups.sizes,
         )
-        yield window, basis
+        yield observer.complete(window, basis), basis
 
 
 def _place(parameters: Sequence[Tensor], theta: Tensor, grad: Tensor | None) -> None:
