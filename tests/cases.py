@@ -114,6 +114,7 @@ def make_optimizer(name: str, model: nn.Module) -> Optimizer:
 Scheduler = torch.optim.lr_scheduler.LRScheduler
 SCHEDULERS: dict[str, Callable[[Optimizer], Scheduler] | None] = {
     "constant": None,
+    "flat": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda t: 1.0),
     "lambda": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda t: 1 / (1 + 0.1 * t)),
     "onecycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.02, total_steps=60),
 }
@@ -225,8 +226,9 @@ def setup(model: str = "mlp", optimizer: str = "adam", scheduler: str = "constan
 def config(**changes: Any) -> HybridTrainerConfig:
     """Short phases, always willing to try.  Keys are dotted TOML names with ``__`` for the dot."""
     base = HybridTrainerConfig(
-        warmup_steps=4, full_steps=2, max_predict_steps=20, correct_steps=3, explore_outcomes=1000, clock="claimed"
-    )
+        warmup_steps=4, full_steps=2, max_predict_steps=20, correct_steps=3, explore_outcomes=1000, clock="claimed",
+        max_learned_scale=1.0, lookahead=0.0,  # jumps alone: what moves the weights besides has tests of its own
+    )  # fmt: skip
     values = {
         "predictor.window": 3,
         "gate.overhead_budget": 1.0,

@@ -31,12 +31,17 @@ class Step:
 
 
 def turning(
-    spec: BasisSpec, num_windows: int, *, seed: int = 0, num_groups: int = 2, noise: float = 0.1, num_steps: int = 10
-) -> Iterator[Step]:
-    """d[t+1] = sign[t] d[t] + noise; the gradient norm at t tells sign[t + 1], the loss falls where it is positive."""
+    spec: BasisSpec, num_windows: int, *, seed: int = 0, num_groups: int = 2, noise: float = 0.1, num_steps: int = 10,
+    turns: bool = True,
+) -> Iterator[Step]:  # fmt: skip
+    """d[t+1] = sign[t] d[t] + noise; the gradient norm at t tells sign[t + 1], the loss falls where it is positive.
+
+    Without turns the sign is always positive, and the noise is all there is to miss.
+    """
     generator = torch.Generator().manual_seed(seed)
     P, D = 64, spec.num_displacements
     sign = (2 * torch.randint(2, (num_windows + 8,), generator=generator) - 1).tolist()
+    sign = sign if turns else [1] * len(sign)
     d = [torch.randn(num_groups, P, generator=generator, dtype=torch.float64)]
     for t in range(num_windows + 4):
         fresh = torch.randn(num_groups, P, generator=generator, dtype=torch.float64)

@@ -258,7 +258,9 @@ def test_the_object_holds_the_known_answers() -> None:
 @pytest.mark.parametrize(
     ("loss", "seeds", "accepted", "words"),
     [
-        (1 / 150, 3, 0, "No jump was accepted"),
+        (0.01, 3, 0, "No jump was accepted: hybrid is plain training plus the price of asking"),
+        (1 / 150, 3, 0, "No jump was accepted: learned scale and lookahead"),
+        (1 / 150, 1, 0, "No jump was accepted: learned scale and lookahead"),
         (1 / 150, 1, 5, "One seed only"),
         (1 / 70, 3, 5, "loses here"),
         (0.01, 3, 5, "No speed-up has been shown"),

@@ -19,6 +19,7 @@ from cases import (
     setup,
 )
 from hybrid_predict_trainer import ConfigError, HybridTrainer, HybridTrainerConfig
+from hybrid_predict_trainer.observer import NullObserver
 from hybrid_predict_trainer.records import Phase
 
 NUM_STEPS = 14
@@ -97,6 +98,25 @@ def test_a_disabled_run_remembers_nothing() -> None:
         "corrector": trainer.run.adaptation.memory_bytes(),
         "snapshots": 0,
     }
+
+
+#: Everything the encoder can keep.
+ENCODER = {"encoder__low_rank": 2, "encoder__kfac": True, "encoder__health": 1}
+
+
+@pytest.mark.parametrize("off", OFF)
+@pytest.mark.parametrize("model", MODELS)
+def test_all_of_the_encoder_leaves_no_trace(model: str, off: str) -> None:
+    trainer = check((model, "adamw"), {**OFF[off][0], **ENCODER}, OFF[off][1])
+    assert all(not m._forward_hooks and not m._backward_hooks for m in trainer.run.model.modules())
+    assert bool(trainer.run.observer.summary()) is trainer.run.observing
+
+
+def test_the_default_keeps_nothing_of_the_encoder() -> None:
+    for changes in ({}, {"enabled": False, **ENCODER}, {"max_predict_steps": 0, **ENCODER}):
+        observer = setup().trainer(config(**changes)).run.observer
+        assert isinstance(observer, NullObserver)
+        assert observer.memory_bytes() == 0
 
 
 def test_plain_loop_is_sensitive() -> None:

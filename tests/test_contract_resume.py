@@ -38,13 +38,19 @@ PLACES: dict[str, Callable[[HybridTrainer, StepResult], bool]] = {
 }
 
 
-def built(predictor: str, segments: int, seed: int = 1) -> tuple[Setup, HybridTrainer]:
+#: Everything the encoder can keep.
+ENCODER = {"encoder__low_rank": 2, "encoder__kfac": True, "encoder__health": 2}
+
+
+def built(predictor: str, segments: int, seed: int = 1, **more: Any) -> tuple[Setup, HybridTrainer]:
     made = setup("norm_dropout", "adamw", "lambda", seed)
     own = {"fake": Fake}.get(predictor)
     changes: dict[str, Any] = {} if own else {"predictor_type": predictor}
     settings = config(
-        segments=segments, clock="cost", checkpoint__keep_last_n=100, gate__control_fraction=0.2, **changes
-    )
+        segments=segments, clock="cost", checkpoint__keep_last_n=100, gate__control_fraction=0.2,
+        predictor__update_budget=0.0,  # what is measured differs between two runs: test_pacing has the resume with it
+        **changes, **more,
+    )  # fmt: skip
     return made, made.trainer(settings, predictor=own and own())
 
 
@@ -56,6 +62,7 @@ def state(made: Setup, trainer: HybridTrainer) -> dict[str, Any]:
             "run": run.state_dict(),
             "predictor": run.predictor.state_dict(),
             "basis": run.basis.state_dict(),
+            "observer": run.observer.state_dict(),
             "statistics": trainer.statistics(),
         }
     )
@@ -69,15 +76,22 @@ def outcome(result: StepResult) -> tuple[Any, ...]:
 CLOSED_FORM = ("hold", "heuristic", "linear", "secant")
 RUNS = [(name, data, segments) for name in (*CLOSED_FORM, "fake") for data in DATA for segments in (1, 2)]
 RUNS += [(name, "exact", 1) for name in PREDICTORS if name not in CLOSED_FORM]
+RUNS = [(*run, {}) for run in RUNS] + [(name, data, 1, ENCODER) for name in ("secant", "linear") for data in DATA]
+#: What moves the weights besides jumps, at rates where it does.
+MOTION = {"max_learned_scale": 50.0, "lookahead": 0.5}
+RUNS += [("secant", data, 1, MOTION) for data in DATA]
 
 
-@pytest.mark.parametrize(("predictor", "data", "segments"), RUNS, ids=["-".join(map(str, run)) for run in RUNS])
+@pytest.mark.parametrize(
+    ("predictor", "data", "segments", "more"),
+    RUNS, ids=["-".join([*map(str, run[:3]), *list(run[3])[:1]]) for run in RUNS],
+)  # fmt: skip
 def test_resume_everywhere(
-    predictor: str, data: str, segments: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    predictor: str, data: str, segments: int, more: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(proposals, "price", lambda run: lambda forwards: 0.0)
     batches = DATA[data](NUM_STEPS, 32)
-    made, trainer = built(predictor, segments)
+    made, trainer = built(predictor, segments, **more)
     saved: dict[str, tuple[Path, int]] = {}
     outcomes = []
     for index, batch in enumerate(batches):
@@ -92,7 +106,7 @@ def test_resume_everywhere(
         missing = {"between-segments"} if segments == 1 else set()
         assert set(PLACES) - set(saved) - {"refused"} == missing
     for name, (path, start) in saved.items():
-        again, resumed = built(predictor, segments, seed=5)
+        again, resumed = built(predictor, segments, seed=5, **more)
         seed_all(99)
         resumed.load_checkpoint(path)
         got = [outcome(resumed.step(batch)) for batch in batches[start:]]
@@ -161,6 +175,16 @@ def test_other_predictor_is_refused(tmp_path: Path) -> None:
     made, other = built("hold", 1)
     before = made.everything()
     with pytest.raises(CheckpointError, match=r"secant.*hold"):
+        other.load_checkpoint(path)
+    assert_same(made.everything(), before)
+
+
+def test_other_encoder_is_refused(tmp_path: Path) -> None:
+    _, trainer = built("linear", 1)
+    path = trainer.save_checkpoint(tmp_path)
+    made, other = built("linear", 1, encoder__low_rank=3)
+    before = made.everything()
+    with pytest.raises(CheckpointError, match=r"encoder\.low_rank is 0 in the checkpoint, 3 in this run"):
         other.load_checkpoint(path)
     assert_same(made.everything(), before)
 
@@ -295,7 +319,7 @@ def test_every_field_of_the_run_is_saved() -> None:
     rebuilt = {
         "model", "optimizer", "config", "loss_fn", "lr_scheduler", "grad_scaler", "parameters", "groups", "on_cpu",
         "predictor", "basis", "controller", "observing", "readout", "buffers", "last_batch", "batch_free",
-        "stated_confidence", "correction",
+        "stated_confidence", "correction", "observer", "window_seconds",
     }  # fmt: skip
     assert set(vars(run)) - saved - rebuilt == set()
 

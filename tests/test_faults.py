@@ -785,3 +785,21 @@ def test_critical_steps_in_a_row_lower_the_learning_rate() -> None:
     assert made.scheduler.base_lrs == [peak / 2]
     trainer.step(batches[7])
     assert made.optimizer.param_groups[0]["lr"] == pytest.approx(peak / 2 * made.scheduler.lr_lambdas[0](7))
+
+
+def test_an_autocast_around_the_loop_does_not_show_the_gate_old_weights() -> None:
+    """Autocast keeps half-precision copies of the weights and does not renew them when a weight changes in place."""
+    from hybrid_predict_trainer import weights
+
+    torch.manual_seed(0)
+    model, x = torch.nn.Linear(8, 8), torch.randn(4, 8)
+    parameters = list(model.parameters())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        before = model(x).float()
+        delta = [9 * p.detach() for p in parameters]
+        weights.move_(parameters, weights.clone(parameters), delta, 1.0)
+        moved = model(x).float()
+        weights.copy_(parameters, [d / 9 for d in delta])
+        back = model(x).float()
+    assert torch.allclose(moved, 10 * before, rtol=0.05, atol=0.05)
+    assert torch.allclose(back, before, rtol=0.05, atol=0.05)

@@ -24,6 +24,7 @@ ORDER = (
     "weights",
     "basis",
     "kfac",
+    "health",
     "snapshot",
     "batches",
     "history",
@@ -38,10 +39,14 @@ ORDER = (
     "corrector",
     "bandit",
     "ledger",
+    "observer",
     "adaptation",
     "counters",
     "phases",
+    "step_scale",
+    "lookahead",
     "run",
+    "responses",
     "proposals",
     "executors",
     "metrics",
@@ -51,7 +56,6 @@ ORDER = (
     "checkpoint",
     "persistence",
     "trainer",
-    "health",
     "__init__",
     "progress",
     "integrations",
@@ -69,9 +73,12 @@ INNER = {
         "base",
         "_frame",
         "_learned",
+        "_answers",
+        "pacing",
         "hold",
         "heuristic",
         "secant",
+        "quasi_newton",
         "linear",
         "dmd",
         "mlp",
@@ -85,7 +92,7 @@ OUTER = ("integrations", "tasks", "experiments", "bench", "progress", "cli", "__
 
 MAX_LINES = 450
 #: Modules that are longer today and their present length: to be split, and then taken from here.
-TOO_LONG = {"executors": 460, "predictors._learned": 500}
+TOO_LONG = {"executors": 460}
 
 
 def modules() -> dict[str, Path]:
@@ -186,7 +193,9 @@ def test_nothing_is_unpickled_or_executed(name: str) -> None:
             and isinstance(node.func, ast.Attribute)
             and ast.unparse(node.func) == "torch.load"
         ):
-            raise AssertionError(f"{name}:{node.lineno} calls torch.load")
+            # a released checkpoint of a peer exists as such a file only; then nothing but tensors may come out of it
+            safe = any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords)
+            assert (safe, name) == (True, "experiments.peers.wnn"), f"{name}:{node.lineno} calls torch.load"
 
 
 # ---------------------------------------------------------------- importing

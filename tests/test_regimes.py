@@ -181,7 +181,7 @@ def test_a_run_worse_than_any_tuned_one_costs_at_least_so_much_more() -> None:
         ([1 / 150] * 2, 2.0, "ahead on all 2 seeds, too few to be sure"),
         ([1 / 70] * 2, 2.0, "behind on all 2 seeds, too few to be sure"),
         ([1 / 150], 2.0, "one seed only"),
-        ([1 / 100] * 3, 0.0, "no jump was accepted: plain training plus the price of asking"),
+        ([1 / 100] * 3, 0.0, "no jump was accepted: learned scale, lookahead and the price of asking"),
         ([1 / 900] * 3, 2.0, "pays (S at least 4"),
         ([math.nan] * 3, 2.0, "no verdict: this arm's loss is not finite"),
     ],

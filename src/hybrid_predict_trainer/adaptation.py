@@ -122,9 +122,13 @@ class Adaptation:
             self._approved[step] = self.evidence
             self.evidence = None
 
-    def note_settled(self, account: Account, window_steps: int) -> None:
-        """Reward the horizon of a settled account; controls say nothing of a jump's reward."""
-        self._note_worth(account, pays(account))
+    def note_settled(self, account: Account, window_steps: int, *, exact: bool = False) -> None:
+        """Reward the horizon of a settled account; controls say nothing of a jump's reward.
+
+        Where losses are exact a kept jump counts as one that pays: its gain was measured without noise, and
+        what a window later is left of it drowns in what the next jumps did.
+        """
+        self._note_worth(account, exact or pays(account))
         choice = self._open.pop(account.step, None)
         if choice is not None and not account.skipped:
             self.bandit.observe(choice, reward(account.credited, account.price / STEP_UNITS, window_steps))

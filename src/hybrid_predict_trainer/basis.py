@@ -14,7 +14,8 @@ Shape letters: ``P`` weights of one tensor, ``G`` groups, ``K`` columns, ``N`` s
 Why sums and not an exponential average: a mean over disjoint windows makes successive x
 independent of each other's noise, and a pair (s, y) exact for a quadratic loss.  Why Y is not kept:
 for the quadratic model only S'Y is needed and S'Y is symmetric, so the products of every older
-displacement with the newest y fill both triangles; that halves the memory.
+displacement with the newest y fill both triangles; that halves the memory.  A predictor that leaves the
+span of S (``quasi_newton``) asks for Y as columns of their own.
 """
 
 from __future__ import annotations
@@ -198,15 +199,28 @@ class Basis:
             # g moved by y, so its product with an older column moved by that column's with y
             self._Bg += along
             self._Bg[:, self._head] = self._by_group(paired_dots(s, self._sum_grad))
+            if self.spec.differences:
+                self._insert_difference(y, along)
         return hindsight
+
+    def _insert_difference(self, y: Tensors, along: Tensor) -> None:
+        """Keep y as a column; ``along`` are its products with all columns, the one it replaces among them."""
+        slot = self.spec.num_displacements + self._head
+        for column, piece in zip(self._columns, y, strict=True):
+            column[slot] = piece.reshape(-1).to(column.dtype)
+        along[:, slot] = self._by_group(squared_norms(y))
+        self._BB[:, slot, :] = self._BB[:, :, slot] = along
+        self._Bg[:, slot] = self._by_group(paired_dots(y, self._sum_grad))
 
     def _refresh_extras(self) -> None:
         if not self._columns:
             return
-        for slot, name in enumerate(self.spec.extras, start=self.spec.num_displacements):
+        for slot, name in enumerate(self.spec.extras, start=self.spec.first_extra):
             vectors = self._extra(name)
             for column, vector in zip(self._columns, vectors, strict=True):
                 column[slot] = vector.reshape(-1).to(device=column.device, dtype=column.dtype)
+            if self.spec.differences:
+                continue  # Bg and gg say all that is asked of them, at no pass over the columns
             self._BB[:, slot, :] = self._BB[:, :, slot] = self._dot_columns(vectors)
 
     def _extra(self, name: str) -> Tensors:
@@ -249,6 +263,10 @@ class Basis:
     def average(self) -> Tensors:
         """x: the mean weights of the last closed window, one tensor per parameter."""
         return [x.to(p.device) for x, p in zip(self._x, self.parameters, strict=True)]
+
+    def newest(self) -> Tensors:
+        """The last window displacement as flat views, one per parameter; they change with the next close."""
+        return [column[self._head] for column in self._columns]
 
     @property
     def ready(self) -> bool:
@@ -335,9 +353,11 @@ class Basis:
         return torch.zeros(self.parameters[i].shape, dtype=self._sum_dtypes[i], device=self._devices[i])
 
     def _slots(self) -> list[int]:
-        """Ring slots, newest first, then the extras."""
-        num_ring = self.spec.num_displacements
-        return [(self._head - age) % num_ring for age in range(num_ring)] + list(range(num_ring, self.spec.num_columns))
+        """Ring slots, newest first, the differences' in the same order, then the extras."""
+        num_ring, first_extra = self.spec.num_displacements, self.spec.first_extra
+        ring = [(self._head - age) % num_ring for age in range(num_ring)]
+        differences = [num_ring + slot for slot in ring] if self.spec.differences else []
+        return [*ring, *differences, *range(first_extra, self.spec.num_columns)]
 
     def _ordered(self, by_slot: Tensor) -> Tensor:
         slots = self._slots()

@@ -65,16 +65,33 @@ class SecantConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class QuasiNewtonConfig:
+    """Limited-memory BFGS step from the gradients of real steps; for full-batch training."""
+
+    history: int = 50  # pairs kept; 20 end three times as high on the Poisson problem
+    shrink: tuple[float, ...] = (1.0, 0.3, 0.05)  # multiples of the step tried until the loss falls
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _whole("predictor.quasi_newton.history", self.history, 1, 1000)
+        _check(len(self.shrink) > 0, "predictor.quasi_newton.shrink", self.shrink, "a list of at least one number")
+        for value in self.shrink:
+            _number("predictor.quasi_newton.shrink", value, 0.0, 10.0, open_low=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LinearConfig:
     """Online ridge on hindsight-optimal coefficients."""
 
-    feature_dim: int = 128  # upper bound on the encoded features used
+    feature_dim: int = 128  # first numbers of the encoded state that the loss is regressed on
+    num_displacements: int = 6  # columns kept: two per oscillation that is to be continued, and two to spare
     l2_regularization: float = 0.01
     forgetting: float = 0.9  # weight of a window one window later
 
     def __post_init__(self) -> None:
         """Check ranges."""
         _whole("predictor.linear.feature_dim", self.feature_dim, 1, 4096)
+        _whole("predictor.linear.num_displacements", self.num_displacements, 2, 256)
         _number("predictor.linear.l2_regularization", self.l2_regularization, 0.0, open_low=True)
         _number("predictor.linear.forgetting", self.forgetting, 0.0, 1.0, open_low=True)
 
@@ -137,8 +154,8 @@ class RssmConfig:
     gradient_clip: float = 1000.0  # global norm; usual ones are 100 to 1000
     free_nats: float = 1.0
     unimix: float = 0.01
-    sequence_length: int = 16  # windows of truncated backpropagation through time
-    batch_size: int = 4
+    sequence_length: int = 8  # windows of truncated backpropagation through time
+    batch_size: int = 8
     updates_per_window: int = 1  # a count, not a time: resumed runs stay bit for bit the same
     num_samples: int = 4  # rollouts per member and prediction
     replay_windows: int = 2048
@@ -166,9 +183,11 @@ class PredictorConfig:
 
     window: int = 10  # N: real steps whose mean is one basis point
     rest_windows: int = 1  # windows not observed after each, where losses are noisy: halves the cost of watching
+    update_budget: float = 0.01  # most of the real steps' time that a network's training may take; 0: no bound
     basis_dtype: Literal["float32", "bfloat16", "param"] = "param"
     offload: bool = False  # keep the basis in host memory
     secant: SecantConfig = field(default_factory=SecantConfig)
+    quasi_newton: QuasiNewtonConfig = field(default_factory=QuasiNewtonConfig)
     linear: LinearConfig = field(default_factory=LinearConfig)
     dmd: DmdConfig = field(default_factory=DmdConfig)
     mlp: MlpConfig = field(default_factory=MlpConfig)
@@ -178,6 +197,7 @@ class PredictorConfig:
         """Check ranges."""
         _whole("predictor.window", self.window, 1, 1_000_000)
         _whole("predictor.rest_windows", self.rest_windows, 0, 1_000)
+        _number("predictor.update_budget", self.update_budget, 0.0)
         _choice("predictor.basis_dtype", self.basis_dtype, ("float32", "bfloat16", "param"))
 
 
@@ -196,6 +216,30 @@ class CorrectorConfig:
         _whole("corrector.capacity", self.capacity, 1, 100_000)
         _number("corrector.similarity", self.similarity, 0.0, 1.0)
         _whole("corrector.num_similar", self.num_similar, 1, 1000)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncoderConfig:
+    """The encoded state, for predictors that ask for it, and what may be watched besides.
+
+    A predictor that declares ``wants_encoding`` gets sketch and latent; low-rank and Kronecker factors
+    are extra numbers of the same state.  Nothing of it is kept for a predictor that does not ask.
+    """
+
+    sketch_size: int = 100  # numbers of the count sketch of the newest displacement; 0: none
+    latent_dim: int = 64  # of the streaming PCA of the encoded windows; 0: none
+    low_rank: int = 0  # rank of the displacement's factors by power iteration; 0: none; one more weight copy
+    kfac: bool = False  # Kronecker factors of the curvature, from one step of every window
+    kfac_memory_mb: float = 64.0  # of all factors; the largest are kept as diagonals until they fit
+    health: int = 0  # windows between two reports on gradient health; 0: none
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _whole("encoder.sketch_size", self.sketch_size, 0, 65536)
+        _whole("encoder.latent_dim", self.latent_dim, 0, 1024)
+        _whole("encoder.low_rank", self.low_rank, 0, 256)
+        _number("encoder.kfac_memory_mb", self.kfac_memory_mb, 0.0, open_low=True)
+        _whole("encoder.health", self.health, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -319,10 +363,14 @@ class HybridTrainerConfig:
     clock: Clock = "cost"
     horizon_rule: Literal["doubling", "bandit"] = "doubling"  # who chooses Y
     gradient_clip_norm: float = 0.0  # 0: off
+    # both need a learning-rate schedule, whose decay takes out the noise they add; 1 and 0: off
+    max_learned_scale: float = 100.0  # bound on the learned multiplier of the optimizer's own steps
+    lookahead: float = 0.3  # beta: share of the slow drift added between steps, where losses are noisy
     explore_outcomes: int = 3  # proposals made whatever the confidence, to learn what it is worth
     seed: int = 0  # of the trainer's own random generator (control group)
 
     predictor: PredictorConfig = field(default_factory=PredictorConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
     corrector: CorrectorConfig = field(default_factory=CorrectorConfig)
     gate: GateConfig = field(default_factory=GateConfig)
     divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
@@ -342,6 +390,8 @@ class HybridTrainerConfig:
         _choice("training.clock", self.clock, typing.get_args(Clock))
         _choice("training.horizon_rule", self.horizon_rule, ("doubling", "bandit"))
         _number("training.gradient_clip_norm", self.gradient_clip_norm, 0.0)
+        _number("training.max_learned_scale", self.max_learned_scale, 1.0)
+        _number("training.lookahead", self.lookahead, 0.0, 1.0)
         _whole("training.explore_outcomes", self.explore_outcomes, 0)
         _whole("training.seed", self.seed, 0, 2**63 - 1)
         _number("predictor.memory_budget_mb", self.predictor_memory_mb, 0.0, open_low=True)

@@ -7,13 +7,15 @@ import time
 from dataclasses import dataclass
 
 from .calibration import Evidence
-from .executors import Execution, respond, settle_anchor
+from .executors import Execution, settle_anchor
 from .history import Reading
 from .ledger import PASS_UNITS
 from .metrics import Metrics
 from .phases import Signals, validate_transition
+from .predictors import Paced
 from .proposals import fits, price
 from .records import Action, Alarm, Decision, DivergenceError, Level, Phase, StepResult, Window
+from .responses import respond
 from .run import Run
 
 #: A predictor that failed this often is not asked again.
@@ -182,7 +184,7 @@ def settle_readings(run: Run, metrics: Metrics) -> None:
 
 def _check(run: Run, metrics: Metrics, reading: Reading) -> Alarm:
     warming_up = run.phase is Phase.WARMUP
-    alarm = run.monitor.check(reading, run.history, warming_up=warming_up)
+    alarm = run.monitor.check(reading, run.history, warming_up=warming_up, exact=run.deterministic)
     if alarm.level < Level.CRITICAL and reading.finite:
         run.history.push(reading, warming_up=warming_up)
     if alarm.level >= Level.WARNING:
@@ -192,11 +194,32 @@ def _check(run: Run, metrics: Metrics, reading: Reading) -> Alarm:
     return alarm
 
 
-def observe(run: Run, metrics: Metrics, execution: Execution) -> None:
-    """Close the window when it is full: the predictor learns, the ledger settles."""
-    if not run.observing or run.phase is Phase.PREDICT or run.basis.num_steps < run.config.predictor.window:
+#: Steps that the smoothed loss averages over: its standard error is that of a mean of so many losses.
+EMA_STEPS = 39
+
+
+def rescale(run: Run, execution: Execution) -> None:
+    """After a real step: let the learned scale look at it."""
+    if execution.backwards and not execution.skipped:
+        loss = run.history.loss_ema
+        run.scale.check(run.learning_rate, loss.mean, loss.std / math.sqrt(EMA_STEPS))
+
+
+def observe(run: Run, metrics: Metrics, execution: Execution, began: float) -> None:
+    """Close the window when it is full: the predictor learns, the ledger settles.
+
+    Args:
+        run: After the step and its check.
+        metrics: Of that run.
+        execution: The step.
+        began: When the step began, by ``time.perf_counter``.
+    """
+    if not run.observing or run.phase is Phase.PREDICT:
         return
     started = time.perf_counter()
+    run.window_seconds += started - began
+    if run.basis.num_steps < run.config.predictor.window:
+        return
     loss_before = run.window_loss
     window = run.close_window()
     encoded = time.perf_counter()
@@ -206,14 +229,19 @@ def observe(run: Run, metrics: Metrics, execution: Execution) -> None:
     run.ledger.note_window(window.loss / loss_before if loss_before else math.nan, jumped=window.jumped)
     settled = run.ledger.settle(run.counters.num_real_steps, window.loss)
     for account in settled:
-        run.adaptation.note_settled(account, window.num_steps)
+        run.adaptation.note_settled(account, window.num_steps, exact=run.deterministic)
     metrics.note_outcomes(run, settled)
     # per step two sums of three passes each; at the close one displacement, two rows of products
-    passes = 6 * window.num_steps + 10 + (2 if run.basis.spec.curvature else 1) * run.basis.num_columns
+    spec = run.basis.spec
+    products = 1 + spec.curvature + (0 if spec.differences else len(spec.extras))  # vectors times all columns
+    columns = run.basis.num_columns * (2 if spec.differences else 1) + len(spec.extras)
+    passes: float = 6 * window.num_steps + 10 + products * columns
+    passes += run.observer.passes
     run.counters.num_passes += passes
     run.ledger.observe(passes * PASS_UNITS)
     run.window_just_closed = True
     run.buffers.forget()
+    metrics.note_health(run)
     metrics.note_window(1e3 * (encoded - started), 1e3 * (updated - encoded), cosine)
 
 
@@ -221,7 +249,10 @@ def learn(run: Run, window: Window) -> None:
     """Show the predictor a window and ask for its forecast of the next; one that keeps failing is left alone."""
     if run.num_predictor_failures >= MAX_PREDICTOR_FAILURES:
         return
+    window_seconds, run.window_seconds = run.window_seconds, 0.0
     try:
+        if isinstance(run.predictor, Paced):
+            run.predictor.pace(window_seconds)
         run.predictor.observe(window)
         if run.adaptation.forecasts and run.predictor.ready:
             forecast = run.predictor.predict(window.num_steps)

@@ -156,6 +156,15 @@ def worst(alarms: Sequence[Alarm]) -> Alarm:
     return max(alarms, key=lambda alarm: alarm.level, default=Alarm())
 
 
+def steep_but_good(loss: float, history: History) -> bool:
+    """Whether a large gradient, in a run without noise, is only that of a steep place.
+
+    A jump may land where the loss is a tenth and the gradient a hundred times what they were; skipping such a
+    step would skip it for ever, because the next batch is the same.
+    """
+    return loss <= history.loss_ema.mean
+
+
 class Monitor:
     """Watches readings; keeps only what deciding on an action needs."""
 
@@ -166,13 +175,21 @@ class Monitor:
         self.num_consecutive_critical = 0
         self.num_rollbacks = 0
 
-    def check(self, reading: Reading, history: History, *, warming_up: bool) -> Alarm:
+    def check(self, reading: Reading, history: History, *, warming_up: bool, exact: bool = False) -> Alarm:
         """Alarm of one real step, judged against the history *before* that step.
 
         During warm-up only non-finite values count: there is no baseline yet.
+
+        Args:
+            reading: Loss and gradient norm of the step.
+            history: Of the steps before.
+            warming_up: Whether the baselines are still being made.
+            exact: Losses are free of noise.
         """
         c = self.config
         norm = reading.gradient_norm
+        if exact and steep_but_good(reading.loss, history):
+            norm = None
         previous = history.losses[-1] if history.losses else None
         alarms = [loss_deviation(reading.loss, history.loss_ema.mean, history.loss_ema.std, self.sigma, previous)]
         if norm is not None:

@@ -140,7 +140,7 @@ def _group_features(window: Window, spec: BasisSpec) -> Tensor:
     gg = torch.nan_to_num(products.gg).clamp(min=0)
     along = lengths[:, 0] * gg.sqrt()
     gradient = torch.where(along > 0, torch.nan_to_num(products.Bg[:, 0]) / along.clamp(min=1e-300), zero)
-    extras = {name: ratio(spec.num_displacements + i) for i, name in enumerate(spec.extras)}
+    extras = {name: ratio(spec.first_extra + i) for i, name in enumerate(spec.extras)}
     columns = [
         logs[:, 0] - 0.5 * sizes.log(),
         ratio(first),

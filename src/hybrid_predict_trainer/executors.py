@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from . import weights
-from .divergence import prediction_error
-from .ledger import STEP_UNITS, Account
+from .divergence import prediction_error, steep_but_good
+from .ledger import PASS_UNITS, STEP_UNITS, Account
 from .proposals import judge, propose
 from .records import Action, Alarm, Decision, Level, Phase, PhasePrediction, Reason, Verdict
 from .run import Probation, Run, Segment
@@ -67,24 +67,33 @@ def run_full(run: Run, batch: Any, decision: Decision) -> Execution:
         _keep_anchor(run)
     run.buffers.before()
     run.optimizer.zero_grad(set_to_none=True)
-    loss = checked_loss(run.loss_fn(run.model, batch))
-    _backward(run, loss)
+    observed = run.observing and run.num_rest_steps == 0
+    last = observed and run.basis.num_steps + 1 >= run.config.predictor.window
+    with run.observer.watching(last=last):
+        loss = checked_loss(run.loss_fn(run.model, batch))
+        run.observer.before_backward()
+        _backward(run, loss)
     trained = optimizer_parameters(run.optimizer)  # with those that are not predicted (complex ones)
     norm = weights.global_norm(weights.gradients(trained))
     usable = _usable(run, loss.detach(), norm)
+    run.observer.after_backward(run.history, usable=usable)
     if not usable:
         return _skip(run, loss, norm)
     run.buffers.after()
-    last = run.observing and run.basis.num_steps + 1 >= run.config.predictor.window
     if run.num_rest_steps > 0:
         run.num_rest_steps -= 1
-    elif run.observing:
+    elif observed:
         run.basis.accumulate()
         run.basis.before_step(last=last)
         run.lr_integral += run.learning_rate
     if run.config.gradient_clip_norm > 0:
         torch.nn.utils.clip_grads_with_norm_(trained, run.config.gradient_clip_norm, norm)
+    passes = run.scale.measure(run.parameters) + run.scale.before_step(run.parameters)
+    rate = run.learning_rate
     _optimizer_step(run)
+    passes += _look_ahead(run, rate)
+    run.counters.num_passes += passes
+    run.ledger.observe(passes * PASS_UNITS)
     _count_real(run)
     return Execution(loss.detach(), norm, forwards=1, backwards=1)
 
@@ -113,11 +122,25 @@ def _backward(run: Run, loss: Tensor) -> None:
 
 def _optimizer_step(run: Run) -> None:
     scaler = run.grad_scaler
-    if scaler is None:
-        run.optimizer.step()
-    else:
-        scaler.step(run.optimizer)
-        scaler.update()
+    with run.scale.applied(run.optimizer):
+        if scaler is None:
+            run.optimizer.step()
+        else:
+            scaler.step(run.optimizer)
+            scaler.update()
+
+
+def _look_ahead(run: Run, rate: float) -> int:
+    """Move on along the drift where the rate stands near its peak; returns passes over the weights.
+
+    Where losses are exact the gate finds longer jumps than this at once, and a rate that still rises
+    has no drift worth going on with.
+    """
+    if run.deterministic:
+        return 0
+    rising, run.peak_rate = rate > run.peak_rate, max(rate, run.peak_rate)
+    strength = 0.0 if rising or run.peak_rate <= 0 else rate / run.peak_rate
+    return run.lookahead.after_step(run.parameters, strength)
 
 
 def _count_real(run: Run) -> None:
@@ -139,12 +162,15 @@ def _usable(run: Run, loss: Tensor, norm: Tensor) -> bool:
         return False
     baseline = run.history.norm_baseline.mean
     limit = run.config.divergence.critical_multiplier * baseline
+    if run.deterministic and steep_but_good(float(loss), run.history):
+        return True
     return run.phase is Phase.WARMUP or not baseline > 0 or float(norm) <= limit
 
 
 def _skip(run: Run, loss: Tensor, norm: Tensor) -> Execution:
     """A step that does not count: buffers as before, weights and optimizer never touched."""
     run.buffers.undo()
+    run.scale.forget()
     if run.grad_scaler is not None:
         run.grad_scaler.update()  # shrinks its scale if it saw an overflow; the optimizer is not stepped
     run.optimizer.zero_grad(set_to_none=True)
@@ -170,6 +196,7 @@ def settle_anchor(run: Run, *, finite: bool) -> None:
     if run.anchor is not None and not finite:
         run.restore(run.anchor, rng=False)
         run.basis.restart_window()
+        run.scale.forget()
         run.lr_integral = 0.0
         c = run.counters
         c.num_skipped_steps += c.num_real_steps - run.anchor_real_steps
@@ -274,6 +301,8 @@ def _accept(
         run.probation.claimed += prediction.horizon
     weights.move_(run.parameters, saved, delta, verdict.scale)
     run.basis.translate(delta, verdict.scale)
+    run.lookahead.translate(delta, verdict.scale)
+    run.scale.forget()
     run.lr_integral = 0.0
     c.num_jumps_accepted += 1
     c.num_claimed_steps += prediction.horizon
@@ -366,6 +395,7 @@ def _roll_back(run: Run, probation: Probation) -> None:
     c = run.counters
     run.restore(probation.snapshot)
     run.basis.revert(probation.basis)
+    run.scale.forget()
     run.anchor = None  # it holds weights after the jump
     run.num_schedule_steps = probation.num_schedule_steps  # the clock catches up with the next step
     run.lr_integral = 0.0
@@ -391,37 +421,3 @@ EXECUTORS: dict[Phase, Executor] = {
     Phase.PREDICT: run_predict,
     Phase.CORRECT: run_correct,
 }
-
-
-def force_full(run: Run, num_steps: int, *, by_alarm: bool) -> None:
-    """No proposals for the next real steps."""
-    run.num_forced_full_steps = max(run.num_forced_full_steps, num_steps)
-    run.forced_by_alarm = by_alarm
-
-
-#: Critical steps in a row after which the same learning rate is not tried again.
-RETRY_AFTER = 5
-
-
-def lower_learning_rate(run: Run, factor: float) -> None:
-    """Retry with a smaller learning rate: the groups' rates and the peaks a schedule starts from."""
-    for group in run.optimizer.param_groups:
-        group["lr"] *= factor
-        if "initial_lr" in group:
-            group["initial_lr"] *= factor
-    if isinstance(run.lr_scheduler, torch.optim.lr_scheduler.LRScheduler):
-        run.lr_scheduler.base_lrs = [lr * factor for lr in run.lr_scheduler.base_lrs]
-
-
-def respond(run: Run, alarm: Alarm) -> None:
-    """Apply what an alarm asks for."""
-    settings = run.config.divergence
-    critical = run.monitor.num_consecutive_critical
-    if alarm.level is Level.CRITICAL and critical and critical % RETRY_AFTER == 0:
-        lower_learning_rate(run, settings.retry_learning_rate_factor)
-    if alarm.action is not Action.REDUCE_HORIZON and run.probation is not None:
-        run.probation.worst_level = max(run.probation.worst_level, alarm.level)
-    if alarm.action is Action.REDUCE_HORIZON:
-        run.horizon = max(run.horizon // 2, run.config.min_predict_steps)
-    elif alarm.action in (Action.FORCE_FULL, Action.SKIP_STEP, Action.ROLLBACK, Action.CORRECT):
-        force_full(run, settings.recovery_full_steps or 2 * run.config.full_steps, by_alarm=True)

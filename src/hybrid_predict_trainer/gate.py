@@ -109,8 +109,8 @@ def agrees(measured: float, predicted: float, ratio: float) -> bool:
 
 
 def judge_exact(
-    evaluate: Evaluate, num_candidates: int, *, max_scale: float,
-    predicted_reduction: float = 0.0, min_ratio: float = 0.0,
+    evaluate: Evaluate, num_candidates: int, *, max_scale: float, known_before: float | None = None,
+    way_back: int | None = None, predicted_reduction: float = 0.0, min_ratio: float = 0.0, first_fit: bool = False,
 ) -> Verdict:  # fmt: skip
     """Judge where every batch is the same and losses are exact.
 
@@ -122,8 +122,13 @@ def judge_exact(
         num_candidates: Candidates, most careful first; the search stops at the first that is worse
             than the one before.
         max_scale: Longest multiple tried.
+        known_before: Loss at the origin where it has been measured already; None: it is measured here.
+        way_back: Candidate that leads to where ``known_before`` was measured: taken where nothing else lowers the
+            loss and the base optimizer's last step raised it.
         predicted_reduction: Of the predictor's model.
         min_ratio: Least share of it that must be measured.
+        first_fit: Take the first candidate that lowers the loss: where proposals come at every step, a
+            forward spent on a better length is worth less than the next step.
     """
     forwards = 0.0
 
@@ -133,7 +138,7 @@ def judge_exact(
         value = sum(evaluate(candidate, scale, "whole"))
         return value if math.isfinite(value) else math.inf
 
-    before = loss_at(0, 0.0)
+    before = loss_at(0, 0.0) if known_before is None else known_before
     if not math.isfinite(before):
         return Verdict(accepted=False, reason=Reason.LOSS_NOT_FINITE, loss_before=before, num_forward=forwards)
     best_loss, best = before, None
@@ -141,8 +146,17 @@ def judge_exact(
         loss = loss_at(candidate, 1.0)
         if loss < best_loss:
             best_loss, best = loss, (candidate, 1.0)
+            if first_fit:
+                break
         elif best is not None:
             break
+    if best is None and way_back is not None:
+        here = loss_at(0, 0.0)
+        if here > before:
+            return Verdict(
+                accepted=True, reason=Reason.WAY_BACK, scale=1.0, candidate=way_back, loss_before=here,
+                loss_after=before, upper_bound=before - here, num_forward=forwards,
+            )  # fmt: skip
     if best is None:
         return Verdict(
             accepted=False, reason=Reason.NO_DESCENT, loss_before=before, loss_after=best_loss, num_forward=forwards

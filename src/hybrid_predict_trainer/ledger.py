@@ -246,8 +246,11 @@ class Ledger:
 
     def summary(self) -> dict[str, Any]:
         """What a report shows."""
+        effect = self.effect()
         return {
             **self.steps_gained(),
+            "effect_per_jump": None if effect is None else effect[0],
+            "effect_per_jump_ci95": None if effect is None else list(effect[1:]),
             "persistence": self.persistence if self.known else None,
             "num_controls": sum(a.skipped for a in self.settled),
             "num_treated": sum(not a.skipped for a in self.settled),

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .executors import Execution
 from .history import RunningMoments
+from .predictors import Paced
 from .records import Alarm, Decision, Phase, Reason, State, StepResult
 from .run import Run
 
@@ -186,6 +187,8 @@ class Metrics:
                 "predicted_reduction": None if prediction is None else prediction.predicted_reduction,
                 "measured_reduction": verdict.gain, "upper_bound": verdict.upper_bound, "price": verdict.price,
                 "confidence": decision.confidence, "predictor": run.predictor.name, "num_forward": verdict.num_forward,
+                "epistemic": None if prediction is None else prediction.epistemic,
+                "aleatoric": None if prediction is None else prediction.aleatoric,
                 **self._saved_prediction(run, execution),
             },
         )  # fmt: skip
@@ -231,6 +234,12 @@ class Metrics:
                 run, "outcome",
                 {"skipped": a.skipped, "gate_gain": a.gain, "gain_left": a.left, "persistence": run.ledger.persistence},
             )  # fmt: skip
+
+    def note_health(self, run: Run) -> None:
+        """Record the report on gradient health of the window that has just closed, if one was due."""
+        report = run.observer.new_health()
+        if report is not None:
+            self._write(run, "health", report)
 
     def note_window(self, encode_ms: float, update_ms: float, cosine: float | None) -> None:
         """Time spent closing a window and learning from it, and how well its displacement was forecast."""
@@ -287,9 +296,11 @@ class Metrics:
                 "update_time_ms_avg": _mean(self.update_ms),
                 "memory_used_mb": run.predictor.memory_bytes() / 2**20,
                 "basis_mb": sum(run.basis.memory_bytes().values()) / 2**20,
+                "update_every": run.predictor.update_every if isinstance(run.predictor, Paced) else None,
                 "pct_of_step_time": 100 * self.overhead_ms / self.total_ms if self.total_ms else None,
             },
             "calibration": jsonable(run.adaptation.confidence.report()),
+            **jsonable(run.observer.summary()),
             "histograms": histograms(run),
             "ledger": {k: jsonable(v) for k, v in run.ledger.summary().items()},
             "statistics": statistics(run),
@@ -339,6 +350,7 @@ def statistics(run: Run) -> dict[str, Any]:
         "num_jumps_proposed": c.num_jumps_proposed, "num_jumps_accepted": c.num_jumps_accepted,
         "num_controls": c.num_controls, "num_rollbacks": c.num_rollbacks,
         "num_predictor_failures": run.num_predictor_failures, "num_divergence_events": c.num_divergence_events,
+        "learned_scale": run.scale.value,
         "cost_units": c.cost_units, "backward_reduction_pct": c.backward_reduction_pct,
         **{k: jsonable(v) for k, v in run.ledger.steps_gained().items()},
     }  # fmt: skip

@@ -33,6 +33,7 @@ def parts(run: Run, metrics: Metrics) -> dict[str, State]:
     if run.config.checkpoint.include_predictor:
         saved["predictor"] = {
             "name": run.predictor.name, "predictor": run.predictor.state_dict(), "basis": run.basis.state_dict(),
+            "observer": run.observer.state_dict(),
         }  # fmt: skip
     return saved
 
@@ -85,6 +86,8 @@ def load(run: Run, metrics: Metrics, path: Path) -> dict[str, State]:
             f"{path}: was written with predictor {predictor['name']!r}, this run has {run.predictor.name!r}: "
             "set predictor.type to match"
         )
+    if predictor is not None:
+        run.observer.check_state(predictor.get("observer", {}))
 
     run.model.load_state_dict(model_state)
     with torch.no_grad():
@@ -98,6 +101,7 @@ def load(run: Run, metrics: Metrics, path: Path) -> dict[str, State]:
     if predictor is not None:
         run.predictor.load_state_dict(predictor["predictor"])
         run.basis.load_state_dict(predictor["basis"])
+        run.observer.load_state_dict(predictor.get("observer", {}))
     run.load_state_dict(own["run"])
     metrics.load_state_dict(own["metrics"])
     set_rng_state(own["rng"])
@@ -143,6 +147,9 @@ def memory_usage(run: Run) -> dict[str, int]:
     return {
         "predictor": run.predictor.memory_bytes(),
         "corrector": run.adaptation.memory_bytes(),
+        **({"encoder": run.observer.memory_bytes()} if run.observer.memory_bytes() else {}),
         **{f"basis_{device}": size for device, size in run.basis.memory_bytes().items()},
+        **({"scale": run.scale.memory_bytes()} if run.scale.memory_bytes() else {}),
+        **({"lookahead": run.lookahead.memory_bytes()} if run.lookahead.memory_bytes() else {}),
         "snapshots": sum(s.memory_bytes() for s in snapshots if s is not None),
     }

@@ -23,6 +23,12 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "training.warmup_steps": 500, "training.full_steps": 50, "training.max_predict_steps": 100,
         "training.divergence_threshold": 2.0, "predictor.basis_dtype": "bfloat16", "predictor.offload": True,
     },
+    # every batch is the whole data set, so that losses are exact and every step may bring a proposal
+    "full_batch": {
+        "predictor.type": "quasi_newton", "predictor.window": 1, "training.correct_steps": 0,
+        "training.confidence_threshold": 0.0, "gate.overhead_budget_exact": 1.0, "gate.control_fraction": 0.02,
+        "gate.max_backoff": 64,
+    },
     # by breadth of the data
     "specialist": {
         "training.warmup_steps": 100, "training.full_steps": 15, "training.max_predict_steps": 120,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -32,11 +32,13 @@ def propose(
             return prediction, [], Verdict(accepted=False, reason=Reason.WRONG_SHAPE)
         if not all(bool(torch.isfinite(c).all()) for c in candidates):
             return prediction, [], Verdict(accepted=False, reason=Reason.NOT_FINITE)
+        if prediction.first_fit:  # shorter pieces of the same step: made when they are tried
+            candidates = candidates[:1]
         deltas = [run.basis.combine(c) for c in candidates]
     except Exception as error:  # whatever a predictor raises must not end a run
         run.note_predictor_failure(error)
         return None, [], Verdict(accepted=False, reason=Reason.PREDICTOR_FAILED)
-    run.counters.num_passes += len(candidates) * run.basis.num_columns
+    run.counters.num_passes += len(candidates) * num_combined(run)
     if not all(weights.all_finite(d) for d in deltas):
         return prediction, [], Verdict(accepted=False, reason=Reason.NOT_FINITE)
     lengths = [weights.per_tensor_rms(d) for d in deltas]
@@ -79,7 +81,13 @@ def _first_piece(prediction: PhasePrediction, segments: int) -> PhasePrediction:
     )
 
 
-def judge(run: Run, batch: Any, prediction: PhasePrediction, deltas: Sequence[Tensors], saved: Tensors) -> Verdict:
+def num_combined(run: Run) -> int:
+    """Columns that a combination reads."""
+    spec = run.basis.spec
+    return run.basis.num_columns * (2 if spec.differences else 1) + len(spec.extras)
+
+
+def judge(run: Run, batch: Any, prediction: PhasePrediction, deltas: list[Tensors], saved: Tensors) -> Verdict:
     """Measure losses at x + a d and let the gate decide."""
     exact = run.deterministic
     origin_kind = Origin.CURRENT if exact else Origin.AVERAGE
@@ -96,7 +104,13 @@ def judge(run: Run, batch: Any, prediction: PhasePrediction, deltas: Sequence[Te
         "judge": batches.chunks(batch, middle if split else 0, size, max_chunks) if size >= 2 else [batch],
     }
 
+    def make(candidate: int) -> None:
+        while len(deltas) <= candidate:
+            deltas.append(run.basis.combine(prediction.alternatives[len(deltas) - 1]))
+            run.counters.num_passes += num_combined(run)
+
     def evaluate(candidate: int, scale: float, part: Part) -> list[float]:
+        make(candidate)
         weights.move_(run.parameters, origin, deltas[candidate], scale)
         run.counters.num_passes += 3
         losses = torch.stack([run.evaluate_loss(piece).reshape(()) for piece in parts[part]])
@@ -104,9 +118,14 @@ def judge(run: Run, batch: Any, prediction: PhasePrediction, deltas: Sequence[Te
 
     settings = run.config.gate
     if exact:
+        num_candidates = 1 + len(prediction.alternatives) if prediction.first_fit else len(deltas)
+        # with windows of one step the origin's loss is the one the last real step had at x
+        known = prediction.first_fit and run.window is not None and run.window.num_steps == 1
         verdict = gate.judge_exact(
-            evaluate, len(deltas), max_scale=prediction.max_scale,
+            evaluate, num_candidates - prediction.way_back, known_before=run.window_loss if known else None,
+            way_back=num_candidates - 1 if known and prediction.way_back else None, max_scale=prediction.max_scale,
             predicted_reduction=prediction.predicted_reduction, min_ratio=settings.min_reduction_ratio,
+            first_fit=prediction.first_fit,
         )  # fmt: skip
     else:
         verdict = gate.judge_noisy(
@@ -114,6 +133,8 @@ def judge(run: Run, batch: Any, prediction: PhasePrediction, deltas: Sequence[Te
             split=split,
             predicted_reduction=prediction.predicted_reduction, min_ratio=settings.min_reduction_ratio,
         )  # fmt: skip
+    if verdict.accepted:
+        make(verdict.candidate)
     return replace(verdict, origin=origin_kind)
 
 

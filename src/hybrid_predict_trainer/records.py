@@ -65,6 +65,7 @@ class Reason(StrEnum):
     SEGMENT = "next segment of the jump"
     PROBATION = "a jump is on probation"
     # verdicts
+    WAY_BACK = "no step is better than where the last real step began, and that was better than here"
     ACCEPTED = "the loss fell by more than the jump cost"
     NOT_FINITE = "the proposal holds NaN or infinity"
     WRONG_SHAPE = "the proposal has the wrong shape"
@@ -133,15 +134,17 @@ class Decision:
 class BasisSpec:
     """Which directions a predictor needs kept.
 
-    Columns are ordered: ``num_displacements`` window displacements, newest first, then ``lag``
-    (x - theta), ``optimizer`` (the base optimizer's own update direction) and ``gradient``.
+    Columns are ordered: ``num_displacements`` window displacements, newest first, then (with
+    ``differences``) the gradient differences that belong to them, then ``lag`` (x - theta),
+    ``optimizer`` (the base optimizer's own update direction) and ``gradient``.
     """
 
     num_displacements: int = 2
     lag: bool = False
     optimizer: bool = False
     gradient: bool = False
-    curvature: bool = False  # keep gradient differences, so that S'Y is known
+    curvature: bool = False  # observe gradient differences, so that S'Y is known
+    differences: bool = False  # keep them as columns too, and no products of the extras: twice the memory
 
     @property
     def extras(self) -> tuple[str, ...]:
@@ -152,7 +155,12 @@ class BasisSpec:
     @property
     def num_columns(self) -> int:
         """K."""
-        return self.num_displacements + len(self.extras)
+        return self.first_extra + len(self.extras)
+
+    @property
+    def first_extra(self) -> int:
+        """Index of the first column behind displacements and differences."""
+        return self.num_displacements * (2 if self.differences else 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,6 +211,7 @@ class Window:
     products: Products
     hindsight: Hindsight | None  # None for the first windows and across a jump
     group_sizes: tuple[int, ...]
+    encoding: Tensor | None = None  # (F,) standardised encoded state; None unless the predictor asks for it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,6 +231,8 @@ class PhasePrediction:
     predicted_reduction: float = 0.0  # of the model's own loss, >= 0
     alternatives: tuple[Tensor, ...] = ()
     max_scale: float = 2.0  # the gate may lengthen the jump up to this factor
+    first_fit: bool = False  # where losses are exact: take the first candidate that lowers the loss, not the best
+    way_back: bool = False  # the last alternative leads back to the mean weights of the window
     epistemic: float = 0.0  # spread between members
     aleatoric: float = 0.0  # spread within one
 

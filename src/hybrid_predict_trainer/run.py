@@ -22,11 +22,14 @@ from .divergence import Monitor
 from .features import loss_features
 from .history import History, Readout
 from .ledger import Ledger
+from .lookahead import EmaLookahead, Lookahead, NoLookahead
+from .observer import NullObserver, Observer, observer_for
 from .phases import controller_for
 from .predictors import Predictor, build
 from .predictors._common import window_from_state, window_state
 from .records import Level, Phase, PhasePrediction, State, Window
 from .snapshot import BufferGuard, HasState, Snapshot
+from .step_scale import CHECK_STEPS, LearnedScale, StepScale, UnitScale
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
@@ -77,6 +80,22 @@ class Run:
         )  # fmt: skip
         self.controller = controller_for(config)
         self.observing = not config.never_predicts
+        self.scale: StepScale = UnitScale()
+        # both raise the noise that weights settle with, and count on a schedule to take it out again
+        annealed = self.observing and lr_scheduler is not None
+        if annealed and config.max_learned_scale > 1:
+            # on an accelerator a check waits for the device: as often as losses are read, no more
+            steps = CHECK_STEPS if self.on_cpu else max(CHECK_STEPS, config.divergence.check_interval_steps)
+            self.scale = LearnedScale(config.max_learned_scale, steps)
+        self.observer: Observer = NullObserver()
+        if self.observing:
+            self.observer = observer_for(
+                config.encoder, self.predictor, model, self.parameters, self.groups, self.predictor.spec, grad_scaler
+            )
+        self.lookahead: Lookahead = NoLookahead()
+        if annealed and config.lookahead > 0:
+            self.lookahead = EmaLookahead(config.lookahead)
+        self.peak_rate = 0.0  # highest learning rate so far
         self.history = History()
         self.readout = Readout(config.divergence.check_interval_steps)
         self.monitor = Monitor(config.divergence, config.divergence_threshold)
@@ -99,6 +118,7 @@ class Run:
         self.num_predictor_failures = 0
         self.num_schedule_steps = 0
         self.lr_integral = 0.0  # over the open window
+        self.window_seconds = 0.0  # wall time of its real steps; NaN: not all of them were timed
         self.loss_slope = 0.0
         self.window_loss = float("nan")
         self.window: Window | None = None  # the last one closed
@@ -116,8 +136,9 @@ class Run:
 
     @property
     def others(self) -> list[HasState]:
-        """Scheduler and scaler, where given."""
-        return [o for o in (self.lr_scheduler, self.grad_scaler) if o is not None]
+        """What a snapshot holds beside model and optimizer: scheduler and scaler where given, lookahead and scale."""
+        given = [o for o in (self.lr_scheduler, self.grad_scaler) if o is not None]
+        return [*given, self.lookahead, self.scale]
 
     @property
     def learning_rate(self) -> float:
@@ -217,6 +238,7 @@ class Run:
             hindsight=hindsight,
             group_sizes=self.groups.sizes,
         )
+        window = self.observer.complete(window, self.basis)
         if self.predictor.spec.curvature and not self.deterministic:
             self.num_rest_steps = self.config.predictor.rest_windows * self.config.predictor.window
         self.window = window
@@ -230,7 +252,7 @@ class Run:
     _SCALARS = (
         "horizon", "window_just_closed", "num_windows", "num_windows_since_proposal", "num_rest_steps",
         "num_real_steps_since_predict", "num_forced_full_steps", "forced_by_alarm", "num_predictor_failures",
-        "num_schedule_steps", "lr_integral", "loss_slope", "window_loss", "same_batch", "needs_grad_mode",
+        "num_schedule_steps", "lr_integral", "loss_slope", "window_loss", "peak_rate", "same_batch", "needs_grad_mode",
         "anchor_real_steps", "anchor_schedule_steps",
     )  # fmt: skip
 
@@ -245,6 +267,8 @@ class Run:
             "ledger": self.ledger.state_dict(),
             "window": window_state(self.window),
             "adaptation": self.adaptation.state_dict(),
+            "scale": self.scale.state_dict(),
+            "lookahead": self.lookahead.state_dict(),
             "confidence": self.stated_confidence,
             "generator": self.generator.get_state(),
             "probation": _probation_state(self.probation),
@@ -263,10 +287,13 @@ class Run:
         self.ledger.load_state_dict(state["ledger"])
         self.window = window_from_state(state["window"])
         self.adaptation.load_state_dict(state["adaptation"])
+        self.scale.load_state_dict(state["scale"])
+        self.lookahead.load_state_dict(state["lookahead"])
         self.stated_confidence = state["confidence"]
         self.generator.set_state(state["generator"])
         self.probation = _probation_from(state["probation"])
         self.segment = _segment_from(state["segment"])
+        self.window_seconds = float("nan")
         self.anchor = None if state["anchor"] is None else Snapshot.from_state_dict(state["anchor"])
         self.last_batch = None
 

@@ -14,8 +14,8 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from . import persistence
 from .config import HybridTrainerConfig
-from .cycle import describe, enter, monitor, observe, settle_readings, signals
-from .executors import EXECUTORS, force_full, run_plain
+from .cycle import describe, enter, monitor, observe, rescale, settle_readings, signals
+from .executors import EXECUTORS, run_plain
 from .ledger import STEP_UNITS
 from .metrics import JsonlSink, Metrics, NullSink, Sink, statistics
 from .predictors import Predictor
@@ -25,6 +25,7 @@ from .records import (
     Phase,
     StepResult,
 )
+from .responses import force_full
 from .run import LossFn, Run
 
 
@@ -117,13 +118,15 @@ class HybridTrainer:
             run = self.run
             decision = run.controller.decide(signals(run))
             enter(run, decision)
+            began = time.perf_counter()
             run.note_batch(batch)
             run.ledger.exact = run.deterministic
             executor = EXECUTORS[decision.phase] if self.config.enabled else run_plain
             execution = executor(run, batch, decision)
             run.batch_free = not execution.consumed
             alarm = monitor(run, self.metrics, execution)
-            observe(run, self.metrics, execution)
+            rescale(run, execution)
+            observe(run, self.metrics, execution, began)
             result = describe(run, decision, execution, alarm, started)
             self.metrics.record(run, decision, execution, result)
             return result

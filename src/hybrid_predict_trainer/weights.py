@@ -128,6 +128,7 @@ def clone(tensors: Iterable[Tensor]) -> Tensors:
 def copy_(destination: Sequence[Tensor], source: Sequence[Tensor]) -> None:
     """``destination <- source`` in place, keeping storages (never rebinds ``.data``)."""
     torch._foreach_copy_(list(destination), list(source))
+    _forget_casts()
 
 
 @torch.no_grad()
@@ -139,6 +140,17 @@ def move_(destination: Sequence[Tensor], origin: Sequence[Tensor], delta: Sequen
     for p, o, d in zip(destination, origin, delta, strict=True):
         wide = torch.promote_types(o.dtype, d.dtype)
         p.copy_(torch.add(o.to(wide), d.to(device=o.device, dtype=wide), alpha=scale))
+    _forget_casts()
+
+
+def _forget_casts() -> None:
+    """Drop the half-precision copies of weights that an autocast around the caller's loop keeps.
+
+    They are made once per region and not renewed when a weight changes in place: every loss the gate
+    measured would be that of the weights before the move.
+    """
+    if torch.is_autocast_cache_enabled():
+        torch.clear_autocast_cache()
 
 
 @torch.no_grad()
@@ -156,11 +168,14 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def per_tensor_rms(tensors: Sequence[Tensor]) -> list[float]:
-    """Root mean square of each tensor."""
-    return [float(t.double().square().mean().sqrt()) if t.numel() else 0.0 for t in tensors]
+    """Root mean square of each tensor, read in one transfer."""
+    zero = torch.zeros((), dtype=torch.float64)
+    means = [t.double().square().mean() if t.numel() else zero.to(t.device) for t in tensors]
+    roots: list[float] = torch.stack(means).sqrt().tolist() if means else []
+    return roots
 
 
 @torch.no_grad()
 def all_finite(tensors: Sequence[Tensor]) -> bool:
     """Whether no entry is NaN or infinite."""
-    return all(bool(torch.isfinite(t).all()) for t in tensors)
+    return bool(torch.stack([torch.isfinite(t).all() for t in tensors]).all())

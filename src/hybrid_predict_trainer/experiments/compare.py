@@ -180,7 +180,7 @@ def summarize(task: str, seeds: Sequence[int], arms: Sequence[Arm], runs: Sequen
         * (1 - _count(hybrid, "num_backward") / _count(plain, "num_backward")),
         "backward_reduction_claimed_pct": _count(hybrid, "backward_reduction_pct"),
     }
-    result["verdict"] = verdict(cost, _mean(gaps), hybrid)
+    result["verdict"] = verdict(cost, _mean(gaps), hybrid, by_arm["jump-of-zero"])
     return result
 
 
@@ -233,16 +233,20 @@ def _backward_reduction(cost: Speedup, hybrid: Sequence[Run], plain: Sequence[Ru
     return 100 * (1 - _count(hybrid, "num_backward") / needed)
 
 
-def verdict(cost: Speedup, gap: float, hybrid: Sequence[Run]) -> str:
-    """What the figures say, in one line."""
+def verdict(cost: Speedup, gap: float, hybrid: Sequence[Run], zero: Sequence[Run]) -> str:
+    """What the figures say, in one line; ``zero`` are the runs whose jumps were put back."""
     if cost.value is None:
         return f"No verdict: {cost.reason}."
     accepted = sum(r.counts["num_jumps_accepted"] for r in hybrid)
     bound = f"{cost.kind} " if cost.kind in ("at least", "at most") else ""
     figure = f"{bound}{cost.value:.2f}x"
     gap_words = f"{abs(gap):.2g} % {'lower' if gap < 0 else 'higher'} loss at equal cost"
-    if not accepted:
+    if not accepted and all(h == z for h, z in _pairs(hybrid, zero)):
         return f"No jump was accepted: hybrid is plain training plus the price of asking ({figure}; {gap_words})."
+    if not accepted:  # the weights went elsewhere without a jump
+        interval = "" if cost.ci95 is None else f", 95 % interval {cost.ci95[0]:.2f} to {cost.ci95[1]:.2f}"
+        causes = "learned scale and lookahead, and the price of asking"
+        return f"No jump was accepted: {causes}, are {figure}{interval}; {gap_words}."
     if cost.ci95 is None:
         return f"One seed only, which shows little: equal-loss speed-up {figure}; {gap_words}."
     interval = f"95 % interval {cost.ci95[0]:.2f} to {cost.ci95[1]:.2f} over {len(hybrid)} seeds"

@@ -45,7 +45,7 @@ RATE_FREE = ("schedule-free", "prodigy")
 
 NOISY_BUDGETS = (0.5, 1.0, 2.0, 4.0)
 #: A lower bound of S = 4 was what full-batch tasks ran into with budgets up to 4.
-EXACT_BUDGETS = (0.5, 1.0, 2.0, 4.0, 8.0)
+EXACT_BUDGETS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 #: Of the plain arm at its tuned rate, where the case's own rate is a multiple of it.
 TUNED_BUDGETS = (0.125, 0.25, 0.5, 1.0, 2.0)
 
@@ -131,6 +131,10 @@ _PINN = (
 
 _EPOCHS = (
     Case(name="cifar", task="cifar", length="cifar", peers=(*WEIGHT_PEERS, "schedule-free")),
+    Case(
+        name="cifar-narrow", task="cifar", length="cifar", options={"preset": "narrow"},
+        peers=(*WEIGHT_PEERS, "schedule-free"), budgets=(0.5, 1.0, 1.5, 2.0),
+    ),
     Case(
         name="digits-mlp", task="digits-mlp", length="digits-mlp", peers=(*WEIGHT_PEERS, "schedule-free"),
         quick_peers=("snoo", "lookahead", "ema"), quick_too=True,

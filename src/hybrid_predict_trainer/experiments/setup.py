@@ -128,8 +128,12 @@ def config_of(options: Options, recipe: TaskDefaults) -> HybridTrainerConfig:
     if options.predictor is not None and options.predictor not in PREDICTORS:
         raise unknown_name("predictor", options.predictor, sorted(PREDICTORS))
     recipes = {"predictor.type": recipe.predictor, "training.gradient_clip_norm": recipe.grad_clip or 0.0}
+    if recipe.lookahead is not None:
+        recipes["training.lookahead"] = recipe.lookahead
     config = with_values(HybridTrainerConfig(), recipes)
     layers: list[Mapping[str, Any]] = []
+    if (options.predictor or recipe.predictor) == "quasi_newton":
+        layers.append(PRESETS["full_batch"])  # the windows and the budget it is made for
     if options.config_preset is not None:
         preset_config(options.config_preset)  # says which there are
         layers.append(PRESETS[options.config_preset])

@@ -20,6 +20,7 @@ from .hold import Hold as Hold
 from .linear import Linear as Linear
 from .mlp import Mlp as Mlp
 from .pacing import Paced as Paced
+from .quasi_newton import QuasiNewton as QuasiNewton
 from .rssm import Rssm as Rssm
 from .secant import Secant as Secant
 
@@ -32,6 +33,7 @@ PREDICTORS: dict[str, Callable[[HybridTrainerConfig, int], Predictor]] = {
     "heuristic": lambda config, num_groups: Heuristic(),
     "linear": lambda config, num_groups: Linear(config.predictor.linear, num_groups),
     "secant": lambda config, num_groups: Secant(config.predictor.secant),
+    "quasi_newton": lambda config, num_groups: QuasiNewton(config.predictor.quasi_newton),
     "dmd": lambda config, num_groups: Dmd(config.predictor.dmd),
     "mlp": lambda config, num_groups: Mlp(
         config.predictor.mlp, num_groups, config.seed, config.predictor.update_budget

@@ -47,7 +47,9 @@ class RegressionTask:
     name = "regression"
     deterministic = True
     steps_per_epoch = 1
-    defaults = TaskDefaults(optimizer="adam", lr=2e-2, steps=4000, lr_grid=(5e-3, 1e-2, 2e-2, 4e-2))
+    defaults = TaskDefaults(
+        optimizer="adam", lr=2e-2, steps=4000, lr_grid=(5e-3, 1e-2, 2e-2, 4e-2), predictor="quasi_newton"
+    )
 
     def __init__(self, settings: TaskSettings) -> None:
         """Draw the points."""

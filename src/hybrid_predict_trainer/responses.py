@@ -1,0 +1,46 @@
+"""What an alarm makes of a run: shorter horizons, forced full steps, a smaller learning rate."""
+
+from __future__ import annotations
+
+import torch
+
+from .records import Action, Alarm, Level
+from .run import Run
+
+
+def force_full(run: Run, num_steps: int, *, by_alarm: bool) -> None:
+    """No proposals for the next real steps."""
+    run.num_forced_full_steps = max(run.num_forced_full_steps, num_steps)
+    run.forced_by_alarm = by_alarm
+
+
+#: Critical steps in a row after which the same learning rate is not tried again.
+RETRY_AFTER = 5
+
+
+def lower_learning_rate(run: Run, factor: float) -> None:
+    """Retry with a smaller learning rate: the groups' rates and the peaks a schedule starts from."""
+    for group in run.optimizer.param_groups:
+        group["lr"] *= factor
+        if "initial_lr" in group:
+            group["initial_lr"] *= factor
+    if isinstance(run.lr_scheduler, torch.optim.lr_scheduler.LRScheduler):
+        run.lr_scheduler.base_lrs = [lr * factor for lr in run.lr_scheduler.base_lrs]
+
+
+def respond(run: Run, alarm: Alarm) -> None:
+    """Apply what an alarm asks for."""
+    settings = run.config.divergence
+    critical = run.monitor.num_consecutive_critical
+    if alarm.level is Level.CRITICAL and run.scale.value > 1 and run.probation is None:
+        run.scale.halve()
+    if alarm.level is Level.CRITICAL and critical and critical % RETRY_AFTER == 0:
+        lower_learning_rate(run, settings.retry_learning_rate_factor)
+    if alarm.action is not Action.REDUCE_HORIZON and run.probation is not None:
+        run.probation.worst_level = max(run.probation.worst_level, alarm.level)
+    if alarm.action is Action.REDUCE_HORIZON:
+        run.horizon = max(run.horizon // 2, run.config.min_predict_steps)
+    elif run.deterministic and alarm.level < Level.CRITICAL:
+        pass  # the gate measures every jump exactly, whatever the base optimizer does in between
+    elif alarm.action in (Action.FORCE_FULL, Action.SKIP_STEP, Action.ROLLBACK, Action.CORRECT):
+        force_full(run, settings.recovery_full_steps or 2 * run.config.full_steps, by_alarm=True)
