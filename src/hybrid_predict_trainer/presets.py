@@ -29,6 +29,13 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "training.confidence_threshold": 0.0, "gate.overhead_budget_exact": 1.0, "gate.control_fraction": 0.02,
         "gate.max_backoff": 64,
     },
+    # the same data many times; set predictor.window to the batches of an epoch: noise repeats with the data, so that
+    # what is left between the means of two epochs is drift, and a jump every epoch costs next to nothing to test
+    "epochs": {
+        "predictor.type": "hold", "predictor.rest_windows": 0, "training.correct_steps": 0, "training.lookahead": 0.0,
+        "training.confidence_threshold": 0.0, "gate.overhead_budget": 0.05, "gate.significance": 0.5,
+        "gate.control_fraction": 0.0,
+    },
     # by breadth of the data
     "specialist": {
         "training.warmup_steps": 100, "training.full_steps": 15, "training.max_predict_steps": 120,

@@ -98,7 +98,7 @@ def build_setup(options: Options, config: HybridTrainerConfig | None = None) -> 
         )  # fmt: skip
         task: Task = make_task(options.task, settings)
         recipe = recipe_of(task.defaults, options)
-        config = config if config is not None else config_of(options, recipe)
+        config = config if config is not None else config_of(options, recipe, task.steps_per_epoch)
         setup = Setup(task=task, settings=settings, recipe=recipe, config=config, steps=recipe.steps)
         trainer = build_trainer(
             setup, lr=recipe.lr, steps=recipe.steps, seed=0, predict=True
@@ -120,20 +120,22 @@ def recipe_of(defaults: TaskDefaults, options: Options) -> TaskDefaults:
     return replace(defaults, **{n: v for n in names if (v := getattr(options, n)) is not None})
 
 
-def config_of(options: Options, recipe: TaskDefaults) -> HybridTrainerConfig:
+def config_of(options: Options, recipe: TaskDefaults, steps_per_epoch: int | None = None) -> HybridTrainerConfig:
     """Trainer settings: ``--set`` over ``--predictor`` over ``--config`` over ``--config-preset`` over the recipe.
+
+    Full-batch tasks and those that see their data many times get the presets made for them.
 
     Warm-up takes at most a tenth of the run unless it was set: a short run would never leave it.
     """
     if options.predictor is not None and options.predictor not in PREDICTORS:
         raise unknown_name("predictor", options.predictor, sorted(PREDICTORS))
     recipes = {"predictor.type": recipe.predictor, "training.gradient_clip_norm": recipe.grad_clip or 0.0}
-    if recipe.lookahead is not None:
-        recipes["training.lookahead"] = recipe.lookahead
     config = with_values(HybridTrainerConfig(), recipes)
     layers: list[Mapping[str, Any]] = []
     if (options.predictor or recipe.predictor) == "quasi_newton":
         layers.append(PRESETS["full_batch"])  # the windows and the budget it is made for
+    if (steps_per_epoch or 1) > 1 and (options.predictor or recipe.predictor) == "hold":
+        layers.append({**PRESETS["epochs"], "predictor.window": steps_per_epoch})
     if options.config_preset is not None:
         preset_config(options.config_preset)  # says which there are
         layers.append(PRESETS[options.config_preset])

@@ -84,7 +84,6 @@ class TaskDefaults:
         grad_clip: largest global gradient norm; `None` for no clipping.
         lr_grid: the rates a tuned baseline is chosen from.
         predictor: the predictor kind measured to suit this task best.
-        lookahead: share of the slow drift added between steps (`training.lookahead`); `None`: the trainer's own.
     """
 
     lr: float
@@ -99,7 +98,6 @@ class TaskDefaults:
     grad_clip: float | None = None
     lr_grid: tuple[float, ...] = ()
     predictor: str = "secant"
-    lookahead: float | None = None
 
 
 def with_steps(recipe: TaskDefaults, steps: int) -> TaskDefaults:
