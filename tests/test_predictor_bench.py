@@ -325,3 +325,9 @@ def test_an_import_string_is_not_a_name() -> None:
             predictors.build(HybridTrainerConfig(predictor_type=name), 2)
     with pytest.raises(ConfigError, match="did you mean 'linear'"):
         predictors.build(HybridTrainerConfig(predictor_type="linaer"), 2)
+
+
+def test_a_predictor_on_other_columns_is_refused_in_one_line(tmp_path: Path) -> None:
+    options = Options(task="regression", steps=20, predictor="quasi_newton")
+    with pytest.raises(ConfigError, match="--predictor secant, or --plain"):
+        single.train(single.Request(options=options, record=True), tmp_path / "a", resume=False)

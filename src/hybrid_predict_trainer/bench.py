@@ -71,6 +71,10 @@ def add_commands(bench: argparse.ArgumentParser, number: Converter) -> None:
     learnt.add_argument("--seeds", type=whole, default=3, metavar="N")
     learnt.add_argument("--quick", action="store_true", help="half as many windows")
     learnt.add_argument(
+        "--record-real", type=Path, metavar="OUT",
+        help="record a language model, a PINN and a CNN below OUT (what is there is not trained again) and replay them",
+    )  # fmt: skip
+    learnt.add_argument(
         "--recording", type=Path, action="append", default=[], metavar="DIR",
         help="replay windows of a run made with 'hpt train --record' instead (may be repeated)",
     )  # fmt: skip
@@ -237,6 +241,12 @@ def run_predictors(args: argparse.Namespace) -> Shown:
         for name in names:
             if name not in PREDICTORS and name not in predictor_bench.REFERENCES:
                 raise ConfigError(f"unknown predictor {name!r}: must be one of {', '.join(PREDICTORS)}")
+        if args.record_real is not None:
+            chosen = tuple(n for n in args.predictor or predictor_bench.RECORDED_PREDICTORS if n in PREDICTORS)
+            rows = predictor_bench.recorded_rows(
+                args.record_real, chosen, note=lambda line: print(line, file=sys.stderr)
+            )
+            return rows, lambda: table(rows)
         recordings = [(folder.parent.name or folder.name, Recording.load(folder)) for folder in args.recording]
     if recordings:
         replayed = tuple(n for n in names if n not in predictor_bench.REFERENCES)

@@ -258,10 +258,15 @@ def real_runs() -> tuple[RealRun, ...]:
     """The language task, a PINN and a CNN: on CIFAR-10 images where ``HPT_DATA_DIR`` has them, else on digits."""
     folder = os.environ.get(DATA_DIR_VARIABLE)
     cifar = folder is not None and (Path(folder) / "images").is_dir()
-    cnn = Options(task="cifar") if cifar else Options(task="digits")
+    # recorded under the secant model's settings: windows of ten steps in all three
+    cnn = (
+        Options(task="cifar", preset="narrow", predictor="secant")
+        if cifar
+        else Options(task="digits", predictor="secant")
+    )
     return (
         RealRun(case="gpt 0.3M", options=Options(task="gpt", preset="0.3M", steps=300)),
-        RealRun(case="pinn-poisson", options=Options(task="pinn-poisson", steps=1500, lr=0.005)),
+        RealRun(case="pinn-poisson", options=Options(task="pinn-poisson", steps=1500, lr=0.005, predictor="secant")),
         RealRun(case=cnn.task, options=cnn),
     )
 

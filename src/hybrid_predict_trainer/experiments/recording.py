@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from ..basis import Basis, paired_dots
-from ..config import HybridTrainerConfig
+from ..config import HybridTrainerConfig, PredictorConfig
 from ..predictors import Paced, Predictor
 from ..predictors._common import window_from_state, window_state
 from ..predictors._frame import MAX_AHEAD
-from ..records import BasisSpec, CheckpointError, Hindsight, PhasePrediction, Products, State, Window
+from ..records import BasisSpec, CheckpointError, ConfigError, Hindsight, PhasePrediction, Products, State, Window
 from ..state_tree import decode, encode, read_tensors, write_tensors
 from ..weights import Tensors
 
@@ -181,12 +181,25 @@ class Recorder:
 
 
 def recording_settings(config: HybridTrainerConfig, *, plain: bool) -> HybridTrainerConfig:
-    """Settings of a recorded run: every window observed; a plain one follows real steps.
+    """Settings of a recorded run: every window observed; a plain one follows real steps and nothing moves it.
 
     What watching costs would let the schedule of the cost clock run ahead of the plain loop's.
+
+    Raises:
+        ConfigError: the predictor lives on columns that are not recorded.
     """
     config = replace(config, predictor=replace(config.predictor, rest_windows=0))
-    return replace(config, clock="credited") if plain else config
+    if config.predictor_type == "quasi_newton":
+        if not plain:
+            raise ConfigError(
+                "--record keeps displacements and not the gradient differences of quasi_newton: "
+                "add --predictor secant, or --plain"
+            )
+        usual = PredictorConfig()
+        config = replace(
+            config, predictor_type="secant", predictor=replace(config.predictor, window=usual.window)
+        )  # fmt: skip
+    return replace(config, clock="credited", max_learned_scale=1.0, lookahead=0.0) if plain else config
 
 
 def column_map(wide: BasisSpec, spec: BasisSpec) -> list[int]:
