@@ -155,3 +155,9 @@ def test_where_nothing_helps_it_goes_back_if_here_is_worse(here: float, accepted
     if accepted:
         assert verdict.reason is Reason.WAY_BACK
         assert (verdict.candidate, verdict.loss_after) == (1, 1.0)
+
+
+def test_a_step_from_the_mean_is_never_cut_into_segments() -> None:
+    _, trainer = quadratic(40, **{"training.segments": 3})
+    assert trainer.statistics()["num_jumps_accepted"] > 5
+    assert trainer.run.segment is None

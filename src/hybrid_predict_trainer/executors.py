@@ -311,7 +311,7 @@ def _accept(
 
 
 def _next_segment(run: Run, prediction: PhasePrediction | None, verdict: Verdict) -> None:
-    if not verdict.accepted or prediction is None or run.config.segments == 1:
+    if not verdict.accepted or prediction is None or prediction.first_fit or run.config.segments == 1:
         run.segment = None
         return
     left = run.segment.num_left if run.segment is not None else run.config.segments

@@ -67,7 +67,9 @@ def _asked(run: Run, horizon: int) -> PhasePrediction:
         correction = run.adaptation.corrector.correct(prediction, window.features, window.products.BB)
         run.correction = correction
         prediction = corrector.apply(prediction, correction)
-    return _first_piece(prediction, run.config.segments) if run.config.segments > 1 else prediction
+    # a step from x cannot be taken in pieces from theta
+    in_pieces = run.config.segments > 1 and not prediction.first_fit
+    return _first_piece(prediction, run.config.segments) if in_pieces else prediction
 
 
 def _first_piece(prediction: PhasePrediction, segments: int) -> PhasePrediction:

@@ -18,8 +18,7 @@ Letters: ``K`` pairs; columns in the order s, y, lag, gradient.
 
 from __future__ import annotations
 
-import math
-
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,29 +41,25 @@ def two_loop(M: Tensor, Mg: Tensor, num_pairs: int) -> tuple[Tensor, float]:
     Returns:
         (2K,) coefficients of the columns, and the coefficient of g.
     """
-    K = M.shape[0] // 2
-    c, of_g = torch.zeros(2 * K, dtype=torch.float64), 1.0
-
-    def along(column: int) -> float:
-        return float(M[column] @ c) + of_g * float(Mg[column])
-
-    pairs = [i for i in range(num_pairs) if _curved(M, i, K + i)]
+    # numpy: a hundred products of short vectors, at a fifth of what torch takes to dispatch each
+    m, mg = M.numpy(), Mg.numpy()
+    K = len(mg) // 2
+    c, of_g = np.zeros(2 * K), 1.0
+    norms = np.sqrt(np.maximum(m.diagonal(), 0.0))
+    curvature = m[np.arange(K), K + np.arange(K)]
+    curved = curvature > MIN_CURVATURE * norms[:K] * norms[K:]
+    pairs = [i for i in range(num_pairs) if curved[i]]
     alphas = {}
     for i in pairs:  # newest to oldest
-        alphas[i] = along(i) / float(M[i, K + i])
+        alphas[i] = (m[i] @ c + of_g * mg[i]) / curvature[i]
         c[K + i] -= alphas[i]
     if pairs:
         newest = pairs[0]
-        gamma = float(M[newest, K + newest] / M[K + newest, K + newest])
+        gamma = curvature[newest] / m[K + newest, K + newest]
         c, of_g = gamma * c, gamma * of_g
     for i in reversed(pairs):
-        c[i] += alphas[i] - along(K + i) / float(M[i, K + i])
-    return -c, -of_g
-
-
-def _curved(M: Tensor, s: int, y: int) -> bool:
-    size = math.sqrt(max(float(M[s, s]), 0.0)) * math.sqrt(max(float(M[y, y]), 0.0))
-    return size > 0 and float(M[s, y]) > MIN_CURVATURE * size
+        c[i] += alphas[i] - (m[K + i] @ c + of_g * mg[K + i]) / curvature[i]
+    return torch.from_numpy(-c), -float(of_g)
 
 
 class QuasiNewton:
@@ -79,6 +74,7 @@ class QuasiNewton:
             num_displacements=config.history, lag=True, gradient=True, curvature=True, differences=True
         )
         self._window: Window | None = None
+        self._step: tuple[Tensor, float] | None = None  # of that window, once it was asked for
 
     @property
     def ready(self) -> bool:
@@ -87,7 +83,7 @@ class QuasiNewton:
 
     def observe(self, window: Window) -> None:
         """Remember the window; the products hold all the rest."""
-        self._window = window
+        self._window, self._step = window, None
 
     def predict(self, horizon: int) -> PhasePrediction:
         """The step, and shorter ones the gate may fall back on; ``horizon`` changes nothing but the claim."""
@@ -97,7 +93,9 @@ class QuasiNewton:
         lag, gradient = first_extra, first_extra + 1
         M = window.products.BB.sum(0)[:first_extra, :first_extra]
         Mg = window.products.Bg.sum(0)[:first_extra]
-        c, of_g = two_loop(M, Mg, window.num_columns)
+        if self._step is None:
+            self._step = two_loop(M, Mg, window.num_columns)
+        c, of_g = self._step
         slope = float(Mg @ c) + of_g * float(window.products.gg.sum())  # g'd: negative for a descent direction
         candidates = []
         for multiple in (*self.config.shrink, 0.0):  # 0: back to x
@@ -130,4 +128,4 @@ class QuasiNewton:
 
     def load_state_dict(self, state: State) -> None:
         """Inverse of :meth:`state_dict`."""
-        self._window = window_from_state(state["window"])
+        self._window, self._step = window_from_state(state["window"]), None
