@@ -231,6 +231,14 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def share_right(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the share of a batch (inputs, labels) that a classifier gets right."""
+    assert isinstance(batch, tuple)
+    inputs, labels = batch
+    logits: Tensor = model(inputs)
+    return logits.argmax(1).eq(labels).double().mean()
+
+
 def mean_loss(
     loss_fn: Callable[[nn.Module, Batch], Tensor], model: nn.Module, parts: Iterable[tuple[Batch, int]]
 ) -> float:

@@ -31,6 +31,7 @@ from .base import (
     mean_loss,
     reject_settings,
     seeded_model,
+    share_right,
     torch_dtype,
     unknown_name,
 )
@@ -322,13 +323,6 @@ class BertTask:
 
     def accuracy(self, model: nn.Module) -> float:
         """Return the share of validation examples classified right."""
-
-        def share_right(model: nn.Module, batch: Batch) -> Tensor:
-            assert isinstance(batch, tuple)
-            inputs, labels = batch
-            logits: Tensor = model(inputs)
-            return logits.argmax(1).eq(labels).double().mean()
-
         return mean_loss(share_right, model, self._valid_parts())
 
     def describe(self) -> dict[str, Any]:

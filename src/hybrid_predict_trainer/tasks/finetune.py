@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from . import pretrained
 from .base import (
     DATA_DIR_VARIABLE,
-    Batch,
     TaskDefaults,
     TaskSettings,
     count_parameters,
@@ -26,7 +25,7 @@ from .base import (
 )
 from .gpt import PRESETS as GPT_PRESETS
 from .gpt import Gpt, GptTask
-from .language import NUM_VALID_WINDOWS, TokenWindows
+from .language import NUM_VALID_WINDOWS, ReadsWindows, TokenWindows
 from .llama import Llama, read_config, read_weights
 from .lora import ALPHA, RANK, add_lora
 from .optim import build_optimizer, build_scheduler
@@ -166,7 +165,7 @@ def default_data() -> str:
     return DEFAULT_SET if folder and (Path(folder) / "text" / DEFAULT_SET).exists() else MANUAL
 
 
-class FinetuneTask:
+class FinetuneTask(ReadsWindows):
     """A `Task`: next-token prediction that starts from a pretrained model, the same one for every seed.
 
     Args:
@@ -224,18 +223,6 @@ class FinetuneTask:
     def build_model(self, seed: int) -> nn.Module:
         """Return the pretrained model; the seed decides the corrections of a LoRA preset only."""
         return seeded_model(self._pretrained_model, seed, self.settings, self.dtype)
-
-    def batches(self, seed: int, start: int = 0) -> Iterator[Batch]:
-        """Yield (x, y), each (batch_size, context) int64; batch k depends on (seed, k) only."""
-        return self._windows.batches(seed, start)
-
-    def loss_fn(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the mean cross-entropy of a token, nats."""
-        return self._windows.loss_fn(model, batch)
-
-    def evaluate(self, model: nn.Module) -> float:
-        """Return the loss on 64 evenly spaced windows of the validation text."""
-        return self._windows.evaluate(model)
 
     def describe(self) -> dict[str, Any]:
         """Return preset, start, sizes, data provenance and precision."""

@@ -6,7 +6,6 @@ Shapes: B sequences, T tokens, W width, H heads, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -15,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from .base import Batch, TaskDefaults, TaskSettings, count_parameters, seeded_model, torch_dtype, unknown_name
-from .language import NUM_VALID_WINDOWS, TokenWindows
+from .base import TaskDefaults, TaskSettings, count_parameters, seeded_model, torch_dtype, unknown_name
+from .language import NUM_VALID_WINDOWS, ReadsWindows, TokenWindows
 from .text import NUM_BYTE_TOKENS, Corpus, load_corpus
 from .tokens import encode_corpus, load_gpt2
 
@@ -144,7 +143,7 @@ def init_weights(model: nn.Module, num_layers: int) -> None:
             nn.init.normal_(module.weight, std=0.02 / math.sqrt(2 * num_layers) if writes else 0.02)
 
 
-class GptTask:
+class GptTask(ReadsWindows):
     """A `Task`: next-token prediction; batches are windows at positions drawn from (seed, step).
 
     Args:
@@ -196,18 +195,6 @@ class GptTask:
     def build_model(self, seed: int) -> nn.Module:
         """Return a new `Gpt` of the preset's shape."""
         return seeded_model(self._new_model, seed, self.settings, self.dtype)
-
-    def batches(self, seed: int, start: int = 0) -> Iterator[Batch]:
-        """Yield (x, y), each (batch_size, context) int64; batch k depends on (seed, k) only."""
-        return self._windows.batches(seed, start)
-
-    def loss_fn(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the mean cross-entropy of a token, nats."""
-        return self._windows.loss_fn(model, batch)
-
-    def evaluate(self, model: nn.Module) -> float:
-        """Return the loss on 64 evenly spaced windows of the validation text."""
-        return self._windows.evaluate(model)
 
     def describe(self) -> dict[str, Any]:
         """Return preset, sizes, data provenance and precision."""

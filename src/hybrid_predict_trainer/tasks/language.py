@@ -90,3 +90,21 @@ class TokenWindows:
         chunks = torch.split(positions, self.batch_size)
         parts = ((windows(self._valid, chunk, self.context), len(chunk)) for chunk in chunks)
         return mean_loss(self.loss_fn, model, parts)
+
+
+class ReadsWindows:
+    """What every task over windows of one text shares; a subclass sets ``_windows``."""
+
+    _windows: TokenWindows
+
+    def batches(self, seed: int, start: int = 0) -> Iterator[Batch]:
+        """Yield (x, y), each (batch_size, context) int64; batch k depends on (seed, k) only."""
+        return self._windows.batches(seed, start)
+
+    def loss_fn(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the mean cross-entropy of a token, nats."""
+        return self._windows.loss_fn(model, batch)
+
+    def evaluate(self, model: nn.Module) -> float:
+        """Return the loss on 64 evenly spaced windows of the validation text."""
+        return self._windows.evaluate(model)

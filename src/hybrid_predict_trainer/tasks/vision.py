@@ -24,6 +24,7 @@ from .base import (
     mean_loss,
     reject_settings,
     seeded_model,
+    share_right,
     torch_dtype,
     unknown_name,
 )
@@ -215,13 +216,6 @@ class ImageTask:
 
     def accuracy(self, model: nn.Module) -> float:
         """Return the share of validation images classified right."""
-
-        def share_right(model: nn.Module, batch: Batch) -> Tensor:
-            assert isinstance(batch, tuple)
-            images, labels = batch
-            logits: Tensor = model(images)
-            return logits.argmax(1).eq(labels).double().mean()
-
         return mean_loss(share_right, model, self._valid_parts())
 
     def describe(self) -> dict[str, Any]:
