@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT ?= demo-results
 
-.PHONY: demo test check bench clean help
+REGIMES := pinn epochs finetune lm lm-lowlr lm-muon
+
+.PHONY: demo test check bench regimes clean help
 
 help:
 	@echo "make demo   train a language model and a physics-informed network plainly and with predicted phases"
 	@echo "make test   run the tests"
 	@echo "make check  ruff, mypy, import order"
 	@echo "make bench  measure the overhead of a full step"
+	@echo "make regimes  speed against tuned baselines and published methods, short version (an hour)"
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +39,10 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/hpt bench overhead
+
+regimes: $(STAMP)
+	for regime in $(REGIMES); do $(BIN)/hpt bench regimes --regime $$regime --quick --out $(OUT)/regimes || exit 1; done
+	$(BIN)/hpt bench report $(OUT)/regimes --markdown $(OUT)/regimes/tables.md
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
