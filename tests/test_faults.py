@@ -803,3 +803,15 @@ def test_an_autocast_around_the_loop_does_not_show_the_gate_old_weights() -> Non
         back = model(x).float()
     assert torch.allclose(moved, 10 * before, rtol=0.05, atol=0.05)
     assert torch.allclose(back, before, rtol=0.05, atol=0.05)
+
+
+def test_a_scale_that_overflowed_does_not_come_back_with_the_anchor(late: Callable) -> None:
+    """What the scaler learnt from an overflow outlives the interval that was lost to it."""
+    made = trapped()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    trainer = late(made, config(divergence__check_interval_steps=4, warmup_steps=100), grad_scaler=scaler)
+    batches = make_batches(12)
+    for index, batch in enumerate(batches):
+        trainer.step(poison(batch, "nan_loss") if index == 5 else batch)
+    assert trainer.statistics()["num_skipped_steps"] >= 1
+    assert scaler.get_scale() < 2.0**8

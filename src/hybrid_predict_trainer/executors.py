@@ -7,6 +7,7 @@ everything is as it was.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -194,7 +195,11 @@ def _keep_anchor(run: Run) -> None:
 def settle_anchor(run: Run, *, finite: bool) -> None:
     """The interval's readings are in: go back to its start if any was not finite."""
     if run.anchor is not None and not finite:
+        # the scaler keeps what it learnt: with the scale that overflowed the interval would be lost again, for ever
+        scaler = None if run.grad_scaler is None else copy.deepcopy(run.grad_scaler.state_dict())
         run.restore(run.anchor, rng=False)
+        if run.grad_scaler is not None:
+            run.grad_scaler.load_state_dict(scaler)
         run.basis.restart_window()
         run.scale.forget()
         run.lr_integral = 0.0
