@@ -254,6 +254,7 @@ class GateConfig:
     max_chunks: int = 8  # pieces a half batch is cut into for the paired test
     max_relative_length: float = 1000.0  # rho: RMS of the jump over the RMS the basis spans, per tensor
     min_reduction_ratio: float = 0.0  # measured >= ratio * predicted reduction
+    min_persistence: float = 0.05  # least share of a gate gain that is taken to last, in the price of a test
     control_fraction: float = 0.1  # approved jumps that are skipped to measure the true effect
     max_backoff: int = 16  # windows to wait at most after refusals
     switch_off_after: int = 8  # consecutive ledger checks that show a loss
@@ -268,6 +269,7 @@ class GateConfig:
         _whole("gate.max_chunks", self.max_chunks, 2, 1024)
         _number("gate.max_relative_length", self.max_relative_length, 0.0, open_low=True)
         _number("gate.min_reduction_ratio", self.min_reduction_ratio, 0.0, 1.0)
+        _number("gate.min_persistence", self.min_persistence, 0.0, 1.0, open_low=True)
         _number("gate.control_fraction", self.control_fraction, 0.0, 0.5)
         _whole("gate.max_backoff", self.max_backoff, 1)
         _whole("gate.switch_off_after", self.switch_off_after, 1)

@@ -34,7 +34,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "epochs": {
         "predictor.type": "hold", "predictor.rest_windows": 0, "training.correct_steps": 0, "training.lookahead": 0.0,
         "training.confidence_threshold": 0.0, "gate.overhead_budget": 0.05, "gate.significance": 0.5,
-        "gate.control_fraction": 0.0,
+        "gate.control_fraction": 0.0, "gate.min_persistence": 0.5,
     },
     # by breadth of the data
     "specialist": {

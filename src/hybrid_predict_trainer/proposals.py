@@ -143,5 +143,5 @@ def judge(run: Run, batch: Any, prediction: PhasePrediction, deltas: list[Tensor
 def price(run: Run) -> Callable[[float], float]:
     """Forwards -> loss that the same cost in real training would have bought, over the persistence."""
     pace = max(-run.loss_slope, 0.0)
-    persistence = max(run.ledger.persistence, 0.05)
+    persistence = max(run.ledger.persistence, run.config.gate.min_persistence)
     return lambda forwards: forwards * FORWARD_UNITS / STEP_UNITS * pace / persistence
