@@ -160,7 +160,7 @@ def test_applied_scales_every_group_and_puts_the_rates_back_even_on_error() -> N
 
 
 def test_sparse_measuring_after_the_edge() -> None:
-    """Before the edge every step is measured, after it two per check."""
+    """Before the edge every step is measured, after it one per check."""
     scale, p = LearnedScale(100.0), [nn.Parameter(torch.ones(2))]
     feed(scale, -0.2, 1.0, checks=3)
     assert sum(bool(scale.before_step(p)) for _ in range(CHECK_STEPS)) == CHECK_STEPS

@@ -11,7 +11,7 @@ rate spends its stable phase (Cohen et al., arXiv 2103.00065; the same product d
 descent, Baydin et al., arXiv 1703.04782).  So
 
     slow start: while h is negative beyond its own noise the multiplier m grows by ``GROWTH`` per check;
-    once it is not (the edge was touched) two steps per check are measured, and m grows only while
+    once it is not (the edge was touched) one step per check is measured, and m grows only while
     the schedule does not fall: a decay is meant to go below the edge, and must not be worked against;
     while the schedule rises (warm-up) nothing is learned.
 
@@ -54,7 +54,7 @@ CONFIDENCE = 2.0
 #: There m follows, one raise per so many cosines that do not show it beyond the edge.
 CREEP_COSINES = 8
 #: Steps per check that are measured once the edge was touched.
-MEASURED_AT_EDGE = 2
+MEASURED_AT_EDGE = 1
 #: Checks after which a raise is settled, and how many standard errors of the smoothed loss count as worse.
 PATIENCE = 4
 SIGMAS = 2.0
@@ -200,7 +200,7 @@ class LearnedScale:
         return 6
 
     def before_step(self, parameters: Sequence[Tensor]) -> int:
-        """Keep the weights while there is something to learn: at every step before the edge, then at two per check."""
+        """Keep the weights while there is something to learn: at every step before the edge, then at one per check."""
         if not self._learning or (self.touched and self._num_steps >= MEASURED_AT_EDGE):
             return 0
         self._before = weights.clone(parameters)
