@@ -187,7 +187,7 @@ def test_a_short_run_leaves_warm_up(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_train_writes_its_files_and_one_object(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--steps", "30", "--set", "metrics.log_interval=10"]
+    flags = ["--steps", "30", "--set", "metrics.log_interval=10", "--predictor", "secant"]
     status, out, err = run(capsys, "train", *PINN, *flags, "--out", tmp_path / "run", "--json")
     assert status == 0
     found = json.loads(out)
@@ -414,7 +414,7 @@ def test_a_terminal_gets_a_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     stream = Terminal()
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setattr(progress, "REFRESH_S", 0.0)
-    assert cli.main(["train", *PINN, "--steps", "20", "--out", str(tmp_path / "run")]) == 0
+    assert cli.main(["train", *PINN, "--predictor", "secant", "--steps", "20", "--out", str(tmp_path / "run")]) == 0
     drawn = stream.getvalue().split("\r\x1b[2K")
     assert re.match(r"\[#{12}\.{12}\] 10/20 \w+ +loss \S+  jumps 0/0  \S+ steps/s  \d+ s left", drawn[10])
     assert drawn[-1] == ""

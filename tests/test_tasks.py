@@ -41,7 +41,7 @@ from hybrid_predict_trainer.tasks.pinn import PinnTask
 from hybrid_predict_trainer.tasks.text import load_corpus, split_by_hash, stream_texts
 from hybrid_predict_trainer.tasks.vision import ImageTask
 
-needs_data = pytest.mark.skipif("HPT_DATA_DIR" not in os.environ, reason="HPT_DATA_DIR is not set")
+needs_data = pytest.mark.skipif(not os.environ.get("HPT_DATA_DIR"), reason="HPT_DATA_DIR is not set")
 
 
 @pytest.fixture(autouse=True)
