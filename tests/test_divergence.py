@@ -190,3 +190,14 @@ def test_quiet_run_has_no_events() -> None:
         trainer.step(batch)
     assert trainer.summary()["divergence_events"] == []
     assert trainer.statistics()["num_divergence_events"] == 0
+
+
+@pytest.mark.parametrize(("exact", "norm", "level"), [
+    (False, 1e3, Level.CRITICAL), (True, 1e3, Level.WARNING), (True, math.inf, Level.CRITICAL),
+])  # fmt: skip
+def test_where_every_batch_is_the_same_no_finite_step_is_skipped(exact: bool, norm: float, level: Level) -> None:
+    """Skipped for its gradient once, it would be skipped for ever."""
+    monitor, history = d.Monitor(DivergenceConfig(), 3.0), History()
+    for i in range(20):
+        history.push(Reading(i, 1.0, 1.0), warming_up=True)
+    assert monitor.check(Reading(20, 1.0, norm), history, warming_up=False, exact=exact).level is level

@@ -156,15 +156,6 @@ def worst(alarms: Sequence[Alarm]) -> Alarm:
     return max(alarms, key=lambda alarm: alarm.level, default=Alarm())
 
 
-def steep_but_good(loss: float, history: History) -> bool:
-    """Whether a large gradient, in a run without noise, is only that of a steep place.
-
-    A jump may land where the loss is a tenth and the gradient a hundred times what they were; skipping such a
-    step would skip it for ever, because the next batch is the same.
-    """
-    return loss <= history.loss_ema.mean
-
-
 class Monitor:
     """Watches readings; keeps only what deciding on an action needs."""
 
@@ -188,13 +179,13 @@ class Monitor:
         """
         c = self.config
         norm = reading.gradient_norm
-        if exact and steep_but_good(reading.loss, history):
-            norm = None
         previous = history.losses[-1] if history.losses else None
         alarms = [loss_deviation(reading.loss, history.loss_ema.mean, history.loss_ema.std, self.sigma, previous)]
         if norm is not None:
             baseline = history.norm_baseline.mean
-            alarms.append(gradient_explosion(norm, baseline, c.gradient_norm_multiplier, c.critical_multiplier))
+            # where every batch is the same a step that is skipped for its gradient is skipped for ever
+            critical = math.inf if exact and reading.finite else c.critical_multiplier
+            alarms.append(gradient_explosion(norm, baseline, c.gradient_norm_multiplier, critical))
             vanishing = gradient_vanishing(
                 history.norms, baseline, c.vanishing_gradient_threshold, reading.loss, history.loss_baseline.mean
             )

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import weights
-from .divergence import prediction_error, steep_but_good
+from .divergence import prediction_error
 from .ledger import PASS_UNITS, STEP_UNITS, Account
 from .proposals import judge, propose
 from .records import Action, Alarm, Decision, Level, Phase, PhasePrediction, Reason, Verdict
@@ -163,9 +163,8 @@ def _usable(run: Run, loss: Tensor, norm: Tensor) -> bool:
         return False
     baseline = run.history.norm_baseline.mean
     limit = run.config.divergence.critical_multiplier * baseline
-    if run.deterministic and steep_but_good(float(loss), run.history):
-        return True
-    return run.phase is Phase.WARMUP or not baseline > 0 or float(norm) <= limit
+    # where every batch is the same a step that is skipped for its gradient is skipped for ever
+    return run.deterministic or run.phase is Phase.WARMUP or not baseline > 0 or float(norm) <= limit
 
 
 def _skip(run: Run, loss: Tensor, norm: Tensor) -> Execution:
