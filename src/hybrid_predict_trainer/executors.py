@@ -251,7 +251,8 @@ def run_predict(run: Run, batch: Any, decision: Decision) -> Execution:
     if approved and prediction is not None:
         _book(run, verdict, prediction, spent)
     if verdict.reason is not Reason.CONTROL_SKIP:
-        run.ledger.note_verdict(verdict.accepted)
+        # a way back is no progress: the base optimizer gets some steps to leave a place where nothing else helps
+        run.ledger.note_verdict(verdict.accepted and verdict.reason is not Reason.WAY_BACK)
     if not approved:
         run.adaptation.note_refusal(spent, run.config.predictor.window)
     _next_segment(run, prediction, verdict)
