@@ -115,7 +115,8 @@ _PINN_PEERS = (*WEIGHT_PEERS, "soap", "lbfgs-20", "lbfgs-100")
 def _exact(name: str, task: str, *, quick: bool = False, **options: Any) -> Case:
     return Case(
         name=name, task=task, length=task, options=options, peers=_PINN_PEERS,
-        quick_peers=("snoo", "soap", "lbfgs-20"), budgets=EXACT_BUDGETS, quick_budgets=EXACT_BUDGETS[:-1], quick_too=quick,
+        quick_peers=("snoo", "soap", "lbfgs-20"), budgets=EXACT_BUDGETS,
+        quick_budgets=EXACT_BUDGETS[:-1], quick_too=quick,
     )  # fmt: skip
 
 
