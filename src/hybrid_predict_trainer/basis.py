@@ -269,6 +269,11 @@ class Basis:
         return [column[self._head] for column in self._columns]
 
     @property
+    def num_filled(self) -> int:
+        """Columns that hold data: what a combination or a product reads."""
+        return self.num_columns * (2 if self.spec.differences else 1) + len(self.spec.extras)
+
+    @property
     def ready(self) -> bool:
         """Whether at least one displacement is known."""
         return self.num_columns > 0

@@ -38,7 +38,7 @@ def propose(
     except Exception as error:  # whatever a predictor raises must not end a run
         run.note_predictor_failure(error)
         return None, [], Verdict(accepted=False, reason=Reason.PREDICTOR_FAILED)
-    run.counters.num_passes += len(candidates) * num_combined(run)
+    run.counters.num_passes += len(candidates) * run.basis.num_filled
     if not all(weights.all_finite(d) for d in deltas):
         return prediction, [], Verdict(accepted=False, reason=Reason.NOT_FINITE)
     lengths = [weights.per_tensor_rms(d) for d in deltas]
@@ -83,12 +83,6 @@ def _first_piece(prediction: PhasePrediction, segments: int) -> PhasePrediction:
     )
 
 
-def num_combined(run: Run) -> int:
-    """Columns that a combination reads."""
-    spec = run.basis.spec
-    return run.basis.num_columns * (2 if spec.differences else 1) + len(spec.extras)
-
-
 def judge(run: Run, batch: Any, prediction: PhasePrediction, deltas: list[Tensors], saved: Tensors) -> Verdict:
     """Measure losses at x + a d and let the gate decide."""
     exact = run.deterministic
@@ -109,7 +103,7 @@ def judge(run: Run, batch: Any, prediction: PhasePrediction, deltas: list[Tensor
     def make(candidate: int) -> None:
         while len(deltas) <= candidate:
             deltas.append(run.basis.combine(prediction.alternatives[len(deltas) - 1]))
-            run.counters.num_passes += num_combined(run)
+            run.counters.num_passes += run.basis.num_filled
 
     def evaluate(candidate: int, scale: float, part: Part) -> list[float]:
         make(candidate)

@@ -43,7 +43,7 @@ from .records import State
 from .weights import Tensors
 
 #: Factor of one raise, and real steps between checks.  At 1.3 per 5 steps a rate that is 10 times too small
-#: is made up for in 45 steps; 1.15 to 1.6 end within the spread of seeds of each other (LOG.md).
+#: is made up for in 45 steps.
 GROWTH = 1.3
 CHECK_STEPS = 5
 #: Cosines a decision needs at least, and at which their mean is taken for zero, and how many standard errors decide.
