@@ -568,7 +568,7 @@ def test_degenerate_windows_do_not_raise(name: str, degenerate: str) -> None:
         predictor.observe(replace(w, products=DEGENERATE[degenerate](w.products)))
     if predictor.ready:
         prediction = predictor.predict(10)
-        assert prediction.coefficients.shape == (2, predictor.spec.num_columns)
+        assert prediction.coefficients.shape == (1 if predictor.spec.pooled else 2, predictor.spec.num_columns)
         assert torch.isfinite(prediction.coefficients).all()
         assert math.isfinite(prediction.predicted_loss)
     assert torch.equal(torch.get_rng_state(), before), "the global generator is not touched"

@@ -2,63 +2,173 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from hybrid_predict_trainer import HybridTrainer, HybridTrainerConfig, gate
+from hybrid_predict_trainer.config import QuasiNewtonConfig
 from hybrid_predict_trainer.predictors import QuasiNewton
-from hybrid_predict_trainer.predictors.quasi_newton import two_loop
+from hybrid_predict_trainer.predictors.quasi_newton import (
+    direction,
+    history_that_fits,
+    log_scaling,
+    newest_first,
+    step_of,
+)
 from hybrid_predict_trainer.presets import PRESETS
-from hybrid_predict_trainer.records import Reason
+from hybrid_predict_trainer.records import Products, Reason, Window
 from hybrid_predict_trainer.toml_io import with_values
 
 
-def dense_direction(s: Sequence[Tensor], y: Sequence[Tensor], g: Tensor) -> Tensor:
-    """-H g with H from the BFGS update formula, pairs oldest first (Nocedal & Wright, eq. 6.17)."""
-    n = g.numel()
-    eye = torch.eye(n, dtype=g.dtype)
-    H = (s[-1] @ y[-1]) / (y[-1] @ y[-1]) * eye
-    for a, b in zip(s, y, strict=True):
+def dense_direction(s: Sequence[Tensor], y: Sequence[Tensor], taus: Sequence[float], gamma: float, g: Tensor) -> Tensor:
+    """-H g with H divided by tau before each BFGS update (Nocedal & Wright, eq. 6.17), pairs oldest first."""
+    eye = torch.eye(g.numel(), dtype=g.dtype)
+    H = gamma * eye
+    for a, b, tau in zip(s, y, taus, strict=True):
         rho = 1 / (a @ b)
         left = eye - rho * torch.outer(a, b)
-        H = left @ H @ left.T + rho * torch.outer(a, a)
+        H = left @ (H / tau) @ left.T + rho * torch.outer(a, a)
     return -H @ g
 
 
-@pytest.mark.parametrize("num_pairs", [1, 2, 5])
-def test_two_loop_is_the_dense_matrix(num_pairs: int) -> None:
-    torch.manual_seed(num_pairs)
-    n, K = 7, 6
-    A = torch.randn(n, n, dtype=torch.float64)
-    A = A @ A.T + torch.eye(n, dtype=torch.float64)
-    s = [torch.randn(n, dtype=torch.float64) for _ in range(num_pairs)]
-    y, g = [A @ v for v in s], torch.randn(n, dtype=torch.float64)
-    columns = torch.zeros(2 * K, n, dtype=torch.float64)
-    for age, (a, b) in enumerate(zip(reversed(s), reversed(y), strict=True)):
-        columns[age], columns[K + age] = a, b
-    c, of_g = two_loop(columns @ columns.T, columns @ g, num_pairs)
-    assert torch.allclose(c @ columns + of_g * g, dense_direction(s, y, g))
+def random_pairs(num_pairs: int, n: int = 9, seed: int = 0) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+    """(s, y, g, A) of a random convex quadratic with Hessian A, pairs oldest first."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    root = draw(n, n)
+    A = root @ root.T + torch.eye(n, dtype=torch.float64)
+    s = [draw(n) for _ in range(num_pairs)]
+    return s, [A @ v for v in s], draw(n), A
+
+
+@pytest.mark.parametrize("num_pairs", [1, 2, 5, 12])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_compact_form_is_the_dense_matrix(num_pairs: int, scaled: bool) -> None:
+    s, y, g, _ = random_pairs(num_pairs, seed=num_pairs)
+    taus = [1.0 - 0.9 * (i % 3) / 3 if scaled else 1.0 for i in range(num_pairs)]
+    S, Y = torch.stack(s), torch.stack(y)
+    of_s, of_y, of_g = direction(S @ Y.T, Y @ Y.T, S @ g, Y @ g, torch.tensor(taus, dtype=torch.float64).log(), 0.3)
+    assert torch.allclose(of_s @ S + of_y @ Y + of_g * g, dense_direction(s, y, taus, 0.3, g), rtol=1e-8)
+
+
+def ring_products(s: Sequence[Tensor], y: Sequence[Tensor], g: Tensor, num_places: int) -> Products:
+    """Products as a basis with differences hands them out, written from its description: pairs oldest first."""
+    K, count = num_places, len(s)
+    columns = torch.zeros(2 * K + 2, g.numel(), dtype=torch.float64)
+    for number, (a, b) in enumerate(zip(s, y, strict=True)):
+        columns[number % K], columns[K + number % K] = a, b
+    newest = (count - 1) % K
+    return Products(
+        BB=(columns @ columns.T)[None], BY=torch.zeros(1, 0, 0), Bg=(columns @ g)[None], gg=(g @ g)[None], newest=newest
+    )
+
+
+@pytest.mark.parametrize(("num_pairs", "num_places"), [(1, 4), (3, 4), (4, 4), (11, 4)])
+def test_a_step_uses_the_pairs_in_the_ring(num_pairs: int, num_places: int) -> None:
+    """Wherever the ring's head stands, and with the oldest pairs written over."""
+    s, y, g, _ = random_pairs(num_pairs, seed=3)
+    products = ring_products(s, y, g, num_places)
+    held = min(num_pairs, num_places)
+    found = step_of(products, torch.zeros(num_places, dtype=torch.float64), held, num_places)
+    s, y = s[-held:], y[-held:]
+    gamma = max(float(a @ b / (b @ b)) for a, b in zip(s, y, strict=True))
+    wanted = dense_direction(s, y, [1.0] * held, gamma, g)
+    c = newest_first(found.c, products.newest, num_places)
+    got = sum(c[i] * s[-1 - i] + c[num_places + i] * y[-1 - i] for i in range(held)) + found.of_g * g
+    assert torch.allclose(got, wanted)
+    assert found.slope == pytest.approx(float(g @ wanted))
+    assert found.along == pytest.approx(float(y[-1] @ wanted))
 
 
 def test_pairs_without_positive_curvature_are_left_out() -> None:
-    torch.manual_seed(0)
-    s, g = torch.randn(4, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
-    good, bad = torch.stack([s, s]), torch.stack([-s, s])  # y of two pairs: the newest one curves downwards
-    columns = torch.cat([torch.stack([g + s, s]), bad])
-    c, of_g = two_loop(columns @ columns.T, columns @ g, 2)
-    alone = torch.cat([s[None], good[1:]])
-    want, want_g = two_loop(alone @ alone.T, alone @ g, 1)
-    assert float(c[0]) == float(c[2]) == 0.0
-    assert (float(c[1]), float(c[3]), of_g) == pytest.approx((float(want[0]), float(want[1]), want_g))
+    s, y, g, _ = random_pairs(3, seed=1)
+    bent = [y[0], -y[1], y[2]]
+    found = step_of(ring_products(s, bent, g, 3), torch.zeros(3, dtype=torch.float64), 3, 3)
+    alone = step_of(ring_products(s[::2], y[::2], g, 2), torch.zeros(2, dtype=torch.float64), 2, 2)
+    assert float(found.c[1]) == float(found.c[4]) == 0.0
+    assert torch.allclose(found.c[[0, 2, 3, 5]], alone.c)
+    assert found.of_g == alone.of_g
 
 
 def test_without_pairs_it_is_the_gradient() -> None:
-    c, of_g = two_loop(torch.zeros(4, 4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64), 0)
-    assert not c.any()
-    assert of_g == -1.0
+    _, _, g, _ = random_pairs(0)
+    found = step_of(ring_products([g], [-g], g, 2), torch.zeros(2, dtype=torch.float64), 1, 2)
+    assert not found.c.any()
+    assert (found.of_g, found.slope) == (-1.0, pytest.approx(-float(g @ g)))
+
+
+@pytest.mark.parametrize("t", [1.0, 0.3, 0.05])
+def test_a_pair_scales_the_matrix_by_what_its_step_found(t: float) -> None:
+    """tau = s'y / s'B s, where s = t d and so B s = -t g: written out with the dense matrix."""
+    s, y, g, A = random_pairs(4, seed=5)
+    step = step_of(ring_products(s, y, g, 8), torch.zeros(8, dtype=torch.float64), 4, 8)
+    gamma = max(float(a @ b / (b @ b)) for a, b in zip(s, y, strict=True))
+    d = dense_direction(s, y, [1.0] * 4, gamma, g)
+    for flatter in (0.01, 1.0):  # the loss curves a hundredth of what the pairs say, or as much
+        new_s, new_y = t * d, flatter * (A @ (t * d))
+        after = ring_products([*s, new_s], [*y, new_y], g + new_y, 8)
+        B_s = -t * g
+        wanted = min(1.0, float(new_s @ new_y) / float(new_s @ B_s))
+        assert log_scaling(after, step, 8) == pytest.approx(math.log(wanted))
+
+
+def test_other_displacements_scale_nothing() -> None:
+    """What the base optimizer did says nothing of B s."""
+    s, y, g, A = random_pairs(4, seed=5)
+    step = step_of(ring_products(s, y, g, 8), torch.zeros(8, dtype=torch.float64), 4, 8)
+    other = -0.01 * g
+    after = ring_products([*s, other], [*y, 0.01 * (A @ other)], g + 0.01 * (A @ other), 8)
+    assert log_scaling(after, step, 8) == 0.0
+    assert log_scaling(after, None, 8) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("num_weights", "memory_mb", "wanted"),
+    [(2_209, 256.0, 400), (200_000, 256.0, 167), (100_000, 256.0, 167), (10**9, 256.0, 20), (2_209, 0.1, 20)],
+)
+def test_the_history_fits_the_memory(num_weights: int, memory_mb: float, wanted: int) -> None:
+    """Two vectors per pair, of 8 bytes per weight for small models and of 4 for others."""
+    config = QuasiNewtonConfig(memory_mb=memory_mb)
+    assert history_that_fits(config, num_weights) == wanted
+    assert history_that_fits(replace(config, history=7), num_weights) == 7
+
+
+def test_a_model_gets_the_history_that_fits() -> None:
+    model = nn.Linear(1_000, 1_000, bias=False)
+    config = with_values(HybridTrainerConfig(), {**PRESETS["full_batch"], "predictor.quasi_newton.memory_mb": 200.0})
+    trainer = HybridTrainer(model, torch.optim.Adam(model.parameters()), config)
+    assert trainer.run.predictor.spec.num_displacements == 26
+    assert trainer.run.groups.num_groups == 1
+
+
+def make_window(products: Products, num_columns: int) -> Window:
+    return Window(
+        index=3, num_steps=1, num_columns=num_columns, step=40, loss=2.0, loss_slope=-0.01, gradient_norm=1.0,
+        learning_rate=0.1, lr_integral=1.0, lr_ahead=1.0, jumped=False, features=torch.zeros(32), products=products,
+        hindsight=None, group_sizes=(9,),
+    )  # fmt: skip
+
+
+def test_a_refused_step_clears_the_memory() -> None:
+    """Pairs that made a step no multiple of which helps say nothing of this place."""
+    s, y, g, _ = random_pairs(5, seed=2)
+    predictor = QuasiNewton(QuasiNewtonConfig(history=8))
+    window = make_window(ring_products(s[:4], y[:4], g, 8), 4)
+    for _ in range(4):
+        predictor.observe(window)
+    assert predictor.predict(1).coefficients[0, :4].all()
+    predictor.observe(replace(window, products=ring_products(s, y, g, 8), num_columns=5, refused=True))
+    told = predictor.predict(1).coefficients[0]
+    assert told[0] != 0
+    assert not told[1:5].any()
 
 
 def full_batch_config(**changes: object) -> HybridTrainerConfig:
@@ -116,13 +226,20 @@ def test_differences_are_columns_of_their_own() -> None:
         c[0, index] = 1.0
         return basis.combine(c)[0][0]
 
+    place = {age: (products.newest - age) % K for age in range(n)}
     for age in range(min(n, 5)):
         assert torch.allclose(column(K + age), scales * column(age), atol=1e-12)
-    for i, j in [(0, 0), (0, K), (1, K + 2), (K + 1, K + 3), (K, K)]:
-        assert float(products.BB[0, i, j]) == pytest.approx(float(column(i) @ column(j)), rel=1e-9, abs=1e-18)
+    # what is known: lengths, s with newer y, s with the y before, all of Y'Y
+    known = [((False, 0), (False, 0)), ((False, 2), (True, 1)), ((False, 0), (True, 1)), ((True, 1), (True, 3))]
+    known += [((True, age), (False, age)) for age in range(4)]
+    for (a_is_y, a), (b_is_y, b) in known:
+        i, j = K * a_is_y + place[a], K * b_is_y + place[b]
+        wanted = float(column(K * a_is_y + a) @ column(K * b_is_y + b))
+        assert float(products.BB[0, i, j]) == pytest.approx(wanted, rel=1e-9, abs=1e-18)
     g = column(spec.first_extra + 1)
-    for i in (0, 3, K, K + 4):
-        assert float(products.Bg[0, i]) == pytest.approx(float(column(i) @ g), rel=1e-6, abs=1e-15)
+    for is_y, age in [(False, 0), (False, 3), (True, 0), (True, 4)]:
+        wanted = float(column(K * is_y + age) @ g)
+        assert float(products.Bg[0, K * is_y + place[age]]) == pytest.approx(wanted, rel=1e-6, abs=1e-15)
 
 
 # ---- the gate's rules for it ------------------------------------------------------------------------------

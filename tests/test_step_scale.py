@@ -10,7 +10,7 @@ from torch import nn
 
 from cases import assert_same, config, full_batch, make_batches, setup
 from hybrid_predict_trainer import HybridTrainer
-from hybrid_predict_trainer.lookahead import EmaLookahead
+from hybrid_predict_trainer.lookahead import DriftLookahead
 from hybrid_predict_trainer.step_scale import (
     CHECK_STEPS,
     GROWTH,
@@ -252,4 +252,4 @@ def test_without_a_schedule_nothing_would_take_the_noise_out_again(scheduler: st
     """A larger rate settles higher; a run that never lowers it is left alone."""
     trainer = setup("mlp", "sgd", scheduler).trainer(config(max_learned_scale=100.0, lookahead=0.3))
     assert isinstance(trainer.run.scale, LearnedScale) is learned
-    assert isinstance(trainer.run.lookahead, EmaLookahead) is learned
+    assert isinstance(trainer.run.lookahead, DriftLookahead) is learned

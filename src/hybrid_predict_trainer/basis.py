@@ -114,7 +114,7 @@ class Basis:
         self._columns: Tensors = []  # (K, P) per tensor; the ring, then the extras
         self._before: Tensors = []  # weights before the last step of a window, for the optimizer column
         self._BB = torch.zeros(G, K, K, dtype=torch.float64)  # by slot, not by age
-        self._BY = torch.zeros(G, K, K, dtype=torch.float64)
+        self._BY = torch.zeros(G, *((0, 0) if spec.differences else (K, K)), dtype=torch.float64)
         self._Bg = torch.zeros(G, K, dtype=torch.float64)
         self._gg = torch.zeros(G, dtype=torch.float64)
         self._squared = torch.zeros(len(self.parameters), spec.num_displacements, dtype=torch.float64)
@@ -150,8 +150,8 @@ class Basis:
         """Turn the sums into means and a new column.
 
         Returns:
-            The new displacement seen through the columns as they were before it, None if there was
-            nothing to compare or a jump lies in between.
+            The new displacement seen through the columns as they were before it, None if there was nothing to
+            compare or a jump lies in between, and with differences, which no one forecasts from.
         """
         assert self.num_steps > 0, "an empty window cannot be closed"
         for tensor in itertools.chain(self._sum_theta, self._sum_grad):
@@ -182,15 +182,15 @@ class Basis:
         hindsight = None
         # products are those of what is stored
         s = [piece.to(column.dtype).to(piece.dtype) for piece, column in zip(s, self._columns, strict=True)]
-        dots, squares = self._dot_columns(s), squared_norms(s)
+        squares = squared_norms(s)
+        if self.spec.differences:
+            self._advance(s, squares)
+            self._insert_difference(s, y, squares)
+            return None
+        dots = self._dot_columns(s)
         if self.num_columns and not self.jumped:
             hindsight = Hindsight(BB=self._ordered(self._BB), BT=self._ordered(dots), TT=self._by_group(squares))
-        num_ring = self.spec.num_displacements
-        self._head = (self._head + 1) % num_ring if self.num_columns else 0
-        self.num_columns = min(self.num_columns + 1, num_ring)
-        for column, piece in zip(self._columns, s, strict=True):
-            column[self._head] = piece.reshape(-1).to(column.dtype)
-        self._squared[:, self._head] = squares
+        self._advance(s, squares)
         dots[:, self._head] = self._by_group(squares)  # this slot held the oldest column until now
         self._BB[:, self._head, :] = self._BB[:, :, self._head] = dots
         if self.spec.curvature:
@@ -199,17 +199,39 @@ class Basis:
             # g moved by y, so its product with an older column moved by that column's with y
             self._Bg += along
             self._Bg[:, self._head] = self._by_group(paired_dots(s, self._sum_grad))
-            if self.spec.differences:
-                self._insert_difference(y, along)
         return hindsight
 
-    def _insert_difference(self, y: Tensors, along: Tensor) -> None:
-        """Keep y as a column; ``along`` are its products with all columns, the one it replaces among them."""
-        slot = self.spec.num_displacements + self._head
+    def _advance(self, s: Tensors, squares: Tensor) -> None:
+        """Store a displacement over the oldest one; ``squares`` are its squared norms per tensor."""
+        num_ring = self.spec.num_displacements
+        self._head = (self._head + 1) % num_ring if self.num_columns else 0
+        self.num_columns = min(self.num_columns + 1, num_ring)
+        for column, piece in zip(self._columns, s, strict=True):
+            column[self._head] = piece.reshape(-1).to(column.dtype)
+        self._squared[:, self._head] = squares
+
+    def _insert_difference(self, s: Tensors, y: Tensors, squares: Tensor) -> None:
+        """Store y beside its s, with the products that a limited-memory update asks for.
+
+        Those are y with every column; of the new s its length and what it has to do with the y before, no more:
+        that is one pass over the columns where all products would be two.
+        """
+        head, num_ring = self._head, self.spec.num_displacements
+        slot, before = num_ring + head, num_ring + (head - 1) % num_ring
+        self._BB[:, head, :] = self._BB[:, :, head] = 0.0
+        self._BB[:, head, head] = self._by_group(squares)
+        if self.num_columns > 1:
+            along_before = self._by_group(
+                paired_dots(s, [column[before].to(v.dtype) for column, v in zip(self._columns, s, strict=True)])
+            )
+            self._BB[:, head, before] = self._BB[:, before, head] = along_before
+        along = self._dot_columns(y)
         for column, piece in zip(self._columns, y, strict=True):
             column[slot] = piece.reshape(-1).to(column.dtype)
-        along[:, slot] = self._by_group(squared_norms(y))
+        along[:, slot] = self._by_group(squared_norms(y))  # this slot held the oldest y until now
         self._BB[:, slot, :] = self._BB[:, :, slot] = along
+        self._Bg += along  # g moved by y
+        self._Bg[:, head] = self._by_group(paired_dots(s, self._sum_grad))
         self._Bg[:, slot] = self._by_group(paired_dots(y, self._sum_grad))
 
     def _refresh_extras(self) -> None:
@@ -233,7 +255,11 @@ class Basis:
     # ---- what predictors and the gate read ----------------------------------------------------
 
     def products(self) -> Products:
-        """Inner products of the columns, newest displacement first."""
+        """Inner products of the columns, newest displacement first; in the order of the ring with differences."""
+        if self.spec.differences:
+            return Products(
+                BB=self._BB.clone(), BY=self._BY, Bg=self._Bg.clone(), gg=self._gg.clone(), newest=self._head
+            )
         return Products(
             BB=self._ordered(self._BB), BY=self._ordered(self._BY), Bg=self._ordered(self._Bg), gg=self._gg.clone()
         )

@@ -68,12 +68,14 @@ class SecantConfig:
 class QuasiNewtonConfig:
     """Limited-memory BFGS step from the gradients of real steps; for full-batch training."""
 
-    history: int = 50  # pairs kept; 20 end three times as high on the Poisson problem
+    history: int = 400  # most pairs kept: on small networks 100 end ten times as high
+    memory_mb: float = 256.0  # for the pairs; larger models keep fewer, but no fewer than MIN_HISTORY
     shrink: tuple[float, ...] = (1.0, 0.3, 0.05)  # multiples of the step tried until the loss falls
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        _whole("predictor.quasi_newton.history", self.history, 1, 1000)
+        _whole("predictor.quasi_newton.history", self.history, 1, 10_000)
+        _number("predictor.quasi_newton.memory_mb", self.memory_mb, 0.0, open_low=True)
         _check(len(self.shrink) > 0, "predictor.quasi_newton.shrink", self.shrink, "a list of at least one number")
         for value in self.shrink:
             _number("predictor.quasi_newton.shrink", value, 0.0, 10.0, open_low=True)
@@ -368,6 +370,7 @@ class HybridTrainerConfig:
     # both need a learning-rate schedule, whose decay takes out the noise they add; 1 and 0: off
     max_learned_scale: float = 100.0  # bound on the learned multiplier of the optimizer's own steps
     lookahead: float = 0.3  # beta: share of the slow drift added between steps, where losses are noisy
+    smoothing: float = 0.25  # kappa: share of a displacement of five steps that the slow drift stands for there
     explore_outcomes: int = 3  # proposals made whatever the confidence, to learn what it is worth
     seed: int = 0  # of the trainer's own random generator (control group)
 
@@ -394,6 +397,7 @@ class HybridTrainerConfig:
         _number("training.gradient_clip_norm", self.gradient_clip_norm, 0.0)
         _number("training.max_learned_scale", self.max_learned_scale, 1.0)
         _number("training.lookahead", self.lookahead, 0.0, 1.0)
+        _number("training.smoothing", self.smoothing, 0.0, 1.0)
         _whole("training.explore_outcomes", self.explore_outcomes, 0)
         _whole("training.seed", self.seed, 0, 2**63 - 1)
         _number("predictor.memory_budget_mb", self.predictor_memory_mb, 0.0, open_low=True)

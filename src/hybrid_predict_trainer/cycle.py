@@ -233,7 +233,7 @@ def observe(run: Run, metrics: Metrics, execution: Execution, began: float) -> N
     metrics.note_outcomes(run, settled)
     # per step two sums of three passes each; at the close one displacement, two rows of products
     spec = run.basis.spec
-    products = 1 + spec.curvature + (0 if spec.differences else len(spec.extras))  # vectors times all columns
+    products = 1 if spec.differences else 1 + spec.curvature + len(spec.extras)  # vectors times all columns
     passes: float = 6 * window.num_steps + 10 + products * run.basis.num_filled
     passes += run.observer.passes
     run.counters.num_passes += passes

@@ -25,17 +25,21 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     },
     # every batch is the whole data set, so that losses are exact and every step may bring a proposal
     "full_batch": {
-        "predictor.type": "quasi_newton", "predictor.window": 1, "training.correct_steps": 0,
-        "training.confidence_threshold": 0.0, "gate.overhead_budget_exact": 1.0, "gate.control_fraction": 0.02,
-        "gate.max_backoff": 64,
+        "predictor.type": "quasi_newton", "predictor.window": 1, "training.warmup_steps": 20,
+        "training.correct_steps": 0, "training.confidence_threshold": 0.0, "gate.overhead_budget_exact": 1.0,
+        "gate.control_fraction": 0.02, "gate.max_backoff": 64,
     },
     # the same data many times; set predictor.window to the batches of an epoch: noise repeats with the data, so that
     # what is left between the means of two epochs is drift, and a jump every epoch costs next to nothing to test
     "epochs": {
         "predictor.type": "hold", "predictor.rest_windows": 0, "training.correct_steps": 0, "training.lookahead": 0.0,
-        "training.confidence_threshold": 0.0, "gate.overhead_budget": 0.05, "gate.significance": 0.5,
-        "gate.control_fraction": 0.0, "gate.min_persistence": 0.5,
+        "training.smoothing": 0.0, "training.confidence_threshold": 0.0, "gate.overhead_budget": 0.05,
+        "gate.significance": 0.5, "gate.control_fraction": 0.0, "gate.min_persistence": 0.5,
     },
+    # a pretrained model and few steps: no time to know the drift, and nothing to gain from it (LOG.md)
+    "finetune": {"training.lookahead": 0.0, "training.smoothing": 0.0},
+    # steps of orthogonal matrices do not swing, and their drift is worth more (0.6 as published for EMA-Nesterov)
+    "muon": {"training.lookahead": 0.6, "training.smoothing": 0.0},
     # by breadth of the data
     "specialist": {
         "training.warmup_steps": 100, "training.full_steps": 15, "training.max_predict_steps": 120,

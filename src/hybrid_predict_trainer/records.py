@@ -145,6 +145,7 @@ class BasisSpec:
     gradient: bool = False
     curvature: bool = False  # observe gradient differences, so that S'Y is known
     differences: bool = False  # keep them as columns too, and no products of the extras: twice the memory
+    pooled: bool = False  # one model over all weights: products are summed over groups, G is 1
 
     @property
     def extras(self) -> tuple[str, ...]:
@@ -170,12 +171,18 @@ class Products:
     ``b_k`` are the K columns; all tensors are float64 on the CPU.  Columns not yet observed are
     zero in every product; BY and Bg are kept for displacement columns and only if the predictor's
     :class:`BasisSpec` asks for curvature.
+
+    With ``differences`` there are hundreds of columns, and to sort their products at every step would take longer
+    than the step: they come as the ring holds them, the newest displacement in place ``newest``, the one before it
+    in the place before.  BY is empty, and of BB is known: |s|^2, s'y for every y newer than s, each s with the y
+    before it, and all of Y'Y.
     """
 
     BB: Tensor  # (G, K, K)  b_k . b_l
     BY: Tensor  # (G, K, K)  b_k . y_l   y_l the gradient difference that belongs to displacement l
     Bg: Tensor  # (G, K)     b_k . g     g the mean gradient of the last window
     gg: Tensor  # (G,)       g . g
+    newest: int = 0
 
     @property
     def num_groups(self) -> int:
@@ -211,6 +218,7 @@ class Window:
     products: Products
     hindsight: Hindsight | None  # None for the first windows and across a jump
     group_sizes: tuple[int, ...]
+    refused: bool = False  # no multiple of the last proposal helped: what the predictor believed was wrong
     encoding: Tensor | None = None  # (F,) standardised encoded state; None unless the predictor asks for it
 
 

@@ -22,7 +22,7 @@ from .divergence import Monitor
 from .features import loss_features
 from .history import History, Readout
 from .ledger import Ledger
-from .lookahead import EmaLookahead, Lookahead, NoLookahead
+from .lookahead import DriftLookahead, Lookahead, NoLookahead
 from .observer import NullObserver, Observer, observer_for
 from .phases import controller_for
 from .predictors import Predictor, build
@@ -73,7 +73,11 @@ class Run:
         self.loss_fn, self.lr_scheduler, self.grad_scaler = loss_fn, lr_scheduler, grad_scaler
         self.parameters, self.groups = weights.predicted_parameters(model, optimizer, roles)
         self.on_cpu = all(p.device.type == "cpu" for p in self.parameters)
-        self.predictor = predictor if predictor is not None else build(config, self.groups.num_groups)
+        self.predictor = (
+            predictor if predictor is not None else build(config, self.groups.num_groups, sum(self.groups.sizes))
+        )
+        if self.predictor.spec.pooled:
+            self.groups = self.groups.pooled()
         self.basis = Basis(
             self.parameters, self.groups, self.predictor.spec,
             dtype=config.predictor.basis_dtype, offload=config.predictor.offload,
@@ -93,8 +97,8 @@ class Run:
                 config.encoder, self.predictor, model, self.parameters, self.groups, self.predictor.spec, grad_scaler
             )
         self.lookahead: Lookahead = NoLookahead()
-        if annealed and config.lookahead > 0:
-            self.lookahead = EmaLookahead(config.lookahead)
+        if annealed and (config.lookahead > 0 or config.smoothing > 0):
+            self.lookahead = DriftLookahead(config.lookahead, config.smoothing)
         self.peak_rate = 0.0  # highest learning rate so far
         self.history = History()
         self.readout = Readout(config.divergence.check_interval_steps)
@@ -106,6 +110,7 @@ class Run:
         self.generator = torch.Generator().manual_seed(config.seed)
 
         self.stated_confidence = 0.5  # of the last proposal considered
+        self.refused = False  # since the last window
         self.phase = Phase.WARMUP
         self.horizon = min(max(config.min_predict_steps, 4 * config.predictor.window), max(config.max_predict_steps, 1))
         self.window_just_closed = False
@@ -237,7 +242,9 @@ class Run:
             products=self.basis.products(),
             hindsight=hindsight,
             group_sizes=self.groups.sizes,
+            refused=self.refused,
         )
+        self.refused = False
         window = self.observer.complete(window, self.basis)
         if self.predictor.spec.curvature and not self.deterministic:
             self.num_rest_steps = self.config.predictor.rest_windows * self.config.predictor.window
@@ -250,7 +257,7 @@ class Run:
     # ---- state ----------------------------------------------------------------------------------------
 
     _SCALARS = (
-        "horizon", "window_just_closed", "num_windows", "num_windows_since_proposal", "num_rest_steps",
+        "horizon", "refused", "window_just_closed", "num_windows", "num_windows_since_proposal", "num_rest_steps",
         "num_real_steps_since_predict", "num_forced_full_steps", "forced_by_alarm", "num_predictor_failures",
         "num_schedule_steps", "lr_integral", "loss_slope", "window_loss", "peak_rate", "same_batch", "needs_grad_mode",
         "anchor_real_steps", "anchor_schedule_steps",

@@ -56,6 +56,10 @@ class Groups:
         """G."""
         return len(self.roles)
 
+    def pooled(self) -> Groups:
+        """The same parameters in one group."""
+        return Groups(self.names, (0,) * len(self.index), ("all",), (sum(self.sizes),))
+
 
 def role_of(name: str, parameter: Tensor, module: nn.Module) -> str:
     """Role of one parameter from its qualified name and the type of the module that holds it."""

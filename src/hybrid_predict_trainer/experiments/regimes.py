@@ -26,9 +26,9 @@ class Length:
 #: cores, from milliseconds per step there: pinn-poisson 1.3, gpt 0.3M 30 (2 threads), cifar over 100.
 LENGTHS: dict[str, Length] = {
     "pinn-poisson": Length(full=4000, quick=2000),
-    "pinn-burgers": Length(full=4000),
+    "pinn-burgers": Length(full=4000, quick=1000),
     "oscillator": Length(full=4000, quick=1500),
-    "regression": Length(full=4000),
+    "regression": Length(full=4000, quick=2000),
     "cifar": Length(full=12, unit="epochs"),
     "digits-mlp": Length(full=12, quick=12, unit="epochs"),
     "finetune": Length(full=600, quick=100),
@@ -115,7 +115,7 @@ _PINN_PEERS = (*WEIGHT_PEERS, "soap", "lbfgs-20", "lbfgs-100")
 def _exact(name: str, task: str, *, quick: bool = False, **options: Any) -> Case:
     return Case(
         name=name, task=task, length=task, options=options, peers=_PINN_PEERS,
-        quick_peers=("snoo", "soap", "lbfgs-20"), budgets=EXACT_BUDGETS,
+        quick_peers=("soap", "lbfgs-20", "lbfgs-100"), budgets=EXACT_BUDGETS,
         quick_budgets=EXACT_BUDGETS[:-1], quick_too=quick,
     )  # fmt: skip
 

@@ -136,6 +136,11 @@ def config_of(options: Options, recipe: TaskDefaults, steps_per_epoch: int | Non
         layers.append(PRESETS["full_batch"])  # the windows and the budget it is made for
     if (steps_per_epoch or 1) > 1 and (options.predictor or recipe.predictor) == "hold":
         layers.append({**PRESETS["epochs"], "predictor.window": steps_per_epoch})
+    if options.task == "finetune":
+        layers.append(PRESETS["finetune"])
+    elif recipe.optimizer == "muon":
+        layers.append(PRESETS["muon"])
+    num_automatic = len(layers)
     if options.config_preset is not None:
         preset_config(options.config_preset)  # says which there are
         layers.append(PRESETS[options.config_preset])
@@ -146,7 +151,7 @@ def config_of(options: Options, recipe: TaskDefaults, steps_per_epoch: int | Non
     layers.append(assignments(options.set))
     for values in layers:
         config = with_values(config, values)
-    if not any(key.endswith("warmup_steps") for values in layers for key in values):
+    if not any(key.endswith("warmup_steps") for values in layers[num_automatic:] for key in values):
         config = replace(config, warmup_steps=min(config.warmup_steps, recipe.steps // 10))
     return config
 

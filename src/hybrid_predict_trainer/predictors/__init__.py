@@ -21,6 +21,7 @@ from .linear import Linear as Linear
 from .mlp import Mlp as Mlp
 from .pacing import Paced as Paced
 from .quasi_newton import QuasiNewton as QuasiNewton
+from .quasi_newton import with_history_that_fits
 from .rssm import Rssm as Rssm
 from .secant import Secant as Secant
 
@@ -44,15 +45,20 @@ PREDICTORS: dict[str, Callable[[HybridTrainerConfig, int], Predictor]] = {
 }
 
 
-def build(config: HybridTrainerConfig, num_groups: int) -> Predictor:
+def build(config: HybridTrainerConfig, num_groups: int, num_weights: int = 0) -> Predictor:
     """Predictor named by ``config.predictor_type``.
+
+    Args:
+        config: Settings.
+        num_groups: G.
+        num_weights: Of the model, where a predictor's memory depends on it; 0: unknown.
 
     Raises:
         ConfigError: unknown name, or more memory than ``predictor_memory_mb``.
     """
     name = config.predictor_type
     constructor = PREDICTORS[name] if name in PREDICTORS else _installed(name)
-    predictor = constructor(config, num_groups)
+    predictor = constructor(with_history_that_fits(config, num_weights), num_groups)
     needed = predictor.memory_bytes() / 2**20
     if needed > config.predictor_memory_mb:
         raise ConfigError(

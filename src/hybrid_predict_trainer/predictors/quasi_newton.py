@@ -1,69 +1,162 @@
-"""``quasi_newton``: a limited-memory BFGS step, made of what real steps compute anyway.
+"""``quasi_newton``: a self-scaled limited-memory BFGS step, made of what real steps compute anyway.
 
 The secant model stays in the span of past displacements; a quasi-Newton step leaves it along the present
 gradient.  With window means x, their gradients g and the pairs s = x' - x, y = g' - g of the last K windows,
 
-    d = -H g,    H the BFGS matrix of those pairs over gamma I,   gamma = s'y / y'y of the newest pair
+    d = -H g,    H the BFGS matrix of those pairs over gamma I.
 
-(two-loop recursion: Nocedal & Wright, Numerical Optimization, 2nd ed., algorithm 7.4).  The recursion
-needs inner products of s, y and g only (vector-free L-BFGS, Chen, Wang & Zhou, NIPS 2014), which is just what a
-predictor sees.  The jump goes from theta to x + d, so a column x - theta (the lag) takes the base optimizer's
-last motion back where the step is better than it, and where neither is better than x.
+Before each update H is divided by
 
-Pairs without positive curvature are left out, as line searches would have avoided them.  It is meant for
-full-batch training with windows of one step: every real step brings a pair, every forward a test.
+    tau = min(1, s'y / s'B s),    B = H^-1,
+
+the self-scaling of Al-Baali (Computational Optimization and Applications 9, 1998) after Oren & Luenberger (1974):
+where the loss curves less than H believes, all of H grows, and not only its part along s.  On stiff networks that is
+worth more than all the rest (on the oscillator problem 1e-5 becomes 1e-9; Urban, Stefanou & Pons, J. Comput. Phys.
+523, 2025, report the same of dense matrices).  s'B s costs nothing: a step that was taken, s = t d, has B s = -t g.
+
+The compact form (Byrd, Nocedal & Schnabel, Math. Programming 63, 1994) with the scalings put in, pairs oldest first,
+R the upper triangle of S'Y, D its diagonal, W = diag(w_i), w_i = 1 / prod_(j > i) tau_j, u = gamma / prod_j tau_j:
+
+    R a = S'g,    R' b = W D a - u (Y'g - Y'Y a),    H g = u (g - Y a) + S b.
+
+It needs inner products of s, y and g only (vector-free L-BFGS, Chen, Wang & Zhou, NIPS 2014), which is just what a
+predictor sees, and two triangular solutions, of microseconds.  gamma is the largest s'y / y'y in memory: the pairs
+know their directions, and in the others a scale too small costs more than one too large.
+
+The jump goes from theta to x + d, so a column x - theta (the lag) takes the base optimizer's last motion back where
+the step is better than it, and where neither is better than x.  Pairs without positive curvature are left out, as
+line searches would have avoided them.  It is meant for full-batch training with windows of one step: every real step
+brings a pair, every forward a test.
 
 Letters: ``K`` pairs; columns in the order s, y, lag, gradient.
 """
 
 from __future__ import annotations
 
-import numpy as np
+import math
+from dataclasses import dataclass, replace
+
 import torch
 from torch import Tensor
 
-from ..config import QuasiNewtonConfig
-from ..records import BasisSpec, PhasePrediction, State, Window, zeros_like_coefficients
+from ..basis import FLOAT64_BELOW
+from ..config import HybridTrainerConfig, QuasiNewtonConfig
+from ..records import BasisSpec, PhasePrediction, Products, State, Window, zeros_like_coefficients
 from ._common import linear_loss_trajectory, window_from_state, window_state
 
 #: s'y has to exceed this share of |s| |y|: a pair with less has no curvature a step could trust.
 MIN_CURVATURE = 1e-10
 
+#: Pairs kept whatever the memory: with fewer it is hardly better than the gradient.
+MIN_HISTORY = 20
 
-def two_loop(M: Tensor, Mg: Tensor, num_pairs: int) -> tuple[Tensor, float]:
-    """-H g as coefficients of the columns s_0 .. s_(K-1), y_0 .. y_(K-1), newest first, and of g.
+#: How far a displacement may be from a multiple of the step that was asked for, relative to its length.
+SAME_STEP = 1e-3
+
+#: Scalings of one update are cut here: a smaller one says that the pair is rounding noise.
+MIN_TAU = 1e-6
+
+
+def history_that_fits(config: QuasiNewtonConfig, num_weights: int) -> int:
+    """K: as many pairs as the memory holds, at most those asked for."""
+    per_pair = 2 * (8 if num_weights < FLOAT64_BELOW else 4) * max(num_weights, 1)
+    return min(config.history, max(MIN_HISTORY, int(config.memory_mb * 2**20 / per_pair)))
+
+
+def with_history_that_fits(config: HybridTrainerConfig, num_weights: int) -> HybridTrainerConfig:
+    """The settings with the pairs that a model of this size leaves memory for."""
+    fitting = history_that_fits(config.predictor.quasi_newton, num_weights)
+    table = replace(config.predictor.quasi_newton, history=fitting)
+    return replace(config, predictor=replace(config.predictor, quasi_newton=table))
+
+
+def direction(
+    SY: Tensor, YY: Tensor, Sg: Tensor, Yg: Tensor, log_tau: Tensor, gamma: float
+) -> tuple[Tensor, Tensor, float]:
+    """-H g as coefficients of s, of y and of g, from inner products; pairs oldest first.
 
     Args:
-        M: (2K, 2K) inner products of those columns.
-        Mg: (2K,) their inner products with g.
-        num_pairs: Pairs that hold data, the newest ones, at most K.
-
-    Returns:
-        (2K,) coefficients of the columns, and the coefficient of g.
+        SY: (K, K) s_i'y_j.
+        YY: (K, K) y_i'y_j.
+        Sg: (K,) s_i'g.
+        Yg: (K,) y_i'g.
+        log_tau: (K,) logarithms of the scalings, at most 0; all 0: L-BFGS.
+        gamma: Of the matrix gamma I that the updates start from.
     """
-    # numpy: a hundred products of short vectors, at a fifth of what torch takes to dispatch each
-    m, mg = M.numpy(), Mg.numpy()
-    K = len(mg) // 2
-    c, of_g = np.zeros(2 * K), 1.0
-    norms = np.sqrt(np.maximum(m.diagonal(), 0.0))
-    curvature = m[np.arange(K), K + np.arange(K)]
-    curved = curvature > MIN_CURVATURE * norms[:K] * norms[K:]
-    pairs = [i for i in range(num_pairs) if curved[i]]
-    alphas = {}
-    for i in pairs:  # newest to oldest
-        alphas[i] = (m[i] @ c + of_g * mg[i]) / curvature[i]
-        c[K + i] -= alphas[i]
-    if pairs:
-        newest = pairs[0]
-        gamma = curvature[newest] / m[K + newest, K + newest]
-        c, of_g = gamma * c, gamma * of_g
-    for i in reversed(pairs):
-        c[i] += alphas[i] - (m[K + i] @ c + of_g * mg[K + i]) / curvature[i]
-    return torch.from_numpy(-c), -float(of_g)
+    R = torch.triu(SY)
+    a = torch.linalg.solve_triangular(R, Sg[:, None], upper=True)[:, 0]
+    later = log_tau.sum() - log_tau.cumsum(0)  # of the scalings after each pair
+    u = gamma * math.exp(-float(log_tau.sum()))
+    right = torch.exp(-later) * SY.diagonal() * a - u * (Yg - YY @ a)
+    b = torch.linalg.solve_triangular(R.T, right[:, None], upper=False)[:, 0]
+    return -b, u * a, -u
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A step d = -H g, and what tells whether the next displacement is a multiple of it.
+
+    Attributes:
+        c: (2K,) coefficients of s and y, in the order of the ring.
+        of_g: of the gradient.
+        slope: g'd, negative for a descent direction.
+        along: y'd for the newest y.
+    """
+
+    c: Tensor
+    of_g: float
+    slope: float
+    along: float
+
+
+def step_of(products: Products, log_tau: Tensor, num_pairs: int, num_places: int) -> Step:
+    """The step of the pairs in memory.
+
+    Args:
+        products: Summed over groups.
+        log_tau: (K,) by place in the ring.
+        num_pairs: Pairs that hold data, the newest ones.
+        num_places: K.
+    """
+    K, M = num_places, products.BB[0]
+    Mg = products.Bg[0]
+    ages = torch.arange(num_pairs - 1, -1, -1)
+    places = (products.newest - ages) % K  # oldest first
+    squares, curvature = M.diagonal(), M.diagonal(K)[:K]  # |s|^2 and |y|^2; s'y of each pair
+    curved = curvature > MIN_CURVATURE * (squares[:K] * squares[K : 2 * K]).clamp(min=0.0).sqrt()
+    kept = places[curved[places]]
+    c, of_g = torch.zeros(2 * K, dtype=torch.float64), -1.0
+    if len(kept):
+        SY, YY = M[kept][:, K + kept], M[K + kept][:, K + kept]
+        gamma = float((SY.diagonal() / YY.diagonal()).max())
+        of_s, of_y, of_g = direction(SY, YY, Mg[kept], Mg[K + kept], log_tau[kept], gamma)
+        c[kept], c[K + kept] = of_s, of_y
+    newest_y = K + products.newest
+    slope = float(Mg[: 2 * K] @ c) + of_g * float(products.gg[0])
+    along = float(M[newest_y, : 2 * K] @ c) + of_g * float(Mg[newest_y])
+    return Step(c, of_g, slope, along)
+
+
+def log_scaling(products: Products, step: Step | None, num_places: int) -> float:
+    """log tau of the newest pair: 0 where its displacement is not a multiple of the step before it.
+
+    With s = t d it is s'g_before = t d'g_before, which tells t; that s'y is t d'y for another y confirms it.
+    """
+    if step is None or num_places < 2 or not step.slope < 0:
+        return 0.0
+    K, M, place = num_places, products.BB[0], products.newest
+    before = K + (place - 1) % K
+    s_y = float(M[place, K + place])
+    s_g = float(products.Bg[0, place]) - s_y  # g_before = g - y
+    t = s_g / step.slope
+    length = math.sqrt(max(float(M[place, place] * M[before, before]), 0.0))
+    if t <= 0 or s_y <= 0 or not abs(float(M[place, before]) - t * step.along) <= SAME_STEP * length:
+        return 0.0
+    return math.log(min(1.0, max(s_y / (-t * s_g), MIN_TAU)))
 
 
 class QuasiNewton:
-    """The step of one global BFGS model over all groups (their products are summed)."""
+    """The step of one global BFGS model over all groups."""
 
     name = "quasi_newton"
 
@@ -71,10 +164,12 @@ class QuasiNewton:
         """Args: config: pairs and the multiples to try."""
         self.config = config
         self.spec = BasisSpec(
-            num_displacements=config.history, lag=True, gradient=True, curvature=True, differences=True
+            num_displacements=config.history, lag=True, gradient=True, curvature=True, differences=True, pooled=True
         )
         self._window: Window | None = None
-        self._step: tuple[Tensor, float] | None = None  # of that window, once it was asked for
+        self._step: Step | None = None  # of that window, once it was asked for
+        self._log_tau = torch.zeros(config.history, dtype=torch.float64)  # by place in the ring
+        self._num_pairs = 0  # newest ones that are believed
 
     @property
     def ready(self) -> bool:
@@ -82,29 +177,32 @@ class QuasiNewton:
         return self._window is not None and self._window.num_columns >= 1
 
     def observe(self, window: Window) -> None:
-        """Remember the window; the products hold all the rest."""
+        """Remember the window and how its pair scales the matrix; the products hold all the rest."""
+        if window.refused:  # no multiple of the step helped: what these pairs say no longer holds here
+            self._num_pairs, self._step = 0, None
+        if window.num_columns:
+            products = window.products
+            self._num_pairs = min(self._num_pairs + 1, self.config.history)
+            self._log_tau[products.newest] = log_scaling(products, self._step, self.config.history)
         self._window, self._step = window, None
 
     def predict(self, horizon: int) -> PhasePrediction:
         """The step, and shorter ones the gate may fall back on; ``horizon`` changes nothing but the claim."""
         window = self._window
         assert window is not None, "predict() before ready"
-        first_extra = self.spec.first_extra
-        lag, gradient = first_extra, first_extra + 1
-        M = window.products.BB.sum(0)[:first_extra, :first_extra]
-        Mg = window.products.Bg.sum(0)[:first_extra]
+        lag = self.spec.first_extra
         if self._step is None:
-            self._step = two_loop(M, Mg, window.num_columns)
-        c, of_g = self._step
-        slope = float(Mg @ c) + of_g * float(window.products.gg.sum())  # g'd: negative for a descent direction
+            self._step = step_of(window.products, self._log_tau, self._num_pairs, self.config.history)
+        step = self._step
+        c = newest_first(step.c, window.products.newest, self.config.history)
         candidates = []
         for multiple in (*self.config.shrink, 0.0):  # 0: back to x
-            coefficients = zeros_like_coefficients(window.products.num_groups, self.spec.num_columns)
-            coefficients[:, :first_extra] = multiple * c
-            coefficients[:, gradient] = multiple * of_g
-            coefficients[:, lag] = 1.0
+            coefficients = zeros_like_coefficients(1, self.spec.num_columns)
+            coefficients[0, :lag] = multiple * c
+            coefficients[0, lag] = 1.0
+            coefficients[0, lag + 1] = multiple * step.of_g
             candidates.append(coefficients)
-        reduction = max(-slope / 2, 0.0)  # of a quadratic whose minimum along d lies at d
+        reduction = max(-step.slope / 2, 0.0)  # of a quadratic whose minimum along d lies at d
         trajectory = linear_loss_trajectory(window.loss, -reduction / max(horizon, 1), horizon)
         return PhasePrediction(
             coefficients=candidates[0],
@@ -123,9 +221,24 @@ class QuasiNewton:
         return 0
 
     def state_dict(self) -> State:
-        """The last window."""
-        return {"window": window_state(self._window)}
+        """The last window, its step and the scalings."""
+        step = self._step
+        told = None if step is None else {"c": step.c, "of_g": step.of_g, "slope": step.slope, "along": step.along}
+        return {
+            "window": window_state(self._window),
+            "step": told,
+            "log_tau": self._log_tau.clone(),
+            "num_pairs": self._num_pairs,
+        }
 
     def load_state_dict(self, state: State) -> None:
         """Inverse of :meth:`state_dict`."""
-        self._window, self._step = window_from_state(state["window"]), None
+        self._window = window_from_state(state["window"])
+        self._step = None if state["step"] is None else Step(**state["step"])
+        self._log_tau, self._num_pairs = state["log_tau"].clone(), state["num_pairs"]
+
+
+def newest_first(by_place: Tensor, newest: int, num_places: int) -> Tensor:
+    """(2K,) numbers of s and y by place in the ring -> in the order of :class:`..records.BasisSpec`."""
+    places = (newest - torch.arange(num_places)) % num_places
+    return torch.cat([by_place[:num_places][places], by_place[num_places:][places]])
