@@ -78,7 +78,7 @@ RUNS = [(name, data, segments) for name in (*CLOSED_FORM, "fake") for data in DA
 RUNS += [(name, "exact", 1) for name in PREDICTORS if name not in CLOSED_FORM]
 RUNS = [(*run, {}) for run in RUNS] + [(name, data, 1, ENCODER) for name in ("secant", "linear") for data in DATA]
 #: What moves the weights besides jumps, at rates where it does.
-MOTION = {"max_learned_scale": 50.0, "lookahead": 0.5}
+MOTION = {"max_learned_scale": 50.0, "lookahead": 0.5, "smoothing": 0.25}
 RUNS += [("secant", data, 1, MOTION) for data in DATA]
 
 

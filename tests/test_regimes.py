@@ -193,6 +193,12 @@ def test_verdicts(losses: list[float], jumps: float, words: str) -> None:
     assert "\n" not in row["verdict"]
 
 
+def test_a_jump_of_zero_says_nothing_of_what_is_off_there() -> None:
+    zero = entry("jump-of-zero", 100, [1 / 99] * 3, kind="jump-of-zero", num_jumps_accepted=0.0)
+    row = row_of(regime_summary.rows("x", [*baseline(3), zero]), "jump-of-zero")
+    assert row["verdict"].startswith("no jump was accepted: the price of asking (")
+
+
 def test_the_paired_test_is_that_of_logarithms() -> None:
     stats = pytest.importorskip("scipy.stats")
     pairs = [(1.0, 0.8), (10.0, 9.5), (0.1, 0.07), (2.0, 1.9)]

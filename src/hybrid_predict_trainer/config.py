@@ -70,6 +70,7 @@ class QuasiNewtonConfig:
 
     history: int = 400  # most pairs kept: on small networks 100 end ten times as high
     memory_mb: float = 256.0  # for the pairs; larger models keep fewer, but no fewer than MIN_HISTORY
+    self_scaling: bool = True  # divide the matrix by tau before an update; without, it is L-BFGS
     shrink: tuple[float, ...] = (1.0, 0.3, 0.05)  # multiples of the step tried until the loss falls
 
     def __post_init__(self) -> None:

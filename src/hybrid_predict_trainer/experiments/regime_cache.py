@@ -20,14 +20,13 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..config import HybridTrainerConfig
 from ..metrics import jsonable
 from ..toml_io import to_toml
 from .arms import Arm, Run, Setup
 from .environment import cpu_model
 
 #: Bump where the meaning of a stored run changes.
-FORMAT = 1
+FORMAT = 2
 
 PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -54,12 +53,13 @@ def identity(setup: Setup, arm: Arm, seed: int, *, timed_threads: int | None = N
     """
     recipe = asdict(replace(setup.recipe, lr=arm.lr, lr_grid=(), predictor="", steps=setup.steps))
     config = setup.config
-    if arm.kind in ("plain", "peer"):
-        plain = HybridTrainerConfig(enabled=False, gradient_clip_norm=config.gradient_clip_norm)
-        config = replace(plain, divergence=config.divergence, seed=config.seed)
+    read: Any = to_toml(config)
+    if arm.kind in ("plain", "peer"):  # a setting of prediction that is added later leaves their runs valid
+        read = {"gradient_clip_norm": config.gradient_clip_norm, "divergence": asdict(config.divergence)}
+        read["seed"] = config.seed
     found: dict[str, Any] = {
         "format": FORMAT, "version": __version__, "code": code_of(arm.kind), "task": setup.task.describe(),
-        "settings": asdict(setup.settings), "recipe": recipe, "config": to_toml(config), "kind": arm.kind,
+        "settings": asdict(setup.settings), "recipe": recipe, "config": read, "kind": arm.kind,
         "peer": arm.name if arm.kind == "peer" else None, "budget": arm.budget, "seed": seed,
     }  # fmt: skip
     if timed_threads is not None:

@@ -236,7 +236,8 @@ def verdict(entry: Entry, s: Speedup, gap: float, *, num_jumps: float | None) ->
         side = "the same loss" if abs(gap) < 0.005 else f"loss {abs(gap):.2g} % {'lower' if gap < 0 else 'higher'}"
         words += f", {side} at equal cost"
     if num_jumps == 0:
-        return f"no jump was accepted: learned scale, lookahead and the price of asking ({words})"
+        others = "" if entry.kind == "jump-of-zero" else "learned scale, lookahead and "  # which are off there
+        return f"no jump was accepted: {others}the price of asking ({words})"
     if s.ci95 is None:
         return f"one seed only, which shows little ({words})"
     count = len(s.per_seed)

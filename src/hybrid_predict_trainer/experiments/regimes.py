@@ -195,7 +195,7 @@ _LM_LOWLR = tuple(
         peers=(*WEIGHT_PEERS, *RATE_FREE),
         quick_peers=("snoo", "prodigy"),
         budgets=EXACT_BUDGETS if rate < 1 else NOISY_BUDGETS,
-        quick_budgets=NOISY_BUDGETS if rate < 1 else (0.5, 1.0, 2.0),
+        quick_budgets=(1.0, 2.0, 4.0) if rate < 1 else (0.5, 1.0, 2.0),
         quick_too=data is None and rate < 1,
     )
     for data in ("tinystories", None)

@@ -183,7 +183,8 @@ class QuasiNewton:
         if window.num_columns:
             products = window.products
             self._num_pairs = min(self._num_pairs + 1, self.config.history)
-            self._log_tau[products.newest] = log_scaling(products, self._step, self.config.history)
+            scaling = log_scaling(products, self._step, self.config.history) if self.config.self_scaling else 0.0
+            self._log_tau[products.newest] = scaling
         self._window, self._step = window, None
 
     def predict(self, horizon: int) -> PhasePrediction:
