@@ -59,6 +59,16 @@ def test_the_compact_form_is_the_dense_matrix(num_pairs: int, scaled: bool) -> N
     assert torch.allclose(of_s @ S + of_y @ Y + of_g * g, dense_direction(s, y, taus, 0.3, g), rtol=1e-8)
 
 
+def test_hundreds_of_scalings_do_not_overflow() -> None:
+    s, y, g, _ = random_pairs(6, seed=4)
+    S, Y = torch.stack(s), torch.stack(y)
+    steep = torch.full((6,), -1000.0, dtype=torch.float64)
+    of_s, of_y, of_g = direction(S @ Y.T, Y @ Y.T, S @ g, Y @ g, steep, 0.3)
+    assert torch.isfinite(of_s).all()
+    assert torch.isfinite(of_y).all()
+    assert math.isfinite(of_g)
+
+
 def ring_products(s: Sequence[Tensor], y: Sequence[Tensor], g: Tensor, num_places: int) -> Products:
     """Products as a basis with differences hands them out, written from its description: pairs oldest first."""
     K, count = num_places, len(s)

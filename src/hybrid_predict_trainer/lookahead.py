@@ -15,7 +15,7 @@ kappa takes out of s what is not drift (along an unstable direction the weights 
 rate that suits the rest is too large there); Lookahead (arXiv 1907.08610) is kappa = 1/2 with b = 0, and pays for
 its calm with half of the drift.  beta carries the drift on (EMA-Nesterov, arXiv 2605.25395); beta_t = beta lr / lr_max:
 the schedule's decay takes it out with the rate.  b starts at zero, so that the first steps are shortened by
-kappa as a longer warm-up would shorten them; correcting that bias was measured to lose (LOG.md).
+kappa as a longer warm-up would shorten them; correcting that bias was worse in trials.
 """
 
 from __future__ import annotations

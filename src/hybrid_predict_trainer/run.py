@@ -74,7 +74,7 @@ class Run:
         self.parameters, self.groups = weights.predicted_parameters(model, optimizer, roles)
         self.on_cpu = all(p.device.type == "cpu" for p in self.parameters)
         self.predictor = (
-            predictor if predictor is not None else build(config, self.groups.num_groups, sum(self.groups.sizes))
+            predictor if predictor is not None else build(config, self.groups.num_groups, self.groups.num_weights)
         )
         if self.predictor.spec.pooled:
             self.groups = self.groups.pooled()

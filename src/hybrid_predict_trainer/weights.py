@@ -56,9 +56,14 @@ class Groups:
         """G."""
         return len(self.roles)
 
+    @property
+    def num_weights(self) -> int:
+        """Of all groups."""
+        return sum(self.sizes)
+
     def pooled(self) -> Groups:
         """The same parameters in one group."""
-        return Groups(self.names, (0,) * len(self.index), ("all",), (sum(self.sizes),))
+        return Groups(self.names, (0,) * len(self.index), ("all",), (self.num_weights,))
 
 
 def role_of(name: str, parameter: Tensor, module: nn.Module) -> str:

@@ -72,8 +72,8 @@ def build_trainer(
     config = replace(setup.config, enabled=setup.config.enabled and predict, seed=setup.config.seed + seed)
     predictor = None
     if wrap is not None:
-        num_groups = predicted_parameters(model, optimizer)[1].num_groups
-        predictor = wrap(build(config, num_groups))
+        groups = predicted_parameters(model, optimizer)[1]
+        predictor = wrap(build(config, groups.num_groups, groups.num_weights))
     return HybridTrainer(
         model, optimizer, config, loss_fn=setup.task.loss_fn, lr_scheduler=schedule, predictor=predictor
     )

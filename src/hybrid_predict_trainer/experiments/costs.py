@@ -142,7 +142,8 @@ def _trainer(task: Task, name: str, settings: Mapping[str, Any]) -> tuple[Hybrid
     optimizer = build_optimizer(model, task.defaults)
     values = {"predictor.type": name, "predictor.rest_windows": 0, "training.warmup_steps": 0, **settings}
     config = with_values(HybridTrainerConfig(), values)
-    predictor = Timed(build(config, predicted_parameters(model, optimizer)[1].num_groups))
+    groups = predicted_parameters(model, optimizer)[1]
+    predictor = Timed(build(config, groups.num_groups, groups.num_weights))
     trainer = HybridTrainer(model, optimizer, config, loss_fn=task.loss_fn, predictor=predictor)
     trainer.force_full_phase(FOR_EVER)
     return trainer, predictor

@@ -11,8 +11,8 @@ Before each update H is divided by
 
 the self-scaling of Al-Baali (Computational Optimization and Applications 9, 1998) after Oren & Luenberger (1974):
 where the loss curves less than H believes, all of H grows, and not only its part along s.  On stiff networks that is
-worth more than all the rest (on the oscillator problem 1e-5 becomes 1e-9; Urban, Stefanou & Pons, J. Comput. Phys.
-523, 2025, report the same of dense matrices).  s'B s costs nothing: a step that was taken, s = t d, has B s = -t g.
+worth a factor of ten to a hundred (LOG.md; Urban, Stefanou & Pons, J. Comput. Phys. 523, 2025, report the same of dense
+matrices).  s'B s costs nothing: a step that was taken, s = t d, has B s = -t g.
 
 The compact form (Byrd, Nocedal & Schnabel, Math. Programming 63, 1994) with the scalings put in, pairs oldest first,
 R the upper triangle of S'Y, D its diagonal, W = diag(w_i), w_i = 1 / prod_(j > i) tau_j, u = gamma / prod_j tau_j:
@@ -56,6 +56,9 @@ SAME_STEP = 1e-3
 #: Scalings of one update are cut here: a smaller one says that the pair is rounding noise.
 MIN_TAU = 1e-6
 
+#: Most that all scalings in memory together let the matrix grow, as a logarithm: beyond it numbers would overflow.
+MAX_LOG_GROWTH = 200.0
+
 
 def history_that_fits(config: QuasiNewtonConfig, num_weights: int) -> int:
     """K: as many pairs as the memory holds, at most those asked for."""
@@ -85,9 +88,10 @@ def direction(
     """
     R = torch.triu(SY)
     a = torch.linalg.solve_triangular(R, Sg[:, None], upper=True)[:, 0]
-    later = log_tau.sum() - log_tau.cumsum(0)  # of the scalings after each pair
-    u = gamma * math.exp(-float(log_tau.sum()))
-    right = torch.exp(-later) * SY.diagonal() * a - u * (Yg - YY @ a)
+    total = log_tau.sum()
+    growth = (log_tau.cumsum(0) - total).clamp(max=MAX_LOG_GROWTH)  # by the scalings after each pair
+    u = gamma * math.exp(min(-float(total), MAX_LOG_GROWTH))
+    right = torch.exp(growth) * SY.diagonal() * a - u * (Yg - YY @ a)
     b = torch.linalg.solve_triangular(R.T, right[:, None], upper=False)[:, 0]
     return -b, u * a, -u
 
