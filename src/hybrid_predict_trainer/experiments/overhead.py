@@ -225,13 +225,14 @@ def memory_ratios(prepared: Prepared, state_bytes: int, trainer: HybridTrainer) 
     """
     device = torch.device(prepared.workload.device).type
     usage = trainer.memory_usage()
-    basis = sum(size for name, size in usage.items() if name.startswith("basis_"))
-    ratio = 1 + (basis + usage["snapshots"] + usage["predictor"]) / state_bytes
-    left = 0  # on the CPU there is nothing to measure: what offload moves is all there is
+    ratio = 1 + sum(usage.values()) / state_bytes
+    # on the CPU there is nothing to measure: what offload moves is the basis, and the rest stays
+    left = sum(size for name, size in usage.items() if not name.startswith("basis_"))
     if device != "cpu":
         offloading = build(prepared, MAX_PREPARING_STEPS, offload=True)
         bring_up(offloading, None, prepared.task.batches(0))
-        left = offloading.memory_usage().get(f"basis_{device}", 0)
+        usage_left = offloading.memory_usage()
+        left = sum(size for name, size in usage_left.items() if not name.startswith("basis_cpu"))
     return {
         "memory_ratio_training_device": ratio,
         "memory_ratio_training_device_offload": 1 + left / state_bytes,
