@@ -92,6 +92,7 @@ def run_full(run: Run, batch: Any, decision: Decision) -> Execution:
     passes = run.scale.measure(run.parameters) + run.scale.before_step(run.parameters)
     rate = run.learning_rate
     _optimizer_step(run)
+    passes += run.scale.after_step(run.parameters)
     passes += _look_ahead(run, rate)
     run.counters.num_passes += passes
     run.ledger.observe(passes * PASS_UNITS)

@@ -87,10 +87,10 @@ class Run:
         self.scale: StepScale = UnitScale()
         # both raise the noise that weights settle with, and count on a schedule to take it out again
         annealed = self.observing and lr_scheduler is not None
-        if annealed and config.max_learned_scale > 1:
+        if annealed and (config.max_learned_scale > 1 or config.min_learned_scale < 1):
             # on an accelerator a check waits for the device: as often as losses are read, no more
             steps = CHECK_STEPS if self.on_cpu else max(CHECK_STEPS, config.divergence.check_interval_steps)
-            self.scale = LearnedScale(config.max_learned_scale, steps)
+            self.scale = LearnedScale(self.groups, config.max_learned_scale, config.min_learned_scale, steps)
         self.observer: Observer = NullObserver()
         if self.observing:
             self.observer = observer_for(

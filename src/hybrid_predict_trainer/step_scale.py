@@ -10,21 +10,23 @@ along its own line, and slightly positive on the edge of stability, where a run 
 rate spends its stable phase (Cohen et al., arXiv 2103.00065; the same product drives hypergradient
 descent, Baydin et al., arXiv 1703.04782).  So
 
-    slow start: while h is negative beyond its own noise the multiplier m grows by ``GROWTH`` per check;
-    once it is not (the edge was touched) one step per check is measured, and m grows only while
+    slow start: while h is negative beyond its own noise the multiplier m doubles at every check (``GROWTH``);
+    once it is not (the edge was touched) one step per check is measured, and m creeps on only while
     the schedule does not fall: a decay is meant to go below the edge, and must not be worked against;
     while the schedule rises (warm-up) nothing is learned.
 
 Cosines are collected until their mean is two standard errors from zero, or until there are so many that
 it may be called zero: a sequential test, short where the rate is far too small, patient near the edge.
 
-m never falls below 1 through h: h cannot tell a tuned rate from one three times too large.  What it can
-do wrong is judged by what is left after further real steps: every raise is an account that is settled
-``PATIENCE`` checks later; if the smoothed loss stands higher than before the raise by more than its
-noise, the raises since are taken back and m has found its cap.
+m never falls below 1 through h: over all weights h cannot tell a tuned rate from one three times too
+large.  Group by group it can, in the first steps: :mod:`.early_cuts` shortens the steps of groups that are
+beyond the edge there.  What m can do wrong is judged by what is left after further real steps: every raise is an
+account that is settled ``PATIENCE`` checks later; if the smoothed loss stands higher than before the raise by
+more than its noise, the raises since are taken back and m has found its cap.
 
-The scale is applied as a factor of the groups' ``lr`` around one optimizer step, so decoupled weight
-decay scales with it, as it would with a larger rate, and the schedule never sees it.
+m is applied as a factor of the optimizer groups' ``lr`` around one step, so decoupled weight decay scales with
+it, as it would with a larger rate, and the schedule never sees it.  A cut shortens the step that was made
+instead: the groups it is about are not the optimizer's, and it soon ends.
 """
 
 from __future__ import annotations
@@ -39,12 +41,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import weights
+from .early_cuts import EarlyCuts, shorten
 from .records import State
-from .weights import Tensors
+from .weights import Groups, Tensors
 
-#: Factor of one raise, and real steps between checks.  At 1.3 per 5 steps a rate that is 10 times too small
-#: is made up for in 45 steps.
-GROWTH = 1.3
+#: Factor of one raise in the slow start, and real steps between checks.  At 2 per 5 steps a rate that is 10 times too
+#: small is made up for in 20 steps; what that overshoots the early cuts take back, group by group (1.3: LOG.md).
+GROWTH = 2.0
 CHECK_STEPS = 5
 #: Cosines a decision needs at least, and at which their mean is taken for zero, and how many standard errors decide.
 #: At a tuned rate h is 0.01 to 0.05, at three times that 0.01, at a tenth -0.2, one step's noise 0.03 to 0.05 (LOG.md).
@@ -53,6 +56,7 @@ CONFIDENCE = 2.0
 #: Where the rate was below the edge at the start, the edge itself moves: a network trained at it grows flatter.
 #: There m follows, one raise per so many cosines that do not show it beyond the edge.
 CREEP_COSINES = 8
+CREEP = 1.3
 #: Steps per check that are measured once the edge was touched.
 MEASURED_AT_EDGE = 1
 #: Checks after which a raise is settled, and how many standard errors of the smoothed loss count as worse.
@@ -81,6 +85,10 @@ class StepScale(Protocol):
     @contextmanager
     def applied(self, optimizer: Optimizer) -> Iterator[None]:
         """The block in which the optimizer steps."""
+        ...
+
+    def after_step(self, parameters: Sequence[Tensor]) -> int:
+        """Right after the optimizer's step: shorten it where it has to be; returns passes over the weights."""
         ...
 
     def forget(self) -> None:
@@ -126,6 +134,10 @@ class UnitScale:
         """The block as it is."""
         yield
 
+    def after_step(self, parameters: Sequence[Tensor]) -> int:
+        """Nothing."""
+        return 0
+
     def forget(self) -> None:
         """Nothing."""
 
@@ -148,33 +160,48 @@ class UnitScale:
 
 
 @torch.no_grad()
-def step_cosine(gradients: Sequence[Tensor | None], before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
-    """cos(g, u) with u = after - before, a float64 scalar on the weights' device; 0 where either vanishes.
+def step_cosines(
+    gradients: Sequence[Tensor | None], before: Sequence[Tensor], after: Sequence[Tensor], groups: Groups
+) -> Tensor:
+    """cos(g, u) with u = after - before, (1 + G,) on the weights' device: of all weights, then of every group.
+
+    In float64 where the device has it; 0 where either vanishes.
 
     Args:
         gradients: One per parameter; None and sparse ones are left out.
         before: Weights before the step.
         after: Weights after it.
+        groups: Of the parameters.
     """
     used = [i for i, g in enumerate(gradients) if g is not None and not g.is_sparse]
     if not used:
-        return torch.zeros((), dtype=torch.float64)
-    g = [gradients[i] for i in used]
+        return torch.zeros(1 + groups.num_groups, dtype=torch.float64)
+    g = [t for t in gradients if t is not None and not t.is_sparse]
     u = torch._foreach_sub([after[i] for i in used], [before[i].to(after[i].device) for i in used])
-    dots = torch.stack([torch.dot(a.reshape(-1).float(), b.reshape(-1).float()) for a, b in zip(g, u, strict=True)])  # type: ignore[union-attr]
-    size_g = weights.global_norm([t for t in g if t is not None]).double()
-    size_u = weights.global_norm(list(u)).double()
-    scale = size_g * size_u
-    cosine: Tensor = torch.where(scale > 0, dots.double().sum() / scale.clamp(min=1e-300), torch.zeros_like(scale))
-    return cosine
+    dots = torch.stack([torch.dot(a.reshape(-1).float(), b.reshape(-1).float()) for a, b in zip(g, u, strict=True)])
+    sums = torch.stack([dots, torch.stack(torch._foreach_norm(g)).square(), torch.stack(torch._foreach_norm(u)).square()])
+    of_group = torch.zeros(3, groups.num_groups, dtype=torch.float64, device=sums.device)
+    of_group.index_add_(1, torch.tensor([groups.index[i] for i in used], device=sums.device), sums.double())
+    dot, g_squared, u_squared = torch.cat([of_group.sum(1, keepdim=True), of_group], dim=1)
+    size = (g_squared * u_squared).sqrt()
+    cosines: Tensor = torch.where(size > 0, dot / size.clamp(min=1e-300), torch.zeros_like(size))
+    return cosines
 
 
 class LearnedScale:
     """Slow start up to the edge of stability, with every raise on account."""
 
-    def __init__(self, maximum: float, check_steps: int = CHECK_STEPS) -> None:
-        """Args: maximum: bound on m.  check_steps: real steps between checks."""
-        self.maximum, self.check_steps = maximum, check_steps
+    def __init__(self, groups: Groups, maximum: float, minimum: float = 1.0, check_steps: int = CHECK_STEPS) -> None:
+        """Bind to the groups.
+
+        Args:
+            groups: Of the parameters.
+            maximum: Bound on m; 1: no raises.
+            minimum: Bound on the early cuts' factors; 1: no cuts.
+            check_steps: Real steps between checks.
+        """
+        self.groups, self.maximum, self.check_steps = groups, maximum, check_steps
+        self.cuts = EarlyCuts(groups.num_groups, minimum)
         self.value = 1.0
         self.touched = False  # the edge of stability has been seen
         self.num_raises = 0
@@ -183,7 +210,8 @@ class LearnedScale:
         self._num_steps = 0  # since the last check
         self._learning = False  # the rate does not rise, and there is room to grow
         self._cosines: list[Tensor] = []  # scalars on the weights' device: read at a check, together
-        self._before: Tensors = []  # weights before the last step, if it is to be measured
+        self._before: Tensors = []  # weights before the last step, if it is to be measured or shortened
+        self._collecting = False  # whether h of the last step counts for m
         self._last_rate = math.nan
         self._account: tuple[int, float, float] | None = None  # (checks left, value before the raise, loss before)
         self.last_cosine = math.nan
@@ -191,17 +219,22 @@ class LearnedScale:
     # ---- measuring ---------------------------------------------------------------------------------
 
     def measure(self, parameters: Sequence[Tensor]) -> int:
-        """Add cos(g, u) of the last step; 6 passes over the weights."""
-        if not self._before:
+        """Take cos(g, u) of the last step; 6 passes over the weights."""
+        if not self._before or not (self._collecting or self.cuts.watching):
             return 0
-        cosine = step_cosine([p.grad for p in parameters], self._before, [p.detach() for p in parameters])
-        self._cosines.append(cosine)
+        cosines = step_cosines([p.grad for p in parameters], self._before, [p.detach() for p in parameters], self.groups)
+        if self._collecting:
+            self._cosines.append(cosines[0])
+        if self.cuts.watching:
+            self.cuts.observe(cosines[1:].tolist())  # a transfer per step, in the first steps only
         self._before = []
         return 6
 
     def before_step(self, parameters: Sequence[Tensor]) -> int:
         """Keep the weights while there is something to learn: at every step before the edge, then at one per check."""
-        if not self._learning or (self.touched and self._num_steps >= MEASURED_AT_EDGE):
+        self._collecting = self._learning and not (self.touched and self._num_steps >= MEASURED_AT_EDGE)
+        if not (self._collecting or self.cuts.watching or self.cuts.active):
+            self._before = []
             return 0
         self._before = weights.clone(parameters)
         return 2
@@ -220,6 +253,15 @@ class LearnedScale:
         finally:
             for group, rate in rates:
                 group["lr"] = rate
+
+    def after_step(self, parameters: Sequence[Tensor]) -> int:
+        """Shorten the step where a cut stands; 3 passes over the weights."""
+        passes = 0
+        if self.cuts.active and self._before:
+            shorten(parameters, self._before, self.groups.index, self.cuts.factors)
+            passes = 3
+        self.cuts.count_step()
+        return passes
 
     def forget(self) -> None:
         """Drop the remembered weights."""
@@ -269,8 +311,10 @@ class LearnedScale:
     def _raise(self, loss: float) -> None:
         if self._account is None:
             self._account = (PATIENCE, self.value, loss)
-        self.value = min(self.value * GROWTH, self._cap)
+        self.value = min(self.value * (CREEP if self.touched else GROWTH), self._cap)
         self.num_raises += 1
+        if not self.touched:
+            self.cuts.watch_on()
 
     def _settle(self, loss: float, noise: float) -> None:
         """Judge the raises of the open account by the loss that is left some checks later."""
@@ -298,13 +342,13 @@ class LearnedScale:
         return sum(t.numel() * t.element_size() for t in self._before)
 
     _SCALARS = ("value", "touched", "num_raises", "num_taken_back", "last_cosine")
-    _PRIVATE = ("_cap", "_num_steps", "_last_rate", "_learning")
+    _PRIVATE = ("_cap", "_num_steps", "_last_rate", "_learning", "_collecting")
 
     def state_dict(self) -> State:
         """Scalars, the open account and the step that waits to be measured."""
         state: State = {name.lstrip("_"): getattr(self, name) for name in (*self._SCALARS, *self._PRIVATE)}
         account = None if self._account is None else list(self._account)
-        return {**state, "account": account, "cosines": [float(c) for c in self._cosines], "before": list(self._before)}
+        return {**state, "account": account, "cosines": [float(c) for c in self._cosines], "before": list(self._before), "cuts": self.cuts.state_dict()}
 
     def load_state_dict(self, state: State) -> None:
         """Inverse of :meth:`state_dict`; tensors are copied and go to their parameters' devices when they are used."""
@@ -314,3 +358,4 @@ class LearnedScale:
         self._account = None if account is None else (int(account[0]), float(account[1]), float(account[2]))
         self._cosines = [torch.tensor(c, dtype=torch.float64) for c in state["cosines"]]
         self._before = [t.clone() for t in state["before"]]
+        self.cuts.load_state_dict(state["cuts"])

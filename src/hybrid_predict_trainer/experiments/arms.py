@@ -119,7 +119,8 @@ def run_arm(
     if arm.kind == "peer":
         return run_peer(setup, arm, seed, folder=folder, watch=watch, label=label)
     if arm.kind == "jump-of-zero":  # jumps are put back, nothing else may move the weights: they are the plain run's
-        setup = replace(setup, config=replace(setup.config, max_learned_scale=1.0, lookahead=0.0, smoothing=0.0))
+        still = replace(setup.config, max_learned_scale=1.0, min_learned_scale=1.0, lookahead=0.0, smoothing=0.0)
+        setup = replace(setup, config=still)
     steps = steps_of(setup, arm.budget)
     trainer = build_trainer(setup, lr=arm.lr, steps=steps, seed=seed, predict=arm.kind != "plain")
     undo = UndoneJumps(trainer) if arm.kind == "jump-of-zero" else None

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .. import weights
-from ..step_scale import step_cosine
+from ..step_scale import step_cosines
 from ..tasks import TaskSettings, build_optimizer, build_scheduler, make_task, with_steps
 from .table import aligned
 
@@ -45,7 +45,7 @@ def cosines(
     model = task.build_model(seed)
     optimizer = build_optimizer(model, recipe)
     schedule = build_scheduler(optimizer, recipe.schedule, steps, recipe.warmup_steps, recipe.decay_frac)
-    parameters, _ = weights.predicted_parameters(model, optimizer)
+    parameters, groups = weights.predicted_parameters(model, optimizer)
     before: list[torch.Tensor] = []
     found = []
     for batch, _ in zip(task.batches(seed), range(steps), strict=False):
@@ -53,7 +53,7 @@ def cosines(
         loss = task.loss_fn(model, batch)
         loss.backward()
         if before:
-            h = step_cosine([p.grad for p in parameters], before, [p.detach() for p in parameters])
+            h = step_cosines([p.grad for p in parameters], before, [p.detach() for p in parameters], groups)[0]
             found.append((float(h), float(loss.detach())))
         if recipe.grad_clip:
             torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)

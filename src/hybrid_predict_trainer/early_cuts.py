@@ -1,0 +1,123 @@
+"""Early cuts: a group of weights whose first steps end beyond the edge of stability is slowed down, and let go again.
+
+A learning rate is one number, the edge of stability is not: in the first steps of a transformer the
+hidden matrices are beyond it while embeddings and head are far below.  What those steps break is not
+mended later: in trials half the rate for the hidden matrices in the first 40 steps was worth as much as half
+of it throughout (LOG.md).  Longer warm-ups and Lookahead get most of their gain at high rates here.
+
+So in the first ``EARLY_STEPS`` real steps, and for some after a raise of the common multiplier, the cosine h_g = cos(g, u) of every group's step with its next
+gradient is watched: positive, the loss along the step already rises where it ended.  As in congestion control
+(additive increase, multiplicative decrease; Chiu & Jain 1989)
+
+    f_g <- f_g / 2       when the newest ``NUM_COSINES`` h_g are above ``BEYOND`` on the mean, by more than their noise,
+    f_g <- f_g + 1/100   at every step, up to 1,
+
+and the step of the group is shortened to f_g of itself.  No cuts later: a run at a tuned rate spends its stable
+phase at slightly positive h_g, and cutting there only slows it down.
+
+Letters: ``G`` groups, ``g`` one of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .records import State
+
+#: Real steps in which a cut may be made: the first ones, and those after a raise of the common multiplier.
+EARLY_STEPS, AFTER_RAISE = 50, 25
+#: Real steps in which a group comes back from nothing.
+RECOVERY_STEPS = 100
+#: Cosines that a cut is decided on, and the least mean of them.
+NUM_COSINES, BEYOND = 3, 0.05
+CUT = 0.5
+
+
+class EarlyCuts:
+    """Factors f_g of the groups' steps, in (0, 1]."""
+
+    def __init__(self, num_groups: int, least: float) -> None:
+        """Args: num_groups: G.  least: bound on f_g from below; 1: no cuts."""
+        self.least = least
+        self.factors = [1.0] * num_groups
+        self.num_cuts = 0
+        self._num_left = EARLY_STEPS if least < 1 else 0  # real steps in which a cut may still be made
+        self._cosines: list[list[float]] = [[] for _ in range(num_groups)]  # newest last, since the group's last cut
+
+    @property
+    def watching(self) -> bool:
+        """Whether the next step's cosines are asked for."""
+        return self._num_left > 0
+
+    @property
+    def active(self) -> bool:
+        """Whether a step is to be shortened."""
+        return min(self.factors) < 1.0
+
+    def observe(self, cosines: Sequence[float]) -> None:
+        """Decide on the cosines of one step.
+
+        Args:
+            cosines: (G,) h_g.
+        """
+        for g, h in enumerate(cosines):
+            newest = [*self._cosines[g], h][-NUM_COSINES:]
+            if beyond_the_edge(newest):
+                self.factors[g], newest = max(self.factors[g] * CUT, self.least), []
+                self.num_cuts += 1
+            self._cosines[g] = newest
+
+    def watch_on(self) -> None:
+        """All steps have become longer: cuts may be needed again, unless there are none at all."""
+        if self.least < 1:
+            self._num_left = max(self._num_left, AFTER_RAISE)
+
+    def count_step(self) -> None:
+        """A real step was made: every group comes back a little."""
+        self._num_left = max(self._num_left - 1, 0)
+        if self.active:
+            self.factors = [min(1.0, f + 1 / RECOVERY_STEPS) for f in self.factors]
+
+    def state_dict(self) -> State:
+        """Factors and what they are decided on."""
+        return {
+            "factors": list(self.factors), "num_cuts": self.num_cuts, "num_left": self._num_left,
+            "cosines": [list(values) for values in self._cosines],
+        }  # fmt: skip
+
+    def load_state_dict(self, state: State) -> None:
+        """Inverse of :meth:`state_dict`."""
+        self.factors, self.num_cuts, self._num_left = list(state["factors"]), state["num_cuts"], state["num_left"]
+        self._cosines = [list(values) for values in state["cosines"]]
+
+
+def beyond_the_edge(cosines: Sequence[float]) -> bool:
+    """Whether that many cosines, and not fewer, are above ``BEYOND`` on the mean by more than one standard error."""
+    n = len(cosines)
+    if n < NUM_COSINES:
+        return False
+    h = sum(cosines) / n
+    error = math.sqrt(sum((v - h) ** 2 for v in cosines) / (n - 1) / n)
+    return h > max(BEYOND, error)
+
+
+@torch.no_grad()
+def shorten(
+    parameters: Sequence[Tensor], before: Sequence[Tensor], index: Sequence[int], factors: Sequence[float]
+) -> None:
+    """``theta <- before + f_g (theta - before)`` in place, for the groups with f_g < 1.
+
+    Args:
+        parameters: theta, after a step.
+        before: The weights before it.
+        index: Group of every parameter.
+        factors: (G,) f_g.
+    """
+    for g, f in enumerate(factors):
+        chosen = [i for i, row in enumerate(index) if row == g]
+        if f < 1 and chosen:
+            torch._foreach_lerp_([parameters[i] for i in chosen], [before[i] for i in chosen], 1 - f)
