@@ -39,25 +39,27 @@ FLOAT64_BELOW = 1 << 17
 @torch.no_grad()
 def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
     """(number of tensors,) squared Euclidean norms in float64 on the CPU, read in one transfer."""
-    return torch.stack([torch.linalg.vector_norm(t, dtype=torch.float64) for t in tensors]).cpu().square()
+    return weights.on_host(
+        [torch.linalg.vector_norm(t, dtype=weights.accumulate_dtype(t.device)) for t in tensors]
+    ).square()
 
 
 @torch.no_grad()
 def paired_dots(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     """(number of tensors,) inner products a_i . b_i in float64 on the CPU, read in one transfer."""
-    return torch.stack([torch.dot(u.reshape(-1), v.reshape(-1)).double() for u, v in zip(a, b, strict=True)]).cpu()
+    return weights.on_host([torch.dot(u.reshape(-1), v.reshape(-1)) for u, v in zip(a, b, strict=True)])
 
 
 def _row_dots(column: Tensor, vector: Tensor) -> Tensor:
-    """(K,) float64 inner products of the rows of (K, P) with (P,).
+    """(K,) inner products of the rows of (K, P) with (P,).
 
     Half-precision rows are widened one by one: a product rounded to 8 bits would make the Gram matrix of
     nearly parallel displacements indefinite.
     """
     if column.dtype is torch.bfloat16:
         wide = vector.to(device=column.device, dtype=torch.float32)
-        return torch.stack([torch.dot(row.float(), wide) for row in column]).double()
-    return (column @ vector.to(device=column.device, dtype=column.dtype)).double()
+        return torch.stack([torch.dot(row.float(), wide) for row in column])
+    return column @ vector.to(device=column.device, dtype=column.dtype)
 
 
 def _weighted_sum(coefficients: Tensor, column: Tensor) -> Tensor:
@@ -95,11 +97,14 @@ class Basis:
         self.groups = groups
         self.spec = spec
         small = sum(groups.sizes) < FLOAT64_BELOW
-        # sums of bfloat16 weights would lose every bit that matters
-        self._sum_dtypes = [torch.float64 if small else torch.promote_types(p.dtype, torch.float32) for p in parameters]
         named = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-        self._column_dtypes = [named.get(dtype, wide) for wide in self._sum_dtypes]
         self._devices = [torch.device("cpu") if offload else p.device for p in parameters]
+        # sums of bfloat16 weights would lose every bit that matters
+        self._sum_dtypes = [
+            torch.promote_types(p.dtype, weights.accumulate_dtype(device) if small else torch.float32)
+            for p, device in zip(parameters, self._devices, strict=True)
+        ]
+        self._column_dtypes = [named.get(dtype, wide) for wide in self._sum_dtypes]
         self._group_slices = [[i for i, g in enumerate(groups.index) if g == row] for row in range(groups.num_groups)]
 
         G, K = groups.num_groups, spec.num_columns
@@ -398,9 +403,10 @@ class Basis:
         """(G, K) inner products of every slot with one vector given tensor by tensor."""
         if not self._columns:
             return torch.zeros(self.groups.num_groups, self.spec.num_columns, dtype=torch.float64)
-        dots = [_row_dots(column, v.reshape(-1)) for column, v in zip(self._columns, vectors, strict=True)]
-        rows = [torch.stack([dots[i] for i in members]).sum(dim=0) for members in self._group_slices]
-        return torch.stack(rows).cpu()
+        dots = weights.on_host(
+            [_row_dots(column, v.reshape(-1)) for column, v in zip(self._columns, vectors, strict=True)]
+        )
+        return torch.stack([dots[members].sum(dim=0) for members in self._group_slices])
 
     def _by_group(self, per_tensor: Tensor) -> Tensor:
         """(number of tensors,) -> (G,) sums."""

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
+from . import weights
 from .records import State
 
 Layer = nn.Linear | nn.Conv2d
@@ -191,9 +192,7 @@ class KfacFactors:
         """(4,) float64 per layer: traces of A and G, and how many eigenvalues share them; one wait for the device."""
         if not self.A:
             return {}
-        found = torch.stack(
-            [torch.stack([*moments(self.A[name]), *moments(self.G[name])]).double() for name in self.A]
-        ).cpu()
+        found = weights.on_host([torch.stack([*moments(self.A[name]), *moments(self.G[name])]) for name in self.A])
         return dict(zip(self.A, found, strict=True))
 
     @torch.no_grad()

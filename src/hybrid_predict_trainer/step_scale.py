@@ -149,7 +149,7 @@ class UnitScale:
 
 @torch.no_grad()
 def step_cosine(gradients: Sequence[Tensor | None], before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
-    """cos(g, u) with u = after - before, a float64 scalar on the weights' device; 0 where either vanishes.
+    """cos(g, u) with u = after - before, a scalar on the weights' device; 0 where either vanishes.
 
     Args:
         gradients: One per parameter; None and sparse ones are left out.
@@ -158,14 +158,15 @@ def step_cosine(gradients: Sequence[Tensor | None], before: Sequence[Tensor], af
     """
     used = [i for i, g in enumerate(gradients) if g is not None and not g.is_sparse]
     if not used:
-        return torch.zeros((), dtype=torch.float64)
+        return torch.zeros((), dtype=weights.accumulate_dtype(after[0].device), device=after[0].device)
     g = [gradients[i] for i in used]
     u = torch._foreach_sub([after[i] for i in used], [before[i].to(after[i].device) for i in used])
+    wide = weights.accumulate_dtype(u[0].device)
     dots = torch.stack([torch.dot(a.reshape(-1).float(), b.reshape(-1).float()) for a, b in zip(g, u, strict=True)])  # type: ignore[union-attr]
-    size_g = weights.global_norm([t for t in g if t is not None]).double()
-    size_u = weights.global_norm(list(u)).double()
+    size_g = weights.global_norm([t for t in g if t is not None]).to(wide)
+    size_u = weights.global_norm(list(u)).to(wide)
     scale = size_g * size_u
-    cosine: Tensor = torch.where(scale > 0, dots.double().sum() / scale.clamp(min=1e-300), torch.zeros_like(scale))
+    cosine: Tensor = torch.where(scale > 0, dots.to(wide).sum() / scale.clamp(min=1e-300), torch.zeros_like(scale))
     return cosine
 
 

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import weights
 from .records import State
 
 #: Dimensions of the sketch of a displacement in the encoded state.
@@ -52,7 +53,7 @@ def sketch_tensors(tensors: Sequence[Tensor], size: int = SKETCH_SIZE, *, seed: 
             offset += len(piece)
             signed = piece.float() * (2 * (hashed >> 40 & 1) - 1)
             own = torch.zeros(size, dtype=torch.float32, device=flat.device)
-            bins += own.index_add_(0, hashed % size, signed).double().cpu()
+            bins += own.index_add_(0, hashed % size, signed).cpu().double()
     return bins
 
 
@@ -269,8 +270,8 @@ class LowRankFactors:
         for Q, error in zip(self._Q, self._error, strict=True):
             lengths = Q.square().sum(dim=0).sort(descending=True).values
             padded = torch.nn.functional.pad(lengths, (0, self.rank - len(lengths)))
-            rows.append(torch.cat([padded, error.square().sum().reshape(1)]).double())
-        return torch.stack(rows).cpu() if rows else torch.zeros(0, self.rank + 1, dtype=torch.float64)
+            rows.append(torch.cat([padded, error.square().sum().reshape(1)]))
+        return weights.on_host(rows) if rows else torch.zeros(0, self.rank + 1, dtype=torch.float64)
 
     def memory_bytes(self) -> int:
         """Factors, and one more copy of the weights if there is feedback."""

@@ -236,7 +236,7 @@ def share_right(model: nn.Module, batch: Batch) -> Tensor:
     assert isinstance(batch, tuple)
     inputs, labels = batch
     logits: Tensor = model(inputs)
-    return logits.argmax(1).eq(labels).double().mean()
+    return logits.argmax(1).eq(labels).cpu().double().mean()  # widened on the host: not every device has float64
 
 
 def mean_loss(
