@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,6 +15,7 @@ from hybrid_predict_trainer.basis import Basis, paired_dots, squared_norms
 from hybrid_predict_trainer.health import measure
 from hybrid_predict_trainer.records import BasisSpec
 from hybrid_predict_trainer.step_scale import step_cosine
+from hybrid_predict_trainer.tasks import TaskSettings, base, make_task
 from pretended import DEVICE, Accelerator
 
 
@@ -65,3 +69,29 @@ def test_nothing_is_widened_on_a_device_without_float64(dtype: str, monkeypatch:
         assert step_cosine([p.grad for p in parameters], before, parameters).device == DEVICE
         assert step_cosine([None] * len(parameters), before, parameters).device == DEVICE
     assert accelerator.wide == []
+
+
+# ---- batches --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def queueing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies to the pretended accelerator need not be waited for, as on CUDA."""
+    monkeypatch.setattr(base, "QUEUEING", frozenset({"meta"}))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+
+
+@pytest.mark.parametrize("name", ["gpt", "digits", "bert", "cifar"])
+def test_batches_do_not_wait_for_the_device(name: str, queueing: None, tmp_path: Path) -> None:
+    images = tmp_path / "images.npz"
+    x = np.zeros((24, 8, 8, 3), dtype=np.uint8)
+    np.savez(images, x=x, y=np.arange(24) % 2)
+    settings = {
+        "gpt": TaskSettings(preset="0.3M", batch_size=2, context=8, data_bytes=20_000, device="meta"),
+        "cifar": TaskSettings(preset="narrow", data=images, batch_size=4, device="meta"),
+    }
+    task = make_task(name, settings.get(name, TaskSettings(device="meta")))
+    with Accelerator() as accelerator:
+        for _, batch in zip(range(7), task.batches(0), strict=False):
+            assert all(part.device == DEVICE for part in batch)
+    assert accelerator.waits == []
