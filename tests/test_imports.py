@@ -22,6 +22,7 @@ ORDER = (
     "presets",
     "toml_io",
     "weights",
+    "host",
     "basis",
     "kfac",
     "health",

@@ -26,7 +26,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import weights
+from . import host, weights
 from .records import BasisSpec, Hindsight, Products, State
 from .weights import Groups, Tensors
 
@@ -98,7 +98,10 @@ class Basis:
         self.spec = spec
         small = sum(groups.sizes) < FLOAT64_BELOW
         named = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-        self._devices = [torch.device("cpu") if offload else p.device for p in parameters]
+        self._devices = [host.CPU if offload else p.device for p in parameters]
+        self._offloaded = any(device != p.device for device, p in zip(self._devices, parameters, strict=True))
+        self._landing = host.Landing()
+        self._underway: dict[int, Tensor] = {}  # place in the landing -> sum the copy there is still to be added to
         # sums of bfloat16 weights would lose every bit that matters
         self._sum_dtypes = [
             torch.promote_types(p.dtype, weights.accumulate_dtype(device) if small else torch.float32)
@@ -133,22 +136,31 @@ class Basis:
             self._sum_theta = [self._zeros(i) for i in range(len(self.parameters))]
             self._sum_grad = [self._zeros(i) for i in range(len(self.parameters))]
         self.num_steps += 1
-        sums, terms = list(self._sum_theta), list(self.parameters)
-        for total, p in zip(self._sum_grad, self.parameters, strict=True):
+        totals = dict(enumerate([*self._sum_theta, *self._sum_grad]))
+        terms: dict[int, Tensor] = dict(enumerate(p.detach() for p in self.parameters))
+        for i, p in enumerate(self.parameters, start=len(terms)):
             if p.grad is not None and not p.grad.is_sparse:
-                sums.append(total)
-                terms.append(p.grad)
-        if all(t.device == s.device for s, t in zip(sums, terms, strict=True)):
-            torch._foreach_add_(sums, terms)
-        else:
-            for total, term in zip(sums, terms, strict=True):
-                total += term.to(device=total.device)
+                terms[i] = p.grad
+        if not self._offloaded:
+            torch._foreach_add_([totals[i] for i in terms], list(terms.values()))
+            return
+        # added one step later: until then the copies have arrived, and the device does not wait for the sum either
+        self._land()
+        self._landing.fetch(terms)
+        self._underway = {i: totals[i] for i in terms}
+
+    def _land(self) -> None:
+        """Add what the last step sent to the host."""
+        underway, self._underway = self._underway, {}
+        if underway:
+            torch._foreach_add_(list(underway.values()), self._landing.arrived(underway))
 
     @torch.no_grad()
     def before_step(self, *, last: bool) -> None:
         """Remember the weights before the last step of a window, if the optimizer column is wanted."""
         if last and self.spec.optimizer:
-            self._before = weights.clone(self.parameters)
+            self._before = self._before or weights.clone(self.parameters)
+            torch._foreach_copy_(self._before, [p.detach() for p in self.parameters])
 
     @torch.no_grad()
     def close_window(self) -> Hindsight | None:
@@ -159,6 +171,7 @@ class Basis:
             compare or a jump lies in between, and with differences, which no one forecasts from.
         """
         assert self.num_steps > 0, "an empty window cannot be closed"
+        self._land()
         for tensor in itertools.chain(self._sum_theta, self._sum_grad):
             tensor /= self.num_steps
         hindsight = None
@@ -245,7 +258,7 @@ class Basis:
         for slot, name in enumerate(self.spec.extras, start=self.spec.first_extra):
             vectors = self._extra(name)
             for column, vector in zip(self._columns, vectors, strict=True):
-                column[slot] = vector.reshape(-1).to(device=column.device, dtype=column.dtype)
+                column[slot].copy_(vector.reshape(-1))
             if self.spec.differences:
                 continue  # Bg and gg say all that is asked of them, at no pass over the columns
             self._BB[:, slot, :] = self._BB[:, :, slot] = self._dot_columns(vectors)
@@ -319,6 +332,8 @@ class Basis:
         held: dict[str, int] = {}
         for t in (*self._sum_theta, *self._sum_grad, *self._x, *self._g, *self._columns, *self._before):
             held[t.device.type] = held.get(t.device.type, 0) + t.numel() * t.element_size()
+        if self._offloaded:
+            held["cpu"] = held.get("cpu", 0) + self._landing.memory_bytes()
         return held
 
     # ---- jumps ----------------------------------------------------------------------------------
@@ -332,9 +347,7 @@ class Basis:
         drift and feed it back.
         """
         self.jumped = True
-        self.num_steps = 0
-        for tensor in itertools.chain(self._sum_theta, self._sum_grad):
-            tensor.zero_()
+        self.restart_window()
         if not self.spec.curvature:
             for x, d in zip(self._x, deltas, strict=True):
                 x.add_(d.to(device=x.device, dtype=x.dtype), alpha=scale)
@@ -353,6 +366,7 @@ class Basis:
     def restart_window(self) -> None:
         """Forget the open window."""
         self.num_steps = 0
+        self._underway = {}
         for tensor in itertools.chain(self._sum_theta, self._sum_grad):
             tensor.zero_()
 
@@ -360,6 +374,7 @@ class Basis:
 
     def state_dict(self) -> State:
         """Everything, as plain containers and tensors."""
+        self._land()
         return {
             "num_steps": self.num_steps, "num_columns": self.num_columns, "jumped": self.jumped, "head": self._head,
             "sum_theta": list(self._sum_theta), "sum_grad": list(self._sum_grad),
@@ -374,6 +389,7 @@ class Basis:
         def placed(name: str) -> Tensors:
             return [t.to(device, copy=True) for t, device in zip(state[name], self._devices, strict=False)]
 
+        self._underway = {}
         self.num_steps, self.num_columns = state["num_steps"], state["num_columns"]
         self.jumped, self._head = state["jumped"], state["head"]
         self._sum_theta, self._sum_grad = placed("sum_theta"), placed("sum_grad")
