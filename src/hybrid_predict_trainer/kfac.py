@@ -231,9 +231,10 @@ class KfacFactors:
         return {"A": dict(self.A), "G": dict(self.G)}
 
     def load_state_dict(self, state: State) -> None:
-        """Inverse of :meth:`state_dict`."""
-        self.A = {name: t.clone() for name, t in state["A"].items()}
-        self.G = {name: t.clone() for name, t in state["G"].items()}
+        """Inverse of :meth:`state_dict`, with copies on the devices of the layers."""
+        self.A, self.G = (
+            {name: t.to(self.layers[name].weight.device, copy=True) for name, t in state[kind].items()} for kind in "AG"
+        )
 
 
 def moments(factor: Tensor) -> tuple[Tensor, Tensor]:

@@ -97,8 +97,9 @@ class CountSketch:
 
     @torch.no_grad()
     def __call__(self, flat: Sequence[Tensor]) -> Tensor:
-        """(S,) float32 on the CPU, of one flat tensor (P,) per shape, all on one device."""
-        sample = torch.cat([t[own] for t, own in zip(flat, self._slices, strict=True)]).float()
+        """(S,) float32 on the CPU, of one flat tensor (P,) per shape."""
+        device = flat[0].device
+        sample = torch.cat([t[own].to(device) for t, own in zip(flat, self._slices, strict=True)]).float()
         if self._bins.device != sample.device:
             self._bins, self._signs = self._bins.to(sample.device), self._signs.to(sample.device)
         bins = torch.zeros(self.size, device=sample.device)
@@ -251,8 +252,8 @@ class LowRankFactors:
                 self._Q.append(torch.linalg.qr(start)[0])
                 self._error.append(torch.zeros_like(M) if self.feedback else M.new_zeros(0))
             if self.feedback:
-                M = M + self._error[i]
-            P, Q = power_iteration(M, self._Q[i])
+                M = M + self._error[i].to(M.device)  # in host memory after a resume
+            P, Q = power_iteration(M, self._Q[i].to(M.device))
             self._Q[i] = Q
             if self.feedback:
                 self._error[i] = M - P @ Q.mT
