@@ -13,6 +13,7 @@ from cases import Fake, assert_same, config, loss_fn, make_batches, setup
 from hybrid_predict_trainer import HybridTrainer, host, weights
 from hybrid_predict_trainer.basis import Basis, paired_dots, squared_norms
 from hybrid_predict_trainer.executors import settle_anchor
+from hybrid_predict_trainer.experiments.runs import wait_for_device
 from hybrid_predict_trainer.health import measure
 from hybrid_predict_trainer.history import Readout
 from hybrid_predict_trainer.lookahead import DriftLookahead
@@ -317,3 +318,32 @@ def test_training_goes_on_from_a_checkpoint_in_host_memory(offload: bool) -> Non
         again.run.lookahead.translate([torch.zeros_like(p) for p in again.run.parameters], 1.0)
     assert again.run.lookahead.memory_bytes() > 0
     assert again.statistics()["num_real_steps"] == 21, "the step since the anchor is lost"
+
+
+def test_readings_and_the_mean_loss_of_an_epoch_take_one_transfer() -> None:
+    trainer = device_trainer(divergence__check_interval_steps=4, predictor__window=100)
+    batches = device_batches(12)
+    with Accelerator() as accelerator:
+        epoch = trainer.fit(batches)
+    assert epoch.mean_loss == epoch.final_loss == 1.0
+    assert len(accelerator.waits) == 3 + 2, "three readings, mean and last loss"
+
+
+def test_loss_and_norm_may_be_on_different_devices() -> None:
+    """A model on two devices: its loss is on the last, the norm of its gradients on the first."""
+    readout = Readout(2)
+    with Accelerator():
+        readout.push(1, torch.tensor(3.0, device=DEVICE), torch.tensor(2.0))
+        readout.push(2, torch.tensor(5.0, device=DEVICE), None)
+        readings = readout.read()
+    assert [(r.step, r.loss, r.gradient_norm) for r in readings] == [(1, 1.0, 2.0), (2, 1.0, None)]
+
+
+def test_a_clock_waits_for_the_devices_of_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever kind they are; nothing is waited for on the CPU."""
+    waited: list[object] = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    wait_for_device(setup().trainer(config()))
+    assert waited == []
+    wait_for_device(device_trainer())
+    assert waited == [DEVICE]
