@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,14 +11,14 @@ import torch
 from torch import nn
 
 from cases import Fake, assert_same, config, loss_fn, make_batches, setup
-from hybrid_predict_trainer import HybridTrainer, host, weights
+from hybrid_predict_trainer import HybridTrainer, executors, host, weights
 from hybrid_predict_trainer.basis import Basis, paired_dots, squared_norms
 from hybrid_predict_trainer.executors import settle_anchor
 from hybrid_predict_trainer.experiments.runs import wait_for_device
 from hybrid_predict_trainer.health import measure
 from hybrid_predict_trainer.history import Readout
 from hybrid_predict_trainer.lookahead import DriftLookahead
-from hybrid_predict_trainer.records import BasisSpec, State
+from hybrid_predict_trainer.records import BasisSpec, Phase, Reason, State, Verdict
 from hybrid_predict_trainer.snapshot import Snapshot, paired, restore_optimizer, rng_state, set_rng_state
 from hybrid_predict_trainer.step_scale import step_cosine
 from hybrid_predict_trainer.tasks import TaskSettings, base, make_task
@@ -318,6 +319,25 @@ def test_training_goes_on_from_a_checkpoint_in_host_memory(offload: bool) -> Non
         again.run.lookahead.translate([torch.zeros_like(p) for p in again.run.parameters], 1.0)
     assert again.run.lookahead.memory_bytes() > 0
     assert again.statistics()["num_real_steps"] == 21, "the step since the anchor is lost"
+
+
+def test_a_jump_is_read_from_the_device_once_per_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many tensors and steps on probation there are."""
+
+    def approved(*args: Any) -> Verdict:
+        return Verdict(accepted=True, reason=Reason.ACCEPTED, scale=1.0, loss_before=1.0, loss_after=0.5)
+
+    monkeypatch.setattr(executors, "judge", approved)
+    trainer = device_trainer(divergence__check_interval_steps=100, predictor__window=4, warmup_steps=2, correct_steps=3)
+    trainer.run.predictor.is_ready = True
+    waits: dict[Phase, list[int]] = {}
+    with Accelerator() as accelerator:
+        for batch in device_batches(40):
+            accelerator.waits.clear()
+            waits.setdefault(trainer.step(batch).phase, []).append(len(accelerator.waits))
+    assert trainer.statistics()["num_jumps_accepted"] > 1
+    assert max(waits[Phase.PREDICT]) == 3, "coefficients, finite, lengths"
+    assert waits[Phase.CORRECT][:3] == [0, 0, 1]
 
 
 def test_readings_and_the_mean_loss_of_an_epoch_take_one_transfer() -> None:

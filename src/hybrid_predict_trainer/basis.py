@@ -63,13 +63,18 @@ def _row_dots(column: Tensor, vector: Tensor) -> Tensor:
 
 
 def _weighted_sum(coefficients: Tensor, column: Tensor) -> Tensor:
-    """(P,) sum_k c_k row_k, in float32 for half-precision rows: large coefficients cancel."""
+    """(P,) sum_k c_k row_k, in float32 for half-precision rows: large coefficients cancel.
+
+    Args:
+        coefficients: (K,) in host memory for half-precision rows, else on the rows' device.
+        column: (K, P).
+    """
     if column.dtype is torch.bfloat16:
         total = torch.zeros(column.shape[1], dtype=torch.float32, device=column.device)
         for c, row in zip(coefficients.tolist(), column, strict=True):
             total.add_(row, alpha=c)
         return total
-    return coefficients.to(device=column.device, dtype=column.dtype) @ column
+    return coefficients.to(column.dtype) @ column
 
 
 class Basis:
@@ -299,9 +304,12 @@ class Basis:
             )
         by_slot = torch.zeros_like(coefficients, dtype=torch.float64)
         by_slot[:, self._slots()] = coefficients.double()
+        # once per device: every copy from the host waits for it
+        placed = {device: by_slot.to(device, weights.accumulate_dtype(device)) for device in set(self._devices)}
         deltas = []
         for column, g, p in zip(self._columns, self.groups.index, self.parameters, strict=True):
-            deltas.append(_weighted_sum(by_slot[g], column).reshape(p.shape).to(p.device))
+            row = by_slot[g] if column.dtype is torch.bfloat16 else placed[column.device][g]
+            deltas.append(_weighted_sum(row, column).reshape(p.shape).to(p.device))
         return deltas
 
     def average(self) -> Tensors:

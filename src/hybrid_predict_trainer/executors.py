@@ -336,9 +336,10 @@ def run_correct(run: Run, batch: Any, decision: Decision) -> Execution:
     if execution.skipped:
         probation.worst_level = Level.CRITICAL
     else:
-        probation.losses.append(float(execution.loss))
+        probation.unread.append(execution.loss)
     if probation.num_steps_left > 0 and probation.worst_level < Level.CRITICAL:
         return execution
+    probation.read()
     after = sum(probation.losses) / len(probation.losses) if probation.losses else math.inf
     execution.alarm = probation_alarm(run, probation, after)
     if _extended(run, probation, execution.alarm, after):

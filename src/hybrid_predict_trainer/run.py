@@ -49,7 +49,13 @@ class Probation:
     claimed: int
     extended: bool = False  # the prediction error asked for more steps once
     losses: list[float] = field(default_factory=list)
+    unread: list[Tensor] = field(default_factory=list)  # losses since: an accelerator is asked for them at the end
     worst_level: Level = Level.NORMAL
+
+    def read(self) -> None:
+        """Bring the losses to the host."""
+        self.losses += weights.on_host(self.unread).tolist()
+        self.unread = []
 
 
 @dataclass(slots=True)
@@ -333,6 +339,7 @@ def _placed(state: State, parameters: Sequence[Tensor]) -> State:
 def _probation_state(p: Probation | None) -> State | None:
     if p is None:
         return None
+    p.read()
     return {
         "snapshot": p.snapshot.state_dict(), "basis": p.basis,
         "num_schedule_steps": p.num_schedule_steps, "num_steps_left": p.num_steps_left,
