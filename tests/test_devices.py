@@ -21,6 +21,7 @@ from hybrid_predict_trainer.lookahead import DriftLookahead
 from hybrid_predict_trainer.records import BasisSpec, Phase, Reason, State, Verdict
 from hybrid_predict_trainer.snapshot import Snapshot, paired, restore_optimizer, rng_state, set_rng_state
 from hybrid_predict_trainer.step_scale import step_cosine
+from hybrid_predict_trainer.streaming import CountSketch
 from hybrid_predict_trainer.tasks import TaskSettings, base, make_task
 from pretended import DEVICE, Accelerator
 
@@ -261,6 +262,14 @@ def test_generator_of_mps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.mps, "set_rng_state", lambda state: given.append(state.tolist()))
     set_rng_state(rng_state())
     assert given == [[1, 1, 1]]
+
+
+def test_a_sketch_is_read_in_one_transfer_and_added_up_on_the_host() -> None:
+    sketch = CountSketch([(3, 4), (5,)], 7)
+    with Accelerator() as accelerator:
+        found = sketch([torch.zeros(12, device=DEVICE), torch.zeros(5, device=DEVICE)])
+    assert accelerator.waits == ["_to_copy"]
+    assert torch.equal(found, sketch([torch.ones(12), torch.ones(5)]))
 
 
 # ---- whole steps ----------------------------------------------------------------------------------

@@ -99,11 +99,9 @@ class CountSketch:
     def __call__(self, flat: Sequence[Tensor]) -> Tensor:
         """(S,) float32 on the CPU, of one flat tensor (P,) per shape."""
         device = flat[0].device
-        sample = torch.cat([t[own].to(device) for t, own in zip(flat, self._slices, strict=True)]).float()
-        if self._bins.device != sample.device:
-            self._bins, self._signs = self._bins.to(sample.device), self._signs.to(sample.device)
-        bins = torch.zeros(self.size, device=sample.device)
-        return bins.index_add_(0, self._bins, sample * self._signs).cpu()
+        sample = torch.cat([t[own].to(device) for t, own in zip(flat, self._slices, strict=True)]).float().cpu()
+        # added up on the host: the sample is small, and CUDA adds in another order every time
+        return torch.zeros(self.size).index_add_(0, self._bins, sample * self._signs)
 
     def memory_bytes(self) -> int:
         """Bytes of bins and signs."""
