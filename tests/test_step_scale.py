@@ -13,21 +13,37 @@ from hybrid_predict_trainer import HybridTrainer
 from hybrid_predict_trainer.lookahead import DriftLookahead
 from hybrid_predict_trainer.step_scale import (
     CHECK_STEPS,
+    CREEP,
     GROWTH,
     MAX_COSINES,
     MEASURED_AT_EDGE,
     PATIENCE,
     LearnedScale,
     UnitScale,
-    step_cosine,
+    step_cosines,
 )
+from hybrid_predict_trainer.weights import Groups
+
+
+def groups_of(*index: int) -> Groups:
+    """Parameters in groups, whatever they are called."""
+    num = max(index) + 1
+    return Groups(tuple(f"p{i}" for i in range(len(index))), index, tuple(f"g{g}" for g in range(num)), (1,) * num)
+
+
+ONE = groups_of(0)
+
+
+def learned(maximum: float = 100.0) -> LearnedScale:
+    """A scale over one group, without cuts."""
+    return LearnedScale(ONE, maximum)
 
 
 def quadratic_cosine(rate: float, curvature: float = 1.0) -> float:
     """h of one gradient-descent step on curvature/2 |w|^2: the sign of rate * curvature - 1."""
     before = torch.tensor([3.0, 4.0])
     after = before - rate * curvature * before
-    return float(step_cosine([curvature * after], [before], [after]))
+    return float(step_cosines([curvature * after], [before], [after], ONE)[0])
 
 
 @pytest.mark.parametrize(("rate", "wanted"), [(0.1, -1.0), (0.9, -1.0), (1.1, 1.0), (1.9, 1.0)])
@@ -38,16 +54,19 @@ def test_cosine_tells_on_which_side_of_the_bottom_a_step_ended(rate: float, want
 def test_cosine_is_zero_at_the_bottom_and_where_nothing_moved() -> None:
     assert quadratic_cosine(1.0) == 0.0
     w = torch.ones(3)
-    assert float(step_cosine([w], [w], [w])) == 0.0
-    assert float(step_cosine([None], [w], [w + 1])) == 0.0
+    assert step_cosines([w], [w], [w], ONE).tolist() == [0.0, 0.0]
+    assert step_cosines([None], [w], [w + 1], ONE).tolist() == [0.0, 0.0]
 
 
-def test_cosine_is_over_all_parameters_at_once() -> None:
-    g = [torch.tensor([1.0, 0.0]), torch.tensor([2.0])]
-    u = [torch.tensor([-1.0, 0.0]), torch.tensor([1.0])]
-    zero = [torch.zeros(2), torch.zeros(1)]
-    assert float(step_cosine(g, zero, u)) == pytest.approx(1 / math.sqrt(5 * 2))
-    assert float(step_cosine([g[0], None], zero, u)) == pytest.approx(-1.0)
+def test_cosines_are_over_all_parameters_and_over_every_group() -> None:
+    g = [torch.tensor([1.0, 0.0]), torch.tensor([2.0]), torch.tensor([[3.0]])]
+    u = [torch.tensor([-1.0, 0.0]), torch.tensor([1.0]), torch.tensor([[4.0]])]
+    zero = [torch.zeros_like(t) for t in u]
+    groups = groups_of(0, 1, 0)
+    wanted = [13 / math.sqrt(14 * 18), 11 / math.sqrt(10 * 17), 1.0]
+    assert step_cosines(g, zero, u, groups).tolist() == pytest.approx(wanted)
+    without = step_cosines([g[0], None, None], zero, u, groups).tolist()
+    assert without == pytest.approx([-1.0, -1.0, 0.0])
 
 
 def feed(
@@ -67,7 +86,7 @@ def feed(
 
 
 def test_grows_while_the_loss_still_falls_at_the_end_of_a_step() -> None:
-    scale = LearnedScale(100.0)
+    scale = learned()
     feed(scale, -0.2, 1.0, checks=2)  # the first two checks only learn that the rate does not rise
     assert scale.value == 1.0
     feed(scale, -0.2, 1.0, checks=3)
@@ -77,21 +96,21 @@ def test_grows_while_the_loss_still_falls_at_the_end_of_a_step() -> None:
 
 @pytest.mark.parametrize("cosine", [0.05, 0.01, 0.0, -0.005])
 def test_stays_at_one_at_a_tuned_rate(cosine: float) -> None:
-    scale = LearnedScale(100.0)
+    scale = learned()
     feed(scale, cosine, 1.0, checks=20)
     assert scale.value == 1.0
     assert scale.touched
 
 
 def test_nothing_is_learned_while_the_schedule_rises() -> None:
-    scale = LearnedScale(100.0)
+    scale = learned()
     for i in range(10):
         feed(scale, -0.5, 0.1 * (i + 1))
     assert scale.value == 1.0
 
 
 def test_a_falling_schedule_is_not_worked_against_once_the_edge_was_touched() -> None:
-    untouched, touched = LearnedScale(100.0), LearnedScale(100.0)
+    untouched, touched = learned(), learned()
     feed(untouched, -0.2, 1.0, checks=3)
     feed(touched, -0.2, 1.0, checks=3)
     feed(touched, 0.1, 1.0)
@@ -104,7 +123,7 @@ def test_a_falling_schedule_is_not_worked_against_once_the_edge_was_touched() ->
 
 
 def test_a_raise_after_which_the_loss_stands_higher_is_taken_back_for_good() -> None:
-    scale = LearnedScale(100.0)
+    scale = learned()
     feed(scale, -0.2, 1.0, loss=1.0, checks=4)
     raised = scale.value
     assert raised > 1
@@ -116,14 +135,14 @@ def test_a_raise_after_which_the_loss_stands_higher_is_taken_back_for_good() -> 
 
 
 def test_noise_is_no_reason_to_take_a_raise_back() -> None:
-    scale = LearnedScale(100.0)
+    scale = learned()
     feed(scale, -0.2, 1.0, loss=1.0, checks=4)
     feed(scale, -0.2, 1.0, loss=1.1, checks=PATIENCE, noise=0.1)
     assert scale.num_taken_back == 0
 
 
 def test_bound_holds_and_measuring_ends_there() -> None:
-    scale = LearnedScale(2.0)
+    scale = learned(2.0)
     feed(scale, -0.5, 1.0, checks=10)
     assert scale.value == 2.0
     assert scale.before_step([torch.ones(2)]) == 0
@@ -131,7 +150,7 @@ def test_bound_holds_and_measuring_ends_there() -> None:
 
 
 def test_halving_is_for_good() -> None:
-    scale = LearnedScale(100.0)
+    scale = learned()
     feed(scale, -0.5, 1.0, checks=6)
     value = scale.value
     scale.halve()
@@ -144,7 +163,7 @@ def test_applied_scales_every_group_and_puts_the_rates_back_even_on_error() -> N
     optimizer = torch.optim.SGD(
         [{"params": [nn.Parameter(torch.ones(1))], "lr": 0.1}, {"params": [nn.Parameter(torch.ones(1))], "lr": 0.2}]
     )
-    scale = LearnedScale(100.0)
+    scale = learned()
     scale.value = 3.0
     seen: list[float] = []
 
@@ -161,7 +180,7 @@ def test_applied_scales_every_group_and_puts_the_rates_back_even_on_error() -> N
 
 def test_sparse_measuring_after_the_edge() -> None:
     """Before the edge every step is measured, after it one per check."""
-    scale, p = LearnedScale(100.0), [nn.Parameter(torch.ones(2))]
+    scale, p = learned(), [nn.Parameter(torch.ones(2))]
     feed(scale, -0.2, 1.0, checks=3)
     assert sum(bool(scale.before_step(p)) for _ in range(CHECK_STEPS)) == CHECK_STEPS
     scale.forget()
@@ -177,7 +196,7 @@ def test_sparse_measuring_after_the_edge() -> None:
 @pytest.mark.parametrize(("cosine", "checks"), [(-0.3, 1), (-0.03, 4)])
 def test_the_nearer_the_edge_the_more_cosines_decide(cosine: float, checks: int) -> None:
     """A sequential test: two standard errors of what was collected."""
-    scale = LearnedScale(100.0)
+    scale = learned()
     feed(scale, cosine, 1.0, checks=2)
     for _ in range(checks - 1):
         feed(scale, cosine, 1.0)
@@ -187,7 +206,7 @@ def test_the_nearer_the_edge_the_more_cosines_decide(cosine: float, checks: int)
 
 
 def test_an_undecided_mean_is_called_zero_after_enough_cosines() -> None:
-    scale = LearnedScale(100.0)
+    scale = learned()
     feed(scale, 0.0, 1.0, checks=3)
     assert not scale.touched
     feed(scale, 0.0, 1.0, checks=MAX_COSINES // (CHECK_STEPS - 1))
@@ -195,7 +214,7 @@ def test_an_undecided_mean_is_called_zero_after_enough_cosines() -> None:
 
 
 def test_state_round_trips_in_the_middle_of_a_check() -> None:
-    a, b = LearnedScale(100.0), LearnedScale(100.0)
+    a, b = learned(), learned()
     feed(a, -0.2, 1.0, checks=4)
     p = [nn.Parameter(torch.ones(2))]
     a.before_step(p)

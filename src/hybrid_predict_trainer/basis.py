@@ -26,7 +26,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import weights
+from . import host, weights
 from .records import BasisSpec, Hindsight, Products, State
 from .weights import Groups, Tensors
 
@@ -39,35 +39,42 @@ FLOAT64_BELOW = 1 << 17
 @torch.no_grad()
 def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
     """(number of tensors,) squared Euclidean norms in float64 on the CPU, read in one transfer."""
-    return torch.stack([torch.linalg.vector_norm(t, dtype=torch.float64) for t in tensors]).cpu().square()
+    return weights.on_host(
+        [torch.linalg.vector_norm(t, dtype=weights.accumulate_dtype(t.device)) for t in tensors]
+    ).square()
 
 
 @torch.no_grad()
 def paired_dots(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     """(number of tensors,) inner products a_i . b_i in float64 on the CPU, read in one transfer."""
-    return torch.stack([torch.dot(u.reshape(-1), v.reshape(-1)).double() for u, v in zip(a, b, strict=True)]).cpu()
+    return weights.on_host([torch.dot(u.reshape(-1), v.reshape(-1)) for u, v in zip(a, b, strict=True)])
 
 
 def _row_dots(column: Tensor, vector: Tensor) -> Tensor:
-    """(K,) float64 inner products of the rows of (K, P) with (P,).
+    """(K,) inner products of the rows of (K, P) with (P,).
 
     Half-precision rows are widened one by one: a product rounded to 8 bits would make the Gram matrix of
     nearly parallel displacements indefinite.
     """
     if column.dtype is torch.bfloat16:
         wide = vector.to(device=column.device, dtype=torch.float32)
-        return torch.stack([torch.dot(row.float(), wide) for row in column]).double()
-    return (column @ vector.to(device=column.device, dtype=column.dtype)).double()
+        return torch.stack([torch.dot(row.float(), wide) for row in column])
+    return column @ vector.to(device=column.device, dtype=column.dtype)
 
 
 def _weighted_sum(coefficients: Tensor, column: Tensor) -> Tensor:
-    """(P,) sum_k c_k row_k, in float32 for half-precision rows: large coefficients cancel."""
+    """(P,) sum_k c_k row_k, in float32 for half-precision rows: large coefficients cancel.
+
+    Args:
+        coefficients: (K,) in host memory for half-precision rows, else on the rows' device.
+        column: (K, P).
+    """
     if column.dtype is torch.bfloat16:
         total = torch.zeros(column.shape[1], dtype=torch.float32, device=column.device)
         for c, row in zip(coefficients.tolist(), column, strict=True):
             total.add_(row, alpha=c)
         return total
-    return coefficients.to(device=column.device, dtype=column.dtype) @ column
+    return coefficients.to(column.dtype) @ column
 
 
 class Basis:
@@ -95,11 +102,17 @@ class Basis:
         self.groups = groups
         self.spec = spec
         small = sum(groups.sizes) < FLOAT64_BELOW
-        # sums of bfloat16 weights would lose every bit that matters
-        self._sum_dtypes = [torch.float64 if small else torch.promote_types(p.dtype, torch.float32) for p in parameters]
         named = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+        self._devices = [host.CPU if offload else p.device for p in parameters]
+        self._offloaded = any(device != p.device for device, p in zip(self._devices, parameters, strict=True))
+        self._landing = host.Landing()
+        self._underway: dict[int, Tensor] = {}  # place in the landing -> sum the copy there is still to be added to
+        # sums of bfloat16 weights would lose every bit that matters
+        self._sum_dtypes = [
+            torch.promote_types(p.dtype, weights.accumulate_dtype(device) if small else torch.float32)
+            for p, device in zip(parameters, self._devices, strict=True)
+        ]
         self._column_dtypes = [named.get(dtype, wide) for wide in self._sum_dtypes]
-        self._devices = [torch.device("cpu") if offload else p.device for p in parameters]
         self._group_slices = [[i for i, g in enumerate(groups.index) if g == row] for row in range(groups.num_groups)]
 
         G, K = groups.num_groups, spec.num_columns
@@ -128,22 +141,31 @@ class Basis:
             self._sum_theta = [self._zeros(i) for i in range(len(self.parameters))]
             self._sum_grad = [self._zeros(i) for i in range(len(self.parameters))]
         self.num_steps += 1
-        sums, terms = list(self._sum_theta), list(self.parameters)
-        for total, p in zip(self._sum_grad, self.parameters, strict=True):
+        totals = dict(enumerate([*self._sum_theta, *self._sum_grad]))
+        terms: dict[int, Tensor] = dict(enumerate(p.detach() for p in self.parameters))
+        for i, p in enumerate(self.parameters, start=len(terms)):
             if p.grad is not None and not p.grad.is_sparse:
-                sums.append(total)
-                terms.append(p.grad)
-        if all(t.device == s.device for s, t in zip(sums, terms, strict=True)):
-            torch._foreach_add_(sums, terms)
-        else:
-            for total, term in zip(sums, terms, strict=True):
-                total += term.to(device=total.device)
+                terms[i] = p.grad
+        if not self._offloaded:
+            torch._foreach_add_([totals[i] for i in terms], list(terms.values()))
+            return
+        # added one step later: until then the copies have arrived, and the device does not wait for the sum either
+        self._land()
+        self._landing.fetch(terms)
+        self._underway = {i: totals[i] for i in terms}
+
+    def _land(self) -> None:
+        """Add what the last step sent to the host."""
+        underway, self._underway = self._underway, {}
+        if underway:
+            torch._foreach_add_(list(underway.values()), self._landing.arrived(underway))
 
     @torch.no_grad()
     def before_step(self, *, last: bool) -> None:
         """Remember the weights before the last step of a window, if the optimizer column is wanted."""
         if last and self.spec.optimizer:
-            self._before = weights.clone(self.parameters)
+            self._before = self._before or weights.clone(self.parameters)
+            torch._foreach_copy_(self._before, [p.detach() for p in self.parameters])
 
     @torch.no_grad()
     def close_window(self) -> Hindsight | None:
@@ -154,6 +176,7 @@ class Basis:
             compare or a jump lies in between, and with differences, which no one forecasts from.
         """
         assert self.num_steps > 0, "an empty window cannot be closed"
+        self._land()
         for tensor in itertools.chain(self._sum_theta, self._sum_grad):
             tensor /= self.num_steps
         hindsight = None
@@ -240,7 +263,7 @@ class Basis:
         for slot, name in enumerate(self.spec.extras, start=self.spec.first_extra):
             vectors = self._extra(name)
             for column, vector in zip(self._columns, vectors, strict=True):
-                column[slot] = vector.reshape(-1).to(device=column.device, dtype=column.dtype)
+                column[slot].copy_(vector.reshape(-1))
             if self.spec.differences:
                 continue  # Bg and gg say all that is asked of them, at no pass over the columns
             self._BB[:, slot, :] = self._BB[:, :, slot] = self._dot_columns(vectors)
@@ -281,9 +304,12 @@ class Basis:
             )
         by_slot = torch.zeros_like(coefficients, dtype=torch.float64)
         by_slot[:, self._slots()] = coefficients.double()
+        # once per device: every copy from the host waits for it
+        placed = {device: by_slot.to(device, weights.accumulate_dtype(device)) for device in set(self._devices)}
         deltas = []
         for column, g, p in zip(self._columns, self.groups.index, self.parameters, strict=True):
-            deltas.append(_weighted_sum(by_slot[g], column).reshape(p.shape).to(p.device))
+            row = by_slot[g] if column.dtype is torch.bfloat16 else placed[column.device][g]
+            deltas.append(_weighted_sum(row, column).reshape(p.shape).to(p.device))
         return deltas
 
     def average(self) -> Tensors:
@@ -314,6 +340,8 @@ class Basis:
         held: dict[str, int] = {}
         for t in (*self._sum_theta, *self._sum_grad, *self._x, *self._g, *self._columns, *self._before):
             held[t.device.type] = held.get(t.device.type, 0) + t.numel() * t.element_size()
+        if self._offloaded:
+            held["cpu"] = held.get("cpu", 0) + self._landing.memory_bytes()
         return held
 
     # ---- jumps ----------------------------------------------------------------------------------
@@ -327,9 +355,7 @@ class Basis:
         drift and feed it back.
         """
         self.jumped = True
-        self.num_steps = 0
-        for tensor in itertools.chain(self._sum_theta, self._sum_grad):
-            tensor.zero_()
+        self.restart_window()
         if not self.spec.curvature:
             for x, d in zip(self._x, deltas, strict=True):
                 x.add_(d.to(device=x.device, dtype=x.dtype), alpha=scale)
@@ -348,6 +374,7 @@ class Basis:
     def restart_window(self) -> None:
         """Forget the open window."""
         self.num_steps = 0
+        self._underway = {}
         for tensor in itertools.chain(self._sum_theta, self._sum_grad):
             tensor.zero_()
 
@@ -355,6 +382,7 @@ class Basis:
 
     def state_dict(self) -> State:
         """Everything, as plain containers and tensors."""
+        self._land()
         return {
             "num_steps": self.num_steps, "num_columns": self.num_columns, "jumped": self.jumped, "head": self._head,
             "sum_theta": list(self._sum_theta), "sum_grad": list(self._sum_grad),
@@ -369,6 +397,7 @@ class Basis:
         def placed(name: str) -> Tensors:
             return [t.to(device, copy=True) for t, device in zip(state[name], self._devices, strict=False)]
 
+        self._underway = {}
         self.num_steps, self.num_columns = state["num_steps"], state["num_columns"]
         self.jumped, self._head = state["jumped"], state["head"]
         self._sum_theta, self._sum_grad = placed("sum_theta"), placed("sum_grad")
@@ -398,9 +427,10 @@ class Basis:
         """(G, K) inner products of every slot with one vector given tensor by tensor."""
         if not self._columns:
             return torch.zeros(self.groups.num_groups, self.spec.num_columns, dtype=torch.float64)
-        dots = [_row_dots(column, v.reshape(-1)) for column, v in zip(self._columns, vectors, strict=True)]
-        rows = [torch.stack([dots[i] for i in members]).sum(dim=0) for members in self._group_slices]
-        return torch.stack(rows).cpu()
+        dots = weights.on_host(
+            [_row_dots(column, v.reshape(-1)) for column, v in zip(self._columns, vectors, strict=True)]
+        )
+        return torch.stack([dots[members].sum(dim=0) for members in self._group_slices])
 
     def _by_group(self, per_tensor: Tensor) -> Tensor:
         """(number of tensors,) -> (G,) sums."""

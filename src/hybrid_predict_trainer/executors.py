@@ -64,9 +64,10 @@ def run_plain(run: Run, batch: Any, decision: Decision) -> Execution:
 
 def run_full(run: Run, batch: Any, decision: Decision) -> Execution:
     """One real step, observed."""
-    if not run.on_cpu:
+    if run.on_cpu:
+        run.buffers.before()
+    else:  # no step is skipped before it is taken: the anchor has the buffers too
         _keep_anchor(run)
-    run.buffers.before()
     run.optimizer.zero_grad(set_to_none=True)
     observed = run.observing and run.num_rest_steps == 0
     last = observed and run.basis.num_steps + 1 >= run.config.predictor.window
@@ -187,8 +188,7 @@ def _skip(run: Run, loss: Tensor, norm: Tensor) -> Execution:
 def _keep_anchor(run: Run) -> None:
     """Accelerators: an exact copy at the start of every reading interval."""
     if run.anchor is None:
-        run.anchor = run.take_snapshot()
-        run.anchor_real_steps, run.anchor_schedule_steps = run.counters.num_real_steps, run.num_schedule_steps
+        run.set_anchor()
         run.counters.num_passes += 6
 
 
@@ -208,7 +208,7 @@ def settle_anchor(run: Run, *, finite: bool) -> None:
         c.num_real_steps = run.anchor_real_steps
         run.num_schedule_steps = run.anchor_schedule_steps
         run.step_scheduler()  # the lost steps were spent
-    run.anchor = None
+    run.drop_anchor()
 
 
 # ---- predicted steps ------------------------------------------------------------------------------
@@ -337,9 +337,10 @@ def run_correct(run: Run, batch: Any, decision: Decision) -> Execution:
     if execution.skipped:
         probation.worst_level = Level.CRITICAL
     else:
-        probation.losses.append(float(execution.loss))
+        probation.unread.append(execution.loss)
     if probation.num_steps_left > 0 and probation.worst_level < Level.CRITICAL:
         return execution
+    probation.read()
     after = sum(probation.losses) / len(probation.losses) if probation.losses else math.inf
     execution.alarm = probation_alarm(run, probation, after)
     if _extended(run, probation, execution.alarm, after):
@@ -403,7 +404,7 @@ def _roll_back(run: Run, probation: Probation) -> None:
     run.restore(probation.snapshot)
     run.basis.revert(probation.basis)
     run.scale.forget()
-    run.anchor = None  # it holds weights after the jump
+    run.drop_anchor()  # it holds weights after the jump
     run.num_schedule_steps = probation.num_schedule_steps  # the clock catches up with the next step
     run.lr_integral = 0.0
     for account in run.ledger.cancel_account():

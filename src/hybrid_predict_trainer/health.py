@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import weights
+
 #: Healthy gradient norm; outside these a warning, beyond CRITICAL_NORMS critical (also per layer).
 HEALTHY_NORMS = (0.1, 10.0)
 CRITICAL_NORMS = (0.01, 100.0)
@@ -148,11 +150,8 @@ def measure(model: nn.Module) -> HealthReport:
 
 
 def _norms(tensors: Sequence[Tensor]) -> list[float]:
-    if not tensors:
-        return []
-    norms = [torch.linalg.vector_norm(t, dtype=_wide(t)) for t in tensors]
-    device = norms[0].device
-    return [float(n) for n in torch.stack([n.double().to(device) for n in norms]).tolist()]
+    norms = weights.on_host([torch.linalg.vector_norm(t, dtype=_wide(t)) for t in tensors])
+    return [float(n) for n in norms.tolist()]
 
 
 def _wide(t: Tensor) -> torch.dtype | None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from . import weights
 from .records import State
 
 LOSS_CAPACITY = 256
@@ -130,13 +130,9 @@ class Readout:
         if len(pending) == 1:
             step, loss, norm = pending[0]
             return [Reading(step, float(loss), None if norm is None else float(norm))]
-        losses = torch.stack([loss.float() for _, loss, _ in pending])
-        norms = torch.stack([torch.zeros_like(loss).float() if n is None else n.float() for _, loss, n in pending])
-        fetched = torch.stack([losses, norms]).tolist()
-        return [
-            Reading(step, loss, None if n is None else norm)
-            for (step, _, n), loss, norm in zip(pending, fetched[0], fetched[1], strict=True)
-        ]
+        known = [t.detach().float() for _, *pair in pending for t in pair if t is not None]
+        fetched: Iterator[float] = iter(weights.on_host(known).tolist())
+        return [Reading(step, next(fetched), None if norm is None else next(fetched)) for step, _, norm in pending]
 
 
 class History:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
+from . import weights
 from .records import State
 
 Layer = nn.Linear | nn.Conv2d
@@ -191,9 +192,7 @@ class KfacFactors:
         """(4,) float64 per layer: traces of A and G, and how many eigenvalues share them; one wait for the device."""
         if not self.A:
             return {}
-        found = torch.stack(
-            [torch.stack([*moments(self.A[name]), *moments(self.G[name])]).double() for name in self.A]
-        ).cpu()
+        found = weights.on_host([torch.stack([*moments(self.A[name]), *moments(self.G[name])]) for name in self.A])
         return dict(zip(self.A, found, strict=True))
 
     @torch.no_grad()
@@ -232,9 +231,10 @@ class KfacFactors:
         return {"A": dict(self.A), "G": dict(self.G)}
 
     def load_state_dict(self, state: State) -> None:
-        """Inverse of :meth:`state_dict`."""
-        self.A = {name: t.clone() for name, t in state["A"].items()}
-        self.G = {name: t.clone() for name, t in state["G"].items()}
+        """Inverse of :meth:`state_dict`, with copies on the devices of the layers."""
+        self.A, self.G = (
+            {name: t.to(self.layers[name].weight.device, copy=True) for name, t in state[kind].items()} for kind in "AG"
+        )
 
 
 def moments(factor: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,14 +10,14 @@ import json
 import math
 import warnings
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from . import weights
 from .executors import Execution
 from .history import RunningMoments
 from .predictors import Paced
@@ -158,13 +158,11 @@ class Metrics:
         pending, self._pending = self._pending, []
         if not pending:
             return
-        scalars = [t.detach().double().reshape(()) for _, *pair in pending for t in pair if t is not None]
-        if len({t.device for t in scalars}) == 1 and scalars[0].device.type != "cpu":
-            scalars = list(torch.stack(scalars).cpu())
-        values = iter(scalars)
+        scalars = [t.detach().reshape(()) for _, *pair in pending for t in pair if t is not None]
+        values: Iterator[float] = iter(weights.on_host(scalars).tolist())
         for record, loss, norm in pending:
-            record["loss"] = float(next(values)) if loss is not None else None
-            record["gradient_norm"] = float(next(values)) if norm is not None else None
+            record["loss"] = next(values) if loss is not None else None
+            record["gradient_norm"] = next(values) if norm is not None else None
             self.sink.write(record)
 
     def _jump(self, run: Run, decision: Decision, execution: Execution) -> None:

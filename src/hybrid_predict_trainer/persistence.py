@@ -143,7 +143,7 @@ def _check_identity(path: Path, saved: dict[str, Any], live: dict[str, Any]) -> 
 
 def memory_usage(run: Run) -> dict[str, int]:
     """Bytes held beside model and optimizer: ``predictor``, ``corrector``, ``basis_<device>``, ``snapshots``."""
-    snapshots = [run.anchor, None if run.probation is None else run.probation.snapshot]
+    snapshots = [run.anchor, run.old_anchor, None if run.probation is None else run.probation.snapshot]
     return {
         "predictor": run.predictor.memory_bytes(),
         "corrector": run.adaptation.memory_bytes(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,7 +49,13 @@ class Probation:
     claimed: int
     extended: bool = False  # the prediction error asked for more steps once
     losses: list[float] = field(default_factory=list)
+    unread: list[Tensor] = field(default_factory=list)  # losses since: an accelerator is asked for them at the end
     worst_level: Level = Level.NORMAL
+
+    def read(self) -> None:
+        """Bring the losses to the host."""
+        self.losses += weights.on_host(self.unread).tolist()
+        self.unread = []
 
 
 @dataclass(slots=True)
@@ -131,6 +137,7 @@ class Run:
         self.probation: Probation | None = None
         self.segment: Segment | None = None
         self.anchor: Snapshot | None = None  # for non-finite steps seen late
+        self.old_anchor: Snapshot | None = None  # the last one: only its memory is of use
         self.anchor_real_steps = self.anchor_schedule_steps = 0  # where it was taken
         self.last_batch: Fingerprint | None = None  # None after a resume: then same_batch stands
         self.same_batch = False  # the last two batches were the very same tensors
@@ -171,7 +178,20 @@ class Run:
 
     def take_snapshot(self) -> Snapshot:
         """Exact copy of model, optimizer, scheduler, scaler and RNG."""
-        return Snapshot.take(self.model, self.optimizer, self.others, offload=self.config.predictor.offload)
+        return self._snapshot(None)
+
+    def _snapshot(self, into: Snapshot | None) -> Snapshot:
+        return Snapshot.take(self.model, self.optimizer, self.others, offload=self.config.predictor.offload, into=into)
+
+    def set_anchor(self) -> None:
+        """Take the anchor here, in the memory of the last one."""
+        self.anchor, self.old_anchor = self._snapshot(self.old_anchor), None
+        self.anchor_real_steps, self.anchor_schedule_steps = self.counters.num_real_steps, self.num_schedule_steps
+
+    def drop_anchor(self) -> None:
+        """There is none any more."""
+        if self.anchor is not None:
+            self.anchor, self.old_anchor = None, self.anchor
 
     def restore(self, snapshot: Snapshot, *, rng: bool = True) -> None:
         """The one call that puts a snapshot back."""
@@ -295,19 +315,31 @@ class Run:
         self.window = window_from_state(state["window"])
         self.adaptation.load_state_dict(state["adaptation"])
         self.scale.load_state_dict(state["scale"])
-        self.lookahead.load_state_dict(state["lookahead"])
+        self.lookahead.load_state_dict(_placed(state["lookahead"], self.parameters))
         self.stated_confidence = state["confidence"]
         self.generator.set_state(state["generator"])
         self.probation = _probation_from(state["probation"])
         self.segment = _segment_from(state["segment"])
         self.window_seconds = float("nan")
         self.anchor = None if state["anchor"] is None else Snapshot.from_state_dict(state["anchor"])
+        self.old_anchor = None
         self.last_batch = None
+
+
+def _placed(state: State, parameters: Sequence[Tensor]) -> State:
+    """Lists of one tensor per parameter brought to its device: those of a checkpoint are in host memory."""
+
+    def moved(value: Any) -> Any:
+        per_parameter = isinstance(value, list) and len(value) == len(parameters)
+        return [t.to(p.device) for t, p in zip(value, parameters, strict=True)] if per_parameter else value
+
+    return {name: moved(value) for name, value in state.items()}
 
 
 def _probation_state(p: Probation | None) -> State | None:
     if p is None:
         return None
+    p.read()
     return {
         "snapshot": p.snapshot.state_dict(), "basis": p.basis,
         "num_schedule_steps": p.num_schedule_steps, "num_steps_left": p.num_steps_left,

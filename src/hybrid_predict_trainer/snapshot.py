@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
+from . import host
 from .records import State
 
 
@@ -45,6 +46,8 @@ def rng_state() -> State:
     }
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state_all()
+    if torch.backends.mps.is_available():
+        state["mps"] = torch.mps.get_rng_state()
     return state
 
 
@@ -56,7 +59,23 @@ def set_rng_state(state: State) -> None:
     name, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+        # of another machine's: as many as there are here
+        torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
+    if "mps" in state and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"])
+
+
+def paired(value: Any, other: Any, leaf: Callable[[Tensor, Any], Tensor]) -> Any:
+    """A copy of nested dicts and lists, every tensor by ``leaf`` from it and what stands in its place in ``other``."""
+    if isinstance(value, Tensor):
+        return leaf(value, other)
+    if type(value) is dict:
+        known = other if isinstance(other, dict) else {}
+        return {key: paired(item, known.get(key), leaf) for key, item in value.items()}
+    if type(value) is list:
+        beside = other if isinstance(other, list) and len(other) == len(value) else [None] * len(value)
+        return [paired(item, place, leaf) for item, place in zip(value, beside, strict=True)]
+    return copy.deepcopy(value)
 
 
 @dataclass(slots=True)
@@ -77,8 +96,9 @@ class Snapshot:
     @classmethod
     @torch.no_grad()
     def take(
-        cls, model: nn.Module, optimizer: Optimizer, others: Sequence[HasState] = (), *, offload: bool = False
-    ) -> Snapshot:
+        cls, model: nn.Module, optimizer: Optimizer, others: Sequence[HasState] = (), *, offload: bool = False,
+        into: Snapshot | None = None,
+    ) -> Snapshot:  # fmt: skip
         """Copy everything.
 
         Args:
@@ -86,28 +106,30 @@ class Snapshot:
             optimizer: State and settings of every group.
             others: Schedulers, scalers.
             offload: Keep the copies in host memory.
+            into: A snapshot that is needed no more: its memory is written over.
         """
 
-        def kept(t: Tensor) -> Tensor:
-            return t.detach().to("cpu", copy=True) if offload else t.detach().clone()
+        def kept(value: Any, name: str) -> Any:
+            return paired(value, getattr(into, name, None), lambda t, old: host.copied(t, old, to_host=offload))
 
-        def kept_value(value: Any) -> Any:
-            return kept(value) if isinstance(value, Tensor) else copy.deepcopy(value)
-
-        return cls(
-            parameters=[kept(p) for p in all_parameters(model, optimizer)],
-            buffers=[kept(b) for b in model.buffers()],
-            optimizer_state={
-                i: {k: kept_value(v) for k, v in optimizer.state[p].items()}
-                for i, p in enumerate(optimizer_parameters(optimizer))
-                if p in optimizer.state
-            },
-            optimizer_groups=[
-                {k: kept_value(v) for k, v in g.items() if k != "params"} for g in optimizer.param_groups
-            ],
-            others=[copy.deepcopy(o.state_dict()) for o in others],
+        parameters = all_parameters(model, optimizer)
+        state = {
+            i: dict(optimizer.state[p])
+            for i, p in enumerate(optimizer_parameters(optimizer))
+            if p in optimizer.state
+        }  # fmt: skip
+        groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        taken = cls(
+            parameters=kept(parameters, "parameters"),
+            buffers=kept(list(model.buffers()), "buffers"),
+            optimizer_state=kept(state, "optimizer_state"),
+            optimizer_groups=kept(groups, "optimizer_groups"),
+            others=kept([o.state_dict() for o in others], "others"),
             rng=rng_state(),
         )
+        if offload:
+            host.wait(host.queued(parameters))
+        return taken
 
     @torch.no_grad()
     def restore(
@@ -120,14 +142,20 @@ class Snapshot:
             live.copy_(saved)
         restore_optimizer(optimizer, self.optimizer_state, self.optimizer_groups)
         for other, state in zip(others, self.others, strict=True):
-            other.load_state_dict(copy.deepcopy(state))
+            other.load_state_dict(paired(state, other.state_dict(), _beside))
         if rng:
             set_rng_state(self.rng)
 
     def memory_bytes(self) -> int:
         """Bytes held by tensors."""
-        tensors = [*self.parameters, *self.buffers]
-        tensors += [v for state in self.optimizer_state.values() for v in state.values() if isinstance(v, Tensor)]
+        tensors: list[Tensor] = []
+
+        def note(tensor: Tensor, _: Any) -> Tensor:
+            tensors.append(tensor)
+            return tensor
+
+        for part in (self.parameters, self.buffers, self.optimizer_state, self.others):
+            paired(part, None, note)
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def state_dict(self) -> State:
@@ -164,6 +192,7 @@ def restore_optimizer(optimizer: Optimizer, state: dict[int, dict[str, Any]], gr
     ``Optimizer.load_state_dict`` is not used because it casts state to the parameter's dtype (wrong
     for float32 moments of bfloat16 weights) and replaces every tensor object.
     """
+    settings = [g for g, group in zip(groups, optimizer.param_groups, strict=True) for _ in group["params"]]
     for i, p in enumerate(optimizer_parameters(optimizer)):
         if i not in state:
             optimizer.state.pop(p, None)
@@ -171,22 +200,31 @@ def restore_optimizer(optimizer: Optimizer, state: dict[int, dict[str, Any]], gr
         live = optimizer.state[p]
         for key in [k for k in live if k not in state[i]]:
             del live[key]
+        # scalar step counters live on the CPU unless the optimizer is fused or capturable
+        counts_there = bool(settings[i].get("fused") or settings[i].get("capturable"))
         for key, saved in state[i].items():
-            live[key] = _written(live.get(key), saved, p.device)
+            live[key] = paired(saved, live.get(key), _writing(p.device, scalars=counts_there))
     for group, saved_group in zip(optimizer.param_groups, groups, strict=True):
         for key in [k for k in group if k != "params" and k not in saved_group]:
             del group[key]
         for key, saved in saved_group.items():
-            group[key] = _written(group.get(key), saved, None)
+            group[key] = paired(saved, group.get(key), _writing(None))
 
 
-def _written(live: Any, saved: Any, device: torch.device | None) -> Any:
-    if not isinstance(saved, Tensor):
-        return copy.deepcopy(saved)
-    if isinstance(live, Tensor) and live.shape == saved.shape and live.dtype == saved.dtype:
-        return live.copy_(saved)
-    # scalar step counters live on the CPU unless the optimizer is fused or capturable
-    return saved.clone() if device is None or saved.dim() == 0 else saved.to(device, copy=True)
+def _writing(device: torch.device | None, *, scalars: bool = False) -> Callable[[Tensor, Any], Tensor]:
+    """Write a saved tensor over the live one; where there is none it goes to ``device``, scalars only if told so."""
+
+    def written(saved: Tensor, live: Any) -> Tensor:
+        if isinstance(live, Tensor) and live.shape == saved.shape and live.dtype == saved.dtype:
+            return live.copy_(saved)
+        return saved.clone() if device is None or not (saved.dim() or scalars) else saved.to(device, copy=True)
+
+    return written
+
+
+def _beside(saved: Tensor, live: Any) -> Tensor:
+    """A copy of a saved tensor on the device of the live one."""
+    return saved.to(live.device, copy=True) if isinstance(live, Tensor) else saved.clone()
 
 
 @contextmanager

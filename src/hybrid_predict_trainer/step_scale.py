@@ -165,7 +165,7 @@ def step_cosines(
 ) -> Tensor:
     """cos(g, u) with u = after - before, (1 + G,) on the weights' device: of all weights, then of every group.
 
-    In float64 where the device has it; 0 where either vanishes.
+    0 where either vanishes.
 
     Args:
         gradients: One per parameter; None and sparse ones are left out.
@@ -173,18 +173,19 @@ def step_cosines(
         after: Weights after it.
         groups: Of the parameters.
     """
-    used = [i for i, g in enumerate(gradients) if g is not None and not g.is_sparse]
-    if not used:
-        return torch.zeros(1 + groups.num_groups, dtype=torch.float64)
-    g = [t for t in gradients if t is not None and not t.is_sparse]
-    u = torch._foreach_sub([after[i] for i in used], [before[i].to(after[i].device) for i in used])
-    dots = torch.stack([torch.dot(a.reshape(-1).float(), b.reshape(-1).float()) for a, b in zip(g, u, strict=True)])
-    sums = torch.stack([dots, torch.stack(torch._foreach_norm(g)).square(), torch.stack(torch._foreach_norm(u)).square()])
-    of_group = torch.zeros(3, groups.num_groups, dtype=torch.float64, device=sums.device)
-    of_group.index_add_(1, torch.tensor([groups.index[i] for i in used], device=sums.device), sums.double())
-    dot, g_squared, u_squared = torch.cat([of_group.sum(1, keepdim=True), of_group], dim=1)
+    device = after[0].device
+    wide = weights.accumulate_dtype(device)
+    sums = [[torch.zeros(3, dtype=wide, device=device)] for _ in range(groups.num_groups)]  # g'u, |g|^2 and |u|^2
+    for g, b, a, row in zip(gradients, before, after, groups.index, strict=True):
+        if g is None or g.is_sparse:
+            continue
+        u = (a - b.to(a.device)).reshape(-1).float()
+        flat = g.reshape(-1).float()
+        sums[row].append(torch.stack([torch.dot(flat, u), torch.dot(flat, flat), torch.dot(u, u)]).to(device, wide))
+    of_group = torch.stack([torch.stack(pieces).sum(0) for pieces in sums])
+    dot, g_squared, u_squared = torch.cat([of_group.sum(0, keepdim=True), of_group]).unbind(1)
     size = (g_squared * u_squared).sqrt()
-    cosines: Tensor = torch.where(size > 0, dot / size.clamp(min=1e-300), torch.zeros_like(size))
+    cosines: Tensor = torch.where(size > 0, dot / size, torch.zeros_like(size))
     return cosines
 
 
@@ -295,7 +296,7 @@ class LearnedScale:
         creeping = self.touched and self.value > 1
         if n < (CREEP_COSINES if creeping else MIN_COSINES):
             return
-        values: list[float] = torch.stack(self._cosines).tolist()  # one transfer
+        values: list[float] = weights.on_host(self._cosines).tolist()  # one transfer
         h = self.last_cosine = sum(values) / n
         variance = sum((v - h) ** 2 for v in values) / (n - 1)
         error = math.sqrt(variance / n)
@@ -348,7 +349,7 @@ class LearnedScale:
         """Scalars, the open account and the step that waits to be measured."""
         state: State = {name.lstrip("_"): getattr(self, name) for name in (*self._SCALARS, *self._PRIVATE)}
         account = None if self._account is None else list(self._account)
-        return {**state, "account": account, "cosines": [float(c) for c in self._cosines], "before": list(self._before), "cuts": self.cuts.state_dict()}
+        return {**state, "account": account, "cosines": weights.on_host(self._cosines).tolist(), "before": list(self._before), "cuts": self.cuts.state_dict()}
 
     def load_state_dict(self, state: State) -> None:
         """Inverse of :meth:`state_dict`; tensors are copied and go to their parameters' devices when they are used."""

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import weights
 from .records import State
 
 #: Dimensions of the sketch of a displacement in the encoded state.
@@ -52,7 +53,7 @@ def sketch_tensors(tensors: Sequence[Tensor], size: int = SKETCH_SIZE, *, seed: 
             offset += len(piece)
             signed = piece.float() * (2 * (hashed >> 40 & 1) - 1)
             own = torch.zeros(size, dtype=torch.float32, device=flat.device)
-            bins += own.index_add_(0, hashed % size, signed).double().cpu()
+            bins += own.index_add_(0, hashed % size, signed).cpu().double()
     return bins
 
 
@@ -96,12 +97,11 @@ class CountSketch:
 
     @torch.no_grad()
     def __call__(self, flat: Sequence[Tensor]) -> Tensor:
-        """(S,) float32 on the CPU, of one flat tensor (P,) per shape, all on one device."""
-        sample = torch.cat([t[own] for t, own in zip(flat, self._slices, strict=True)]).float()
-        if self._bins.device != sample.device:
-            self._bins, self._signs = self._bins.to(sample.device), self._signs.to(sample.device)
-        bins = torch.zeros(self.size, device=sample.device)
-        return bins.index_add_(0, self._bins, sample * self._signs).cpu()
+        """(S,) float32 on the CPU, of one flat tensor (P,) per shape."""
+        device = flat[0].device
+        sample = torch.cat([t[own].to(device) for t, own in zip(flat, self._slices, strict=True)]).float().cpu()
+        # added up on the host: the sample is small, and CUDA adds in another order every time
+        return torch.zeros(self.size).index_add_(0, self._bins, sample * self._signs)
 
     def memory_bytes(self) -> int:
         """Bytes of bins and signs."""
@@ -250,8 +250,8 @@ class LowRankFactors:
                 self._Q.append(torch.linalg.qr(start)[0])
                 self._error.append(torch.zeros_like(M) if self.feedback else M.new_zeros(0))
             if self.feedback:
-                M = M + self._error[i]
-            P, Q = power_iteration(M, self._Q[i])
+                M = M + self._error[i].to(M.device)  # in host memory after a resume
+            P, Q = power_iteration(M, self._Q[i].to(M.device))
             self._Q[i] = Q
             if self.feedback:
                 self._error[i] = M - P @ Q.mT
@@ -269,8 +269,8 @@ class LowRankFactors:
         for Q, error in zip(self._Q, self._error, strict=True):
             lengths = Q.square().sum(dim=0).sort(descending=True).values
             padded = torch.nn.functional.pad(lengths, (0, self.rank - len(lengths)))
-            rows.append(torch.cat([padded, error.square().sum().reshape(1)]).double())
-        return torch.stack(rows).cpu() if rows else torch.zeros(0, self.rank + 1, dtype=torch.float64)
+            rows.append(torch.cat([padded, error.square().sum().reshape(1)]))
+        return weights.on_host(rows) if rows else torch.zeros(0, self.rank + 1, dtype=torch.float64)
 
     def memory_bytes(self) -> int:
         """Factors, and one more copy of the weights if there is feedback."""

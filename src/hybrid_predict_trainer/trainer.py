@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from . import persistence
+from . import persistence, weights
 from .config import HybridTrainerConfig
 from .cycle import describe, enter, monitor, observe, rescale, settle_readings, signals
 from .executors import EXECUTORS, run_plain
@@ -196,7 +195,7 @@ class HybridTrainer:
                 break
         settle_readings(self.run, self.metrics)
         after = statistics(run)
-        mean = float(torch.stack([v.detach().float().cpu() for v in losses]).mean()) if losses else float("nan")
+        mean = float(weights.on_host([v.detach() for v in losses]).float().mean()) if losses else float("nan")
         counts = {k: v - phases_before[k] for k, v in self._phase_counts().items()}
         claimed = after["num_claimed_steps"] - before["num_claimed_steps"]
         backward = after["num_backward"] - before["num_backward"]

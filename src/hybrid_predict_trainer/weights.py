@@ -19,6 +19,9 @@ from .records import ConfigError
 
 Tensors = list[Tensor]
 
+#: Devices that cannot hold float64.
+WITHOUT_FLOAT64 = frozenset({"mps"})
+
 #: Roles in the order of the coefficient rows; ``other`` takes what no rule names.
 ROLES = (
     "embedding", "attention_q", "attention_k", "attention_v", "attention_qkv", "attention_out",
@@ -169,6 +172,27 @@ def gradients(parameters: Sequence[Tensor]) -> Tensors:
     return [g.coalesce().values() if g.is_sparse else g for g in found]
 
 
+def accumulate_dtype(device: torch.device) -> torch.dtype:
+    """What long sums are taken in on a device: float64, or float32 where there is none."""
+    return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
+
+
+@torch.no_grad()
+def on_host(tensors: Sequence[Tensor]) -> Tensor:
+    """(n, ...) small tensors of one shape, float64 in host memory, in their order; one transfer per device."""
+    places: dict[torch.device, list[int]] = {}
+    for i, t in enumerate(tensors):
+        places.setdefault(t.device, []).append(i)
+    # widened only there: not every device has float64
+    fetched = [torch.stack([tensors[i] for i in where]).cpu().double() for where in places.values()]
+    if len(fetched) < 2:
+        return fetched[0] if fetched else torch.zeros(0, dtype=torch.float64)
+    found = torch.empty(len(tensors), *tensors[0].shape, dtype=torch.float64)
+    for where, values in zip(places.values(), fetched, strict=True):
+        found[where] = values
+    return found
+
+
 @torch.no_grad()
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:
     """Euclidean norm over all tensors, shape (), on their device."""
@@ -178,13 +202,15 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
 @torch.no_grad()
 def per_tensor_rms(tensors: Sequence[Tensor]) -> list[float]:
     """Root mean square of each tensor, read in one transfer."""
-    zero = torch.zeros((), dtype=torch.float64)
-    means = [t.double().square().mean() if t.numel() else zero.to(t.device) for t in tensors]
-    roots: list[float] = torch.stack(means).sqrt().tolist() if means else []
+    means = [
+        t.to(accumulate_dtype(t.device)).square().mean() if t.numel() else torch.zeros((), device=t.device)
+        for t in tensors
+    ]
+    roots: list[float] = on_host(means).sqrt().tolist()
     return roots
 
 
 @torch.no_grad()
 def all_finite(tensors: Sequence[Tensor]) -> bool:
     """Whether no entry is NaN or infinite."""
-    return bool(torch.stack([torch.isfinite(t).all() for t in tensors]).all())
+    return bool(on_host([torch.isfinite(t).all() for t in tensors]).all())

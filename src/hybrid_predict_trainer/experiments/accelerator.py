@@ -5,6 +5,7 @@ On the CPU every loss is read at once and host and device are one memory: there 
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,8 @@ import torch
 from ..metrics import jsonable
 from . import overhead
 from .environment import environment
-from .factors import NOT_HERE, wait_for
+from .factors import NOT_HERE
+from .runs import wait_for
 from .setup import as_input_error
 from .table import aligned
 
@@ -88,6 +90,7 @@ def late(prepared: overhead.Prepared, interval: int, note: Callable[[str], None]
 def peak(prepared: overhead.Prepared, store: str) -> Row:
     """Most bytes the device's allocator ever held while windows were observed, activations included."""
     device = torch.device(prepared.workload.device)
+    gc.collect()  # what is freed later would be taken from what this store holds
     torch.accelerator.empty_cache()
     torch.accelerator.reset_peak_memory_stats(device)
     before = torch.accelerator.memory_allocated(device)

@@ -23,6 +23,7 @@ from .. import batches as pieces
 from ..records import ConfigError
 from ..snapshot import quiet_forward
 from .arms import Setup, build_trainer
+from .runs import wait_for_device
 from .setup import InputError, Options, build_setup, one_line
 
 CONVENTIONAL = "conventional"
@@ -185,7 +186,7 @@ def _first_steps(setup: Setup, *, predict: bool) -> None:
         with quiet_forward(trainer.run.model):
             for part in (batch, pieces.narrow(batch, 0, size // 2), *chunks[:1]):
                 trainer.run.evaluate_loss(part)
-    wait_for(trainer.run.parameters[0].device)
+    wait_for_device(trainer)
 
 
 def _attention_kernels(factors: Collection[str]) -> int:
@@ -195,9 +196,3 @@ def _attention_kernels(factors: Collection[str]) -> int:
     from torch._dynamo.utils import counters  # a heavy import, for nothing where nothing is compiled
 
     return int(counters["inductor"]["fuse_attention"])
-
-
-def wait_for(device: torch.device) -> None:
-    """Until an accelerator has done what it was given."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

@@ -26,6 +26,7 @@ from ..tasks import Batch, Task, TaskSettings, build_optimizer, build_scheduler,
 from ..toml_io import with_values
 from ..trainer import HybridTrainer
 from .environment import environment
+from .runs import wait_for_device
 from .setup import check_device
 
 #: Before anything is timed warm-up has to end and two windows to close, so that the basis has its memory
@@ -184,15 +185,12 @@ def bring_up(trainer: HybridTrainer, bare: BareLoop | None, batches: Iterator[Ba
 
 def timed_pair(bare: BareLoop, trainer: HybridTrainer, batch: Batch, *, trainer_first: bool) -> Pair:
     """One step of either with the same batch."""
-    on_cpu = trainer.run.on_cpu
 
     def timed(step: Callable[[Batch], object]) -> float:
-        if not on_cpu:
-            torch.cuda.synchronize()
+        wait_for_device(trainer)
         started = time.perf_counter()
         step(batch)
-        if not on_cpu:
-            torch.cuda.synchronize()
+        wait_for_device(trainer)
         return time.perf_counter() - started
 
     trainer_s = timed(trainer.step) if trainer_first else math.nan

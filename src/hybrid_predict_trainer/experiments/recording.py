@@ -129,7 +129,8 @@ class Recorder:
 
         newest = column(0)
         for j, extras in enumerate(reversed(self._extras)):
-            for e, earlier in enumerate(extras):
+            for e, column_then in enumerate(extras):
+                earlier = [t.to(n.device) for t, n in zip(column_then, newest, strict=True)]  # on the host if resumed
                 dots = torch.zeros(shape[0], dtype=torch.float64).index_add_(0, index, paired_dots(earlier, newest))
                 self._ahead[-2 - j][j, :, e] = dots
         self._extras.append([column(k) for k in range(self.spec.num_displacements, self.spec.num_columns)])

@@ -159,10 +159,16 @@ class Validation:
         return last[1] if last and last[0] == self._trainer.run.counters.cost_units else self.measure()
 
 
+def wait_for(device: torch.device) -> None:
+    """Until an accelerator has done what it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 def wait_for_device(trainer: HybridTrainer) -> None:
     """Let queued work end before a clock is read."""
-    if not trainer.run.on_cpu:
-        torch.cuda.synchronize()
+    for device in {p.device for p in trainer.run.parameters}:
+        wait_for(device)
 
 
 def nothing() -> None:

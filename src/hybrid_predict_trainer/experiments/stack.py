@@ -27,7 +27,8 @@ from ..trainer import HybridTrainer
 from .arms import build_trainer, steps_of
 from .environment import environment
 from .equal_loss import Point, over_seeds, seed_speedup
-from .factors import CONVENTIONAL, FACTORS, NOT_HERE, Rung, attention_of, climb, wait_for
+from .factors import CONVENTIONAL, FACTORS, NOT_HERE, Rung, attention_of, climb
+from .runs import wait_for_device
 from .setup import InputError, Options, one_line
 from .table import aligned
 
@@ -72,7 +73,7 @@ class Training:
             self.slices.append(Slice(0.0, 0.0))
             return
         with attention_of(self.rung):
-            wait_for(run.parameters[0].device)
+            wait_for_device(self.trainer)
             started = time.perf_counter()
             try:
                 self.trainer.fit(
@@ -83,7 +84,7 @@ class Training:
                 )
             except DivergenceError as diverged:
                 self.error = one_line(str(diverged))
-            wait_for(run.parameters[0].device)
+            wait_for_device(self.trainer)
             seconds = time.perf_counter() - started
         self.slices.append(Slice(seconds, float(run.position - start)))
 

@@ -23,6 +23,8 @@ OptimizerName = Literal["adamw", "adam", "sgd", "muon"]
 ScheduleName = Literal["wsd", "linear", "cosine", "constant"]
 
 DATA_DIR_VARIABLE = "HPT_DATA_DIR"
+#: Devices that take a copy from page-locked memory while the host goes on.
+QUEUEING = frozenset({"cuda"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +198,16 @@ def counter_rng(seed: int, *counter: int) -> np.random.Generator:
     return np.random.default_rng((seed, *counter))
 
 
+def sent(drawn: Tensor, device: torch.device) -> Tensor:
+    """Return what was drawn on the host on the device; where that is possible nobody waits for what is queued there.
+
+    A plain copy would wait for all of the step before: at every batch, if that is what it is made from.
+    """
+    if device.type not in QUEUEING:
+        return drawn.to(device)
+    return drawn.pin_memory().to(device, non_blocking=True)
+
+
 def seeded_model(build: Callable[[], nn.Module], seed: int, settings: TaskSettings, dtype: torch.dtype) -> nn.Module:
     """Return `build()` initialised from `seed`, moved to device and dtype, compiled if asked for.
 
@@ -229,14 +241,6 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def share_right(model: nn.Module, batch: Batch) -> Tensor:
-    """Return the share of a batch (inputs, labels) that a classifier gets right."""
-    assert isinstance(batch, tuple)
-    inputs, labels = batch
-    logits: Tensor = model(inputs)
-    return logits.argmax(1).eq(labels).double().mean()
 
 
 def mean_loss(

@@ -28,13 +28,13 @@ from .base import (
     count_parameters,
     counter_rng,
     data_dir,
-    mean_loss,
     reject_settings,
     seeded_model,
-    share_right,
+    sent,
     torch_dtype,
     unknown_name,
 )
+from .labelled import ReadsLabelled, batches_per_epoch
 from .sentences import load_sentences
 from .wordpieces import PAD, HashedWords, WordTokenizer, encode_examples, read_vocabulary
 
@@ -219,7 +219,7 @@ def find_tokenizer(config: BertConfig, data: str | Path | None) -> WordTokenizer
     return HashedWords(config.vocab_size)
 
 
-class BertTask:
+class BertTask(ReadsLabelled):
     """A `Task`: sentence classification; the batch is (inputs (B, 2, T), labels (B,)).
 
     Args:
@@ -256,10 +256,8 @@ class BertTask:
         sentences = load_sentences(settings.data)
         self.labels = sentences.labels
         self.source = {**sentences.source, "tokens": tokenizer.name}
-        self.steps_per_epoch = len(sentences.train) // self.batch_size
-        if self.steps_per_epoch == 0:
-            have = f"{self.source['name']} has {len(sentences.train)} training examples"
-            raise ValueError(f"{have}, fewer than batch_size = {self.batch_size}; lower --batch-size")
+        have = f"{self.source['name']} has {len(sentences.train)} training examples"
+        self.steps_per_epoch = batches_per_epoch(len(sentences.train), self.batch_size, have)
         classes = {label: index for index, label in enumerate(self.labels)}
         device = settings.device
         self._train, self._valid = (
@@ -299,31 +297,15 @@ class BertTask:
         step = start
         while True:
             epoch, within = divmod(step, self.steps_per_epoch)
-            order = torch.from_numpy(counter_rng(seed, epoch).permutation(len(inputs))).to(inputs.device)
+            order = sent(torch.from_numpy(counter_rng(seed, epoch).permutation(len(inputs))), inputs.device)
             for first in range(within * self.batch_size, self.steps_per_epoch * self.batch_size, self.batch_size):
                 chosen = order[first : first + self.batch_size]
-                yield inputs[chosen].long(), labels[chosen]
+                yield self._read(inputs[chosen]), labels[chosen]
                 step += 1
 
-    def loss_fn(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the mean cross-entropy of an example, nats."""
-        assert isinstance(batch, tuple)
-        inputs, labels = batch
-        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.settings.autocast_bf16):
-            logits: Tensor = model(inputs)
-        return functional.cross_entropy(logits.float() if logits.dtype == torch.bfloat16 else logits, labels)
-
-    def _valid_parts(self) -> Iterator[tuple[Batch, int]]:
-        for inputs, labels in zip(*(torch.split(part, 4 * self.batch_size) for part in self._valid), strict=True):
-            yield (inputs.long(), labels), len(inputs)
-
-    def evaluate(self, model: nn.Module) -> float:
-        """Return the loss on the validation examples."""
-        return mean_loss(self.loss_fn, model, self._valid_parts())
-
-    def accuracy(self, model: nn.Module) -> float:
-        """Return the share of validation examples classified right."""
-        return mean_loss(share_right, model, self._valid_parts())
+    def _read(self, stored: Tensor) -> Tensor:
+        """Return tokens and segments (B, 2, T) as indices."""
+        return stored.long()
 
     def describe(self) -> dict[str, Any]:
         """Return preset, start, sizes, data provenance and precision."""

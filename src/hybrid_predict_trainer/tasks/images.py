@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .base import DATA_DIR_VARIABLE, data_dir, missing_extra
+from .base import DATA_DIR_VARIABLE, data_dir, missing_extra, sent
 
 VALID_EVERY = 6  # images of a single file: the share CIFAR-10 itself holds out
 
@@ -104,7 +104,7 @@ def crop_and_flip(images: Tensor, pad: int, rng: np.random.Generator) -> Tensor:
     along = torch.arange(size)
     rows = shift[:, :1] + along
     columns = shift[:, 1:] + torch.where(flip == 1, size - 1 - along, along)
-    rows, columns = (mirror(index, size).to(images.device) for index in (rows, columns))
+    rows, columns = (sent(mirror(index, size), images.device) for index in (rows, columns))
     which = torch.arange(num, device=images.device)
     return images[which[:, None, None], rows[:, :, None], columns[:, None, :]]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .base import Batch, counter_rng, mean_loss
+from .base import Batch, counter_rng, mean_loss, sent
 from .text import Corpus
 
 NUM_VALID_WINDOWS = 64
@@ -76,7 +76,7 @@ class TokenWindows:
         while True:
             last = len(self._train) - self.context
             positions = torch.from_numpy(counter_rng(seed, step).integers(last, size=self.batch_size))
-            yield windows(self._train, positions.to(self._train.device), self.context)
+            yield windows(self._train, sent(positions, self._train.device), self.context)
             step += 1
 
     def loss_fn(self, model: nn.Module, batch: Batch) -> Tensor:

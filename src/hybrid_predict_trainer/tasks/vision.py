@@ -21,14 +21,14 @@ from .base import (
     TaskSettings,
     count_parameters,
     counter_rng,
-    mean_loss,
     reject_settings,
     seeded_model,
-    share_right,
+    sent,
     torch_dtype,
     unknown_name,
 )
 from .images import ImageSet, crop_and_flip, load_digits, load_images
+from .labelled import ReadsLabelled, batches_per_epoch
 from .networks import ConvNet, Mlp, ResNet
 
 # (C, S, classes) -> a new network.
@@ -125,7 +125,7 @@ RECIPES: dict[str, ImageRecipe] = {
 }
 
 
-class ImageTask:
+class ImageTask(ReadsLabelled):
     """A `Task`: classification over epochs; the batch is (images (B, C, S, S), labels (B,)).
 
     Args:
@@ -148,10 +148,8 @@ class ImageTask:
         self.batch_size = settings.batch_size or self.recipe.batch_size
         self.dtype = torch_dtype(settings.dtype)
         images = self.recipe.load(settings.data)
-        self.steps_per_epoch = len(images.train_x) // self.batch_size
-        if self.steps_per_epoch == 0:
-            have = f"{images.source} has {len(images.train_x)} training images"
-            raise ValueError(f"{have}, fewer than batch_size = {self.batch_size}; lower --batch-size")
+        have = f"{images.source} has {len(images.train_x)} training images"
+        self.steps_per_epoch = batches_per_epoch(len(images.train_x), self.batch_size, have)
         self.source = images.source
         self._fingerprint = hashlib.sha256(images.train_x.numpy().tobytes()).hexdigest()[:16]
         self.num_classes = int(images.train_y.max()) + 1
@@ -169,8 +167,9 @@ class ImageTask:
         _, size, _, channels = self._train[0].shape
         return self.recipe.presets[self.preset](channels, size, self.num_classes)
 
-    def _normalise(self, images: Tensor) -> Tensor:
-        return ((self._place(images) / 255 - self._mean) / self._std).permute(0, 3, 1, 2).contiguous()
+    def _read(self, stored: Tensor) -> Tensor:
+        """Return images (B, S, S, C) in bytes normalised, (B, C, S, S)."""
+        return ((self._place(stored) / 255 - self._mean) / self._std).permute(0, 3, 1, 2).contiguous()
 
     def build_model(self, seed: int) -> nn.Module:
         """Return a new network of the preset's shape."""
@@ -188,35 +187,15 @@ class ImageTask:
             if step // self.steps_per_epoch != epoch:
                 epoch = step // self.steps_per_epoch
                 # The 0 and 1 keep the streams of orders and of augmentations apart.
-                order = torch.from_numpy(counter_rng(seed, 0, epoch).permutation(len(x))).to(x.device)
+                order = sent(torch.from_numpy(counter_rng(seed, 0, epoch).permutation(len(x))), x.device)
             assert order is not None
             first = step % self.steps_per_epoch * self.batch_size
             chosen = order[first : first + self.batch_size]
             images = x[chosen]
             if self.recipe.pad:
                 images = crop_and_flip(images, self.recipe.pad, counter_rng(seed, 1, step))
-            yield self._normalise(images), y[chosen]
+            yield self._read(images), y[chosen]
             step += 1
-
-    def loss_fn(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the mean cross-entropy of an image, nats."""
-        assert isinstance(batch, tuple)
-        images, labels = batch
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.settings.autocast_bf16):
-            logits: Tensor = model(images)
-        return nn.functional.cross_entropy(logits.float() if logits.dtype == torch.bfloat16 else logits, labels)
-
-    def _valid_parts(self) -> Iterator[tuple[Batch, int]]:
-        for x, y in zip(*(torch.split(part, 4 * self.batch_size) for part in self._valid), strict=True):
-            yield (self._normalise(x), y), len(x)
-
-    def evaluate(self, model: nn.Module) -> float:
-        """Return the loss on the validation images, not augmented."""
-        return mean_loss(self.loss_fn, model, self._valid_parts())
-
-    def accuracy(self, model: nn.Module) -> float:
-        """Return the share of validation images classified right."""
-        return mean_loss(share_right, model, self._valid_parts())
 
     def describe(self) -> dict[str, Any]:
         """Return variant, sizes, data provenance and precision."""
