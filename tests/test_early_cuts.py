@@ -37,6 +37,9 @@ def test_a_group_is_beyond_the_edge_where_three_cosines_agree(cosines: list[floa
     assert beyond_the_edge(cosines) is beyond
 
 
+ONE, TWO = ("mlp_up",), ("attention_v", "head")
+
+
 def observed(cuts: EarlyCuts, *rows: tuple[float, ...]) -> EarlyCuts:
     for cosines in rows:
         cuts.observe(cosines)
@@ -44,7 +47,7 @@ def observed(cuts: EarlyCuts, *rows: tuple[float, ...]) -> EarlyCuts:
 
 
 def test_only_the_group_in_question_is_cut_and_its_cosines_start_anew() -> None:
-    cuts = observed(EarlyCuts(2, least=0.05), *[(0.3, 0.0)] * NUM_COSINES)
+    cuts = observed(EarlyCuts(TWO, least=0.05), *[(0.3, 0.0)] * NUM_COSINES)
     assert cuts.factors == [CUT, 1.0]
     observed(cuts, *[(0.3, 0.0)] * (NUM_COSINES - 1))
     assert cuts.factors == [CUT, 1.0]  # the old ones were measured at the old length
@@ -54,17 +57,17 @@ def test_only_the_group_in_question_is_cut_and_its_cosines_start_anew() -> None:
 
 
 def test_the_newest_cosines_count_not_all_of_them() -> None:
-    cuts = observed(EarlyCuts(1, least=0.05), *[(-0.5,)] * 10, *[(0.3,)] * NUM_COSINES)
+    cuts = observed(EarlyCuts(ONE, least=0.05), *[(-0.5,)] * 10, *[(0.3,)] * NUM_COSINES)
     assert cuts.factors == [CUT]
 
 
 def test_cuts_are_bounded() -> None:
-    cuts = observed(EarlyCuts(1, least=0.3), *[(0.3,)] * (10 * NUM_COSINES))
+    cuts = observed(EarlyCuts(ONE, least=0.3), *[(0.3,)] * (10 * NUM_COSINES))
     assert cuts.factors == [0.3]
 
 
 def test_a_group_comes_back_by_the_same_amount_at_every_step() -> None:
-    cuts = observed(EarlyCuts(1, least=0.05), *[(0.3,)] * NUM_COSINES)
+    cuts = observed(EarlyCuts(ONE, least=0.05), *[(0.3,)] * NUM_COSINES)
     for n in range(1, RECOVERY_STEPS // 2):
         cuts.count_step()
         assert cuts.factors[0] == pytest.approx(CUT + n / RECOVERY_STEPS)
@@ -75,7 +78,7 @@ def test_a_group_comes_back_by_the_same_amount_at_every_step() -> None:
 
 
 def test_only_the_first_steps_are_watched_and_those_after_a_raise() -> None:
-    cuts = EarlyCuts(1, least=0.05)
+    cuts = EarlyCuts(ONE, least=0.05)
     for _ in range(EARLY_STEPS):
         assert cuts.watching
         cuts.count_step()
@@ -88,9 +91,14 @@ def test_only_the_first_steps_are_watched_and_those_after_a_raise() -> None:
 
 
 def test_a_bound_of_one_means_no_cuts_at_all() -> None:
-    cuts = EarlyCuts(1, least=1.0)
+    cuts = EarlyCuts(ONE, least=1.0)
     assert not cuts.watching
     cuts.watch_on()
+    assert not cuts.watching
+
+
+def test_a_network_without_blocks_is_left_alone() -> None:
+    cuts = observed(EarlyCuts(("head", "norm_bias", "other"), least=0.05), *[(0.3, 0.3, 0.3)] * NUM_COSINES)
     assert not cuts.watching
 
 
@@ -103,7 +111,7 @@ def test_shortening_is_per_group_and_leaves_the_others_alone_bit_for_bit() -> No
 
 
 def test_state_round_trips_between_two_cosines_of_a_decision() -> None:
-    a, b = observed(EarlyCuts(2, least=0.05), (0.3, 0.1), (0.3, 0.1)), EarlyCuts(2, least=0.05)
+    a, b = observed(EarlyCuts(TWO, least=0.05), (0.3, 0.1), (0.3, 0.1)), EarlyCuts(TWO, least=0.05)
     a.count_step()
     b.load_state_dict(a.state_dict())
     for cuts in (a, b):
@@ -132,7 +140,7 @@ def descent(curvature: float, **changes: object) -> list[float]:
     trainer = HybridTrainer(
         model, optimizer, config(explore_outcomes=0, gate__overhead_budget=0.0, **changes), loss_fn=loss,
         lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0),
-        roles={"steep": "steep", "flat": "flat"},
+        roles={"steep": "mlp_up", "flat": "head"},
     )  # fmt: skip
     return [trainer.step(torch.randn(4)).loss for _ in range(30)]
 

@@ -13,7 +13,8 @@ gradient is watched: positive, the loss along the step already rises where it en
     f_g <- f_g + 1/100   at every step, up to 1,
 
 and the step of the group is shortened to f_g of itself.  No cuts later: a run at a tuned rate spends its stable
-phase at slightly positive h_g, and cutting there only slows it down.
+phase at slightly positive h_g, and cutting there only slows it down.  And only in networks of attention and MLP
+blocks: a plain MLP is none the worse for such steps, and ended higher with shorter ones (LOG.md).
 
 Letters: ``G`` groups, ``g`` one of them.
 """
@@ -40,13 +41,18 @@ CUT = 0.5
 class EarlyCuts:
     """Factors f_g of the groups' steps, in (0, 1]."""
 
-    def __init__(self, num_groups: int, least: float) -> None:
-        """Args: num_groups: G.  least: bound on f_g from below; 1: no cuts."""
-        self.least = least
-        self.factors = [1.0] * num_groups
+    def __init__(self, roles: Sequence[str], least: float) -> None:
+        """Start without cuts; in a network without attention or MLP blocks there will be none.
+
+        Args:
+            roles: (G,) of the groups.
+            least: Bound on f_g from below; 1: no cuts.
+        """
+        self.least = least if any(map(is_inside_a_block, roles)) else 1.0
+        self.factors = [1.0] * len(roles)
         self.num_cuts = 0
-        self._num_left = EARLY_STEPS if least < 1 else 0  # real steps in which a cut may still be made
-        self._cosines: list[list[float]] = [[] for _ in range(num_groups)]  # newest last, since the group's last cut
+        self._num_left = EARLY_STEPS if self.least < 1 else 0  # real steps in which a cut may still be made
+        self._cosines: list[list[float]] = [[] for _ in roles]  # newest last, since the group's last cut
 
     @property
     def watching(self) -> bool:
@@ -93,6 +99,11 @@ class EarlyCuts:
         """Inverse of :meth:`state_dict`."""
         self.factors, self.num_cuts, self._num_left = list(state["factors"]), state["num_cuts"], state["num_left"]
         self._cosines = [list(values) for values in state["cosines"]]
+
+
+def is_inside_a_block(role: str) -> bool:
+    """Whether a role of :data:`.weights.ROLES` is that of a matrix between the residual stream and itself."""
+    return role.startswith(("attention", "mlp"))
 
 
 def beyond_the_edge(cosines: Sequence[float]) -> bool:

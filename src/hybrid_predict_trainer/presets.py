@@ -27,7 +27,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "full_batch": {
         "predictor.type": "quasi_newton", "predictor.window": 1, "training.warmup_steps": 20,
         "training.correct_steps": 0, "training.confidence_threshold": 0.0, "gate.overhead_budget_exact": 1.0,
-        "gate.control_fraction": 0.02, "gate.max_backoff": 64, "training.min_learned_scale": 1.0,
+        "gate.control_fraction": 0.02, "gate.max_backoff": 64,
     },
     # the same data many times; set predictor.window to the batches of an epoch: noise repeats with the data, so that
     # what is left between the means of two epochs is drift, and a jump every epoch costs next to nothing to test

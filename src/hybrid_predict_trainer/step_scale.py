@@ -202,7 +202,7 @@ class LearnedScale:
             check_steps: Real steps between checks.
         """
         self.groups, self.maximum, self.check_steps = groups, maximum, check_steps
-        self.cuts = EarlyCuts(groups.num_groups, minimum)
+        self.cuts = EarlyCuts(groups.roles, minimum)
         self.value = 1.0
         self.touched = False  # the edge of stability has been seen
         self.num_raises = 0

@@ -90,17 +90,18 @@ def hold_out(x: Tensor, y: Tensor, source: str) -> ImageSet:
     return ImageSet(x[~held], y[~held], x[held], y[held], source)
 
 
-def crop_and_flip(images: Tensor, pad: int, rng: np.random.Generator) -> Tensor:
+def crop_and_flip(images: Tensor, pad: int, rng: np.random.Generator, *, flips: bool = True) -> Tensor:
     """Return the images shifted by up to `pad` pixels (edges mirrored), half of them flipped, in one gather.
 
     Args:
         images: (B, S, S, C).
         pad: at least 1, below S.
         rng: drawn from on the CPU, so that a seed means the same on every device.
+        flips: whether a mirrored image shows the same thing.
     """
     num, size = images.shape[:2]
     shift = torch.from_numpy(rng.integers(-pad, pad + 1, size=(num, 2)))
-    flip = torch.from_numpy(rng.integers(2, size=(num, 1)))
+    flip = torch.from_numpy(rng.integers(2, size=(num, 1))) if flips else torch.zeros(num, 1)
     along = torch.arange(size)
     rows = shift[:, :1] + along
     columns = shift[:, 1:] + torch.where(flip == 1, size - 1 - along, along)

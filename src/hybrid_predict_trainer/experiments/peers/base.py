@@ -35,7 +35,7 @@ from ..runs import (
     steps_of,
 )
 
-Family = Literal["outer loop", "averaging", "forecast", "optimizer", "quasi-Newton"]
+Family = Literal["outer loop", "averaging", "forecast", "optimizer", "quasi-Newton", "schedule"]
 Values = Mapping[str, float]
 
 
@@ -128,23 +128,36 @@ def no_hooks(session: Session) -> Hooks:
     return Hooks()
 
 
+def as_it_is(recipe: TaskDefaults) -> TaskDefaults:
+    """The recipe the other arms have."""
+    return recipe
+
+
+def long_warmup(recipe: TaskDefaults) -> TaskDefaults:
+    """The recipe with a linear warm-up of 2 / (1 - beta_2) steps, half of the run at most (arXiv 1910.04209, section 5)."""
+    steps = min(round(2 / (1 - recipe.betas[1])), recipe.steps // 2)
+    return replace(recipe, warmup_steps=max(recipe.warmup_steps, steps))
+
+
 def _own_optimizer(model: nn.Module, recipe: TaskDefaults, settings: TaskSettings, values: Values) -> Optimizer:
     return recipe_optimizer(model, recipe, settings)
 
 
 def in_loop(
-    attach: Callable[[Session], Hooks] = no_hooks, *, optimizer: BuildOptimizer = _own_optimizer, scheduled: bool = True
-) -> Callable[[Order], Run]:
+    attach: Callable[[Session], Hooks] = no_hooks, *, optimizer: BuildOptimizer = _own_optimizer, scheduled: bool = True,
+    changed: Callable[[TaskDefaults], TaskDefaults] = as_it_is,
+) -> Callable[[Order], Run]:  # fmt: skip
     """Training in the plain loop with something different about it.
 
     Args:
         attach: What is done around the steps.
         optimizer: Instead of the recipe's.
         scheduled: Whether the recipe's schedule applies.
+        changed: Makes the recipe it trains with.
     """
 
     def train(order: Order) -> Run:
-        setup, recipe = order.setup, order.recipe
+        setup, recipe = order.setup, changed(order.recipe)
         model = seeded_model(setup, order.seed)
         own = optimizer(model, recipe, setup.settings, order.values)
         schedule = recipe_schedule(own, recipe) if scheduled else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from . import lbfgs
 from .averaging import ema, lawa
-from .base import Peer, in_loop, recipe_grid
+from .base import Peer, in_loop, long_warmup, recipe_grid
 from .optimizers import (
     lookahead,
     lookahead_optimizer,
@@ -87,6 +87,15 @@ PEERS: dict[str, Peer] = {
         values={"max_forecasts": 5, "cost_frac": 0.05},
         grid=recipe_grid,
         train=in_loop(wnn_plus),
+    ),
+    "long-warmup": Peer(
+        about="the plain recipe, warmed up over 2 / (1 - beta_2) steps: what a better recipe would have won",
+        source="arXiv 1910.04209",
+        family="schedule",
+        weights_only=False,
+        values={},
+        grid=recipe_grid,
+        train=in_loop(changed=long_warmup),
     ),
     "schedule-free": Peer(
         about="Schedule-Free AdamW: averaging in place of a schedule",
