@@ -226,6 +226,38 @@ def test_large_models_are_kept_in_float32(monkeypatch: pytest.MonkeyPatch) -> No
     close(bench.basis.products().BB, bench.dense.BB(), 1e-4)
 
 
+DIFFERENCES = BasisSpec(
+    num_displacements=3, lag=True, gradient=True, curvature=True, differences=True, pooled=True
+)  # fmt: skip
+
+
+def test_products_with_the_gradient_are_renewed_once_a_turn() -> None:
+    """They are carried by addition in between: whatever was lost stays lost no longer than a turn of the ring."""
+    bench = Bench(DIFFERENCES).windows(4)
+    basis = bench.basis
+    basis._Bg += 1.0
+    for _ in range(DIFFERENCES.num_displacements):
+        bench.windows(1)
+    columns = torch.cat([column.double() for column in basis._columns], dim=1)
+    g = flat(basis._g).double()
+    ring = slice(0, 2 * DIFFERENCES.num_displacements)
+    close(basis.products().Bg.sum(0)[ring], (columns @ g)[ring])
+
+
+@pytest.mark.parametrize("num_windows", [2, 3, 4, 6])
+def test_empty_columns_are_not_read(num_windows: int) -> None:
+    """Numbers put into slots without data must not show in a jump, nor in a product."""
+    bench = Bench(DIFFERENCES).windows(num_windows)
+    basis, K = bench.basis, DIFFERENCES.num_displacements
+    n = basis.num_columns
+    c = torch.ones(basis.groups.num_groups, DIFFERENCES.num_columns, dtype=torch.float64)
+    before, products = flat(basis.combine(c)), basis._dot_columns(basis._g)
+    for column in basis._columns:
+        column[n:K] = column[K + n : 2 * K] = math.nan
+    assert_same(flat(basis.combine(c)), before)
+    assert_same(basis._dot_columns(basis._g), products)
+
+
 def test_bfloat16_weights_are_summed_wide(monkeypatch: pytest.MonkeyPatch) -> None:
     from hybrid_predict_trainer import basis as module
 

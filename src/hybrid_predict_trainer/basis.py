@@ -253,6 +253,9 @@ class Basis:
             column[slot] = piece.reshape(-1).to(column.dtype)
         along[:, slot] = self._by_group(squared_norms(y))  # this slot held the oldest y until now
         self._BB[:, slot, :] = self._BB[:, :, slot] = along
+        if head == num_ring - 1:  # once a turn anew: sums of float32 products lose a digit or two over hundreds of steps
+            self._Bg = self._dot_columns(self._sum_grad)
+            return
         self._Bg += along  # g moved by y
         self._Bg[:, head] = self._by_group(paired_dots(s, self._sum_grad))
         self._Bg[:, slot] = self._by_group(paired_dots(y, self._sum_grad))
@@ -278,11 +281,13 @@ class Basis:
     # ---- what predictors and the gate read ----------------------------------------------------
 
     def products(self) -> Products:
-        """Inner products of the columns, newest displacement first; in the order of the ring with differences."""
+        """Inner products of the columns, newest displacement first; in the order of the ring with differences.
+
+        With differences BB is the basis's own, good until the next window closes: windows are single steps there, and
+        a copy of all products at each would cost as much as the step of a small network.
+        """
         if self.spec.differences:
-            return Products(
-                BB=self._BB.clone(), BY=self._BY, Bg=self._Bg.clone(), gg=self._gg.clone(), newest=self._head
-            )
+            return Products(BB=self._BB, BY=self._BY, Bg=self._Bg.clone(), gg=self._gg.clone(), newest=self._head)
         return Products(
             BB=self._ordered(self._BB), BY=self._ordered(self._BY), Bg=self._ordered(self._Bg), gg=self._gg.clone()
         )
@@ -309,8 +314,18 @@ class Basis:
         deltas = []
         for column, g, p in zip(self._columns, self.groups.index, self.parameters, strict=True):
             row = by_slot[g] if column.dtype is torch.bfloat16 else placed[column.device][g]
-            deltas.append(_weighted_sum(row, column).reshape(p.shape).to(p.device))
+            pieces = [_weighted_sum(row[filled], column[filled]) for filled in self._filled]
+            deltas.append(sum(pieces[1:], pieces[0]).reshape(p.shape).to(p.device))
         return deltas
+
+    @property
+    def _filled(self) -> list[slice]:
+        """Slots that hold data: half of a long ring is empty for half of a short run."""
+        n, num_ring = self.num_columns, self.spec.num_displacements
+        if n in (0, num_ring):
+            return [slice(None)]
+        rings = [slice(start, start + n) for start in ((0, num_ring) if self.spec.differences else (0,))]
+        return [*rings, slice(self.spec.first_extra, None)] if self.spec.extras else rings
 
     def average(self) -> Tensors:
         """x: the mean weights of the last closed window, one tensor per parameter."""
@@ -427,10 +442,13 @@ class Basis:
         """(G, K) inner products of every slot with one vector given tensor by tensor."""
         if not self._columns:
             return torch.zeros(self.groups.num_groups, self.spec.num_columns, dtype=torch.float64)
-        dots = weights.on_host(
-            [_row_dots(column, v.reshape(-1)) for column, v in zip(self._columns, vectors, strict=True)]
-        )
-        return torch.stack([dots[members].sum(dim=0) for members in self._group_slices])
+        found = torch.zeros(self.groups.num_groups, self.spec.num_columns, dtype=torch.float64)
+        for filled in self._filled:
+            dots = weights.on_host(
+                [_row_dots(column[filled], v.reshape(-1)) for column, v in zip(self._columns, vectors, strict=True)]
+            )
+            found[:, filled] = torch.stack([dots[members].sum(dim=0) for members in self._group_slices])
+        return found
 
     def _by_group(self, per_tensor: Tensor) -> Tensor:
         """(number of tensors,) -> (G,) sums."""

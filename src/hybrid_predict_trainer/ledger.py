@@ -79,6 +79,7 @@ class Ledger:
         self.open: list[Account] = []
         self._free_ratios: deque[float] = deque(maxlen=NUM_FREE_WINDOWS)
         self.settled: deque[Account] = deque(maxlen=512)
+        self._known: dict[bool, list[Account]] = {}  # of these, by whether they were skipped; asked for many times a step
         self.wait_windows = 0  # before the next proposal
         self._backoff = 0
         self._losing_checks = 0
@@ -155,9 +156,11 @@ class Ledger:
             left = account.usual - loss / account.loss if account.loss else math.nan
             account = replace(account, left=left)
             self.settled.append(account)
+            self._known.clear()
             if not account.skipped:
                 account = replace(account, credited=self._credit(account))
                 self.settled[-1] = account
+                self._known.clear()
             done.append(account)
         if done:
             self._check_switch()
@@ -173,7 +176,9 @@ class Ledger:
         return steps
 
     def _settled(self, *, skipped: bool) -> list[Account]:
-        return [a for a in self.settled if a.skipped is skipped and a.known]
+        if skipped not in self._known:
+            self._known[skipped] = [a for a in self.settled if a.skipped is skipped and a.known]
+        return self._known[skipped]
 
     @property
     def usual_spread(self) -> float:
@@ -283,6 +288,7 @@ class Ledger:
         self._free_ratios = deque(state["free_ratios"], maxlen=NUM_FREE_WINDOWS)
         self.open = [Account(**a) for a in state["open"]]
         self.settled = deque((Account(**a) for a in state["settled"]), maxlen=512)
+        self._known.clear()
 
 
 def _moments(values: list[float]) -> tuple[float, float]:

@@ -131,7 +131,7 @@ def step_of(products: Products, log_tau: Tensor, num_pairs: int, num_places: int
     kept = places[curved[places]]
     c, of_g = torch.zeros(2 * K, dtype=torch.float64), -1.0
     if len(kept):
-        SY, YY = M[kept][:, K + kept], M[K + kept][:, K + kept]
+        SY, YY = taken(M, kept, K + kept), taken(M, K + kept, K + kept)
         gamma = float((SY.diagonal() / YY.diagonal()).max())
         of_s, of_y, of_g = direction(SY, YY, Mg[kept], Mg[K + kept], log_tau[kept], gamma)
         c[kept], c[K + kept] = of_s, of_y
@@ -139,6 +139,15 @@ def step_of(products: Products, log_tau: Tensor, num_pairs: int, num_places: int
     slope = float(Mg[: 2 * K] @ c) + of_g * float(products.gg[0])
     along = float(M[newest_y, : 2 * K] @ c) + of_g * float(Mg[newest_y])
     return Step(c, of_g, slope, along)
+
+
+def taken(M: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """M[rows][:, columns]; a view where both are runs of successive places, as they are until the ring is full."""
+    n = len(rows)
+    i, j = int(rows[0]), int(columns[0])
+    if int(rows[-1]) - i == int(columns[-1]) - j == n - 1:
+        return M[i : i + n, j : j + n]
+    return M[rows[:, None], columns]
 
 
 def log_scaling(products: Products, step: Step | None, num_places: int) -> float:
