@@ -10,6 +10,7 @@ from torch import nn
 
 from cases import assert_same, config, full_batch, make_batches, setup
 from hybrid_predict_trainer import HybridTrainer
+from hybrid_predict_trainer.early_cuts import EARLY_STEPS
 from hybrid_predict_trainer.lookahead import DriftLookahead
 from hybrid_predict_trainer.step_scale import (
     CHECK_STEPS,
@@ -139,6 +140,29 @@ def test_noise_is_no_reason_to_take_a_raise_back() -> None:
     feed(scale, -0.2, 1.0, loss=1.0, checks=4)
     feed(scale, -0.2, 1.0, loss=1.1, checks=PATIENCE, noise=0.1)
     assert scale.num_taken_back == 0
+
+
+def test_beyond_the_edge_it_creeps_and_before_it_doubles() -> None:
+    """At a rate that was below the edge the edge moves, slowly; before it was seen there is far to go."""
+    scale = learned()
+    feed(scale, -0.2, 1.0, checks=4)
+    before = scale.value
+    assert before == pytest.approx(GROWTH**2)
+    feed(scale, 0.2, 1.0)
+    assert scale.touched
+    while scale.value == before:
+        feed(scale, -0.2, 1.0)
+    assert scale.value == pytest.approx(before * CREEP)
+
+
+def test_a_raise_in_the_slow_start_lets_groups_be_cut_again() -> None:
+    scale = LearnedScale(Groups(("w",), (0,), ("mlp_up",), (2,)), 100.0, 0.05)
+    for _ in range(EARLY_STEPS):
+        scale.cuts.count_step()
+    assert not scale.cuts.watching
+    feed(scale, -0.2, 1.0, checks=3)
+    assert scale.value > 1
+    assert scale.cuts.watching
 
 
 def test_bound_holds_and_measuring_ends_there() -> None:

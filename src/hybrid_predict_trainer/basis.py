@@ -34,6 +34,9 @@ from .weights import Groups, Tensors
 #: displacement is some 1e-6 of the weights, and its float32 rounding error would be a tenth of it.
 #: At this size the memory does not matter.
 FLOAT64_BELOW = 1 << 17
+#: Pairs (s, y) after which the products with the gradient are computed anew: in between they are carried by
+#: addition, in which those of float32 would lose a digit or two over the four hundred steps of a long ring.
+RENEW_EVERY = 50
 
 
 @torch.no_grad()
@@ -253,7 +256,7 @@ class Basis:
             column[slot] = piece.reshape(-1).to(column.dtype)
         along[:, slot] = self._by_group(squared_norms(y))  # this slot held the oldest y until now
         self._BB[:, slot, :] = self._BB[:, :, slot] = along
-        if head == num_ring - 1:  # once a turn anew: sums of float32 products lose a digit or two over hundreds of steps
+        if head % RENEW_EVERY == RENEW_EVERY - 1:
             self._Bg = self._dot_columns(self._sum_grad)
             return
         self._Bg += along  # g moved by y
