@@ -227,7 +227,7 @@ def config(**changes: Any) -> HybridTrainerConfig:
     """Short phases, always willing to try.  Keys are dotted TOML names with ``__`` for the dot."""
     base = HybridTrainerConfig(
         warmup_steps=4, full_steps=2, max_predict_steps=20, correct_steps=3, explore_outcomes=1000, clock="claimed",
-        max_learned_scale=1.0, min_learned_scale=1.0, lookahead=0.0, smoothing=0.0,  # jumps alone: what else moves has tests of its own
+        max_learned_scale=1.0, min_learned_scale=1.0, lookahead=0.0, smoothing=0.0,  # jumps alone
     )  # fmt: skip
     values = {
         "predictor.window": 3,

@@ -12,7 +12,8 @@ from torch import nn
 
 from cases import assert_same, loss_fn, make_batches, make_model
 from hybrid_predict_trainer import weights
-from hybrid_predict_trainer.basis import Basis, squared_norms
+from hybrid_predict_trainer.basis import Basis
+from hybrid_predict_trainer.inner_products import squared_norms
 from hybrid_predict_trainer.records import BasisSpec
 from reference import DenseBasis, flat
 

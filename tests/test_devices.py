@@ -12,11 +12,12 @@ from torch import nn
 
 from cases import Fake, assert_same, config, loss_fn, make_batches, setup
 from hybrid_predict_trainer import HybridTrainer, executors, host, weights
-from hybrid_predict_trainer.basis import Basis, paired_dots, squared_norms
+from hybrid_predict_trainer.basis import Basis
 from hybrid_predict_trainer.executors import settle_anchor
 from hybrid_predict_trainer.experiments.runs import wait_for_device
 from hybrid_predict_trainer.health import measure
 from hybrid_predict_trainer.history import Readout
+from hybrid_predict_trainer.inner_products import paired_dots, squared_norms
 from hybrid_predict_trainer.lookahead import DriftLookahead
 from hybrid_predict_trainer.records import BasisSpec, Phase, Reason, State, Verdict
 from hybrid_predict_trainer.snapshot import Snapshot, paired, restore_optimizer, rng_state, set_rng_state

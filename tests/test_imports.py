@@ -23,6 +23,7 @@ ORDER = (
     "toml_io",
     "weights",
     "host",
+    "inner_products",
     "basis",
     "kfac",
     "health",

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from . import host, weights
+from .inner_products import paired_dots, row_dots, squared_norms, weighted_sum
 from .records import BasisSpec, Hindsight, Products, State
 from .weights import Groups, Tensors
 
@@ -37,47 +38,6 @@ FLOAT64_BELOW = 1 << 17
 #: Pairs (s, y) after which the products with the gradient are computed anew: in between they are carried by
 #: addition, in which those of float32 would lose a digit or two over the four hundred steps of a long ring.
 RENEW_EVERY = 50
-
-
-@torch.no_grad()
-def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
-    """(number of tensors,) squared Euclidean norms in float64 on the CPU, read in one transfer."""
-    return weights.on_host(
-        [torch.linalg.vector_norm(t, dtype=weights.accumulate_dtype(t.device)) for t in tensors]
-    ).square()
-
-
-@torch.no_grad()
-def paired_dots(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    """(number of tensors,) inner products a_i . b_i in float64 on the CPU, read in one transfer."""
-    return weights.on_host([torch.dot(u.reshape(-1), v.reshape(-1)) for u, v in zip(a, b, strict=True)])
-
-
-def _row_dots(column: Tensor, vector: Tensor) -> Tensor:
-    """(K,) inner products of the rows of (K, P) with (P,).
-
-    Half-precision rows are widened one by one: a product rounded to 8 bits would make the Gram matrix of
-    nearly parallel displacements indefinite.
-    """
-    if column.dtype is torch.bfloat16:
-        wide = vector.to(device=column.device, dtype=torch.float32)
-        return torch.stack([torch.dot(row.float(), wide) for row in column])
-    return column @ vector.to(device=column.device, dtype=column.dtype)
-
-
-def _weighted_sum(coefficients: Tensor, column: Tensor) -> Tensor:
-    """(P,) sum_k c_k row_k, in float32 for half-precision rows: large coefficients cancel.
-
-    Args:
-        coefficients: (K,) in host memory for half-precision rows, else on the rows' device.
-        column: (K, P).
-    """
-    if column.dtype is torch.bfloat16:
-        total = torch.zeros(column.shape[1], dtype=torch.float32, device=column.device)
-        for c, row in zip(coefficients.tolist(), column, strict=True):
-            total.add_(row, alpha=c)
-        return total
-    return coefficients.to(column.dtype) @ column
 
 
 class Basis:
@@ -317,7 +277,7 @@ class Basis:
         deltas = []
         for column, g, p in zip(self._columns, self.groups.index, self.parameters, strict=True):
             row = by_slot[g] if column.dtype is torch.bfloat16 else placed[column.device][g]
-            pieces = [_weighted_sum(row[filled], column[filled]) for filled in self._filled]
+            pieces = [weighted_sum(row[filled], column[filled]) for filled in self._filled]
             deltas.append(sum(pieces[1:], pieces[0]).reshape(p.shape).to(p.device))
         return deltas
 
@@ -448,7 +408,7 @@ class Basis:
         found = torch.zeros(self.groups.num_groups, self.spec.num_columns, dtype=torch.float64)
         for filled in self._filled:
             dots = weights.on_host(
-                [_row_dots(column[filled], v.reshape(-1)) for column, v in zip(self._columns, vectors, strict=True)]
+                [row_dots(column[filled], v.reshape(-1)) for column, v in zip(self._columns, vectors, strict=True)]
             )
             found[:, filled] = torch.stack([dots[members].sum(dim=0) for members in self._group_slices])
         return found

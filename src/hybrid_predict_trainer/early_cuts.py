@@ -1,13 +1,13 @@
 """Early cuts: a group of weights whose first steps end beyond the edge of stability is slowed down, and let go again.
 
-A learning rate is one number, the edge of stability is not: in the first steps of a transformer the
-hidden matrices are beyond it while embeddings and head are far below.  What those steps break is not
-mended later: in trials half the rate for the hidden matrices in the first 40 steps was worth as much as half
-of it throughout (LOG.md).  Longer warm-ups and Lookahead get most of their gain at high rates here.
+A learning rate is one number, the edge of stability is not: in the first steps of a transformer the hidden
+matrices are beyond it while embeddings and head are far below.  What those steps break is not mended later:
+in trials half the rate for the hidden matrices in the first 40 steps was worth as much as half of it throughout
+(LOG.md).  Longer warm-ups and Lookahead get most of what they gain at high rates here.
 
-So in the first ``EARLY_STEPS`` real steps, and for some after a raise of the common multiplier, the cosine h_g = cos(g, u) of every group's step with its next
-gradient is watched: positive, the loss along the step already rises where it ended.  As in congestion control
-(additive increase, multiplicative decrease; Chiu & Jain 1989)
+So in the first ``EARLY_STEPS`` real steps, and for some after a raise of the common multiplier, the cosine
+h_g = cos(g, u) of every group's step with its next gradient is watched: positive, the loss along the step
+already rises where it ended.  As in congestion control (additive increase, multiplicative decrease; Chiu & Jain 1989)
 
     f_g <- f_g / 2       when the newest ``NUM_COSINES`` h_g are above ``BEYOND`` on the mean, by more than their noise,
     f_g <- f_g + 1/100   at every step, up to 1,

@@ -79,7 +79,7 @@ class Ledger:
         self.open: list[Account] = []
         self._free_ratios: deque[float] = deque(maxlen=NUM_FREE_WINDOWS)
         self.settled: deque[Account] = deque(maxlen=512)
-        self._known: dict[bool, list[Account]] = {}  # of these, by whether they were skipped; asked for many times a step
+        self._known: dict[bool, list[Account]] = {}  # of these, by ``skipped``: asked for many times a step
         self.wait_windows = 0  # before the next proposal
         self._backoff = 0
         self._losing_checks = 0

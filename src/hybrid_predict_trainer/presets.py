@@ -38,8 +38,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     },
     # a pretrained model and few steps: no time to know the drift, and nothing to gain from it (LOG.md)
     "finetune": {"training.lookahead": 0.0, "training.smoothing": 0.0},
-    # steps of orthogonal matrices do not swing, cutting them only slows them down, and their drift is worth more (0.6 as
-    # published for EMA-Nesterov)
+    # steps of orthogonal matrices do not swing, cutting them only slows them down, and their drift is worth more
+    # (0.6 as published for EMA-Nesterov)
     "muon": {"training.lookahead": 0.6, "training.smoothing": 0.0, "training.min_learned_scale": 1.0},
     # by breadth of the data
     "specialist": {

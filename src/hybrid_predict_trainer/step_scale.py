@@ -223,7 +223,9 @@ class LearnedScale:
         """Take cos(g, u) of the last step; 6 passes over the weights."""
         if not self._before or not (self._collecting or self.cuts.watching):
             return 0
-        cosines = step_cosines([p.grad for p in parameters], self._before, [p.detach() for p in parameters], self.groups)
+        cosines = step_cosines(
+            [p.grad for p in parameters], self._before, [p.detach() for p in parameters], self.groups
+        )
         if self._collecting:
             self._cosines.append(cosines[0])
         if self.cuts.watching:
@@ -348,8 +350,13 @@ class LearnedScale:
     def state_dict(self) -> State:
         """Scalars, the open account and the step that waits to be measured."""
         state: State = {name.lstrip("_"): getattr(self, name) for name in (*self._SCALARS, *self._PRIVATE)}
-        account = None if self._account is None else list(self._account)
-        return {**state, "account": account, "cosines": weights.on_host(self._cosines).tolist(), "before": list(self._before), "cuts": self.cuts.state_dict()}
+        return {
+            **state,
+            "account": None if self._account is None else list(self._account),
+            "cosines": weights.on_host(self._cosines).tolist(),
+            "before": list(self._before),
+            "cuts": self.cuts.state_dict(),
+        }
 
     def load_state_dict(self, state: State) -> None:
         """Inverse of :meth:`state_dict`; tensors are copied and go to their parameters' devices when they are used."""

@@ -21,8 +21,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..basis import Basis, paired_dots
+from ..basis import Basis
 from ..config import HybridTrainerConfig, PredictorConfig
+from ..inner_products import paired_dots
 from ..predictors import Paced, Predictor
 from ..predictors._common import window_from_state, window_state
 from ..predictors._frame import MAX_AHEAD

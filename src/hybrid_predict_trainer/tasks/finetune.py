@@ -150,7 +150,7 @@ class Variant:
 
 
 PRESETS: dict[str, Variant] = {
-    "stdlib": Variant(base=load_pretrained_gpt, lora=False, lr=4e-3, lr_grid=(1e-3, 2e-3, 4e-3, 8e-3)),
+    "stdlib": Variant(base=load_pretrained_gpt, lora=False, lr=3e-3, lr_grid=(1e-3, 2e-3, 4e-3, 8e-3)),
     "stdlib-lora": Variant(base=load_pretrained_gpt, lora=True, lr=2e-2, lr_grid=(5e-3, 1e-2, 2e-2, 4e-2)),
     "stories260k": Variant(base=load_stories, lora=False, lr=3e-3, lr_grid=(3e-4, 1e-3, 3e-3, 1e-2)),
     "stories260k-lora": Variant(base=load_stories, lora=True, lr=1e-2, lr_grid=(1e-3, 3e-3, 1e-2, 3e-2)),

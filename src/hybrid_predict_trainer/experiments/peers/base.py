@@ -134,7 +134,7 @@ def as_it_is(recipe: TaskDefaults) -> TaskDefaults:
 
 
 def long_warmup(recipe: TaskDefaults) -> TaskDefaults:
-    """The recipe with a linear warm-up of 2 / (1 - beta_2) steps, half of the run at most (arXiv 1910.04209, section 5)."""
+    """The recipe with a linear warm-up of 2 / (1 - beta_2) steps (arXiv 1910.04209), half of the run at most."""
     steps = min(round(2 / (1 - recipe.betas[1])), recipe.steps // 2)
     return replace(recipe, warmup_steps=max(recipe.warmup_steps, steps))
 
@@ -144,8 +144,8 @@ def _own_optimizer(model: nn.Module, recipe: TaskDefaults, settings: TaskSetting
 
 
 def in_loop(
-    attach: Callable[[Session], Hooks] = no_hooks, *, optimizer: BuildOptimizer = _own_optimizer, scheduled: bool = True,
-    changed: Callable[[TaskDefaults], TaskDefaults] = as_it_is,
+    attach: Callable[[Session], Hooks] = no_hooks, *, optimizer: BuildOptimizer = _own_optimizer,
+    scheduled: bool = True, changed: Callable[[TaskDefaults], TaskDefaults] = as_it_is,
 ) -> Callable[[Order], Run]:  # fmt: skip
     """Training in the plain loop with something different about it.
 
