@@ -36,7 +36,8 @@ def test_a_group_is_beyond_the_edge_where_three_cosines_agree(cosines: list[floa
     assert beyond_the_edge(cosines) is beyond
 
 
-ONE, TWO = ("mlp_up",), ("attention_v", "head")
+#: Of what is trained: a block and what is around it.
+TWO = ("attention_v", "head")
 
 
 def observed(cuts: EarlyCuts, *rows: tuple[float, ...]) -> EarlyCuts:
@@ -56,28 +57,28 @@ def test_only_the_group_in_question_is_cut_and_its_cosines_start_anew() -> None:
 
 
 def test_the_newest_cosines_count_not_all_of_them() -> None:
-    cuts = observed(EarlyCuts(ONE, least=0.05), *[(-0.5,)] * 10, *[(0.3,)] * NUM_COSINES)
-    assert cuts.factors == [CUT]
+    cuts = observed(EarlyCuts(TWO, least=0.05), *[(-0.5, 0.0)] * 10, *[(0.3, 0.0)] * NUM_COSINES)
+    assert cuts.factors == [CUT, 1.0]
 
 
 def test_cuts_are_bounded() -> None:
-    cuts = observed(EarlyCuts(ONE, least=0.3), *[(0.3,)] * (10 * NUM_COSINES))
-    assert cuts.factors == [0.3]
+    cuts = observed(EarlyCuts(TWO, least=0.3), *[(0.3, 0.0)] * (10 * NUM_COSINES))
+    assert cuts.factors == [0.3, 1.0]
 
 
 def test_a_group_comes_back_by_the_same_amount_at_every_step() -> None:
-    cuts = observed(EarlyCuts(ONE, least=0.05), *[(0.3,)] * NUM_COSINES)
+    cuts = observed(EarlyCuts(TWO, least=0.05), *[(0.3, 0.0)] * NUM_COSINES)
     for n in range(1, RECOVERY_STEPS // 2):
         cuts.count_step()
         assert cuts.factors[0] == pytest.approx(CUT + n / RECOVERY_STEPS)
     for _ in range(2):
         cuts.count_step()
-    assert cuts.factors == [1.0]
+    assert cuts.factors == [1.0, 1.0]
     assert not cuts.active
 
 
 def test_only_the_first_steps_are_watched_and_those_after_a_raise() -> None:
-    cuts = EarlyCuts(ONE, least=0.05)
+    cuts = EarlyCuts(TWO, least=0.05)
     for _ in range(EARLY_STEPS):
         assert cuts.watching
         cuts.count_step()
@@ -90,15 +91,23 @@ def test_only_the_first_steps_are_watched_and_those_after_a_raise() -> None:
 
 
 def test_a_bound_of_one_means_no_cuts_at_all() -> None:
-    cuts = EarlyCuts(ONE, least=1.0)
+    cuts = EarlyCuts(TWO, least=1.0)
     assert not cuts.watching
     cuts.watch_on()
     assert not cuts.watching
 
 
-def test_a_network_without_blocks_is_left_alone() -> None:
-    cuts = observed(EarlyCuts(("head", "norm_bias", "other"), least=0.05), *[(0.3, 0.3, 0.3)] * NUM_COSINES)
-    assert not cuts.watching
+@pytest.mark.parametrize(
+    ("roles", "watched"),
+    [
+        (("embedding", "attention_v", "mlp_up", "head", "norm_bias"), True),
+        (("mlp_down", "norm_bias"), True),
+        (("head", "norm_bias", "other"), False),  # a plain MLP or CNN
+        (("attention_q", "mlp_up"), False),  # adapters in frozen blocks
+    ],
+)
+def test_only_blocks_trained_with_what_is_around_them(roles: tuple[str, ...], watched: bool) -> None:
+    assert EarlyCuts(roles, least=0.05).watching is watched
 
 
 def test_shortening_is_per_group_and_leaves_the_others_alone_bit_for_bit() -> None:

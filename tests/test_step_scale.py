@@ -156,7 +156,7 @@ def test_beyond_the_edge_it_creeps_and_before_it_doubles() -> None:
 
 
 def test_a_raise_in_the_slow_start_lets_groups_be_cut_again() -> None:
-    scale = LearnedScale(Groups(("w",), (0,), ("mlp_up",), (2,)), 100.0, 0.05)
+    scale = LearnedScale(Groups(("w",), (0,), ("mlp_up", "head"), (2, 0)), 100.0, 0.05)
     for _ in range(EARLY_STEPS):
         scale.cuts.count_step()
     assert not scale.cuts.watching

@@ -13,8 +13,9 @@ already rises where it ended.  As in congestion control (additive increase, mult
     f_g <- f_g + 1/100   at every step, up to 1,
 
 and the step of the group is shortened to f_g of itself.  No cuts later: a run at a tuned rate spends its stable
-phase at slightly positive h_g, and cutting there only slows it down.  And only in networks of attention and MLP
-blocks: a plain MLP is none the worse for such steps, and ended higher with shorter ones (LOG.md).
+phase at slightly positive h_g, and cutting there only slows it down.  And only where attention or MLP blocks are
+trained together with what is around them: a plain MLP and adapters inside frozen blocks (LoRA) are none the worse
+for such steps, and ended higher with shorter ones (LOG.md).
 
 Letters: ``G`` groups, ``g`` one of them.
 """
@@ -42,13 +43,14 @@ class EarlyCuts:
     """Factors f_g of the groups' steps, in (0, 1]."""
 
     def __init__(self, roles: Sequence[str], least: float) -> None:
-        """Start without cuts; in a network without attention or MLP blocks there will be none.
+        """Start without cuts; in a network without blocks, and inside frozen ones, there will be none.
 
         Args:
             roles: (G,) of the groups.
             least: Bound on f_g from below; 1: no cuts.
         """
-        self.least = least if any(map(is_inside_a_block, roles)) else 1.0
+        inside = [is_inside_a_block(role) for role in roles]
+        self.least = least if any(inside) and not all(inside) else 1.0
         self.factors = [1.0] * len(roles)
         self.num_cuts = 0
         self._num_left = EARLY_STEPS if self.least < 1 else 0  # real steps in which a cut may still be made
