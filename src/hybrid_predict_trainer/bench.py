@@ -144,7 +144,7 @@ def add_regime_flags(parser: argparse.ArgumentParser, number: Converter) -> None
     parser.add_argument("--quick", action="store_true", help="at most ten minutes on two cores")
     parser.add_argument("--seeds", type=number(int, 1, 1000), metavar="N", help="judged runs per arm (3; quick: 2)")
     parser.add_argument("--seed", type=number(int, 0, 999), default=0, metavar="S", help="first seed (default 0)")
-    parser.add_argument("--sweep-seeds", type=number(int, 1, 100), metavar="N", help="trials per rate (2; quick: 1)")
+    parser.add_argument("--sweep-seeds", type=number(int, 1, 100), metavar="N", help="trials per rate (2)")
     parser.add_argument("--case", action="append", default=[], metavar="NAME", help="only this one; may be repeated")
     parser.add_argument("--arms", type=words, default=(), metavar="A,B", help="only these, beside plain; peers by name")
     parser.add_argument("--predictors", type=words, default=(), metavar="A,B", help="a hybrid arm for each, or 'all'")
