@@ -86,7 +86,25 @@ def test_digits_for_two_networks_are_the_same_images() -> None:
     cnn, mlp = (ImageTask(name, TaskSettings(batch_size=64)) for name in ("digits", "digits-mlp"))
     assert cnn.describe()["data"] == mlp.describe()["data"]
     assert cnn.steps_per_epoch == mlp.steps_per_epoch == 23
-    for a, b in zip(next(cnn.batches(0)), next(mlp.batches(0)), strict=True):
-        assert torch.equal(a, b)
+    (images, labels), (shifted, same_labels) = next(cnn.batches(0)), next(mlp.batches(0))
+    assert torch.equal(labels, same_labels)
+    assert images.shape == shifted.shape
+
+
+def test_digits_are_shifted_for_the_mlp_and_never_mirrored() -> None:
+    """Every image the MLP sees is one of the nine shifts of that image by a pixel, edges mirrored."""
+    pytest.importorskip("sklearn")
+    cnn, mlp = (ImageTask(name, TaskSettings(batch_size=64)) for name in ("digits", "digits-mlp"))
+    (images, _), (shifted, _) = next(cnn.batches(0)), next(mlp.batches(0))
+    wide = torch.nn.functional.pad(images, (1, 1, 1, 1), mode="reflect")
+    size = images.shape[-1]
+    shifts = [wide[..., i : i + size, j : j + size] for i in range(3) for j in range(3)]
+    found = [any(torch.equal(shifted[n], candidate[n]) for candidate in shifts) for n in range(len(images))]
+    assert all(found)
+    assert not torch.equal(images, shifted)
+
+
+def test_digits_have_no_other_presets() -> None:
+    pytest.importorskip("sklearn")
     with pytest.raises(ValueError, match="unknown preset of task 'digits-mlp' 'groupnorm'"):
         ImageTask("digits-mlp", TaskSettings(preset="groupnorm"))
