@@ -162,6 +162,15 @@ def test_a_group_beyond_the_edge_is_brought_below_it_and_the_other_goes_on() -> 
     assert cut[10] == pytest.approx(flat, rel=0.1)
 
 
+def test_the_statistics_say_how_often_something_was_cut() -> None:
+    made = setup("mlp", "sgd", "flat")
+    trainer = made.trainer(config(max_learned_scale=9.0))
+    assert trainer.statistics()["num_early_cuts"] == 0
+    assert isinstance(trainer.run.scale, LearnedScale)
+    observed(trainer.run.scale.cuts, *[tuple([0.3] * trainer.run.groups.num_groups)] * NUM_COSINES)
+    assert trainer.statistics()["num_early_cuts"] == trainer.run.groups.num_groups
+
+
 def test_below_the_edge_the_run_is_the_plain_one_bit_for_bit() -> None:
     """Watching alone changes nothing."""
     assert descent(0.9) == descent(0.9, min_learned_scale=0.05)

@@ -74,6 +74,11 @@ class StepScale(Protocol):
         """The multiplier m, at least 1."""
         ...
 
+    @property
+    def num_cuts(self) -> int:
+        """Times that a group's early steps were cut."""
+        ...
+
     def measure(self, parameters: Sequence[Tensor]) -> int:
         """Between backward and step: hold the last step against the new gradients; returns passes over the weights."""
         ...
@@ -120,6 +125,7 @@ class UnitScale:
     """The null object: steps are the optimizer's own."""
 
     value = 1.0
+    num_cuts = 0
 
     def measure(self, parameters: Sequence[Tensor]) -> int:
         """Nothing."""
@@ -216,6 +222,11 @@ class LearnedScale:
         self._last_rate = math.nan
         self._account: tuple[int, float, float] | None = None  # (checks left, value before the raise, loss before)
         self.last_cosine = math.nan
+
+    @property
+    def num_cuts(self) -> int:
+        """Times that a group's early steps were cut."""
+        return self.cuts.num_cuts
 
     # ---- measuring ---------------------------------------------------------------------------------
 
