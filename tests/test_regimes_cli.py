@@ -19,6 +19,8 @@ TINY = [
     "--regime",
     "self-test",
     "--quick",
+    "--sweep-seeds",
+    "1",
     "--steps",
     "12",
     "--jobs",
