@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hybrid_predict_trainer.config import HybridTrainerConfig
 from hybrid_predict_trainer.experiments.arms import COUNTS, Arm, Run, Setup, run_arm
 from hybrid_predict_trainer.experiments.peers import PEERS, optimizers, peer_of, peers_for, run_peer, wnn
+from hybrid_predict_trainer.experiments.peers.base import long_warmup
 from hybrid_predict_trainer.experiments.peers.flops import (
     forward_flops,
     mlp_flops,
@@ -491,3 +492,13 @@ def test_a_run_leaves_its_summary(name: str, tmp_path: Path) -> None:
     run = run_arm(setup, Arm(name=name, kind="peer", lr=0.05), seed=1, folder=tmp_path)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["arm"], summary["seed"], summary["final_val_loss"]) == (name, 1, run.final_val_loss)
+
+
+@pytest.mark.parametrize(
+    ("beta_2", "steps", "own", "wanted"),
+    [(0.98, 400, 40, 100), (0.98, 100, 10, 50), (0.95, 1000, 50, 50), (0.999, 900, 90, 450)],
+)
+def test_long_warmup_is_two_memories_of_the_second_moment(beta_2: float, steps: int, own: int, wanted: int) -> None:
+    """Half of the run at most, and never shorter than the recipe's own."""
+    recipe = TaskDefaults(lr=1e-3, steps=steps, betas=(0.9, beta_2), warmup_steps=own)
+    assert long_warmup(recipe) == replace(recipe, warmup_steps=wanted)

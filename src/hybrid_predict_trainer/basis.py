@@ -274,10 +274,10 @@ class Basis:
         by_slot[:, self._slots()] = coefficients.double()
         # once per device: every copy from the host waits for it
         placed = {device: by_slot.to(device, weights.accumulate_dtype(device)) for device in set(self._devices)}
-        deltas = []
+        slots, deltas = self._filled, []
         for column, g, p in zip(self._columns, self.groups.index, self.parameters, strict=True):
             row = by_slot[g] if column.dtype is torch.bfloat16 else placed[column.device][g]
-            pieces = [weighted_sum(row[filled], column[filled]) for filled in self._filled]
+            pieces = [weighted_sum(row[filled], column[filled]) for filled in slots]
             deltas.append(sum(pieces[1:], pieces[0]).reshape(p.shape).to(p.device))
         return deltas
 

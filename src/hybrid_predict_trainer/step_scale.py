@@ -46,7 +46,7 @@ from .records import State
 from .weights import Groups, Tensors
 
 #: Factor of one raise in the slow start, and real steps between checks.  At 2 per 5 steps a rate that is 10 times too
-#: small is made up for in 20 steps; what that overshoots the early cuts take back, group by group (1.3: LOG.md).
+#: small is made up for in 20 steps; what that overshoots the early cuts take back, group by group.
 GROWTH = 2.0
 CHECK_STEPS = 5
 #: Cosines a decision needs at least, and at which their mean is taken for zero, and how many standard errors decide.
