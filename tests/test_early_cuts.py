@@ -19,6 +19,7 @@ from hybrid_predict_trainer.early_cuts import (
     shorten,
 )
 from hybrid_predict_trainer.step_scale import LearnedScale, UnitScale
+from hybrid_predict_trainer.tasks import TaskSettings, make_task
 
 
 @pytest.mark.parametrize(
@@ -108,6 +109,49 @@ def test_a_bound_of_one_means_no_cuts_at_all() -> None:
 )
 def test_only_blocks_trained_with_what_is_around_them(roles: tuple[str, ...], watched: bool) -> None:
     assert EarlyCuts(roles, least=0.05).watching is watched
+
+
+def test_in_an_untrained_network_the_blocks_begin_at_the_bottom_and_come_up_by_themselves() -> None:
+    cuts = EarlyCuts(TWO, least=0.01, untrained=True)
+    assert cuts.factors == [0.01, 1.0]
+    for n in range(1, 99):
+        cuts.count_step()
+        assert cuts.factors == [pytest.approx(0.01 + n / RECOVERY_STEPS), 1.0]
+    cuts.count_step()
+    assert cuts.factors == pytest.approx([1.0, 1.0])
+
+
+@pytest.mark.parametrize("roles", [("head", "other"), ("attention_q", "mlp_up")])
+def test_without_cuts_there_is_no_ramp(roles: tuple[str, ...]) -> None:
+    assert EarlyCuts(roles, least=0.01, untrained=True).factors == [1.0, 1.0]
+    assert EarlyCuts(TWO, least=1.0, untrained=True).factors == [1.0, 1.0]
+
+
+def test_a_network_begins_with_the_ramp_and_one_that_was_trained_without() -> None:
+    """Found out from the gains of its norms: one real step of anything moves them apart."""
+    task = make_task("gpt", TaskSettings(preset="0.3M", data_bytes=100_000))
+    model = task.build_model(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    settings = config(min_learned_scale=0.01)
+
+    def trainer() -> HybridTrainer:
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+        return HybridTrainer(model, optimizer, settings, loss_fn=task.loss_fn, lr_scheduler=schedule)
+
+    first = trainer()
+    assert isinstance(first.run.scale, LearnedScale)
+    assert min(first.run.scale.cuts.factors) == 0.01
+    before = [p.detach().clone() for p in first.run.parameters]
+    first.step(next(task.batches(0)))
+    moved = {
+        role: max(float((p - b).abs().max()) for p, b, g in zip(
+            first.run.parameters, before, first.run.groups.index, strict=True) if first.run.groups.roles[g] == role)
+        for role in ("head", "mlp_up")
+    }  # fmt: skip
+    assert moved["mlp_up"] == pytest.approx(0.01 * moved["head"], rel=0.2)  # Adam's first step has one length
+    second = trainer()
+    assert isinstance(second.run.scale, LearnedScale)
+    assert min(second.run.scale.cuts.factors) == 1.0
 
 
 def test_shortening_is_per_group_and_leaves_the_others_alone_bit_for_bit() -> None:

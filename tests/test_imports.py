@@ -48,6 +48,7 @@ ORDER = (
     "early_cuts",
     "step_scale",
     "lookahead",
+    "switchback",
     "run",
     "responses",
     "proposals",

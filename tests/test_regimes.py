@@ -420,9 +420,17 @@ def test_wrong_names_are_said_in_one_line(tmp_path: Path, changes: dict[str, Any
     assert "\n" not in str(caught.value)
 
 
+def test_a_case_may_need_more_sweep_seeds_and_the_command_line_has_the_last_word(tmp_path: Path) -> None:
+    case = replace(case_of("tuned"), sweep_seeds=5)
+    for quick in (False, True):
+        assert len(regime_cases.sweep_seeds_of(asked(tmp_path, sweep_seeds=None, quick=quick), case)) == 5
+    assert regime_cases.sweep_seeds_of(asked(tmp_path, sweep_seeds=1), case) == (1000,)
+
+
 def test_judged_seeds_are_none_of_the_sweep_s(tmp_path: Path) -> None:
     assert regime_cases.seeds_of(asked(tmp_path, seeds=3, first_seed=5)) == (5, 6, 7)
-    assert regime_cases.sweep_seeds_of(asked(tmp_path, sweep_seeds=2, first_seed=5)) == (1000, 1001)
+    case = case_of("tuned")
+    assert regime_cases.sweep_seeds_of(asked(tmp_path, sweep_seeds=2, first_seed=5), case) == (1000, 1001)
     with pytest.raises(InputError, match="must be below 1000"):
         regime_cases.seeds_of(asked(tmp_path, seeds=3, first_seed=998))
 

@@ -148,3 +148,28 @@ def test_rms_and_finiteness() -> None:
     assert weights.all_finite(tensors)
     for bad in (float("nan"), float("inf"), -float("inf")):
         assert not weights.all_finite([*tensors, torch.tensor([1.0, bad])])
+
+
+class Normed(nn.Module):
+    """A norm's gain, and a linear layer whose bias is drawn at random."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(4, 4), nn.LayerNorm(4)
+
+
+@pytest.mark.parametrize("gain", [1.0, 0.0])
+def test_a_network_with_even_gains_is_untrained(gain: float) -> None:
+    model = Normed()
+    nn.init.constant_(model.norm.weight, gain)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    assert weights.untrained(parameters, names)
+    with torch.no_grad():
+        model.norm.weight[2] += 1e-6
+    assert not weights.untrained(parameters, names)
+
+
+def test_one_that_does_not_tell_is_taken_for_trained() -> None:
+    for model in (nn.Linear(3, 3), nn.LayerNorm(1)):
+        names, parameters = zip(*model.named_parameters(), strict=True)
+        assert not weights.untrained(parameters, names)

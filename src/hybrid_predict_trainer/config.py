@@ -370,9 +370,10 @@ class HybridTrainerConfig:
     gradient_clip_norm: float = 0.0  # 0: off
     # both need a learning-rate schedule, whose decay takes out the noise they add; 1 and 0: off
     max_learned_scale: float = 100.0  # bound on the learned multiplier of the optimizer's own steps
-    min_learned_scale: float = 0.05  # bound on what a group's first steps are cut to where they are too long; 1: off
+    min_learned_scale: float = 0.01  # bound on what a group's first steps are cut to where they are too long; 1: off
     lookahead: float = 0.3  # beta: share of the slow drift added between steps, where losses are noisy
-    smoothing: float = 0.25  # kappa: share of a displacement of five steps that the slow drift stands for there
+    smoothing: float = 0.25  # kappa: share of a displacement of three steps that is not taken as computed, there
+    drift: float = 1.0  # delta: share of that which the slow drift stands for; 0: Lookahead
     explore_outcomes: int = 3  # proposals made whatever the confidence, to learn what it is worth
     seed: int = 0  # of the trainer's own random generator (control group)
 
@@ -399,8 +400,9 @@ class HybridTrainerConfig:
         _number("training.gradient_clip_norm", self.gradient_clip_norm, 0.0)
         _number("training.max_learned_scale", self.max_learned_scale, 1.0)
         _number("training.min_learned_scale", self.min_learned_scale, 0.0, 1.0, open_low=True)
-        _number("training.lookahead", self.lookahead, 0.0, 1.0)
+        _number("training.lookahead", self.lookahead, 0.0, 2.0)
         _number("training.smoothing", self.smoothing, 0.0, 1.0)
+        _number("training.drift", self.drift, 0.0, 1.0)
         _whole("training.explore_outcomes", self.explore_outcomes, 0)
         _whole("training.seed", self.seed, 0, 2**63 - 1)
         _number("predictor.memory_budget_mb", self.predictor_memory_mb, 0.0, open_low=True)

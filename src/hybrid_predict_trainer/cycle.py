@@ -17,6 +17,7 @@ from .proposals import fits, price
 from .records import Action, Alarm, Decision, DivergenceError, Level, Phase, StepResult, Window
 from .responses import respond
 from .run import Run
+from .switchback import BLOCK_STEPS
 
 #: A predictor that failed this often is not asked again.
 MAX_PREDICTOR_FAILURES = 3
@@ -203,6 +204,17 @@ def rescale(run: Run, execution: Execution) -> None:
     if execution.backwards and not execution.skipped:
         loss = run.history.loss_ema
         run.scale.check(run.learning_rate, loss.mean, loss.std / math.sqrt(EMA_STEPS))
+
+
+def judge_lookahead(run: Run, execution: Execution) -> None:
+    """After a real step: let the trial of the lookahead look at it.
+
+    Where losses are read late, those of a block are up to one interval older than its steps.
+    """
+    if run.deterministic or not execution.backwards or execution.skipped or not run.lookahead.memory_bytes():
+        return
+    if run.switchback.count_step():
+        run.switchback.close_block(list(run.history.losses)[-BLOCK_STEPS:], run.generator)
 
 
 def observe(run: Run, metrics: Metrics, execution: Execution, began: float) -> None:

@@ -12,10 +12,13 @@ already rises where it ended.  As in congestion control (additive increase, mult
     f_g <- f_g / 2       when the newest ``NUM_COSINES`` h_g are above ``BEYOND`` on the mean, by more than their noise,
     f_g <- f_g + 1/100   at every step, up to 1,
 
-and the step of the group is shortened to f_g of itself.  No cuts later: a run at a tuned rate spends its stable
-phase at slightly positive h_g, and cutting there only slows it down.  And only where attention or MLP blocks are
-trained together with what is around them: a plain MLP and adapters inside frozen blocks (LoRA) are none the worse
-for such steps, and ended higher with shorter ones (LOG.md).
+and the step of the group is shortened to f_g of itself.  In a network that has never been trained the blocks begin
+at the bottom, f_g = ``least``: what their first hundred steps would gain is less than what they would break.  One
+that has been trained begins at 1: there the same ramp loses more than it saves (LOG.md).
+
+No cuts later: a run at a tuned rate spends its stable phase at slightly positive h_g, and cutting there only slows
+it down.  And only where attention or MLP blocks are trained together with what is around them: a plain MLP and
+adapters inside frozen blocks (LoRA) are none the worse for such steps, and ended higher with shorter ones (LOG.md).
 
 Letters: ``G`` groups, ``g`` one of them.
 """
@@ -42,16 +45,17 @@ CUT = 0.5
 class EarlyCuts:
     """Factors f_g of the groups' steps, in (0, 1]."""
 
-    def __init__(self, roles: Sequence[str], least: float) -> None:
-        """Start without cuts; in a network without blocks, and inside frozen ones, there will be none.
+    def __init__(self, roles: Sequence[str], least: float, *, untrained: bool = False) -> None:
+        """Start; in a network without blocks, and inside frozen ones, there will be no cuts.
 
         Args:
             roles: (G,) of the groups.
             least: Bound on f_g from below; 1: no cuts.
+            untrained: Whether the weights are as they were drawn.
         """
         inside = [is_inside_a_block(role) for role in roles]
         self.least = least if any(inside) and not all(inside) else 1.0
-        self.factors = [1.0] * len(roles)
+        self.factors = [self.least if untrained and block else 1.0 for block in inside]
         self.num_cuts = 0
         self._num_left = EARLY_STEPS if self.least < 1 else 0  # real steps in which a cut may still be made
         self._cosines: list[list[float]] = [[] for _ in roles]  # newest last, since the group's last cut

@@ -91,6 +91,8 @@ def run_full(run: Run, batch: Any, decision: Decision) -> Execution:
     if run.config.gradient_clip_norm > 0:
         torch.nn.utils.clip_grads_with_norm_(trained, run.config.gradient_clip_norm, norm)
     passes = run.scale.measure(run.parameters) + run.scale.before_step(run.parameters)
+    if not run.deterministic:
+        passes += run.lookahead.before_step(run.parameters)
     rate = run.learning_rate
     _optimizer_step(run)
     passes += run.scale.after_step(run.parameters)
@@ -134,16 +136,17 @@ def _optimizer_step(run: Run) -> None:
 
 
 def _look_ahead(run: Run, rate: float) -> int:
-    """Move on along the drift where the rate stands near its peak; returns passes over the weights.
+    """Replace part of what was computed by the drift, and move on along it; returns passes over the weights.
 
     Where losses are exact the gate finds longer jumps than this at once, and a rate that still rises
     has no drift worth going on with.
     """
     if run.deterministic:
+        run.lookahead.forget()  # the first batch did not tell yet that all are the same
         return 0
     rising, run.peak_rate = rate > run.peak_rate, max(rate, run.peak_rate)
     strength = 0.0 if rising or run.peak_rate <= 0 else rate / run.peak_rate
-    return run.lookahead.after_step(run.parameters, strength)
+    return run.lookahead.after_step(run.parameters, rate * run.scale.value, strength, moving=run.switchback.moving)
 
 
 def _count_real(run: Run) -> None:
@@ -309,6 +312,7 @@ def _accept(
     weights.move_(run.parameters, saved, delta, verdict.scale)
     run.basis.translate(delta, verdict.scale)
     run.lookahead.translate(delta, verdict.scale)
+    run.switchback.note_jump()
     run.scale.forget()
     run.lr_integral = 0.0
     c.num_jumps_accepted += 1

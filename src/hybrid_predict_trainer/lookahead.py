@@ -5,17 +5,20 @@ against the noise of any test, and a jump along it makes the loss worse at first
 the valley too, which the next steps have to come down again.  Spread over many steps the same motion
 helps, because in between the optimizer damps what does not belong to the drift.
 
-Every n steps, with theta_0 the weights after the last application,
+Every n steps, with theta_0 the weights after the last application (at first those the run began with) and
+Lambda the sum of the n learning rates,
 
-    s = theta - theta_0                                     displacement that was computed
-    b <- gamma^n b + (1 - gamma^n) s                        displacement that is predicted: the drift
-    theta <- theta_0 + (1 - kappa) s + kappa b + beta_t b.
+    s = theta - theta_0                                               displacement that was computed
+    b <- gamma^n b + (1 - gamma^n) s / Lambda                         drift, per unit of learning rate
+    theta <- theta_0 + (1 - kappa) s + (delta kappa + beta_t) Lambda b        ... and part of it predicted.
 
 kappa takes out of s what is not drift (along an unstable direction the weights swing to and fro, and a learning
-rate that suits the rest is too large there); Lookahead (arXiv 1907.08610) is kappa = 1/2 with b = 0, and pays for
-its calm with half of the drift.  beta carries the drift on (EMA-Nesterov, arXiv 2605.25395); beta_t = beta lr / lr_max:
-the schedule's decay takes it out with the rate.  b starts at zero, so that the first steps are shortened by
-kappa as a longer warm-up would shorten them; correcting that bias was worse in trials.
+rate that suits the rest is too large there), delta puts the drift back.  Lookahead (arXiv 1907.08610) is
+kappa = 1/2, delta = 0: it pays for its calm with half of the drift, and where a run is too short to know its drift
+that is cheap.  beta carries the drift on (EMA-Nesterov, arXiv 2605.25395); beta_t = beta lr / lr_max: the
+schedule's decay takes it out with the rate.  The drift is one per unit of learning rate, because in a decay the
+last seventy steps were longer than the next ones will be.  b starts at zero, so that the first steps are shortened
+by kappa as a longer warm-up would shorten them; correcting that bias was worse in trials.
 """
 
 from __future__ import annotations
@@ -30,8 +33,8 @@ from . import weights
 from .records import State
 from .weights import Tensors
 
-#: Steps between two applications: per step the same motion would cost five times the passes.
-EVERY = 5
+#: Steps between two applications: per step the same motion would cost three times the passes.
+EVERY = 3
 #: gamma per step: the drift of the last seventy steps.
 GAMMA = 0.986
 
@@ -39,8 +42,16 @@ GAMMA = 0.986
 class Lookahead(Protocol):
     """What a run needs of a motion between real steps."""
 
-    def after_step(self, parameters: Sequence[Tensor], strength: float) -> int:
+    def before_step(self, parameters: Sequence[Tensor]) -> int:
+        """Before a real step: remember where the run began; returns passes over the weights."""
+        ...
+
+    def after_step(self, parameters: Sequence[Tensor], rate: float, strength: float, *, moving: bool = True) -> int:
         """Count a real step and move the weights if it is time; returns passes over the weights."""
+        ...
+
+    def forget(self) -> None:
+        """This run has no use for it (any more): hold nothing."""
         ...
 
     def translate(self, deltas: Sequence[Tensor], scale: float) -> None:
@@ -63,9 +74,16 @@ class Lookahead(Protocol):
 class NoLookahead:
     """The null object."""
 
-    def after_step(self, parameters: Sequence[Tensor], strength: float) -> int:
+    def before_step(self, parameters: Sequence[Tensor]) -> int:
         """Nothing."""
         return 0
+
+    def after_step(self, parameters: Sequence[Tensor], rate: float, strength: float, *, moving: bool = True) -> int:
+        """Nothing."""
+        return 0
+
+    def forget(self) -> None:
+        """Nothing."""
 
     def translate(self, deltas: Sequence[Tensor], scale: float) -> None:
         """Nothing."""
@@ -85,43 +103,77 @@ class NoLookahead:
 class DriftLookahead:
     """The motion towards the drift, and along it."""
 
-    def __init__(self, beta: float, kappa: float = 0.0, *, every: int = EVERY, gamma: float = GAMMA) -> None:
-        """Args: beta: share of the drift added.  kappa: share of a displacement that is predicted, not computed.
+    def __init__(
+        self, beta: float, kappa: float = 0.0, delta: float = 1.0, *, every: int = EVERY, gamma: float = GAMMA
+    ) -> None:
+        """Nothing is known of the drift yet.
 
-        every: steps between applications.  gamma: of the drift's mean, per step.
+        Args:
+            beta: share of the drift added.
+            kappa: share of a displacement that is taken out of it.
+            delta: share of that which the drift stands for.
+            every: steps between applications, n.
+            gamma: of the drift's mean, per step.
         """
-        self.beta, self.kappa, self.every, self.gamma = beta, kappa, every, gamma
+        self.beta, self.kappa, self.delta, self.every, self.gamma = beta, kappa, delta, every, gamma
         self.num_steps = 0
+        self._rates = 0.0  # Lambda so far
         self._theta_0: Tensors = []
         self._b: Tensors = []
 
+    def before_step(self, parameters: Sequence[Tensor]) -> int:
+        """At the first real step: theta_0."""
+        if self._theta_0:
+            return 0
+        self._theta_0 = [p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for p in parameters]
+        if self._drifts:
+            self._b = [torch.zeros_like(t) for t in self._theta_0]
+        return 3
+
+    @property
+    def _drifts(self) -> bool:
+        """Whether the drift is of any use."""
+        return self.beta > 0 or self.kappa * self.delta > 0
+
     @torch.no_grad()
-    def after_step(self, parameters: Sequence[Tensor], strength: float) -> int:
+    def after_step(self, parameters: Sequence[Tensor], rate: float, strength: float, *, moving: bool = True) -> int:
         """Every ``every`` steps: update b and move the weights.
 
         Args:
             parameters: Moved in place.
-            strength: beta_t / beta, in [0, 1]: the rate against its peak; 0 only observes.
+            rate: Learning rate of the step, the learned scale included.
+            strength: beta_t / beta, in [0, 1]: the schedule's rate against its peak; 0 while it rises.
+            moving: False: only observe the drift.
 
         Returns:
             Passes over the weights.
         """
         self.num_steps += 1
+        self._rates += rate
         if self.num_steps % self.every:
             return 0
-        if not self._theta_0:
-            self._theta_0 = [p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for p in parameters]
-            self._b = [torch.zeros_like(t) for t in self._theta_0]
-            return 3
+        rates, self._rates = self._rates, 0.0
+        kappa = self.kappa if moving else 0.0
+        if not self._drifts:
+            for theta_0, p in zip(self._theta_0, parameters, strict=True):
+                if kappa:
+                    p.copy_(theta_0.lerp_(p.to(theta_0.dtype), 1 - kappa))
+                theta_0.copy_(p)  # as rounded
+            return 4
         kept = self.gamma**self.every
-        kappa, beta = (self.kappa, self.beta * strength) if strength > 0 else (0.0, 0.0)
+        share = (self.delta * kappa + self.beta * strength) * rates if moving else 0.0
         for theta_0, b, p in zip(self._theta_0, self._b, parameters, strict=True):
             s = p.to(theta_0.dtype) - theta_0
-            b.lerp_(s, 1 - kept)
-            if kappa or beta:
-                p.copy_(theta_0.add_(s, alpha=1 - kappa).add_(b, alpha=kappa + beta))
+            if rates > 0:
+                b.lerp_(s / rates, 1 - kept)
+            if kappa or share:
+                p.copy_(theta_0.add_(s, alpha=1 - kappa).add_(b, alpha=share))
             theta_0.copy_(p)  # as rounded
         return 11
+
+    def forget(self) -> None:
+        """Let both copies go; what comes later begins anew."""
+        self.num_steps, self._rates, self._theta_0, self._b = 0, 0.0, [], []
 
     @torch.no_grad()
     def translate(self, deltas: Sequence[Tensor], scale: float) -> None:
@@ -130,14 +182,16 @@ class DriftLookahead:
             theta_0.add_(d.to(dtype=theta_0.dtype, device=theta_0.device), alpha=scale)
 
     def memory_bytes(self) -> int:
-        """Two copies of the weights."""
+        """Two copies of the weights; one where the drift is of no use."""
         return sum(t.numel() * t.element_size() for t in (*self._theta_0, *self._b))
 
     def state_dict(self) -> State:
-        """Step count, weights after the last application, drift."""
-        return {"num_steps": self.num_steps, "theta_0": list(self._theta_0), "b": list(self._b)}
+        """Step count, learning rates since the last application, weights after it, drift."""
+        return {
+            "num_steps": self.num_steps, "rates": self._rates, "theta_0": list(self._theta_0), "b": list(self._b),
+        }  # fmt: skip
 
     def load_state_dict(self, state: State) -> None:
         """Inverse of :meth:`state_dict`, with copies."""
-        self.num_steps = state["num_steps"]
+        self.num_steps, self._rates = state["num_steps"], state["rates"]
         self._theta_0, self._b = weights.clone(state["theta_0"]), weights.clone(state["b"])

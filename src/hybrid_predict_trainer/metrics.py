@@ -349,6 +349,7 @@ def statistics(run: Run) -> dict[str, Any]:
         "num_controls": c.num_controls, "num_rollbacks": c.num_rollbacks,
         "num_predictor_failures": run.num_predictor_failures, "num_divergence_events": c.num_divergence_events,
         "learned_scale": run.scale.value, "num_early_cuts": run.scale.num_cuts,
+        "lookahead_effect": run.switchback.effect, "lookahead_switched_off": run.switchback.switched_off,
         "cost_units": c.cost_units, "backward_reduction_pct": c.backward_reduction_pct,
         **{k: jsonable(v) for k, v in run.ledger.steps_gained().items()},
     }  # fmt: skip

@@ -36,8 +36,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "training.smoothing": 0.0, "training.confidence_threshold": 0.0, "gate.overhead_budget": 0.05,
         "gate.significance": 0.5, "gate.control_fraction": 0.0, "gate.min_persistence": 0.5,
     },
-    # a pretrained model and few steps: no time to know the drift, and nothing to gain from it (LOG.md)
-    "finetune": {"training.lookahead": 0.0, "training.smoothing": 0.0},
+    # a pretrained model and few steps: no time to know the drift, but calm is worth as much as Lookahead finds (LOG.md)
+    "finetune": {"training.lookahead": 0.0, "training.smoothing": 0.4, "training.drift": 0.0},
     # steps of orthogonal matrices do not swing, cutting them only slows them down, and their drift is worth more
     # (0.6 as published for EMA-Nesterov)
     "muon": {"training.lookahead": 0.6, "training.smoothing": 0.0, "training.min_learned_scale": 1.0},

@@ -30,6 +30,7 @@ from .predictors._common import window_from_state, window_state
 from .records import Level, Phase, PhasePrediction, State, Window
 from .snapshot import BufferGuard, HasState, Snapshot
 from .step_scale import CHECK_STEPS, LearnedScale, StepScale, UnitScale
+from .switchback import Switchback
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
@@ -96,7 +97,10 @@ class Run:
         if annealed and (config.max_learned_scale > 1 or config.min_learned_scale < 1):
             # on an accelerator a check waits for the device: as often as losses are read, no more
             steps = CHECK_STEPS if self.on_cpu else max(CHECK_STEPS, config.divergence.check_interval_steps)
-            self.scale = LearnedScale(self.groups, config.max_learned_scale, config.min_learned_scale, steps)
+            self.scale = LearnedScale(
+                self.groups, config.max_learned_scale, config.min_learned_scale, steps,
+                untrained=weights.untrained(self.parameters, self.groups.names),
+            )  # fmt: skip
         self.observer: Observer = NullObserver()
         if self.observing:
             self.observer = observer_for(
@@ -104,7 +108,8 @@ class Run:
             )
         self.lookahead: Lookahead = NoLookahead()
         if annealed and (config.lookahead > 0 or config.smoothing > 0):
-            self.lookahead = DriftLookahead(config.lookahead, config.smoothing)
+            self.lookahead = DriftLookahead(config.lookahead, config.smoothing, config.drift)
+        self.switchback = Switchback(config.gate.control_fraction)
         self.peak_rate = 0.0  # highest learning rate so far
         self.history = History()
         self.readout = Readout(config.divergence.check_interval_steps)
@@ -296,6 +301,7 @@ class Run:
             "adaptation": self.adaptation.state_dict(),
             "scale": self.scale.state_dict(),
             "lookahead": self.lookahead.state_dict(),
+            "switchback": self.switchback.state_dict(),
             "confidence": self.stated_confidence,
             "generator": self.generator.get_state(),
             "probation": _probation_state(self.probation),
@@ -316,6 +322,7 @@ class Run:
         self.adaptation.load_state_dict(state["adaptation"])
         self.scale.load_state_dict(state["scale"])
         self.lookahead.load_state_dict(_placed(state["lookahead"], self.parameters))
+        self.switchback.load_state_dict(state["switchback"])
         self.stated_confidence = state["confidence"]
         self.generator.set_state(state["generator"])
         self.probation = _probation_from(state["probation"])

@@ -198,7 +198,10 @@ def step_cosines(
 class LearnedScale:
     """Slow start up to the edge of stability, with every raise on account."""
 
-    def __init__(self, groups: Groups, maximum: float, minimum: float = 1.0, check_steps: int = CHECK_STEPS) -> None:
+    def __init__(
+        self, groups: Groups, maximum: float, minimum: float = 1.0, check_steps: int = CHECK_STEPS, *,
+        untrained: bool = False,
+    ) -> None:  # fmt: skip
         """Bind to the groups.
 
         Args:
@@ -206,9 +209,10 @@ class LearnedScale:
             maximum: Bound on m; 1: no raises.
             minimum: Bound on the early cuts' factors; 1: no cuts.
             check_steps: Real steps between checks.
+            untrained: Whether the weights are as they were drawn.
         """
         self.groups, self.maximum, self.check_steps = groups, maximum, check_steps
-        self.cuts = EarlyCuts(groups.roles, minimum)
+        self.cuts = EarlyCuts(groups.roles, minimum, untrained=untrained)
         self.value = 1.0
         self.touched = False  # the edge of stability has been seen
         self.num_raises = 0

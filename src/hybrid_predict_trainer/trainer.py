@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from . import persistence, weights
 from .config import HybridTrainerConfig
-from .cycle import describe, enter, monitor, observe, rescale, settle_readings, signals
+from .cycle import describe, enter, judge_lookahead, monitor, observe, rescale, settle_readings, signals
 from .executors import EXECUTORS, run_plain
 from .ledger import STEP_UNITS
 from .metrics import JsonlSink, Metrics, NullSink, Sink, statistics
@@ -125,6 +125,7 @@ class HybridTrainer:
             run.batch_free = not execution.consumed
             alarm = monitor(run, self.metrics, execution)
             rescale(run, execution)
+            judge_lookahead(run, execution)
             observe(run, self.metrics, execution, began)
             result = describe(run, decision, execution, alarm, started)
             self.metrics.record(run, decision, execution, result)

@@ -131,6 +131,24 @@ def predicted_parameters(
     return parameters, Groups(tuple(names), index, tuple(present), tuple(sizes))
 
 
+def untrained(parameters: Sequence[Tensor], names: Sequence[str]) -> bool:
+    """Whether a network is as it was drawn: no gain of its norms differs from the others of the same norm.
+
+    Gains begin at one (or zero) and differ after the first optimizer step; biases may be drawn at random, so they
+    say nothing.  A network without gains is taken for a trained one.
+
+    Args:
+        parameters: That are trained.
+        names: Qualified, one per parameter.
+    """
+    gains = [
+        p.detach()
+        for p, name in zip(parameters, names, strict=True)
+        if p.dim() == 1 and p.numel() > 1 and not name.endswith("bias")
+    ]
+    return bool(gains) and bool(torch.stack([(g == g[0]).all() for g in gains]).all())
+
+
 def clone(tensors: Iterable[Tensor]) -> Tensors:
     """Detached copies with the same dtype, device and layout."""
     return [t.detach().clone() for t in tensors]

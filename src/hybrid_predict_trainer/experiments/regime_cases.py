@@ -76,6 +76,7 @@ class Prepared:
     setup: Setup
     threads: int
     budgets: tuple[float, ...]
+    sweep_seeds: tuple[int, ...]
     contestants: list[Contestant]
     notes: list[str]
 
@@ -111,8 +112,8 @@ def prepare(request: Request, case: regimes.Case) -> Prepared:
     budgets = request.budgets or (case.quick_budgets if request.quick else case.budgets)
     contestants, why_not = _contestants(request, case, blueprint, setup)
     return Prepared(
-        case=case, setup=setup, threads=threads, budgets=tuple(sorted({1.0, *budgets})), contestants=contestants,
-        notes=[*notes, *why_not],
+        case=case, setup=setup, threads=threads, budgets=tuple(sorted({1.0, *budgets})),
+        sweep_seeds=sweep_seeds_of(request, case), contestants=contestants, notes=[*notes, *why_not],
     )  # fmt: skip
 
 
@@ -201,9 +202,9 @@ def seeds_of(request: Request) -> tuple[int, ...]:
     return tuple(range(request.first_seed, request.first_seed + count))
 
 
-def sweep_seeds_of(request: Request) -> tuple[int, ...]:
-    """Of the sweeps: from a fixed start, so that more judged seeds later leave the sweeps as they are."""
-    default = regimes.NUM_SWEEP_SEEDS_QUICK if request.quick else regimes.NUM_SWEEP_SEEDS
+def sweep_seeds_of(request: Request, case: regimes.Case) -> tuple[int, ...]:
+    """Of a case's sweeps: from a fixed start, so that more judged seeds later leave the sweeps as they are."""
+    default = case.sweep_seeds or (regimes.NUM_SWEEP_SEEDS_QUICK if request.quick else regimes.NUM_SWEEP_SEEDS)
     return tuple(SWEEP_SEED_OFFSET + i for i in range(request.sweep_seeds or default))
 
 

@@ -35,7 +35,6 @@ from .regime_cases import (
     build,
     prepare,
     seeds_of,
-    sweep_seeds_of,
     tuned_budgets,
 )
 from .regime_summary import Entry, best_weights_only, rows
@@ -103,12 +102,12 @@ class Bench:
     def __init__(self, request: Request, prepared: Sequence[Prepared], tell: Tell) -> None:
         """Args: request: what was asked for.  prepared: its cases.  tell: prints a line of progress."""
         self.request, self.tell = request, tell
-        self.seeds, self.sweep_seeds = seeds_of(request), sweep_seeds_of(request)
+        self.seeds = seeds_of(request)
         self.jobs = request.jobs or (min(2, os.cpu_count() or 1) if request.quick else 1)
         self.store = RunStore(request.out / "runs", fresh=request.fresh)
         left, runs = {}, 0
         for p in prepared:
-            num_trials = sum(len(c.grid) for c in p.contestants) * len(self.sweep_seeds)
+            num_trials = sum(len(c.grid) for c in p.contestants) * len(p.sweep_seeds)
             budgets = [*(1.0 for c in p.contestants if c.kind != "plain"), *p.budgets, *tuned_budgets(p)]
             left[p.case.name] = p.setup.steps * (num_trials / self.jobs + len(self.seeds) * sum(budgets))
             runs += num_trials + len(self.seeds) * len(budgets)
@@ -118,7 +117,7 @@ class Bench:
         """A few steps of every peer: one that cannot run here is left out now, not after hours."""
         kept = []
         for c in p.contestants:
-            if c.kind != "peer" or self._has_run(c):
+            if c.kind != "peer" or self._has_run(p, c):
                 kept.append(c)
                 continue
             short = replace(build(c.blueprint), steps=NUM_DISCARDED_STEPS)
@@ -135,12 +134,12 @@ class Bench:
             kept.append(c)
         p.contestants[:] = kept
 
-    def _has_run(self, c: Contestant) -> bool:
+    def _has_run(self, p: Prepared, c: Contestant) -> bool:
         """Whether its first trial is stored."""
         if not c.grid:
             return False
         first = Arm(name=c.name, kind=c.kind, lr=c.grid[0])
-        return self.store.get(identity(build(c.blueprint), first, self.sweep_seeds[0])) is not None
+        return self.store.get(identity(build(c.blueprint), first, p.sweep_seeds[0])) is not None
 
     def sweep(self, p: Prepared) -> dict[str, Any]:
         """A trial per rate and sweep seed of every arm that has a grid; which rate each arm is to take."""
@@ -148,7 +147,7 @@ class Bench:
             Job(p.case.name, c, Arm(name=c.name, kind=c.kind, lr=lr), seed)
             for c in p.contestants
             for lr in c.grid
-            for seed in self.sweep_seeds
+            for seed in p.sweep_seeds
         ]
         trials: dict[str, list[dict[str, Any]]] = {}
         for job, measured in self._untimed(p, jobs):
@@ -163,7 +162,7 @@ class Bench:
         chosen = {name: best_rate(found, p.setup.recipe.lr) for name, found in trials.items()}
         grids = {c.name: c.grid for c in p.contestants if len(c.grid) > 1}
         at_edge = sorted(n for n, grid in grids.items() if chosen[n] in (min(grid), max(grid)))
-        return {"seeds": list(self.sweep_seeds), "chosen": chosen, "at_edge_of_grid": at_edge, "trials": trials}
+        return {"seeds": list(p.sweep_seeds), "chosen": chosen, "at_edge_of_grid": at_edge, "trials": trials}
 
     def _untimed(self, p: Prepared, jobs: Sequence[Job]) -> Iterator[tuple[Job, Measured]]:
         """Trials from the store, then the others, in worker processes where there are some."""
@@ -224,7 +223,7 @@ class Bench:
         return [
             Entry(
                 name=arm.name, kind=kind, weights_only=c.weights_only, runs=tuple(found[arm.name]),
-                trials=len(c.grid) * len(self.sweep_seeds),
+                trials=len(c.grid) * len(p.sweep_seeds),
             )
             for arm, c, kind in arms
         ]  # fmt: skip
@@ -307,5 +306,5 @@ def about(p: Prepared, sweep: Mapping[str, Any], found: Sequence[Mapping[str, An
 def settings_of(request: Request, bench: Bench) -> dict[str, Any]:
     """What was asked for, without the names of folders."""
     asked = {f.name: getattr(request, f.name) for f in fields(Request) if f.name != "out"}
-    told: dict[str, Any] = jsonable({**asked, "seeds": list(bench.seeds), "sweep_seeds": list(bench.sweep_seeds)})
+    told: dict[str, Any] = jsonable({**asked, "seeds": list(bench.seeds)})
     return {**told, "jobs": bench.jobs}

@@ -97,10 +97,10 @@ RECIPES: dict[str, ImageRecipe] = {
         flips=False,
         defaults=TaskDefaults(
             optimizer="adamw",
-            lr=1e-2,
+            lr=2e-2,
             weight_decay=1e-2,
             steps=690,  # 30 epochs
-            lr_grid=(1e-3, 3e-3, 1e-2, 3e-2),
+            lr_grid=(5e-3, 1e-2, 2e-2, 4e-2),
             predictor="hold",
         ),
     ),
