@@ -187,7 +187,7 @@ def test_snapshot_in_the_memory_of_another() -> None:
     lookahead = DriftLookahead(0.5, every=1)
     made.plain(make_batches(3))
     lookahead.before_step(list(made.model.parameters()))
-    lookahead.after_step(list(made.model.parameters()), 1.0, 1.0)
+    lookahead.after_step(list(made.model.parameters()), 1.0, pull=1.0, strength=1.0)
     old = Snapshot.take(made.model, made.optimizer, [made.scheduler, lookahead])
     pointers = pointers_of(old)
     made.plain(make_batches(3, seed=3))
@@ -225,13 +225,13 @@ def test_what_only_a_snapshot_holds_goes_to_the_host_and_comes_back() -> None:
     with Accelerator():
         optimizer.step()
         lookahead.before_step(list(model.parameters()))
-        lookahead.after_step(list(model.parameters()), 1.0, 1.0)
+        lookahead.after_step(list(model.parameters()), 1.0, pull=1.0, strength=1.0)
         snapshot = Snapshot.take(model, optimizer, [lookahead], offload=True)
         held = snapshot.others[0]["theta_0"]
         assert {t.device.type for t in [*snapshot.parameters, *held]} == {"cpu"}
         assert snapshot.memory_bytes() > 5 * sum(4 * p.numel() for p in model.parameters())
         snapshot.restore(model, optimizer, [lookahead])
-        lookahead.after_step(list(model.parameters()), 1.0, 1.0)
+        lookahead.after_step(list(model.parameters()), 1.0, pull=1.0, strength=1.0)
     assert all(t.device == DEVICE for t in lookahead.state_dict()["theta_0"])
 
 

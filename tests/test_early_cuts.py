@@ -84,7 +84,7 @@ def test_only_the_first_steps_are_watched_and_those_after_a_raise() -> None:
         assert cuts.watching
         cuts.count_step()
     assert not cuts.watching
-    cuts.watch_on()
+    cuts.lengthened(2.0)
     for _ in range(AFTER_RAISE):
         assert cuts.watching
         cuts.count_step()
@@ -94,7 +94,7 @@ def test_only_the_first_steps_are_watched_and_those_after_a_raise() -> None:
 def test_a_bound_of_one_means_no_cuts_at_all() -> None:
     cuts = EarlyCuts(TWO, least=1.0)
     assert not cuts.watching
-    cuts.watch_on()
+    cuts.lengthened(2.0)
     assert not cuts.watching
 
 
@@ -121,6 +121,17 @@ def test_in_an_untrained_network_the_blocks_begin_at_the_bottom_and_come_up_by_t
     assert cuts.factors == pytest.approx([1.0, 1.0])
 
 
+@pytest.mark.parametrize(("untrained", "wanted"), [(True, [0.2, 1.0]), (False, [0.8, 1.0])])
+def test_a_raise_reaches_the_blocks_of_an_untrained_network_later(untrained: bool, wanted: list[float]) -> None:
+    """Their steps stay as long as they were, and come up to the new length by themselves."""
+    cuts = EarlyCuts(TWO, least=0.01, untrained=untrained)
+    cuts.factors = [0.8, 1.0]
+    cuts.lengthened(4.0)
+    assert cuts.factors == pytest.approx(wanted)
+    cuts.lengthened(1000.0)
+    assert cuts.factors[0] >= 0.01
+
+
 @pytest.mark.parametrize("roles", [("head", "other"), ("attention_q", "mlp_up")])
 def test_without_cuts_there_is_no_ramp(roles: tuple[str, ...]) -> None:
     assert EarlyCuts(roles, least=0.01, untrained=True).factors == [1.0, 1.0]
@@ -144,7 +155,7 @@ def test_a_network_begins_with_the_ramp_and_one_that_was_trained_without() -> No
     before = [p.detach().clone() for p in first.run.parameters]
     first.step(next(task.batches(0)))
     moved = {
-        role: max(float((p - b).abs().max()) for p, b, g in zip(
+        role: max((p - b).abs().max().item() for p, b, g in zip(
             first.run.parameters, before, first.run.groups.index, strict=True) if first.run.groups.roles[g] == role)
         for role in ("head", "mlp_up")
     }  # fmt: skip

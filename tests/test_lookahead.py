@@ -32,7 +32,7 @@ def walk(
         lookahead.before_step([p])
         with torch.no_grad():
             p += step
-        lookahead.after_step([p], rate, strength)
+        lookahead.after_step([p], rate, pull=1.0, strength=strength)
         points.append(p.detach().clone())
     return points
 
@@ -81,33 +81,34 @@ def test_drift_is_amplified_and_oscillation_is_not() -> None:
 
 
 @pytest.mark.parametrize(
-    ("lookahead", "strength", "moving"),
+    ("lookahead", "pull", "strength"),
     [
-        (DriftLookahead(0.0), 1.0, True),
-        (DriftLookahead(0.3), 0.0, True),  # the rate still rises
-        (DriftLookahead(0.3, 0.25), 1.0, False),  # a control block
-        (NoLookahead(), 1.0, True),
+        (DriftLookahead(0.0), 1.0, 1.0),
+        (DriftLookahead(0.3), 1.0, 0.0),  # the rate still rises
+        (DriftLookahead(0.3, 0.25), 0.0, 0.0),  # a control block
+        (DriftLookahead(0.0, 0.4, 0.0), 0.0, 1.0),  # the rate is far too small
+        (NoLookahead(), 1.0, 1.0),
     ],
 )
-def test_without_a_share_nothing_moves(lookahead: DriftLookahead | NoLookahead, strength: float, moving: bool) -> None:
+def test_without_a_share_nothing_moves(lookahead: DriftLookahead | NoLookahead, pull: float, strength: float) -> None:
     p = nn.Parameter(torch.tensor([1.0, 2.0]))
     for i in range(20):
         lookahead.before_step([p])
         with torch.no_grad():
             p += 1
-        lookahead.after_step([p], 1.0, strength, moving=moving)
+        lookahead.after_step([p], 1.0, pull=pull, strength=strength)
         assert p.tolist() == [2.0 + i, 3.0 + i], i
 
 
 def test_the_drift_is_watched_in_a_control_block() -> None:
     watching, moving = DriftLookahead(0.0, 0.25), DriftLookahead(0.0, 0.25)
     p, q = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
-    for lookahead, w, moves in ((watching, p, False), (moving, q, True)):
+    for lookahead, w, share in ((watching, p, 0.0), (moving, q, 1.0)):
         for _ in range(12):
             lookahead.before_step([w])
             with torch.no_grad():
                 w += 1
-            lookahead.after_step([w], 1.0, 1.0, moving=moves)
+            lookahead.after_step([w], 1.0, pull=share, strength=share)
     assert p.item() == 12 > q.item()
     assert watching._b[0].tolist() == moving._b[0].tolist()
 
@@ -116,9 +117,24 @@ def test_without_a_use_for_the_drift_there_is_one_copy_and_four_passes() -> None
     p, lookahead = nn.Parameter(torch.ones(3)), DriftLookahead(0.0, 0.4, 0.0, every=1)
     lookahead.before_step([p])
     assert lookahead.memory_bytes() == 12
-    assert lookahead.after_step([p], 1.0, 1.0) == 4
+    assert lookahead.after_step([p], 1.0, pull=1.0, strength=1.0) == 4
     lookahead.translate([torch.ones(3)], 2.0)
     assert lookahead.state_dict()["theta_0"][0].tolist() == [3.0] * 3
+
+
+@pytest.mark.parametrize("lookahead", [DriftLookahead(0.3, 0.25, every=1), DriftLookahead(0.0, 0.4, 0.0, every=1)])
+def test_a_copy_that_moves_along_keeps_its_distance(lookahead: DriftLookahead) -> None:
+    """The step that is measured at the next gradient is the optimizer's, not what the motion made of it."""
+    p = nn.Parameter(torch.tensor([1.0, 2.0]))
+    lookahead.before_step([p])
+    for _ in range(5):
+        earlier = p.detach().clone()
+        with torch.no_grad():
+            p += torch.tensor([0.25, -0.5])
+        end = p.detach().clone()
+        lookahead.after_step([p], 1.0, pull=1.0, strength=1.0, along=[earlier])
+        assert not torch.equal(p, end)
+        assert torch.allclose(p - earlier, torch.tensor([0.25, -0.5]))
 
 
 def test_the_first_steps_count_too() -> None:
@@ -164,12 +180,12 @@ def test_a_jump_is_no_drift() -> None:
     p = nn.Parameter(torch.zeros(2))
     lookahead = DriftLookahead(0.5, every=1)
     lookahead.before_step([p])
-    lookahead.after_step([p], 1.0, 1.0)
+    lookahead.after_step([p], 1.0, pull=1.0, strength=1.0)
     jump = [torch.tensor([10.0, -10.0])]
     with torch.no_grad():
         p += 2 * jump[0]
     lookahead.translate(jump, 2.0)
-    lookahead.after_step([p], 1.0, 1.0)
+    lookahead.after_step([p], 1.0, pull=1.0, strength=1.0)
     assert p.tolist() == [20.0, -20.0]
 
 
@@ -178,7 +194,7 @@ def test_half_precision_weights_keep_a_full_average() -> None:
     lookahead = DriftLookahead(0.3, every=1)
     for _ in range(3):
         lookahead.before_step([p])
-        lookahead.after_step([p], 1.0, 1.0)
+        lookahead.after_step([p], 1.0, pull=1.0, strength=1.0)
     assert lookahead._b[0].dtype is torch.float32
     assert lookahead.memory_bytes() == 24
 

@@ -296,3 +296,13 @@ def test_without_a_schedule_nothing_would_take_the_noise_out_again(scheduler: st
     trainer = setup("mlp", "sgd", scheduler).trainer(config(max_learned_scale=100.0, lookahead=0.3))
     assert isinstance(trainer.run.scale, LearnedScale) is learned
     assert isinstance(trainer.run.lookahead, DriftLookahead) is learned
+
+
+def test_growing_is_between_the_first_raise_and_the_edge() -> None:
+    scale = learned()
+    assert not scale.growing
+    scale.value = 4.0
+    assert scale.growing
+    scale.touched = True
+    assert not scale.growing
+    assert not UnitScale().growing

@@ -13,7 +13,8 @@ already rises where it ended.  As in congestion control (additive increase, mult
     f_g <- f_g + 1/100   at every step, up to 1,
 
 and the step of the group is shortened to f_g of itself.  In a network that has never been trained the blocks begin
-at the bottom, f_g = ``least``: what their first hundred steps would gain is less than what they would break.  One
+at the bottom, f_g = ``least``: what their first hundred steps would gain is less than what they would break; and a
+raise of the common multiplier is taken out of their f_g again, so that they come up to it at the same pace.  One
 that has been trained begins at 1: there the same ramp loses more than it saves (LOG.md).
 
 No cuts later: a run at a tuned rate spends its stable phase at slightly positive h_g, and cutting there only slows
@@ -55,7 +56,8 @@ class EarlyCuts:
         """
         inside = [is_inside_a_block(role) for role in roles]
         self.least = least if any(inside) and not all(inside) else 1.0
-        self.factors = [self.least if untrained and block else 1.0 for block in inside]
+        self._ramped = [untrained and block for block in inside]
+        self.factors = [self.least if ramped else 1.0 for ramped in self._ramped]
         self.num_cuts = 0
         self._num_left = EARLY_STEPS if self.least < 1 else 0  # real steps in which a cut may still be made
         self._cosines: list[list[float]] = [[] for _ in roles]  # newest last, since the group's last cut
@@ -83,10 +85,13 @@ class EarlyCuts:
                 self.num_cuts += 1
             self._cosines[g] = newest
 
-    def watch_on(self) -> None:
-        """All steps have become longer: cuts may be needed again, unless there are none at all."""
-        if self.least < 1:
-            self._num_left = max(self._num_left, AFTER_RAISE)
+    def lengthened(self, factor: float) -> None:
+        """All steps are to become longer by ``factor``: cuts may be needed again, unless there are none at all."""
+        if self.least == 1.0:
+            return
+        self._num_left = max(self._num_left, AFTER_RAISE)
+        pairs = zip(self.factors, self._ramped, strict=True)
+        self.factors = [max(f / factor, self.least) if ramped else f for f, ramped in pairs]
 
     def count_step(self) -> None:
         """A real step was made: every group comes back a little."""
@@ -97,14 +102,14 @@ class EarlyCuts:
     def state_dict(self) -> State:
         """Factors and what they are decided on."""
         return {
-            "factors": list(self.factors), "num_cuts": self.num_cuts, "num_left": self._num_left,
-            "cosines": [list(values) for values in self._cosines],
+            "factors": list(self.factors), "ramped": list(self._ramped), "num_cuts": self.num_cuts,
+            "num_left": self._num_left, "cosines": [list(values) for values in self._cosines],
         }  # fmt: skip
 
     def load_state_dict(self, state: State) -> None:
         """Inverse of :meth:`state_dict`."""
         self.factors, self.num_cuts, self._num_left = list(state["factors"]), state["num_cuts"], state["num_left"]
-        self._cosines = [list(values) for values in state["cosines"]]
+        self._cosines, self._ramped = [list(values) for values in state["cosines"]], list(state["ramped"])
 
 
 def is_inside_a_block(role: str) -> bool:

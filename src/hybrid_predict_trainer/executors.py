@@ -138,15 +138,23 @@ def _optimizer_step(run: Run) -> None:
 def _look_ahead(run: Run, rate: float) -> int:
     """Replace part of what was computed by the drift, and move on along it; returns passes over the weights.
 
-    Where losses are exact the gate finds longer jumps than this at once, and a rate that still rises
-    has no drift worth going on with.
+    Where losses are exact the gate finds longer jumps than this at once.  A rate that still rises has no drift worth
+    going on with, and one that the learned scale is making up for, because it is far too small, no swing to take
+    out.  Without the drift kappa shortens all steps, which is not what a scale lengthened them for.
     """
     if run.deterministic:
         run.lookahead.forget()  # the first batch did not tell yet that all are the same
         return 0
     rising, run.peak_rate = rate > run.peak_rate, max(rate, run.peak_rate)
-    strength = 0.0 if rising or run.peak_rate <= 0 else rate / run.peak_rate
-    return run.lookahead.after_step(run.parameters, rate * run.scale.value, strength, moving=run.switchback.moving)
+    moving = run.switchback.moving
+    lengthened = run.scale.growing if run.config.drift > 0 else run.scale.value > 1
+    return run.lookahead.after_step(
+        run.parameters,
+        rate * run.scale.value,
+        pull=float(moving and not lengthened),
+        strength=rate / run.peak_rate if moving and not rising and run.peak_rate > 0 else 0.0,
+        along=run.scale.held,
+    )
 
 
 def _count_real(run: Run) -> None:

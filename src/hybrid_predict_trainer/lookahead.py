@@ -46,7 +46,9 @@ class Lookahead(Protocol):
         """Before a real step: remember where the run began; returns passes over the weights."""
         ...
 
-    def after_step(self, parameters: Sequence[Tensor], rate: float, strength: float, *, moving: bool = True) -> int:
+    def after_step(
+        self, parameters: Sequence[Tensor], rate: float, *, pull: float, strength: float, along: Sequence[Tensor] = ()
+    ) -> int:
         """Count a real step and move the weights if it is time; returns passes over the weights."""
         ...
 
@@ -78,7 +80,9 @@ class NoLookahead:
         """Nothing."""
         return 0
 
-    def after_step(self, parameters: Sequence[Tensor], rate: float, strength: float, *, moving: bool = True) -> int:
+    def after_step(
+        self, parameters: Sequence[Tensor], rate: float, *, pull: float, strength: float, along: Sequence[Tensor] = ()
+    ) -> int:
         """Nothing."""
         return 0
 
@@ -126,24 +130,22 @@ class DriftLookahead:
         if self._theta_0:
             return 0
         self._theta_0 = [p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for p in parameters]
-        if self._drifts:
+        if self.beta > 0 or self.kappa * self.delta > 0:  # of any use
             self._b = [torch.zeros_like(t) for t in self._theta_0]
         return 3
 
-    @property
-    def _drifts(self) -> bool:
-        """Whether the drift is of any use."""
-        return self.beta > 0 or self.kappa * self.delta > 0
-
     @torch.no_grad()
-    def after_step(self, parameters: Sequence[Tensor], rate: float, strength: float, *, moving: bool = True) -> int:
+    def after_step(
+        self, parameters: Sequence[Tensor], rate: float, *, pull: float, strength: float, along: Sequence[Tensor] = ()
+    ) -> int:
         """Every ``every`` steps: update b and move the weights.
 
         Args:
             parameters: Moved in place.
             rate: Learning rate of the step, the learned scale included.
-            strength: beta_t / beta, in [0, 1]: the schedule's rate against its peak; 0 while it rises.
-            moving: False: only observe the drift.
+            pull: kappa_t / kappa, in [0, 1].
+            strength: beta_t / beta, in [0, 1]: the schedule's rate against its peak.
+            along: Copies of earlier weights that are moved by the same, so that what was a step remains one.
 
         Returns:
             Passes over the weights.
@@ -153,15 +155,22 @@ class DriftLookahead:
         if self.num_steps % self.every:
             return 0
         rates, self._rates = self._rates, 0.0
-        kappa = self.kappa if moving else 0.0
-        if not self._drifts:
+        kappa = self.kappa * pull
+        share = (self.delta * kappa + self.beta * strength) * rates
+        before = weights.clone(parameters) if along and (kappa or share) else []
+        if self._b:
+            self._move_with_drift(parameters, kappa, share, rates)
+        else:
             for theta_0, p in zip(self._theta_0, parameters, strict=True):
                 if kappa:
                     p.copy_(theta_0.lerp_(p.to(theta_0.dtype), 1 - kappa))
                 theta_0.copy_(p)  # as rounded
-            return 4
+        for earlier, old, p in zip(along, before, parameters, strict=bool(before)):
+            earlier.add_(p - old)
+        return (11 if self._b else 4) + (5 if before else 0)
+
+    def _move_with_drift(self, parameters: Sequence[Tensor], kappa: float, share: float, rates: float) -> None:
         kept = self.gamma**self.every
-        share = (self.delta * kappa + self.beta * strength) * rates if moving else 0.0
         for theta_0, b, p in zip(self._theta_0, self._b, parameters, strict=True):
             s = p.to(theta_0.dtype) - theta_0
             if rates > 0:
@@ -169,7 +178,6 @@ class DriftLookahead:
             if kappa or share:
                 p.copy_(theta_0.add_(s, alpha=1 - kappa).add_(b, alpha=share))
             theta_0.copy_(p)  # as rounded
-        return 11
 
     def forget(self) -> None:
         """Let both copies go; what comes later begins anew."""

@@ -9,6 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+#: The same data many times; set predictor.window to the batches of an epoch: noise repeats with the data, so that
+#: what is left between the means of two epochs is drift, and a jump every epoch costs next to nothing to test.
+EPOCHS: Mapping[str, Any] = {
+    "predictor.type": "hold", "predictor.rest_windows": 0, "training.correct_steps": 0, "training.lookahead": 0.0,
+    "training.smoothing": 0.0, "training.confidence_threshold": 0.0, "gate.overhead_budget": 0.05,
+    "gate.significance": 0.5, "gate.control_fraction": 0.0, "gate.min_persistence": 0.5,
+}  # fmt: skip
+
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     # by size of the model (methodology document, section "Presets")
     "small": {
@@ -29,18 +37,15 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "training.correct_steps": 0, "training.confidence_threshold": 0.0, "gate.overhead_budget_exact": 1.0,
         "gate.control_fraction": 0.02, "gate.max_backoff": 64,
     },
-    # the same data many times; set predictor.window to the batches of an epoch: noise repeats with the data, so that
-    # what is left between the means of two epochs is drift, and a jump every epoch costs next to nothing to test
-    "epochs": {
-        "predictor.type": "hold", "predictor.rest_windows": 0, "training.correct_steps": 0, "training.lookahead": 0.0,
-        "training.smoothing": 0.0, "training.confidence_threshold": 0.0, "gate.overhead_budget": 0.05,
-        "gate.significance": 0.5, "gate.control_fraction": 0.0, "gate.min_persistence": 0.5,
-    },
+    "epochs": EPOCHS,
+    # with steps of one length, whatever the gradient, there is swing to take out (AdamW); SGD with momentum is the
+    # worse for it (LOG.md)
+    "epochs_adam": {**EPOCHS, "training.smoothing": 0.25, "training.drift": 0.0},
     # a pretrained model and few steps: no time to know the drift, but calm is worth as much as Lookahead finds (LOG.md)
     "finetune": {"training.lookahead": 0.0, "training.smoothing": 0.4, "training.drift": 0.0},
     # steps of orthogonal matrices do not swing, cutting them only slows them down, and their drift is worth more
-    # (0.6 as published for EMA-Nesterov)
-    "muon": {"training.lookahead": 0.6, "training.smoothing": 0.0, "training.min_learned_scale": 1.0},
+    # (EMA-Nesterov was published with 0.6 for them; twice that is better here)
+    "muon": {"training.lookahead": 1.2, "training.smoothing": 0.0, "training.min_learned_scale": 1.0},
     # by breadth of the data
     "specialist": {
         "training.warmup_steps": 100, "training.full_steps": 15, "training.max_predict_steps": 120,

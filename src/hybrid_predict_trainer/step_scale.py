@@ -79,6 +79,16 @@ class StepScale(Protocol):
         """Times that a group's early steps were cut."""
         ...
 
+    @property
+    def growing(self) -> bool:
+        """Whether the steps have proved too short and the edge has not been seen yet."""
+        ...
+
+    @property
+    def held(self) -> Sequence[Tensor]:
+        """The weights before the last step, where it is to be measured."""
+        ...
+
     def measure(self, parameters: Sequence[Tensor]) -> int:
         """Between backward and step: hold the last step against the new gradients; returns passes over the weights."""
         ...
@@ -126,6 +136,8 @@ class UnitScale:
 
     value = 1.0
     num_cuts = 0
+    growing = False
+    held: Sequence[Tensor] = ()
 
     def measure(self, parameters: Sequence[Tensor]) -> int:
         """Nothing."""
@@ -232,6 +244,16 @@ class LearnedScale:
         """Times that a group's early steps were cut."""
         return self.cuts.num_cuts
 
+    @property
+    def growing(self) -> bool:
+        """From the first raise to the edge."""
+        return self.value > 1 and not self.touched
+
+    @property
+    def held(self) -> Sequence[Tensor]:
+        """The weights before the last step, where it is to be measured."""
+        return self._before
+
     # ---- measuring ---------------------------------------------------------------------------------
 
     def measure(self, parameters: Sequence[Tensor]) -> int:
@@ -329,10 +351,11 @@ class LearnedScale:
     def _raise(self, loss: float) -> None:
         if self._account is None:
             self._account = (PATIENCE, self.value, loss)
-        self.value = min(self.value * (CREEP if self.touched else GROWTH), self._cap)
+        before = self.value
+        self.value = min(before * (CREEP if self.touched else GROWTH), self._cap)
         self.num_raises += 1
         if not self.touched:
-            self.cuts.watch_on()
+            self.cuts.lengthened(self.value / before)
 
     def _settle(self, loss: float, noise: float) -> None:
         """Judge the raises of the open account by the loss that is left some checks later."""

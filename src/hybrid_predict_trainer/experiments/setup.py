@@ -135,7 +135,8 @@ def config_of(options: Options, recipe: TaskDefaults, steps_per_epoch: int | Non
     if (options.predictor or recipe.predictor) == "quasi_newton":
         layers.append(PRESETS["full_batch"])  # the windows and the budget it is made for
     if (steps_per_epoch or 1) > 1 and (options.predictor or recipe.predictor) == "hold":
-        layers.append({**PRESETS["epochs"], "predictor.window": steps_per_epoch})
+        name = "epochs_adam" if recipe.optimizer in ("adam", "adamw") else "epochs"
+        layers.append({**PRESETS[name], "predictor.window": steps_per_epoch})
     if options.task == "finetune":
         layers.append(PRESETS["finetune"])
     elif recipe.optimizer == "muon":
