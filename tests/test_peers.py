@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from hybrid_predict_trainer.config import HybridTrainerConfig
 from hybrid_predict_trainer.experiments.arms import COUNTS, Arm, Run, Setup, run_arm
 from hybrid_predict_trainer.experiments.peers import PEERS, optimizers, peer_of, peers_for, run_peer, wnn
-from hybrid_predict_trainer.experiments.peers.base import long_warmup
 from hybrid_predict_trainer.experiments.peers.flops import (
     forward_flops,
     mlp_flops,
@@ -25,6 +24,7 @@ from hybrid_predict_trainer.experiments.peers.flops import (
     soap_step_flops,
 )
 from hybrid_predict_trainer.experiments.peers.outer import snoo_step_
+from hybrid_predict_trainer.experiments.peers.warmup import long_warmup
 from hybrid_predict_trainer.ledger import PASS_UNITS, STEP_UNITS
 from hybrid_predict_trainer.tasks import TaskDefaults, TaskSettings
 
@@ -502,3 +502,16 @@ def test_long_warmup_is_two_memories_of_the_second_moment(beta_2: float, steps: 
     """Half of the run at most, and never shorter than the recipe's own."""
     recipe = TaskDefaults(lr=1e-3, steps=steps, betas=(0.9, beta_2), warmup_steps=own)
     assert long_warmup(recipe) == replace(recipe, warmup_steps=wanted)
+
+
+def test_block_warmup_slows_the_blocks_and_nothing_else() -> None:
+    """By its name v is a value matrix inside a block; w is not."""
+    num = 16
+    task = Points(deterministic=True)
+    run = run_with(setup_for(task, schedule="constant"), "block-warmup", steps=num)
+    *_, end = sgd(Points(deterministic=True), lambda _: 0.05, STEPS)
+    v = Quadratic().v.detach()
+    for i in range(STEPS):
+        v = v - min((i + 1) / num, 1.0) * 0.05 * 2 * v
+    assert run.final_val_loss == pytest.approx(float(end.w.detach().square().sum() + v.square().sum()), rel=1e-5)
+    assert run.cost_units == pytest.approx(STEPS * STEP_UNITS + 5 * num * PASS_UNITS)

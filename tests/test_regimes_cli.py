@@ -212,7 +212,7 @@ def test_the_report_is_one_page_and_tables(results: Path, tmp_path: Path, capsys
     assert (status, out.strip()) == (0, str(tables))
     text = tables.read_text()
     overview = text.splitlines()
-    assert overview[0] == "| S by cost | self-test: tuned | self-test: slow |"
+    assert overview[0] == "| S by cost, self-test | tuned | slow |"
     widths = {line.count("|") for line in overview[:5]}
     assert widths == {4}
     for arm in ("hybrid", "jump-of-zero", "ema", "plain@0.5", "tuned@2"):
@@ -228,6 +228,16 @@ def test_the_report_is_one_page_and_tables(results: Path, tmp_path: Path, capsys
     status, out, _ = run(capsys, "bench", "report", results, "--json")
     assert json.loads(out)["markdown"] == text
     assert (results / "regimes.html").exists()
+
+
+def test_the_overview_is_a_table_per_regime() -> None:
+    rows = [{"case": "c", "arm": "hybrid", "kind_of_arm": "hybrid", "S": 2.0, "kind": "exact"}]
+    first, second = ({"regime": name, "cases": [{"case": "c"}], "arms": rows} for name in ("pinn", "lm"))
+    lines = regime_report.overview([first, second, first])
+    assert lines == [
+        "| S by cost, pinn | c | c |", "| --- | --- | --- |", "| hybrid | 2 | 2 |", "",
+        "| S by cost, lm | c |", "| --- | --- |", "| hybrid | 2 |",
+    ]  # fmt: skip
 
 
 def planted_row(arm: str, **changes: Any) -> dict[str, Any]:

@@ -203,16 +203,20 @@ def markdown(results: Sequence[Record]) -> str:
 
 
 def overview(results: Sequence[Record]) -> list[str]:
-    """S by cost of all arms (rows) in all cases (columns), as Markdown lines."""
-    columns = [(r, str(c.get("case"))) for r in results for c in list_of(r.get("cases"))]
-    by_column = [{str(row.get("arm")): row for row in rows_of(r, name)} for r, name in columns]
-    names = dict.fromkeys(
-        arm for rows in by_column for arm, row in rows.items() if row.get("kind_of_arm") not in ("plain", "tuned")
-    )
-    head = ["S by cost", *(f"{r.get('regime')}: {name}" for r, name in columns)]
-    out = [_markdown_row(head), _markdown_row(["---"] * len(head))]
-    for arm in names:
-        out.append(_markdown_row([arm, *(s_cell(rows[arm]) if arm in rows else DASH for rows in by_column)]))
+    """S by cost of all arms (rows) in all cases (columns), as Markdown lines: a table per regime."""
+    out: list[str] = []
+    for regime in dict.fromkeys(str(r.get("regime")) for r in results):
+        columns = [
+            (r, str(c.get("case"))) for r in results if str(r.get("regime")) == regime for c in list_of(r.get("cases"))
+        ]
+        by_column = [{str(row.get("arm")): row for row in rows_of(r, name)} for r, name in columns]
+        names = dict.fromkeys(
+            arm for rows in by_column for arm, row in rows.items() if row.get("kind_of_arm") not in ("plain", "tuned")
+        )
+        head = [f"S by cost, {regime}", *(name for _, name in columns)]
+        out += [*([""] if out else []), _markdown_row(head), _markdown_row(["---"] * len(head))]
+        for arm in names:
+            out.append(_markdown_row([arm, *(s_cell(rows[arm]) if arm in rows else DASH for rows in by_column)]))
     return out
 
 

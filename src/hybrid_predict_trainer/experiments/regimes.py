@@ -40,8 +40,9 @@ LENGTHS: dict[str, Length] = {
 
 #: Peers that change nothing but the weights between steps, or what is read out at the end.
 WEIGHT_PEERS = ("snoo", "lookahead", "ema-nesterov", "ema", "lawa", "wnn+")
-#: The plain optimizer with a longer warm-up: no competitor, but what a user wins who mends the recipe by hand.
-CONTROL = "long-warmup"
+#: The plain optimizer with a longer warm-up, of everything or of the blocks: no competitors, but what a user wins who
+#: mends the recipe by hand.
+CONTROLS = ("long-warmup", "block-warmup")
 #: Optimizers that need no rate to be set well: where the rate is fixed on purpose they are tuned all the same.
 RATE_FREE = ("schedule-free", "prodigy")
 
@@ -158,7 +159,7 @@ def _finetune(preset: str, rate: float | None, *, quick: bool = False) -> Case:
     embedded = {"preset": preset.replace("stories260k", "stdlib")} if base == "stories260k" else None
     return Case(
         name=f"{preset}{suffix}", task="finetune", length="finetune", options={"preset": preset}, fallback=embedded,
-        rate=rate, peers=(*WEIGHT_PEERS, *RATE_FREE, CONTROL),
+        rate=rate, peers=(*WEIGHT_PEERS, *RATE_FREE, *CONTROLS),
         quick_peers=("lookahead",) if rate is None else ("prodigy",),
         quick_budgets=(0.5, 1.0, 2.0), quick_too=quick,
     )  # fmt: skip
@@ -178,13 +179,13 @@ def _lm(data: str | None, schedule: str, length: str = "lm", rate: float | None 
     case = Case(
         name=f"{data or 'embedded'}-{schedule}{suffix}", task="gpt", length=length, rate=rate,
         options={"preset": "0.3M", "schedule": schedule, **({"data": data} if data else {})},
-        peers=(*WEIGHT_PEERS, "schedule-free", "soap", CONTROL), quick_budgets=(0.5, 1.0, 2.0),
+        peers=(*WEIGHT_PEERS, "schedule-free", "soap", *CONTROLS), quick_budgets=(0.5, 1.0, 2.0),
     )  # fmt: skip
     return replace(case, **changes)
 
 
 _LM = tuple(
-    _lm(data, schedule, quick_too=(data, schedule) == (None, "wsd"), quick_peers=("lookahead", CONTROL))
+    _lm(data, schedule, quick_too=(data, schedule) == (None, "wsd"), quick_peers=("lookahead", *CONTROLS))
     for data in ("tinystories", "novels", None)
     for schedule in ("wsd", "linear")
 )
@@ -198,7 +199,7 @@ _LM_LOWLR = tuple(
         "wsd",
         "lm-lowlr",
         rate,
-        peers=(*WEIGHT_PEERS, *RATE_FREE, CONTROL),
+        peers=(*WEIGHT_PEERS, *RATE_FREE, *CONTROLS),
         quick_peers=("prodigy",) if rate < 1 else ("lookahead", "prodigy"),
         budgets=EXACT_BUDGETS if rate < 1 else NOISY_BUDGETS,
         quick_budgets=(1.0, 2.0, 4.0) if rate < 1 else (0.5, 1.0, 2.0),

@@ -133,12 +133,6 @@ def as_it_is(recipe: TaskDefaults) -> TaskDefaults:
     return recipe
 
 
-def long_warmup(recipe: TaskDefaults) -> TaskDefaults:
-    """The recipe with a linear warm-up of 2 / (1 - beta_2) steps (arXiv 1910.04209), half of the run at most."""
-    steps = min(round(2 / (1 - recipe.betas[1])), recipe.steps // 2)
-    return replace(recipe, warmup_steps=max(recipe.warmup_steps, steps))
-
-
 def _own_optimizer(model: nn.Module, recipe: TaskDefaults, settings: TaskSettings, values: Values) -> Optimizer:
     return recipe_optimizer(model, recipe, settings)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from . import lbfgs
 from .averaging import ema, lawa
-from .base import Peer, in_loop, long_warmup, recipe_grid
+from .base import Peer, in_loop, recipe_grid
 from .optimizers import (
     lookahead,
     lookahead_optimizer,
@@ -17,6 +17,7 @@ from .optimizers import (
     soap_optimizer,
 )
 from .outer import ema_nesterov, snoo
+from .warmup import block_warmup, long_warmup
 from .wnn import wnn_plus
 
 
@@ -96,6 +97,15 @@ PEERS: dict[str, Peer] = {
         values={},
         grid=recipe_grid,
         train=in_loop(changed=long_warmup),
+    ),
+    "block-warmup": Peer(
+        about="the plain recipe, attention and MLP matrices warmed up over 100 steps: the fixed part of the early cuts",
+        source="-",
+        family="schedule",
+        weights_only=False,
+        values={"steps": 100},
+        grid=recipe_grid,
+        train=in_loop(block_warmup),
     ),
     "schedule-free": Peer(
         about="Schedule-Free AdamW: averaging in place of a schedule",
