@@ -484,8 +484,10 @@ def test_a_missing_path_is_said_plainly(tmp_path: Path) -> None:
 
 def test_a_newer_format_is_refused_with_advice(small: Path) -> None:
     reseal(small, format_version=manifest.FORMAT_VERSION + 1)
-    damaged(small, r"format 2, newer than 1; upgrade")
-    for version in (0, "1", None, True):
+    damaged(small, rf"format {manifest.FORMAT_VERSION + 1}, newer than {manifest.FORMAT_VERSION}; upgrade")
+    reseal(small, format_version=manifest.FORMAT_VERSION - 1)
+    damaged(small, rf"older than {manifest.FORMAT_VERSION}; load it with the version that wrote it")
+    for version in ("1", None, True):
         reseal(small, format_version=version)
         damaged(small, "MANIFEST")
 

@@ -18,8 +18,9 @@ from hybrid_predict_trainer.early_cuts import (
     beyond_the_edge,
     shorten,
 )
-from hybrid_predict_trainer.step_scale import LearnedScale, UnitScale
+from hybrid_predict_trainer.step_scale import GROWTH, LearnedScale, UnitScale
 from hybrid_predict_trainer.tasks import TaskSettings, make_task
+from hybrid_predict_trainer.weights import Groups
 
 
 @pytest.mark.parametrize(
@@ -130,6 +131,24 @@ def test_a_raise_reaches_the_blocks_of_an_untrained_network_later(untrained: boo
     assert cuts.factors == pytest.approx(wanted)
     cuts.lengthened(1000.0)
     assert cuts.factors[0] >= 0.01
+
+
+def test_which_blocks_come_up_later_is_part_of_the_state() -> None:
+    a, b = EarlyCuts(TWO, least=0.01, untrained=True), EarlyCuts(TWO, least=0.01)
+    a.factors = [0.8, 1.0]
+    b.load_state_dict(a.state_dict())
+    b.lengthened(2.0)
+    assert b.factors == [0.4, 1.0]
+
+
+def test_a_raise_of_the_scale_tells_the_cuts() -> None:
+    scale = LearnedScale(Groups(("a", "b"), (0, 1), TWO, (1, 1)), 100.0, 0.01, untrained=True)
+    scale.cuts.factors = [0.8, 1.0]
+    scale._raise(1.0)
+    assert scale.cuts.factors == [0.8 / GROWTH, 1.0]
+    scale.touched = True
+    scale._raise(1.0)
+    assert scale.cuts.factors == [0.8 / GROWTH, 1.0]
 
 
 @pytest.mark.parametrize("roles", [("head", "other"), ("attention_q", "mlp_up")])

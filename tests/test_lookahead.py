@@ -8,6 +8,7 @@ from torch import nn
 
 from cases import config, full_batch, make_batches, setup
 from hybrid_predict_trainer.lookahead import DriftLookahead, NoLookahead
+from hybrid_predict_trainer.switchback import Switchback
 
 
 def reference(
@@ -57,10 +58,11 @@ def test_the_drift_follows_the_rate() -> None:
     assert float(ends[-1] - ends[599]) == pytest.approx(1.3 * 0.5 * 60, rel=1e-3)
 
 
-def test_steps_at_no_rate_are_no_drift() -> None:
+def test_without_a_rate_nothing_is_taken_out() -> None:
+    """The first group is frozen, or has no rate: the drift cannot be told, so nothing could be put back."""
     lookahead = DriftLookahead(0.3, 0.25)
     end = walk([torch.ones(1)] * 30, lookahead, rates=[0.0] * 30)[-1]
-    assert float(end) == pytest.approx(0.75 * 30)
+    assert end.item() == 30.0
     assert lookahead._b[0].tolist() == [0.0]
 
 
@@ -207,3 +209,102 @@ def test_only_where_losses_are_noisy(data, used: bool) -> None:
     for batch in data(20):
         trainer.step(batch)
     assert bool(trainer.run.lookahead.memory_bytes()) is used
+
+
+class Spy(DriftLookahead):
+    """Records what a run asks for."""
+
+    def __init__(self, *args: float) -> None:
+        super().__init__(*args)
+        self.begun: list[list[torch.Tensor]] = []
+        self.asked: list[dict[str, object]] = []
+        self.translated = 0
+
+    def before_step(self, parameters):
+        self.begun.append([p.detach().clone() for p in parameters])
+        return super().before_step(parameters)
+
+    def after_step(self, parameters, rate, *, pull, strength, along=()):
+        self.asked.append({"rate": rate, "pull": pull, "strength": strength, "along": len(along)})
+        return super().after_step(parameters, rate, pull=pull, strength=strength, along=along)
+
+    def translate(self, deltas, scale):
+        self.translated += 1
+        super().translate(deltas, scale)
+
+
+RATES = [0.25, 0.5, 1.0, 1.0, 0.5, 0.25]
+
+
+def spied(num_steps: int, *, value: float = 1.0, touched: bool = True, **changes: object):
+    """A run under a schedule that rises and falls, its lookahead watched."""
+    made = setup("mlp", "sgd")
+    base = made.optimizer.param_groups[0]["lr"]
+    made.scheduler = torch.optim.lr_scheduler.LambdaLR(made.optimizer, lambda t: RATES[min(t, len(RATES) - 1)])
+    trainer = made.trainer(config(lookahead=0.3, smoothing=0.25, max_learned_scale=50.0, explore_outcomes=0, **changes))
+    spy = trainer.run.lookahead = Spy(0.3, 0.25)
+    trainer.run.scale.value, trainer.run.scale.touched = value, touched
+    start = [p.detach().clone() for p in trainer.run.parameters]
+    for batch in make_batches(num_steps):
+        trainer.step(batch)
+    return spy, start, base, trainer
+
+
+def test_a_run_begins_its_motion_before_its_first_step() -> None:
+    spy, start, _, _ = spied(2)
+    assert all(torch.equal(a, b) for a, b in zip(spy.begun[0], start, strict=True))
+
+
+def test_a_run_tells_the_rate_its_scale_included_and_the_strength_of_the_schedule() -> None:
+    spy, _, base, _ = spied(6, value=3.0)
+    assert [a["rate"] for a in spy.asked] == pytest.approx([3 * base * r for r in RATES])
+    assert [a["strength"] for a in spy.asked] == [0.0, 0.0, 0.0, 1.0, 0.5, 0.25]
+    assert {a["pull"] for a in spy.asked} == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("value", "touched", "drift", "pull"),
+    [
+        (1.0, False, 1.0, 1.0),
+        (4.0, False, 1.0, 0.0),  # growing
+        (4.0, True, 1.0, 1.0),
+        (4.0, True, 0.0, 0.0),  # without the drift it would shorten what was lengthened
+        (1.0, True, 0.0, 1.0),
+        (50.0, False, 1.0, 1.0),  # at its bound it does not grow
+    ],
+)
+def test_steps_that_are_being_lengthened_are_not_pulled_back(
+    value: float, touched: bool, drift: float, pull: float
+) -> None:
+    spy, *_ = spied(4, value=value, touched=touched, drift=drift)
+    assert {a["pull"] for a in spy.asked} == {pull}
+
+
+def test_the_copy_that_a_step_is_measured_from_goes_along() -> None:
+    spy, _, _, trainer = spied(30, value=1.0, touched=False)
+    assert max(a["along"] for a in spy.asked) == len(trainer.run.parameters)
+
+
+def test_an_accepted_jump_moves_the_lookahead_and_spoils_the_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    spoiled: list[int] = []
+    monkeypatch.setattr(Switchback, "note_jump", lambda self: spoiled.append(1))
+    made = setup("mlp", "sgd", "flat")
+    trainer = made.trainer(
+        config(lookahead=0.3, gate__exact="never", gate__significance=0.5, gate__control_fraction=0.0)
+    )
+    spy = trainer.run.lookahead = Spy(0.3)
+    for batch in full_batch(300):
+        trainer.step(batch)
+    accepted = trainer.statistics()["num_jumps_accepted"]
+    assert accepted > 0
+    assert spy.translated == accepted
+    assert len(spoiled) >= accepted
+
+
+def test_two_equal_batches_do_not_end_it() -> None:
+    made = setup("mlp", "sgd", "flat")
+    trainer = made.trainer(config(lookahead=0.3, explore_outcomes=0))
+    batches = make_batches(12)
+    for batch in [*batches[:6], batches[5], *batches[6:]]:
+        trainer.step(batch)
+    assert trainer.run.lookahead.num_steps == 13

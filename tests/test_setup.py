@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from hybrid_predict_trainer.experiments.setup import Options, build_setup, config_of
@@ -25,6 +27,21 @@ def test_tasks_that_see_their_data_often_have_epochs_for_windows(task: str) -> N
     found, made = config(task)
     assert (found.predictor_type, found.predictor.window) == ("hold", made.steps_per_epoch)
     assert found.lookahead == 0.0  # two motions along the same drift
+    assert (found.smoothing, found.drift) == (0.25, 0.0)  # AdamW's steps have one length: there is swing to take out
+
+
+def test_with_sgd_there_is_no_smoothing_over_epochs() -> None:
+    made = make_task("digits")
+    found = config_of(Options(task="digits"), replace(made.defaults, optimizer="sgd"), made.steps_per_epoch)
+    assert (found.predictor_type, found.smoothing) == ("hold", 0.0)
+
+
+def test_fine_tuning_has_calm_without_drift_and_muon_drift_without_calm() -> None:
+    found, _ = config("finetune")
+    assert (found.smoothing, found.drift, found.lookahead) == (0.4, 0.0, 0.0)
+    made = make_task("gpt")
+    muon = config_of(Options(task="gpt"), replace(made.defaults, optimizer="muon"))
+    assert (muon.smoothing, muon.lookahead, muon.min_learned_scale) == (0.0, 1.2, 1.0)
 
 
 def test_another_predictor_gets_its_own_settings() -> None:

@@ -173,3 +173,16 @@ def test_one_that_does_not_tell_is_taken_for_trained() -> None:
     for model in (nn.Linear(3, 3), nn.LayerNorm(1)):
         names, parameters = zip(*model.named_parameters(), strict=True)
         assert not weights.untrained(parameters, names)
+
+
+def test_half_precision_gains_do_not_tell() -> None:
+    """A step of a thousandth from one is rounded away: trained or not, they are all alike."""
+    model = Normed().to(torch.bfloat16)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    assert not weights.untrained(parameters, names)
+
+
+def test_recurrent_biases_are_biases() -> None:
+    model = nn.ModuleDict({"rnn": nn.GRU(3, 3), "norm": nn.LayerNorm(3)})
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    assert weights.untrained(parameters, names)

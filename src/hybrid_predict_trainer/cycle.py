@@ -17,7 +17,7 @@ from .proposals import fits, price
 from .records import Action, Alarm, Decision, DivergenceError, Level, Phase, StepResult, Window
 from .responses import respond
 from .run import Run
-from .switchback import BLOCK_STEPS
+from .switchback import NUM_LOSSES
 
 #: A predictor that failed this often is not asked again.
 MAX_PREDICTOR_FAILURES = 3
@@ -209,12 +209,12 @@ def rescale(run: Run, execution: Execution) -> None:
 def judge_lookahead(run: Run, execution: Execution) -> None:
     """After a real step: let the trial of the lookahead look at it.
 
-    Where losses are read late, those of a block are up to one interval older than its steps.
+    Where losses are read late a block ends when all of its own are there.
     """
-    if run.deterministic or not execution.backwards or execution.skipped or not run.lookahead.memory_bytes():
+    if not execution.backwards or execution.skipped or not run.lookahead.num_steps:
         return
-    if run.switchback.count_step():
-        run.switchback.close_block(list(run.history.losses)[-BLOCK_STEPS:], run.generator)
+    if run.switchback.count_step() and not run.readout.waiting:
+        run.switchback.close_block(list(run.history.losses)[-NUM_LOSSES:], run.generator)
 
 
 def observe(run: Run, metrics: Metrics, execution: Execution, began: float) -> None:

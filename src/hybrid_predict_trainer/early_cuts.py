@@ -14,8 +14,8 @@ already rises where it ended.  As in congestion control (additive increase, mult
 
 and the step of the group is shortened to f_g of itself.  In a network that has never been trained the blocks begin
 at the bottom, f_g = ``least``: what their first hundred steps would gain is less than what they would break; and a
-raise of the common multiplier is taken out of their f_g again, so that they come up to it at the same pace.  One
-that has been trained begins at 1: there the same ramp loses more than it saves (LOG.md).
+raise of the common multiplier before the edge is taken out of their f_g again, so that they come up to it at the
+same pace.  One that has been trained begins at 1: there the same ramp loses more than it saves (LOG.md).
 
 No cuts later: a run at a tuned rate spends its stable phase at slightly positive h_g, and cutting there only slows
 it down.  And only where attention or MLP blocks are trained together with what is around them: a plain MLP and

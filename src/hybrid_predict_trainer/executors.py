@@ -91,7 +91,7 @@ def run_full(run: Run, batch: Any, decision: Decision) -> Execution:
     if run.config.gradient_clip_norm > 0:
         torch.nn.utils.clip_grads_with_norm_(trained, run.config.gradient_clip_norm, norm)
     passes = run.scale.measure(run.parameters) + run.scale.before_step(run.parameters)
-    if not run.deterministic:
+    if not run.deterministic and not run.switchback.switched_off:
         passes += run.lookahead.before_step(run.parameters)
     rate = run.learning_rate
     _optimizer_step(run)
@@ -142,18 +142,19 @@ def _look_ahead(run: Run, rate: float) -> int:
     going on with, and one that the learned scale is making up for, because it is far too small, no swing to take
     out.  Without the drift kappa shortens all steps, which is not what a scale lengthened them for.
     """
-    if run.deterministic:
-        run.lookahead.forget()  # the first batch did not tell yet that all are the same
+    if run.switchback.switched_off or (run.deterministic and run.lookahead.num_steps <= 1):
+        run.lookahead.forget()  # of the first batch nobody could tell that all are the same
         return 0
     rising, run.peak_rate = rate > run.peak_rate, max(rate, run.peak_rate)
-    moving = run.switchback.moving
     lengthened = run.scale.growing if run.config.drift > 0 else run.scale.value > 1
+    pull = 0.0 if lengthened or run.deterministic else 1.0
+    strength = 0.0 if rising or run.deterministic or run.peak_rate <= 0 else rate / run.peak_rate
+    if pull > 0 or strength > 0:
+        run.switchback.note_motion()
+    if not run.switchback.moving:
+        pull = strength = 0.0
     return run.lookahead.after_step(
-        run.parameters,
-        rate * run.scale.value,
-        pull=float(moving and not lengthened),
-        strength=rate / run.peak_rate if moving and not rising and run.peak_rate > 0 else 0.0,
-        along=run.scale.held,
+        run.parameters, rate * run.scale.value, pull=pull, strength=strength, along=run.scale.held
     )
 
 
@@ -209,6 +210,7 @@ def settle_anchor(run: Run, *, finite: bool) -> None:
         # the scaler keeps what it learnt: with the scale that overflowed the interval would be lost again, for ever
         scaler = None if run.grad_scaler is None else copy.deepcopy(run.grad_scaler.state_dict())
         run.restore(run.anchor, rng=False)
+        run.switchback.note_jump()
         if run.grad_scaler is not None:
             run.grad_scaler.load_state_dict(scaler)
         run.basis.restart_window()
@@ -414,6 +416,7 @@ def _roll_back(run: Run, probation: Probation) -> None:
     """Everything as it was before the jump, bit for bit; the steps since are lost and paid for."""
     c = run.counters
     run.restore(probation.snapshot)
+    run.switchback.note_jump()
     run.basis.revert(probation.basis)
     run.scale.forget()
     run.drop_anchor()  # it holds weights after the jump

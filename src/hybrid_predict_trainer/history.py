@@ -118,6 +118,11 @@ class Readout:
         self._pending.append((step, loss, gradient_norm))
 
     @property
+    def waiting(self) -> bool:
+        """Whether some scalars have not been read yet."""
+        return bool(self._pending)
+
+    @property
     def due(self) -> bool:
         """Whether :meth:`read` would return something without being forced."""
         return bool(self._pending) and (self._pending[0][1].device.type == "cpu" or len(self._pending) >= self.interval)

@@ -42,6 +42,11 @@ GAMMA = 0.986
 class Lookahead(Protocol):
     """What a run needs of a motion between real steps."""
 
+    @property
+    def num_steps(self) -> int:
+        """Real steps counted since it began; 0: there is no motion, or not yet."""
+        ...
+
     def before_step(self, parameters: Sequence[Tensor]) -> int:
         """Before a real step: remember where the run began; returns passes over the weights."""
         ...
@@ -75,6 +80,8 @@ class Lookahead(Protocol):
 
 class NoLookahead:
     """The null object."""
+
+    num_steps = 0
 
     def before_step(self, parameters: Sequence[Tensor]) -> int:
         """Nothing."""
@@ -155,7 +162,8 @@ class DriftLookahead:
         if self.num_steps % self.every:
             return 0
         rates, self._rates = self._rates, 0.0
-        kappa = self.kappa * pull
+        # without a rate (its group is frozen, or has none) the drift cannot be told, and what is taken out not put back
+        kappa = self.kappa * pull if rates > 0 or not self._b else 0.0
         share = (self.delta * kappa + self.beta * strength) * rates
         before = weights.clone(parameters) if along and (kappa or share) else []
         if self._b:

@@ -18,7 +18,7 @@ from pathlib import Path
 from .records import CheckpointError
 from .state_tree import Json, TensorSpec
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "MANIFEST.json"
 STATE = "training_state.json"
 CONFIG = "config.toml"
@@ -114,8 +114,11 @@ def read_manifest(path: Path) -> Manifest:
             raise ValueError("format_version is not an int")
         if version > FORMAT_VERSION:
             raise refusal(path, f"has format {version}, newer than {FORMAT_VERSION}", "upgrade the library")
+        if version < FORMAT_VERSION:
+            advice = "load it with the version that wrote it"
+            raise refusal(path, f"has format {version}, older than {FORMAT_VERSION}", advice)
         del fields["sha256"]
-        if version != FORMAT_VERSION or manifest_text(fields) != raw:
+        if manifest_text(fields) != raw:
             raise ValueError("its text does not match its own SHA-256")
         manifest = Manifest(
             **{key: fields[key] for key in ("format_version", "library_version", "torch_version", "step")},

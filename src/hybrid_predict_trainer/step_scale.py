@@ -246,13 +246,13 @@ class LearnedScale:
 
     @property
     def growing(self) -> bool:
-        """From the first raise to the edge."""
-        return self.value > 1 and not self.touched
+        """From the first raise to the edge, or to the bound."""
+        return 1 < self.value < self._cap and not self.touched
 
     @property
     def held(self) -> Sequence[Tensor]:
         """The weights before the last step, where it is to be measured."""
-        return self._before
+        return self._before if self._collecting or self.cuts.watching else []
 
     # ---- measuring ---------------------------------------------------------------------------------
 

@@ -135,7 +135,8 @@ def untrained(parameters: Sequence[Tensor], names: Sequence[str]) -> bool:
     """Whether a network is as it was drawn: no gain of its norms differs from the others of the same norm.
 
     Gains begin at one (or zero) and differ after the first optimizer step; biases may be drawn at random, so they
-    say nothing.  A network without gains is taken for a trained one.
+    say nothing.  A network without gains is taken for a trained one, and so is one whose gains are in half precision,
+    where small steps are rounded away.
 
     Args:
         parameters: That are trained.
@@ -144,9 +145,11 @@ def untrained(parameters: Sequence[Tensor], names: Sequence[str]) -> bool:
     gains = [
         p.detach()
         for p, name in zip(parameters, names, strict=True)
-        if p.dim() == 1 and p.numel() > 1 and not name.endswith("bias")
+        if p.dim() == 1 and p.numel() > 1 and "bias" not in name.rpartition(".")[2]
     ]
-    return bool(gains) and bool(torch.stack([(g == g[0]).all() for g in gains]).all())
+    if not gains or any(g.dtype in (torch.bfloat16, torch.float16) for g in gains):
+        return False
+    return bool(on_host([(g == g[0]).all() for g in gains]).all())
 
 
 def clone(tensors: Iterable[Tensor]) -> Tensors:
