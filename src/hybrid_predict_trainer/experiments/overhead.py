@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..config import HybridTrainerConfig
+from ..early_cuts import RECOVERY_STEPS
 from ..metrics import JsonlSink
 from ..records import Phase
 from ..tasks import Batch, Task, TaskSettings, build_optimizer, build_scheduler, make_task
@@ -29,8 +30,8 @@ from .environment import environment
 from .runs import wait_for_device
 from .setup import check_device
 
-#: Before anything is timed warm-up has to end and two windows to close, so that the basis has its memory
-#: and the predictor has observed; a trainer that is not there by MAX_PREPARING_STEPS never will be.
+#: Before anything is timed warm-up has to end, two windows to close, so that the basis has its memory and the
+#: predictor has observed, and the early cuts to end; a trainer that is not there by MAX_PREPARING_STEPS never will be.
 WARMUP_STEPS = 2
 MIN_WINDOWS = 2
 MAX_PREPARING_STEPS = 500
@@ -155,7 +156,7 @@ def measure(prepared: Prepared, note: Callable[[str], None]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         bare, trainer = BareLoop(task, num_steps), build(prepared, num_steps)
         trainer.metrics.sink = JsonlSink(Path(folder) / "metrics.jsonl")
-        note(f"steps before measuring, until {MIN_WINDOWS} windows have closed")
+        note(f"{RECOVERY_STEPS} steps or more before measuring, until {MIN_WINDOWS} windows have closed")
         bring_up(trainer, bare, batches)
         pairs = []
         for k in range(workload.num_pairs):
@@ -172,9 +173,11 @@ def measure(prepared: Prepared, note: Callable[[str], None]) -> dict[str, Any]:
 
 
 def bring_up(trainer: HybridTrainer, bare: BareLoop | None, batches: Iterator[Batch]) -> None:
-    """Step until the trainer is in the FULL phase with all it will ever hold."""
+    """Step until the trainer is in the FULL phase with all it will ever hold, and has let the blocks go."""
+    run = trainer.run
     for _ in range(MAX_PREPARING_STEPS):
-        if trainer.run.phase is Phase.FULL and trainer.run.num_windows >= MIN_WINDOWS:
+        settled = run.num_windows >= MIN_WINDOWS and run.counters.num_real_steps >= RECOVERY_STEPS
+        if run.phase is Phase.FULL and settled:
             return
         batch = next(batches)
         trainer.step(batch)
