@@ -159,6 +159,17 @@ def test_what_a_jump_has_moved_is_not_compared(jump: bool, counted: int) -> None
     assert len(found._changes[True]) == counted
 
 
+def test_nor_does_a_control_that_had_nothing_to_leave_out() -> None:
+    for tried, counted in ((True, 1), (False, 0)):
+        found, generator = started()
+        found.moving = False
+        if tried:
+            found.note_motion()
+        found.close_block([1.0], generator)
+        closed(found, [1.0], generator)
+        assert len(found._changes[False]) == counted
+
+
 def test_a_block_in_which_nothing_was_tried_says_nothing() -> None:
     found, generator = started()
     for moved in (True, False, True, True, True):

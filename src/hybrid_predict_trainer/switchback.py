@@ -13,8 +13,8 @@ If y of the blocks with the motion is higher than that of the controls, and by m
 ends for the rest of the run.
 
 Gains of a few percent of the progress are far below the noise of such blocks: this finds out harm, not worth.  That
-needs a few hundred steps, so the first blocks have no controls, and a short run loses nothing to them; nor are they
-compared with later ones, because a loss falls fastest at first.
+needs some two thousand steps, so the first blocks have no controls, and a short run loses nothing to them; nor are
+they compared with later ones, because a loss falls fastest at first.
 """
 
 from __future__ import annotations
@@ -74,15 +74,15 @@ class Switchback:
             losses: Of this block's last steps.
             generator: The run's own.
         """
-        if self.moving and not self._moved:  # a rate that rises, steps that are being lengthened: nothing was tried
+        if not self._moved:  # a rate that rises, steps that are being lengthened: there was nothing to try
             self._spoiled = 3
         mean = _mean(losses) if losses else math.nan
         now = (math.log(mean) if mean > 0 else math.nan, self.moving)
         if len(self._blocks) == 2 and not self._spoiled:
             before, between = self._blocks
             change = now[0] - before[0]
-            drawn = self.num_blocks > NUM_FREE_BLOCKS  # whether the one between could have been a control
-            if math.isfinite(change) and before[1] and now[1] and drawn:
+            comparable = self.num_blocks > NUM_FREE_BLOCKS  # the one between could have been a control
+            if math.isfinite(change) and before[1] and now[1] and comparable:
                 self._changes[between[1]].append(change)
         self._blocks.append(now)
         self._spoiled = max(self._spoiled - 1, 0)
