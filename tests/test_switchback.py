@@ -15,6 +15,7 @@ from cases import assert_same, config, make_batches, setup
 from hybrid_predict_trainer.switchback import (
     BLOCK_STEPS,
     LEVEL,
+    MAX_COMPARISONS,
     MIN_COMPARISONS,
     NUM_FREE_BLOCKS,
     NUM_LOSSES,
@@ -106,9 +107,9 @@ def test_early_blocks_are_not_compared_with_later_ones() -> None:
     found, generator = Switchback(0.0), torch.Generator()
     for i in range(NUM_FREE_BLOCKS + 1):
         closed(found, [math.exp(-i)], generator)
-    assert found._changes == {True: [], False: []}
+    assert not any(found._changes.values())
     closed(found, [math.exp(-NUM_FREE_BLOCKS - 1)], generator)
-    assert found._changes[True] == pytest.approx([-2.0])
+    assert list(found._changes[True]) == pytest.approx([-2.0])
 
 
 def test_the_bound_is_welch_s() -> None:
@@ -186,7 +187,7 @@ def test_losses_without_a_logarithm_are_left_out(losses: list[float]) -> None:
     found, generator = started()
     for block in ([1.0], losses, [1.0], [1.0]):
         closed(found, block, generator)
-    assert found._changes[True] == [0.0, 0.0]  # the one before, and the one that has it in its middle
+    assert list(found._changes[True]) == [0.0, 0.0]  # the one before, and the one that has it in its middle
     assert not found.switched_off
 
 
@@ -257,3 +258,18 @@ def test_a_run_without_the_motion_in_a_block_is_the_run_without_it() -> None:
             trainer.step(batch)
         ends.append([p.detach().clone() for p in made.model.parameters()])
     assert_same(*ends)
+
+
+def test_a_long_run_remembers_its_newest_comparisons_only() -> None:
+    found, generator = Switchback(0.0), torch.Generator()
+    for i in range(NUM_FREE_BLOCKS + MAX_COMPARISONS + 50):
+        closed(found, [math.exp(-(i**2) / 1e4)], generator)
+    assert len(found._changes[True]) == MAX_COMPARISONS
+    kept = found.state_dict()["with"]
+    assert kept == sorted(kept, reverse=True), "the oldest are dropped, the order stays"
+    again = Switchback(0.0)
+    again.load_state_dict(found.state_dict())
+    closed(found, [1.0], generator)
+    closed(again, [1.0], generator)
+    assert again.state_dict() == found.state_dict()
+    assert len(again._changes[True]) == MAX_COMPARISONS

@@ -43,7 +43,8 @@ def test_roles_by_name(name: str) -> None:
 @pytest.mark.parametrize(
     ("parameter", "module", "role"),
     [(torch.zeros(3, 2), nn.Embedding(3, 2), "embedding"), (torch.zeros(3), nn.LayerNorm(3), "norm_bias"),
-     (torch.zeros(()), nn.Identity(), "norm_bias"), (torch.zeros(2, 2, 3, 3), nn.Conv2d(2, 2, 3), "other")],
+     (torch.zeros(()), nn.Identity(), "norm_bias"), (torch.zeros(2, 2, 3, 3), nn.Conv2d(2, 2, 3), "convolution"),
+     (torch.zeros(2, 2), nn.Linear(2, 2), "other")],
 )  # fmt: skip
 def test_roles_by_type(parameter: torch.Tensor, module: nn.Module, role: str) -> None:
     assert weights.role_of("lm_head.weight" if role == "embedding" else "x", parameter, module) == role

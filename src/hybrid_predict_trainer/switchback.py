@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 
@@ -37,6 +37,8 @@ NUM_FREE_BLOCKS = 10
 #: asked again at every block.
 MIN_COMPARISONS = 6
 LEVEL = 0.005
+#: Newest comparisons of either kind that are kept: those of some hundred thousand steps.
+MAX_COMPARISONS = 1000
 
 
 class Switchback:
@@ -52,7 +54,7 @@ class Switchback:
         self._moved = False  # whether there was anything for the motion to do in it
         self._blocks: deque[tuple[float, bool]] = deque(maxlen=2)  # the two before it: log L_i, whether it moved
         self._spoiled = 0  # blocks whose comparison a jump has spoiled, the present one included
-        self._changes: dict[bool, list[float]] = {True: [], False: []}  # y_i by whether block i had the motion
+        self._changes = _comparisons((), ())  # y_i by whether block i had the motion
 
     def note_jump(self) -> None:
         """Something else has moved the weights: no comparison across this block says anything of the motion."""
@@ -129,13 +131,17 @@ class Switchback:
         self.num_blocks, self._num_steps, self._moved = state["num_blocks"], state["num_steps"], state["moved"]
         self._blocks = deque(((float(loss), bool(moved)) for loss, moved in state["blocks"]), maxlen=2)
         self._spoiled = state["spoiled"]
-        self._changes = {True: list(state["with"]), False: list(state["without"])}
+        self._changes = _comparisons(state["with"], state["without"])
 
 
-def _mean(values: Sequence[float]) -> float:
+def _comparisons(moved: Iterable[float], still: Iterable[float]) -> dict[bool, deque[float]]:
+    return {True: deque(moved, MAX_COMPARISONS), False: deque(still, MAX_COMPARISONS)}
+
+
+def _mean(values: Collection[float]) -> float:
     return sum(values) / len(values)
 
 
-def _variance(values: Sequence[float]) -> float:
+def _variance(values: Collection[float]) -> float:
     mean = _mean(values)
     return sum((v - mean) ** 2 for v in values) / (len(values) - 1)

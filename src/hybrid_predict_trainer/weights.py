@@ -25,7 +25,7 @@ WITHOUT_FLOAT64 = frozenset({"mps"})
 #: Roles in the order of the coefficient rows; ``other`` takes what no rule names.
 ROLES = (
     "embedding", "attention_q", "attention_k", "attention_v", "attention_qkv", "attention_out",
-    "mlp_up", "mlp_down", "head", "norm_bias", "other",
+    "mlp_up", "mlp_down", "convolution", "head", "norm_bias", "other",
 )  # fmt: skip
 
 # First match wins.  Names cover GPT-2 (c_attn, c_proj, c_fc), Llama (q_proj, gate_proj, w1..w3),
@@ -78,7 +78,8 @@ def role_of(name: str, parameter: Tensor, module: nn.Module) -> str:
     for role, pattern in _NAME_RULES:
         if pattern.search(name):
             return role
-    return "other"
+    # by type, and after the names: the short convolutions of some transformers are told by theirs
+    return "convolution" if isinstance(module, nn.modules.conv._ConvNd) else "other"
 
 
 def predicted_parameters(

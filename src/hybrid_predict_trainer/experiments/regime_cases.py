@@ -141,7 +141,7 @@ def _contestants(
     recipe, fixed = setup.recipe, case.rate is not None
     grid = recipe.lr_grid or (recipe.lr,)
     if request.quick and not request.lr_grid:
-        grid = regimes.trimmed(grid, recipe.lr, regimes.NUM_RATES_QUICK)
+        grid = case.quick_grid or regimes.trimmed(grid, recipe.lr, regimes.NUM_RATES_QUICK)
     shared = () if fixed else grid
     found = [Contestant(name="plain", kind="plain", blueprint=blueprint, grid=grid)]
     found.append(Contestant(name="hybrid", kind="hybrid", blueprint=blueprint, grid=shared))

@@ -49,13 +49,15 @@ RATE_FREE = ("schedule-free", "prodigy")
 NOISY_BUDGETS = (0.5, 1.0, 2.0, 4.0)
 #: A lower bound of S = 4 was what full-batch tasks ran into with budgets up to 4.
 EXACT_BUDGETS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+#: Half of the time of a quick run would go into the plain run of sixteen lengths.
+EXACT_BUDGETS_QUICK = (0.5, 1.0, 2.0, 4.0, 8.0)
 #: Of the plain arm at its tuned rate, where the case's own rate is a multiple of it.
 TUNED_BUDGETS = (0.125, 0.25, 0.5, 1.0, 2.0)
 
 NUM_SEEDS, NUM_SEEDS_QUICK = 3, 2
 #: One sweep seed has tuned the plain arm to a rate at which a judged seed got stuck (LOG.md).
 NUM_SWEEP_SEEDS, NUM_SWEEP_SEEDS_QUICK = 2, 2
-#: Rates of a sweep with ``--quick``: those of the grid nearest to the recipe's own.
+#: Rates of a sweep with ``--quick``, where the case names none: those of the grid nearest to the recipe's own.
 NUM_RATES_QUICK = 3
 
 
@@ -70,6 +72,7 @@ class Case:
         options: fields of ``setup.Options``: preset, data, dtype, optimizer, schedule.
         fallback: options that replace these where the data are not there; None: the case is skipped then.
         recipe: fields of ``TaskDefaults`` that no option sets, such as ``lr_grid``.
+        quick_grid: rates of every sweep with ``--quick``; empty: :data:`NUM_RATES_QUICK` of the grid.
         rate: None: every arm tunes its rate.  Else all arms train at this multiple of the plain arm's
             tuned rate, but for :data:`RATE_FREE`.
         peers: beside plain, hybrid and jump-of-zero.
@@ -86,6 +89,7 @@ class Case:
     options: Mapping[str, Any] = field(default_factory=dict)
     fallback: Mapping[str, Any] | None = None
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    quick_grid: tuple[float, ...] = ()
     rate: float | None = None
     peers: tuple[str, ...] = WEIGHT_PEERS
     quick_peers: tuple[str, ...] = ("snoo",)
@@ -101,6 +105,7 @@ class Case:
         assert set(self.quick_peers) <= set(self.peers), self.name
         assert 1.0 in self.budgets, f"{self.name}: budget 1 is what gaps are measured against"
         assert 1.0 in self.quick_budgets, f"{self.name}: budget 1 is what gaps are measured against"
+        assert set(self.quick_grid) <= set(self.recipe.get("lr_grid", ())), f"{self.name}: not of its grid"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +127,7 @@ def _exact(name: str, task: str, *, quick: bool = False, **options: Any) -> Case
     return Case(
         name=name, task=task, length=task, options=options, peers=_PINN_PEERS,
         quick_peers=("soap", "lbfgs-20", "lbfgs-100"), budgets=EXACT_BUDGETS,
-        quick_budgets=EXACT_BUDGETS, quick_too=quick,
+        quick_budgets=EXACT_BUDGETS_QUICK, quick_too=quick,
     )  # fmt: skip
 
 
@@ -137,10 +142,11 @@ _PINN = (
 # ---- epochs: many epochs over small data ----------------------------------------------------------------
 
 _EPOCHS = (
-    Case(name="cifar", task="cifar", length="cifar", peers=(*WEIGHT_PEERS, "schedule-free")),
+    Case(name="cifar", task="cifar", length="cifar", peers=(*WEIGHT_PEERS, "schedule-free", "block-warmup")),
     Case(
         name="cifar-narrow", task="cifar", length="cifar", options={"preset": "narrow"},
-        peers=(*WEIGHT_PEERS, "schedule-free"), budgets=(0.5, 1.0, 1.5, 2.0),
+        peers=(*WEIGHT_PEERS, "schedule-free", "block-warmup"), quick_peers=("snoo", "block-warmup"),
+        budgets=(0.5, 1.0, 1.5, 2.0), quick_budgets=(1.0, 1.5, 2.0),
     ),
     Case(
         name="digits-mlp", task="digits-mlp", length="digits-mlp", peers=(*WEIGHT_PEERS, "schedule-free"),
@@ -184,11 +190,17 @@ def _lm(data: str | None, schedule: str, length: str = "lm", rate: float | None 
     return replace(case, **changes)
 
 
+#: Plain training is at its best at 2.1e-3 here, the hybrid at 6e-3 (LOG.md): every arm is tuned over both.
+_LM_GRID = (1.5e-3, 2.1e-3, 3e-3, 4.2e-3, 6e-3)
+
 _LM = tuple(
-    _lm(data, schedule, quick_too=(data, schedule) == (None, "wsd"), quick_peers=("lookahead", *CONTROLS))
+    _lm(
+        data, schedule, recipe={"lr_grid": _LM_GRID}, quick_grid=_LM_GRID[1:],
+        quick_too=(data, schedule) == (None, "wsd"), quick_peers=("lookahead", "block-warmup"),
+    )
     for data in ("tinystories", "novels", None)
     for schedule in ("wsd", "linear")
-)
+)  # fmt: skip
 
 #: As fractions, so that a rate is exactly the tuned one's tenth and thirtieth.
 LOW_RATES = (1 / 10, 1 / 30, 3.0)
