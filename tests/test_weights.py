@@ -80,6 +80,13 @@ def test_frozen_parameters_are_not_predicted() -> None:
     assert all(p.requires_grad for p in parameters)
 
 
+@pytest.mark.parametrize(("norm", "role"), [(nn.GroupNorm(2, 4), "convolution"), (nn.BatchNorm2d(4), "convolution_bn")])
+def test_convolutions_are_told_apart_by_batch_norm(norm: nn.Module, role: str) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), norm, nn.Flatten(), nn.Linear(4, 2))
+    _, groups = weights.predicted_parameters(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert groups.roles == (role, "norm_bias", "other")
+
+
 def test_overrides() -> None:
     model = make_model("mlp")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -20,8 +20,8 @@ same pace.  One that has been trained begins at 1: there the same ramp loses mor
 
 No cuts later: a run at a tuned rate spends its stable phase at slightly positive h_g, and cutting there only slows
 it down.  And only where attention blocks, MLP blocks or convolutions are trained together with what is around them: a
-plain MLP and adapters inside frozen blocks (LoRA) are none the worse for such steps, and ended higher with shorter
-ones (LOG.md).
+plain MLP, convolutions before a batch norm and adapters inside frozen blocks (LoRA) are none the worse for such
+steps, and ended higher with shorter ones (LOG.md).
 
 Letters: ``G`` groups, ``g`` one of them.
 """
@@ -115,8 +115,11 @@ class EarlyCuts:
 
 
 def is_inside_a_block(role: str) -> bool:
-    """Whether a role of :data:`.weights.ROLES` is that of a matrix or convolution between input and output."""
-    return role.startswith(("attention", "mlp", "convolution"))
+    """Whether a role of :data:`.weights.ROLES` is that of a matrix or convolution between input and output.
+
+    Convolutions before a batch norm are not: with SGD they ended higher (LOG.md).
+    """
+    return role.startswith(("attention", "mlp")) or role == "convolution"
 
 
 def beyond_the_edge(cosines: Sequence[float]) -> bool:
