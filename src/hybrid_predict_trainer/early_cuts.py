@@ -1,8 +1,7 @@
 """Early cuts: a group of weights whose first steps end beyond the edge of stability is slowed down, and let go again.
 
 A learning rate is one number, the edge of stability is not: in the first steps of a transformer the hidden
-matrices are beyond it while embeddings and head are far below, and in those of a convolutional network the
-convolutions before the head.  What those steps break is not mended later:
+matrices are beyond it while embeddings and head are far below.  What those steps break is not mended later:
 in trials half the rate for the hidden matrices in the first 40 steps was worth as much as half of it throughout
 (LOG.md).  Longer warm-ups and Lookahead get most of what they gain at high rates here.
 
@@ -19,9 +18,8 @@ raise of the common multiplier before the edge is taken out of their f_g again, 
 same pace.  One that has been trained begins at 1: there the same ramp loses more than it saves (LOG.md).
 
 No cuts later: a run at a tuned rate spends its stable phase at slightly positive h_g, and cutting there only slows
-it down.  And only where attention blocks, MLP blocks or convolutions are trained together with what is around them: a
-plain MLP, convolutions before a batch norm and adapters inside frozen blocks (LoRA) are none the worse for such
-steps, and ended higher with shorter ones (LOG.md).
+it down.  And only where attention or MLP blocks are trained together with what is around them: a plain MLP and
+adapters inside frozen blocks (LoRA) are none the worse for such steps, and ended higher with shorter ones (LOG.md).
 
 Letters: ``G`` groups, ``g`` one of them.
 """
@@ -115,11 +113,8 @@ class EarlyCuts:
 
 
 def is_inside_a_block(role: str) -> bool:
-    """Whether a role of :data:`.weights.ROLES` is that of a matrix or convolution between input and output.
-
-    Convolutions before a batch norm are not: with SGD they ended higher (LOG.md).
-    """
-    return role.startswith(("attention", "mlp")) or role == "convolution"
+    """Whether a role of :data:`.weights.ROLES` is that of a matrix between the residual stream and itself."""
+    return role.startswith(("attention", "mlp"))
 
 
 def beyond_the_edge(cosines: Sequence[float]) -> bool:

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
 
 from .records import ConfigError
@@ -27,8 +25,7 @@ WITHOUT_FLOAT64 = frozenset({"mps"})
 #: Roles in the order of the coefficient rows; ``other`` takes what no rule names.
 ROLES = (
     "embedding", "attention_q", "attention_k", "attention_v", "attention_qkv", "attention_out",
-    "mlp_up", "mlp_down", "convolution", "convolution_bn", "head", "norm_bias",
-    "other",
+    "mlp_up", "mlp_down", "head", "norm_bias", "other",
 )  # fmt: skip
 
 # First match wins.  Names cover GPT-2 (c_attn, c_proj, c_fc), Llama (q_proj, gate_proj, w1..w3),
@@ -72,16 +69,8 @@ class Groups:
         return Groups(self.names, (0,) * len(self.index), ("all",), (self.num_weights,))
 
 
-def role_of(name: str, parameter: Tensor, module: nn.Module, *, batch_norm: bool = False) -> str:
-    """Role of one parameter from its qualified name and the type of the module that holds it.
-
-    Args:
-        name: Qualified.
-        parameter: Of that name.
-        module: That holds it.
-        batch_norm: Whether the network has batch norms: a convolution before one sets its own pace, because a step
-            that is too long lengthens it, and the longer it is the less a step turns it (arXiv 1812.03981).
-    """
+def role_of(name: str, parameter: Tensor, module: nn.Module) -> str:
+    """Role of one parameter from its qualified name and the type of the module that holds it."""
     if isinstance(module, nn.Embedding):
         return "embedding"
     if parameter.dim() < 2:
@@ -89,9 +78,6 @@ def role_of(name: str, parameter: Tensor, module: nn.Module, *, batch_norm: bool
     for role, pattern in _NAME_RULES:
         if pattern.search(name):
             return role
-    # by type, and after the names: the short convolutions of some transformers are told by theirs
-    if isinstance(module, _ConvNd):
-        return "convolution_bn" if batch_norm else "convolution"
     return "other"
 
 
@@ -120,7 +106,6 @@ def predicted_parameters(
     if unknown:
         raise ConfigError(f"roles: the model has no parameter {unknown[0]!r}")
 
-    batch_norm = any(isinstance(m, _BatchNorm) for m in model.modules())
     parameters: Tensors = []
     names: list[str] = []
     found: list[str] = []
@@ -135,7 +120,7 @@ def predicted_parameters(
             continue
         parameters.append(parameter)
         names.append(name)
-        found.append(overrides.get(name) or role_of(name, parameter, module, batch_norm=batch_norm))
+        found.append(overrides.get(name) or role_of(name, parameter, module))
     if not parameters:
         raise ConfigError("the optimizer holds no trainable floating-point parameter")
     present = [role for role in ROLES if role in found] + sorted(set(found) - set(ROLES))

@@ -142,11 +142,10 @@ _PINN = (
 # ---- epochs: many epochs over small data ----------------------------------------------------------------
 
 _EPOCHS = (
-    Case(name="cifar", task="cifar", length="cifar", peers=(*WEIGHT_PEERS, "schedule-free", "block-warmup")),
+    Case(name="cifar", task="cifar", length="cifar", peers=(*WEIGHT_PEERS, "schedule-free")),
     Case(
         name="cifar-narrow", task="cifar", length="cifar", options={"preset": "narrow"},
-        peers=(*WEIGHT_PEERS, "schedule-free", "block-warmup"), quick_peers=("snoo", "block-warmup"),
-        budgets=(0.5, 1.0, 1.5, 2.0), quick_budgets=(1.0, 1.5, 2.0),
+        peers=(*WEIGHT_PEERS, "schedule-free"), budgets=(0.5, 1.0, 1.5, 2.0), quick_budgets=(1.0, 1.5, 2.0),
     ),
     Case(
         name="digits-mlp", task="digits-mlp", length="digits-mlp", peers=(*WEIGHT_PEERS, "schedule-free"),

@@ -99,7 +99,7 @@ PEERS: dict[str, Peer] = {
         train=in_loop(changed=long_warmup),
     ),
     "block-warmup": Peer(
-        about="the plain recipe, blocks and convolutions warmed up over 100 steps: the fixed part of the early cuts",
+        about="the plain recipe, attention and MLP matrices warmed up over 100 steps: the fixed part of the early cuts",
         source="-",
         family="schedule",
         weights_only=False,

@@ -19,7 +19,7 @@ def long_warmup(recipe: TaskDefaults) -> TaskDefaults:
 
 
 def block_warmup(session: Session) -> Hooks:
-    """Steps of attention and MLP blocks and of convolutions grow linearly to their full length; others as they were."""
+    """Steps of matrices inside attention and MLP blocks grow linearly to their full length; others as they were."""
     run, num_steps = session.run, int(session.values["steps"])
     inside = [is_inside_a_block(role) for role in run.groups.roles]
     before: Tensors = []
