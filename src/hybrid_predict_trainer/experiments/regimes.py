@@ -49,7 +49,7 @@ RATE_FREE = ("schedule-free", "prodigy")
 NOISY_BUDGETS = (0.5, 1.0, 2.0, 4.0)
 #: A lower bound of S = 4 was what full-batch tasks ran into with budgets up to 4.
 EXACT_BUDGETS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
-#: Half of the time of a quick run would go into the plain run of sixteen lengths.
+#: A third of the time of a quick run would go into the plain run of sixteen lengths.
 EXACT_BUDGETS_QUICK = (0.5, 1.0, 2.0, 4.0, 8.0)
 #: Of the plain arm at its tuned rate, where the case's own rate is a multiple of it.
 TUNED_BUDGETS = (0.125, 0.25, 0.5, 1.0, 2.0)
