@@ -362,6 +362,21 @@ def test_tuned_arms_have_sweeps_of_one_size_and_plain_budgets_share_one(tmp_path
     assert rates == {**chosen, "jump-of-zero": 2.0, "plain@0.5": 1.0, "plain@2": 1.0}
 
 
+@pytest.mark.parametrize(
+    ("quick", "asked_for", "rates"),
+    [(True, (), (1e-3, 4e-3)), (False, (), (1e-3, 2e-3, 4e-3, 8e-3)), (True, (5e-3,), (5e-3,))],
+)
+def test_a_case_may_name_the_rates_of_its_quick_sweeps(
+    tmp_path: Path, quick: bool, asked_for: tuple[float, ...], rates: tuple[float, ...]
+) -> None:
+    """Where the nearest to the recipe's own are not those that count; what the user asks for goes first."""
+    case = replace(case_of("tuned"), recipe={"lr_grid": (1e-3, 2e-3, 4e-3, 8e-3)}, quick_grid=(1e-3, 4e-3))
+    p = prepare(asked(tmp_path, quick=quick, lr_grid=asked_for), case)
+    assert {c.name: c.grid for c in p.contestants if c.grid} == {"plain": rates, "hybrid": rates}
+    with pytest.raises(AssertionError, match="not of its grid"):
+        replace(case, quick_grid=(3e-3,))
+
+
 def test_a_fixed_rate_serves_all_but_the_arms_that_need_none(tmp_path: Path) -> None:
     p = prepare(asked(tmp_path, arms=("hybrid", "jump-of-zero", "snoo", "prodigy")), case_of("slow"))
     assert {c.name for c in p.contestants if c.grid} == {"plain", "prodigy"}

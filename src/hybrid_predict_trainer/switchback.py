@@ -37,7 +37,7 @@ NUM_FREE_BLOCKS = 10
 #: asked again at every block.
 MIN_COMPARISONS = 6
 LEVEL = 0.005
-#: Newest comparisons of either kind that are kept: those of some hundred thousand steps.
+#: Newest comparisons of either kind that are kept; controls are rare: theirs cover some hundred thousand steps.
 MAX_COMPARISONS = 1000
 
 
