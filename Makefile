@@ -7,13 +7,15 @@ OUT ?= demo-results
 
 REGIMES := pinn epochs finetune lm lm-lowlr lm-muon
 
-.PHONY: demo test check bench regimes clean help
+.PHONY: demo test check bench regimes harm harm-quick clean help
 
 help:
 	@echo "make demo   train a language model and a physics-informed network plainly and with predicted phases"
 	@echo "make test   run the tests"
 	@echo "make check  ruff, mypy, import order"
 	@echo "make bench  measure the overhead of a full step"
+	@echo "make harm-quick  is ordinary training never made worse?  The short set (two minutes)"
+	@echo "make harm  the same, all settings (an hour)"
 	@echo "make regimes  speed against tuned baselines and published methods, short version (an hour)"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -43,6 +45,12 @@ bench: $(STAMP)
 regimes: $(STAMP)
 	for regime in $(REGIMES); do $(BIN)/hpt bench regimes --regime $$regime --quick --out $(OUT)/regimes || exit 1; done
 	$(BIN)/hpt bench report $(OUT)/regimes --markdown $(OUT)/regimes/tables.md
+
+harm-quick: $(STAMP)
+	$(BIN)/hpt bench harm --quick --out $(OUT)/harm
+
+harm: $(STAMP)
+	$(BIN)/hpt bench harm --out $(OUT)/harm --markdown $(OUT)/harm/table.md
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

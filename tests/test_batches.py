@@ -1,16 +1,18 @@
-"""Batches: sizes, pieces, and whether this is the batch of last time."""
+"""Batches: how many samples they hold, pieces of them, copies of their containers."""
 
 from __future__ import annotations
 
-import gc
 from collections import OrderedDict, UserDict, defaultdict, namedtuple
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pack_sequence
 
-from cases import Output, config, full_batch, make_batches, setup
+from cases import Output
 from hybrid_predict_trainer import batches
 
 Pair = namedtuple("Pair", "x y")
@@ -50,13 +52,101 @@ def test_other_things_are_handed_on() -> None:
     assert (piece["text"], piece["none"], piece["n"]) == (["a", "b"], None, 3)
 
 
-@pytest.mark.parametrize(
-    "batch",
-    [None, "text", 3, (), {}, (X, torch.zeros(5)), torch.tensor(1.0), {"x": X, "temperature": torch.tensor(1.0)}],
-    ids=["none", "text", "number", "empty tuple", "empty dict", "different lengths", "scalar", "with a scalar"],
-)
-def test_no_common_size(batch: Any) -> None:
-    assert batches.num_samples(batch) == 0
+#: Batches that cannot be cut truly, or that hold no samples.
+UNCUT: dict[str, Any] = {
+    "none": None,
+    "text": "text",
+    "number": 3,
+    "empty tuple": (),
+    "empty dict": {},
+    "different lengths": (X, torch.zeros(5)),
+    "scalar": torch.tensor(1.0),
+    "sparse": (torch.eye(6).to_sparse(), Y),
+    "nested": torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)], layout=torch.jagged),
+    "packed": pack_sequence([torch.zeros(4, 2), torch.zeros(3, 2)]),
+    "images of several sizes": ([torch.zeros(3, 8, 8), torch.zeros(3, 9, 7)], torch.zeros(2)),
+    "a list of targets": (torch.zeros(2, 3), [{"boxes": torch.zeros(4, 4)}, {"boxes": torch.zeros(1, 4)}]),
+    "ragged pairs": {"items": [(X, Y), (X[:5], Y[:5])]},
+    "graph": {"x": X, "edge_index": torch.zeros(2, 9, dtype=torch.long), "y": Y},
+    "an object": SimpleNamespace(x=X, y=Y),
+    "an object inside": {"x": X, "graph": SimpleNamespace(edges=Y)},
+    "a set": (X, {1, 2}),
+    "arrays of other lengths": (np.zeros((6, 2)), np.zeros(5)),
+}
+
+
+@pytest.mark.parametrize("name", UNCUT)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_no_common_size(name: str) -> None:
+    assert batches.num_samples(UNCUT[name]) == 0
+
+
+#: What belongs to every sample, and what is cut with them: batch, and the last of its parts in the piece 2 .. 5.
+BESIDE: dict[str, tuple[Any, Any]] = {
+    "a scalar": ((X, torch.tensor(1.0)), torch.tensor(1.0)),
+    "a mask for all": ((X, torch.ones(1, 2)), torch.ones(1, 2)),
+    "labels in a list": ((X, [0, 1, 2, 3, 4, 5]), [2, 3, 4]),
+    "names in a tuple": ((X, ("a", "b", "c", "d", "e", "f")), ("c", "d", "e")),
+    "ragged lists": ((X, [[1], [2, 2], [3], [4], [], [6]]), [[3], [4], []]),
+    "a short list": ((X, ["red", "green"]), ["red", "green"]),
+    "an array": ((X, np.arange(6)), np.array([2, 3, 4])),
+    "a number array": ((X, np.float64(3.0)), np.float64(3.0)),
+    "a dtype": ((X, torch.float16), torch.float16),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_what_is_beside_the_samples(name: str) -> None:
+    batch, wanted = BESIDE[name]
+    assert batches.num_samples(batch) == 6
+    piece = batches.narrow(batch, 2, 5)
+    assert torch.equal(piece[0], X[2:5])
+    found = piece[1]
+    assert type(found) is type(wanted)
+    if isinstance(wanted, Tensor):
+        assert torch.equal(found, wanted)
+    elif isinstance(wanted, np.ndarray):
+        assert found.tolist() == wanted.tolist()
+    else:
+        assert found == wanted
+
+
+def test_one_sample_is_a_batch() -> None:
+    assert batches.num_samples((X[:1], Y[:1])) == 1
+
+
+@pytest.mark.parametrize("name", BATCHES)
+@pytest.mark.parametrize("tensors_too", [False, True])
+def test_copies_of_containers(name: str, tensors_too: bool) -> None:
+    batch = BATCHES[name]
+    copy = batches.copied(batch, tensors_too=tensors_too)
+    for a, b in zip(batches.tensors(batch), batches.tensors(copy), strict=True):
+        assert torch.equal(a, b)
+        assert (a is b) is not tensors_too
+    if isinstance(batch, dict):
+        copy.clear()
+        assert batch
+
+
+def test_an_object_is_copied_one_level_deep() -> None:
+    batch = SimpleNamespace(x=X, labels=Y)
+    own = batches.copied(batch, tensors_too=False)
+    del own.labels
+    assert batch.labels is Y
+    handle = iter(())
+    assert batches.copied({"h": handle}, tensors_too=True)["h"] is not None
+
+
+def test_pieces_of_at_least_two() -> None:
+    assert [batches.num_samples(p) for p in batches.chunks((X, Y), 0, 6, 8, 2)] == [2, 2, 2]
+    assert [batches.num_samples(p) for p in batches.chunks((X, Y), 0, 5, 8, 2)] == [2, 2]
+    assert [batches.num_samples(p) for p in batches.chunks((X, Y), 0, 3, 8, 2)] == [3]
+
+
+def test_layouts_do_not_depend_on_sizes() -> None:
+    assert batches.layout((X, Y)) == batches.layout((X[:4], Y[:4])) == batches.layout((torch.zeros(3, 9), Y[:3]))
+    different = [(X, Y), [X, X], {"x": X, "y": Y}, {"x": X, "z": Y}, (X, Y, 3), (X, Y, torch.ones(1)), (X, [1] * 6)]
+    assert len({batches.layout(b) for b in different}) == len(different)
 
 
 @pytest.mark.parametrize(
@@ -68,101 +158,3 @@ def test_chunks_are_equal(start: int, stop: int, num: int, sizes: list[int]) -> 
     assert [batches.num_samples(p) for p in pieces] == sizes
     together = torch.cat([p[1] for p in pieces])
     assert torch.equal(together, Y[start : start + len(together)])
-
-
-# ---------------------------------------------------------------- identity
-
-
-def test_same_tensors_match() -> None:
-    a, b = batches.Fingerprint((X, Y)), batches.Fingerprint({"x": X, "y": Y})
-    assert a.matches(a)
-    assert a.matches(b)
-
-
-def test_different_tensors_do_not_match() -> None:
-    a = batches.Fingerprint((X, Y))
-    assert not a.matches(batches.Fingerprint((X.clone(), Y)))
-    assert not a.matches(batches.Fingerprint((X,)))
-    assert not a.matches(batches.Fingerprint((Y, X)))
-
-
-def test_changed_tensor_does_not_match() -> None:
-    x = torch.zeros(3)
-    before = batches.Fingerprint(x)
-    x.add_(1)
-    assert not batches.Fingerprint(x).matches(before)
-    assert batches.Fingerprint(x).matches(batches.Fingerprint(x))
-
-
-def test_freed_tensor_does_not_match_whatever_its_address() -> None:
-    x = torch.zeros(1000)
-    before, address = batches.Fingerprint(x), x.data_ptr()
-    del x
-    gc.collect()
-    others = [torch.zeros(1000) for _ in range(50)]
-    assert not any(batches.Fingerprint(o).matches(before) for o in others)
-    assert address is not None
-    gone = batches.Fingerprint(torch.zeros(2))
-    assert not gone.matches(gone), "nobody can pass it again"
-
-
-def test_no_tensors_never_match() -> None:
-    assert not batches.Fingerprint([1, 2]).matches(batches.Fingerprint([1, 2]))
-
-
-def test_fingerprint_keeps_nothing_alive() -> None:
-    x = torch.zeros(3)
-    mark = batches.Fingerprint(x)
-    import weakref
-
-    alive = weakref.ref(x)
-    del x
-    gc.collect()
-    assert alive() is None
-    assert mark is not None
-
-
-def test_inference_tensors() -> None:
-    with torch.inference_mode():
-        x = torch.zeros(3)
-    assert batches.Fingerprint(x).matches(batches.Fingerprint(x))
-    trainer = setup().trainer(config(enabled=False))
-    with torch.inference_mode():
-        batch = tuple(t.clone() for t in make_batches(1)[0])
-    trainer.step(tuple(t.clone() for t in batch))
-
-
-# ---------------------------------------------------------------- in a run
-
-
-def loader(data: list[tuple[Tensor, Tensor]], kind: str) -> list[Any]:
-    return [(x.clone(), y) for x, y in data] if kind == "new inputs" else data
-
-
-@pytest.mark.parametrize(("kind", "same"), [("full", True), ("fresh", False), ("new inputs", False)])
-def test_full_batch_training_is_noticed(kind: str, same: bool) -> None:
-    data = make_batches(8) if kind == "fresh" else loader(full_batch(8), kind)
-    trainer = setup().trainer(config())
-    for batch in data:
-        trainer.step(batch)
-    assert trainer.run.same_batch is same
-    assert trainer.run.deterministic is same
-
-
-@pytest.mark.parametrize(("setting", "exact"), [("always", True), ("never", False)])
-def test_the_user_may_know_better(setting: str, exact: bool) -> None:
-    for data in (full_batch(6), make_batches(6)):
-        trainer = setup().trainer(config(gate__exact=setting))
-        for batch in data:
-            trainer.step(batch)
-        assert trainer.run.deterministic is exact
-
-
-def test_two_batches_in_turn_are_not_one() -> None:
-    a, b = make_batches(2)
-    trainer = setup().trainer(config())
-    seen = []
-    for batch in [a, b] * 4:
-        trainer.step(batch)
-        seen.append(trainer.run.same_batch)
-    assert not any(seen)

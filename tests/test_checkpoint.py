@@ -13,7 +13,7 @@ import stat
 import struct
 import subprocess
 import sys
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
@@ -31,7 +31,8 @@ from torch.optim import lr_scheduler
 from hybrid_predict_trainer import checkpoint, manifest, state_tree
 from hybrid_predict_trainer.records import CheckpointError, State
 
-DTYPES = sorted(state_tree.STORED_DTYPES | state_tree.PAIRED_DTYPES, key=str)
+#: hypothesis prints what it draws, and torch cannot print float4: that one has a test of its own.
+DTYPES = sorted((state_tree.STORED_DTYPES | state_tree.PAIRED_DTYPES) - {torch.float4_e2m1fn_x2}, key=str)
 
 
 # ---------------------------------------------------------------- helpers
@@ -230,15 +231,15 @@ class Colour(StrEnum):
     ("value", "words"),
     [
         (object(), "object"),
-        ({1, 2}, "sorted list"),
-        (b"raw", "uint8 tensor"),
-        (np.zeros(2), "torch.from_numpy"),
-        (np.float64(1), r"float\(value\)"),
+        (np.array([object()]), "numpy.ndarray"),
+        (np.zeros(2, dtype=[("a", "f4")]), "numpy.ndarray"),
+        (Path("x"), "pathlib"),
+        (Colour, "EnumType"),
+        (len, "builtin_function"),
+        (defaultdict(lambda: 1), "defaultdict of"),
+        ({Colour.RED: 1}, "key <Colour.RED"),
+        ({frozenset(): 1}, "key frozenset"),
         (Colour.RED, r"str\(value\)"),
-        (torch.float32, "its name"),
-        (torch.Size([1]), "tuple"),
-        ({True: 1}, "key True"),
-        ({1.5: 1}, "key 1.5"),
         (torch.ones(2, device="meta"), "device meta"),
         (torch.eye(2).to_sparse(), "sparse"),
         (torch.empty(2, dtype=torch.bits8), "bits8"),
@@ -248,6 +249,62 @@ class Colour(StrEnum):
 def test_what_is_not_plain_data_is_refused_by_its_place(value: object, words: str) -> None:
     with pytest.raises(TypeError, match=rf"^state\['outer'\]\[1\]\[7\] .*{words}"):
         state_tree.encode({"outer": [0, {7: value}]})
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *({1, 2}, {"b", "a"}, set(), frozenset({(1, 2)}), b"raw", 1 - 2j, complex("nan"), range(3, 9, 2)),
+        *(np.float32(1 / 3), np.float64("nan"), np.int8(-3), np.bool_(True), np.complex64(1j)),
+        np.datetime64("2026-01-01"),
+        *(np.arange(6, dtype=">i2").reshape(2, 3), np.zeros((0, 3)), np.array(2.5), np.asfortranarray(np.eye(3)[:2])),
+        *(np.array(["a", "bc"]), np.dtype("float32"), np.dtype("<U3")),
+        *(torch.float32, torch.bfloat16, torch.float8_e8m0fnu, torch.channels_last, torch.strided),
+        *(torch.Size([1, 2]), torch.device("cpu"), torch.device("cuda", 1)),
+        *(float, dict, np.float32, deque([1, [2]], maxlen=3), deque()),
+        *({True: 1}, {1.5: 1}, {None: 1}, {(1, "a"): 1}, {b"k": 1}),
+        *(defaultdict(dict, {"a": {}}), defaultdict(None, {1: 2})),
+        state_tree.Mark("object", ["a:B", {"t": torch.ones(2)}]),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_plain_values_come_back_exactly(value: Any, tmp_path: Path) -> None:
+    found = through_bytes({"outer": [0, {7: value}]}, tmp_path / "x")["outer"][1][7]
+    assert type(found) is type(value)
+    if isinstance(value, np.ndarray):
+        assert (found.dtype, found.shape, found.tobytes()) == (value.dtype, value.shape, value.tobytes())
+    elif isinstance(value, state_tree.Mark):
+        assert (found.kind, found.body[0]) == ("object", "a:B")
+        assert torch.equal(found.body[1]["t"], torch.ones(2))
+    elif isinstance(value, deque | defaultdict):
+        assert (found, getattr(found, "maxlen", 0)) == (value, getattr(value, "maxlen", 0))
+        assert getattr(found, "default_factory", 0) is getattr(value, "default_factory", 0)
+    else:
+        assert repr(found) == repr(value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e8m0fnu, torch.float4_e2m1fn_x2, torch.complex128, torch.uint16])
+def test_types_that_are_stored_and_hardly_computed_with(dtype: torch.dtype, tmp_path: Path) -> None:
+    raw = torch.arange(6 * dtype.itemsize, dtype=torch.uint8)
+    tensor = raw.view(dtype).reshape(2, 3)
+    found = through_bytes({"t": tensor}, tmp_path / "x")["t"]
+    assert (found.dtype, found.shape) == (dtype, (2, 3))
+    assert bits(found) == bytes(raw.tolist())
+
+
+@pytest.mark.parametrize("layout", ["transposed", "channels_last", "permuted", "column of one"])
+def test_dense_tensors_keep_their_memory_order(layout: str, tmp_path: Path) -> None:
+    tensor = {
+        "transposed": torch.randn(3, 4).t(),
+        "channels_last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        "permuted": torch.randn(2, 3, 4).permute(1, 2, 0),
+        "column of one": torch.randn(1, 3, 1, 2).permute(1, 0, 3, 2),
+    }[layout]
+    found = through_bytes({"a": tensor, "tied": tensor, "part": tensor[:1]}, tmp_path / "x")
+    assert found["a"].stride() == tensor.stride()
+    assert torch.equal(found["a"], tensor)
+    assert found["tied"] is found["a"]
+    assert torch.equal(found["part"], tensor[:1])
 
 
 def test_a_container_that_holds_itself_is_refused() -> None:
@@ -278,6 +335,21 @@ def test_a_container_that_holds_itself_is_refused() -> None:
         {"$items": [[{"$tensor": "x"}, 1]]},
         {"$tuple": 3},
         {"$complex": "x"},
+        {"$strided": [{"$tensor": "x"}, [1, 1]]},
+        {"$strided": [{"$tensor": "x"}, [3]]},
+        {"$strided": [{"$tensor": "x"}, [-1, 3]]},
+        {"$array": [{"$tensor": "x"}, "O", [9]]},
+        {"$array": [{"$tensor": "x"}, "<f4", [10]]},
+        {"$numpy": ["O", "00"]},
+        {"$numpy": ["<f4", "0000"]},
+        {"$numpy_dtype": "f4,f4"},
+        {"$dtype": "load"},
+        {"$type": "os.system"},
+        {"$range": [0, 1, 0]},
+        {"$set": [[1]]},
+        {"$deque": [[1], "x"]},
+        {"$defaultdict": ["print", []]},
+        {"$mark": [1, 2]},
         {"nothing": "uses x"},
     ],
 )
@@ -485,8 +557,8 @@ def test_a_missing_path_is_said_plainly(tmp_path: Path) -> None:
 def test_a_newer_format_is_refused_with_advice(small: Path) -> None:
     reseal(small, format_version=manifest.FORMAT_VERSION + 1)
     damaged(small, rf"format {manifest.FORMAT_VERSION + 1}, newer than {manifest.FORMAT_VERSION}; upgrade")
-    reseal(small, format_version=manifest.FORMAT_VERSION - 1)
-    damaged(small, rf"older than {manifest.FORMAT_VERSION}; load it with the version that wrote it")
+    reseal(small, format_version=manifest.OLDEST_VERSION - 1)
+    damaged(small, rf"older than {manifest.OLDEST_VERSION}; load it with the version that wrote it")
     for version in ("1", None, True):
         reseal(small, format_version=version)
         damaged(small, "MANIFEST")

@@ -56,6 +56,30 @@ def model_bytes(out: Path) -> tuple[str, bytes]:
     return latest.name, (latest / "model_weights.safetensors").read_bytes()
 
 
+# ---- divergence -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", [["--plain"], []], ids=["plain", "hybrid"])
+@pytest.mark.parametrize("lr", ["10", "1e30"])
+def test_a_run_that_diverges_ends_with_status_4(
+    flags: list[str], lr: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    argv = ["train", "--task", "regression", "--optimizer", "sgd", "--lr", lr, "--steps", "90", "--json", *flags]
+    status, printed, said = run(capsys, *argv, "--out", out)
+    assert (status, printed) == (cli.DIVERGED, "")
+    assert re.match(r"hpt: error: .*(NaN or infinity has reached|no usable loss)", said.splitlines()[-1])
+
+
+def test_a_validation_loss_that_is_not_finite_is_a_divergence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(single.Validation, "final", lambda self: float("inf"))
+    status, _, said = run(capsys, "train", *PINN, "--steps", "5", "--plain", "--out", tmp_path / "run")
+    assert (status, "the validation loss is inf" in said) == (cli.DIVERGED, True)
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
 # ---- bad input ------------------------------------------------------------------------------------------
 
 
@@ -96,7 +120,7 @@ def model_bytes(out: Path) -> tuple[str, bytes]:
         (["compare", *PINN, "--seeds", "0"], r"argument --seeds: 0 is out of range: must be a whole number >= 1"),
         (["compare", *PINN, "--budgets", "1,-2"], r"argument --budgets: -2 is out of range: must be a number > 0"),
         (["compare", *PINN, "--budgets", "1,,2"], r"argument --budgets: '' must be a number"),
-        (["compare"], r"the following arguments are required: --task"),
+        (["compare"], r"--task is needed: one of gpt"),
         (["inspect", "nowhere"], r"nowhere: no such folder"),
         (["inspect", "."], r"is no checkpoint and holds none"),
         (["report", "nowhere"], r"nowhere: no such directory"),

@@ -78,7 +78,7 @@ RUNS = [(name, data, segments) for name in (*CLOSED_FORM, "fake") for data in DA
 RUNS += [(name, "exact", 1) for name in PREDICTORS if name not in CLOSED_FORM]
 RUNS = [(*run, {}) for run in RUNS] + [(name, data, 1, ENCODER) for name in ("secant", "linear") for data in DATA]
 #: What moves the weights besides jumps, at rates where it does.
-MOTION = {"max_learned_scale": 50.0, "lookahead": 0.5, "smoothing": 0.25}
+MOTION = {"max_learned_scale": 50.0, "lookahead_scope": "all", "lookahead": 0.5, "smoothing": 0.25}
 RUNS += [("secant", data, 1, MOTION) for data in DATA]
 
 
@@ -101,6 +101,9 @@ def test_resume_everywhere(
             if name not in saved and here(trainer, result):
                 saved[name] = (trainer.save_checkpoint(tmp_path / name), index + 1)
     wanted = state(made, trainer)
+    if more is MOTION and data == "noisy":
+        assert trainer.run.lookahead.num_steps > 0
+        assert trainer.run.guard.anchor_step > 0
     assert {"warmup", "mid-window", "window-closed"} <= set(saved)
     if predictor == "fake" and data == "exact":
         missing = {"between-segments"} if segments == 1 else set()
@@ -317,10 +320,11 @@ def test_every_field_of_the_run_is_saved() -> None:
     run = trainer.run
     saved = set(run.state_dict()["scalars"]) | set(run.state_dict())
     rebuilt = {
-        "model", "optimizer", "config", "loss_fn", "lr_scheduler", "grad_scaler", "parameters", "groups", "on_cpu",
+        "model", "optimizer", "config", "loss_fn", "grad_scaler", "scale_search", "parameters", "groups", "on_cpu",
         "predictor", "basis", "controller", "observing", "readout", "buffers", "last_batch", "batch_free",
         "stated_confidence", "correction", "observer", "window_seconds",
-        "old_anchor",
+        "old_anchor", "held", "closing", "hands_off", "writes", "settings", "role_groups", "chooses", "time", "origin",
+        "views",
     }  # fmt: skip
     assert set(vars(run)) - saved - rebuilt == set()
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from types import FrameType
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -12,14 +16,18 @@ from hybrid_predict_trainer.early_cuts import (
     AFTER_RAISE,
     CUT,
     EARLY_STEPS,
+    MUST_FALL,
     NUM_COSINES,
     RECOVERY_STEPS,
     EarlyCuts,
     beyond_the_edge,
     shorten,
+    shortened,
 )
-from hybrid_predict_trainer.step_scale import GROWTH, LearnedScale, UnitScale
+from hybrid_predict_trainer.multiplier import GROWTH, Advice, Multiplier, Reading
+from hybrid_predict_trainer.step_scale import LearnedScale
 from hybrid_predict_trainer.tasks import TaskSettings, make_task
+from hybrid_predict_trainer.unit_scale import UnitScale
 from hybrid_predict_trainer.weights import Groups
 
 
@@ -141,14 +149,63 @@ def test_which_blocks_come_up_later_is_part_of_the_state() -> None:
     assert b.factors == [0.4, 1.0]
 
 
-def test_a_raise_of_the_scale_tells_the_cuts() -> None:
-    scale = LearnedScale(Groups(("a", "b"), (0, 1), TWO, (1, 1)), 100.0, 0.01, untrained=True)
-    scale.cuts.factors = [0.8, 1.0]
-    scale._raise(1.0)
-    assert scale.cuts.factors == [0.8 / GROWTH, 1.0]
-    scale.touched = True
-    scale._raise(1.0)
-    assert scale.cuts.factors == [0.8 / GROWTH, 1.0]
+@pytest.mark.parametrize(("touched", "wanted"), [(False, [0.8 / GROWTH, 1.0]), (True, [0.8, 1.0])])
+def test_a_raise_of_the_scale_tells_the_cuts(
+    monkeypatch: pytest.MonkeyPatch, touched: bool, wanted: list[float]
+) -> None:
+    """Before the edge; a creep beyond it is too small to matter."""
+
+    def decide(multiplier: Multiplier, *args: object) -> tuple[Advice, bool]:
+        multiplier.value *= GROWTH
+        return Advice.RAISED, True
+
+    monkeypatch.setattr(Multiplier, "decide", decide)
+    scale = LearnedScale(Groups(("a", "b"), (0, 1), TWO, (1, 1)), 100.0, 0.01, check_steps=1, untrained=True)
+    scale.cuts.factors, scale.multiplier.touched = [0.8, 1.0], touched
+    monkeypatch.setattr(scale.multiplier, "follow", lambda lr: True)
+    scale._cosines = [torch.tensor(-0.5)]
+    assert scale.check(Reading(lr=1.0, loss=1.0, noise=0.1, newest=[1.0])) is Advice.RAISED
+    assert scale.cuts.factors == wanted
+
+
+# ---------------------------------------------------------------- is it harm?
+
+
+@pytest.mark.parametrize(("fallen", "ended"), [(False, True), (True, False)])
+def test_the_cuts_end_where_the_loss_has_not_fallen_in_time(fallen: bool, ended: bool) -> None:
+    cuts = EarlyCuts(TWO, least=0.01, untrained=True)
+    for _ in range(MUST_FALL - 1):
+        cuts.count_step()
+        cuts.note_loss(fallen=False)  # it may still fall
+    assert cuts.active
+    cuts.count_step()
+    cuts.note_loss(fallen=fallen)
+    assert cuts.active is not ended
+    assert cuts.watching is not ended
+
+
+def test_once_ended_there_are_no_more_cuts() -> None:
+    cuts = EarlyCuts(TWO, least=0.01, untrained=True)
+    cuts.end()
+    assert cuts.factors == [1.0, 1.0]
+    cuts.lengthened(8.0)
+    assert not cuts.watching
+    assert not cuts.active
+    again = EarlyCuts(TWO, least=0.01, untrained=True)
+    again.load_state_dict(cuts.state_dict())
+    again.lengthened(8.0)
+    assert not again.active
+
+
+def test_the_scale_tells_the_cuts_at_its_checks() -> None:
+    """The losses of the first steps against the newest ones: here they stay where they are."""
+    for last, active in ((1.0, False), (0.5, True)):
+        scale = LearnedScale(Groups(("a", "b"), (0, 1), TWO, (1, 1)), 1.0, 0.01, untrained=True)
+        for i in range(MUST_FALL + scale.check_steps):
+            scale.after_step([])
+            loss = 1.0 if i < 10 else last
+            scale.check(Reading(lr=1.0, loss=loss, noise=0.1, newest=[loss] * 12))
+        assert scale.shortening is active
 
 
 @pytest.mark.parametrize("roles", [("head", "other"), ("attention_q", "mlp_up")])
@@ -188,8 +245,60 @@ def test_shortening_is_per_group_and_leaves_the_others_alone_bit_for_bit() -> No
     before = [torch.zeros(3), torch.zeros(2), torch.ones(1)]
     after = [torch.full((3,), 4.0), torch.tensor([0.1, 0.2]), torch.tensor([3.0])]
     wanted = after[1].clone()
+    places = shortened(after, before, (0, 1, 0), [0.25, 1.0])
+    assert list(places) == [0, 2]
+    assert after[0][0] == 4.0  # nothing is written yet
     shorten(after, before, (0, 1, 0), [0.25, 1.0])
     assert_same(after, [torch.full((3,), 1.0), wanted, torch.tensor([1.5])])
+
+
+@pytest.mark.parametrize("factor", [0.1, 0.5, 0.9, 1.0])
+def test_weights_that_did_not_move_stay_bit_for_bit(factor: float) -> None:
+    before = [torch.randn(100)]
+    found = shortened([before[0].clone()], before, (0,), [factor])
+    assert_same(list(found.values()), before if factor < 1 else [])
+
+
+def counted(cuts: EarlyCuts, parameters: list[torch.Tensor], before: list[torch.Tensor], line: int) -> bool:
+    """Count a step, interrupted at its n-th line; returns whether it was."""
+    count = 0
+
+    def inside(frame: FrameType, event: str, arg: Any) -> Any:
+        nonlocal count
+        if event == "line":
+            count += 1
+            if count == line:
+                raise KeyboardInterrupt
+        return inside
+
+    sys.settrace(
+        lambda frame, event, arg: inside if frame.f_code.co_filename.endswith(("cuts.py", "weights.py")) else None
+    )
+    try:
+        cuts.count_step(parameters, before, (0, 1, 0))
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+    return False
+
+
+def test_an_interruption_at_any_line_is_made_good_by_doing_it_again() -> None:
+    """None of it or all of it: a step is never shortened twice, nor are factors."""
+    ends, line, interrupted = [], 0, True
+    while interrupted:
+        line += 1
+        cuts, before = EarlyCuts(TWO, least=0.01, untrained=True), [torch.ones(2), torch.ones(3), torch.zeros(1)]
+        cuts.count_step()
+        after = [b + 1 for b in before]
+        interrupted = counted(cuts, after, before, line)
+        if interrupted and cuts.num_steps == 1:
+            cuts.count_step(after, before, (0, 1, 0))
+        ends.append((after, cuts.state_dict()))
+    assert line > 20
+    for end in ends:
+        assert_same(end, ends[-1])
+    assert ends[-1][0][0].tolist() == pytest.approx([1.02] * 2)
 
 
 def test_state_round_trips_between_two_cosines_of_a_decision() -> None:

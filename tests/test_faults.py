@@ -183,8 +183,8 @@ class GradientTrap(nn.Module):
         return out
 
 
-def trapped(seed: int = 1) -> Setup:
-    made = setup("norm_dropout", "adam", "lambda", seed)
+def trapped(seed: int = 1, model: str = "norm_dropout") -> Setup:
+    made = setup(model, "adam", "lambda", seed)
     made.model = GradientTrap(made.model)
     return made
 
@@ -390,7 +390,7 @@ def test_rolled_back_jump_is_not_brought_back_by_an_anchor(late: Callable, monke
     from hybrid_predict_trainer import executors
 
     monkeypatch.setattr(executors, "probation_passes", lambda probation, sigma: False)
-    made = trapped()
+    made = trapped(model="batchnorm")  # with dropout losses are noisy, and this jump is not accepted
     trainer = late(made, config(predictor__window=8, divergence__check_interval_steps=6), Fake(-0.05))
     [clean, *_] = batches = full_batch(60)
     before = None
@@ -510,7 +510,7 @@ class Complex(nn.Module):
         return self.real(x) + self.phase.abs().sum() + self.count.sum()
 
 
-def test_complex_and_integer_parameters_are_trained_not_predicted() -> None:
+def test_complex_parameters_are_predicted_and_integer_ones_left() -> None:
     def made() -> Setup:
         torch.manual_seed(0)
         model = Complex()
@@ -519,12 +519,11 @@ def test_complex_and_integer_parameters_are_trained_not_predicted() -> None:
     plain, ours = made(), made()
     batches = make_batches(30)
     plain.plain(batches)
-    with pytest.warns(UserWarning, match="phase has dtype torch.complex64 and is not predicted"):
-        trainer = ours.trainer(config(), predictor=Fake(1.0))
+    trainer = ours.trainer(config(), predictor=Fake(1.0))
     trainer.fit(batches)
     assert trainer.statistics()["num_jumps_proposed"] > 0
     assert_same(ours.everything(), plain.everything())
-    assert trainer.run.groups.names == ("real.weight", "real.bias")
+    assert sorted(trainer.run.groups.names) == ["phase", "real.bias", "real.weight"]
 
 
 def test_nan_in_a_complex_gradient_does_not_reach_the_weights() -> None:
@@ -532,8 +531,7 @@ def test_nan_in_a_complex_gradient_does_not_reach_the_weights() -> None:
     model = Complex()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
     made = Setup(model, optimizer)
-    with pytest.warns(UserWarning, match="not predicted"):
-        trainer = made.trainer(config())
+    trainer = made.trainer(config())
     before = made.everything()
     model.phase.register_hook(lambda g: g * NAN)
     assert trainer.step(make_batches(1)[0]).skipped
@@ -772,19 +770,6 @@ def test_global_generators_are_not_reseeded() -> None:
     before = made.everything()["rng"]
     made.trainer(config())
     assert_same(made.everything()["rng"], before)
-
-
-def test_critical_steps_in_a_row_lower_the_learning_rate() -> None:
-    made = setup("mlp", "adam", "lambda")
-    trainer = made.trainer(config(divergence__retry_learning_rate_factor=0.5), predictor=Fake(1.0))
-    batches = make_batches(20)
-    trainer.step(batches[0])
-    peak = made.scheduler.base_lrs[0]
-    for batch in batches[1:6]:
-        trainer.step(poison(batch, "nan_loss"))
-    assert made.scheduler.base_lrs == [peak / 2]
-    trainer.step(batches[7])
-    assert made.optimizer.param_groups[0]["lr"] == pytest.approx(peak / 2 * made.scheduler.lr_lambdas[0](7))
 
 
 def test_an_autocast_around_the_loop_does_not_show_the_gate_old_weights() -> None:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from cases import config, full_batch, make_batches, setup
-from hybrid_predict_trainer.lookahead import DriftLookahead, NoLookahead
+from cases import assert_same, config, difference, full_batch, make_batches, setup
+from hybrid_predict_trainer import HybridTrainer, HybridTrainerConfig
+from hybrid_predict_trainer.lookahead import DriftLookahead, NoLookahead, went_on
 from hybrid_predict_trainer.switchback import Switchback
 
 
@@ -16,10 +17,14 @@ def reference(
 ) -> list[torch.Tensor]:
     """The rule written out with every step an application: b is an EMA of what the optimizer did per unit of rate."""
     theta, b = torch.zeros_like(steps[0]), torch.zeros_like(steps[0])
+    made = foretold = 0.0
     points = []
     for step, rate in zip(steps, rates, strict=True):
+        made = 0.9 * made + rate * float(step @ b)
+        foretold = 0.9 * foretold + rate**2 * float(b @ b)
+        a = min(max(made / foretold, 0.0), 1.0) if foretold > 0 else 1.0
         b = gamma * b + (1 - gamma) * step / rate
-        theta = theta + (1 - kappa) * step + delta * kappa * rate * b + beta * rate * b
+        theta = theta + (1 - kappa) * step + a * (delta * kappa + beta) * rate * b
         points.append(theta)
     return points
 
@@ -68,7 +73,7 @@ def test_without_a_rate_nothing_is_taken_out() -> None:
 
 def test_every_third_step_is_nearly_every_step() -> None:
     torch.manual_seed(0)
-    steps = [torch.randn(4, dtype=torch.float64) + 0.3 for _ in range(400)]
+    steps = [0.1 * torch.randn(4, dtype=torch.float64) + 0.3 for _ in range(400)]
     plain = torch.stack(steps).cumsum(0)[-1]
     one = walk(steps, DriftLookahead(0.3, every=1))[-1] - plain
     three = walk(steps, DriftLookahead(0.3, every=3))[-1] - plain
@@ -151,7 +156,7 @@ def test_forgetting_holds_nothing_and_begins_anew() -> None:
     assert lookahead.memory_bytes() == 16
     lookahead.forget()
     assert lookahead.memory_bytes() == 0
-    assert lookahead.state_dict() == DriftLookahead(0.3, 0.25).state_dict()
+    assert_same(lookahead.state_dict(), DriftLookahead(0.3, 0.25).state_dict())
 
 
 def test_kappa_without_drift_is_lookahead() -> None:
@@ -173,7 +178,7 @@ def test_kappa_takes_out_the_swing_and_leaves_the_drift() -> None:
     points = walk(steps, DriftLookahead(0.0, 0.25, every=5))
     last = torch.stack(points[1000:])[4::5]
     drift = (last[-1, 0] - last[0, 0]) / (5 * (len(last) - 1))
-    assert float(drift) == pytest.approx(1.0, rel=1e-3)
+    assert float(drift) == pytest.approx(1.0, rel=0.015)  # a is 1, less what the swing takes off
     swing = float(last[:, 1].max() - last[:, 1].min())
     assert swing == pytest.approx(0.75 * 5.0, rel=0.05)
 
@@ -205,7 +210,7 @@ def test_half_precision_weights_keep_a_full_average() -> None:
 def test_only_where_losses_are_noisy(data, used: bool) -> None:
     """With exact losses the gate finds longer jumps at once, and its tests assume that nothing else moves."""
     made = setup("mlp", "sgd", "flat")
-    trainer = made.trainer(config(lookahead=0.3, explore_outcomes=0))
+    trainer = made.trainer(config(lookahead_scope="all", lookahead=0.3, explore_outcomes=0))
     for batch in data(20):
         trainer.step(batch)
     assert bool(trainer.run.lookahead.memory_bytes()) is used
@@ -224,9 +229,9 @@ class Spy(DriftLookahead):
         self.begun.append([p.detach().clone() for p in parameters])
         return super().before_step(parameters)
 
-    def after_step(self, parameters, rate, *, pull, strength, along=()):
+    def after_step(self, parameters, rate, *, pull, strength, along=(), movable=()):
         self.asked.append({"rate": rate, "pull": pull, "strength": strength, "along": len(along)})
-        return super().after_step(parameters, rate, pull=pull, strength=strength, along=along)
+        return super().after_step(parameters, rate, pull=pull, strength=strength, along=along, movable=movable)
 
     def translate(self, deltas, scale):
         self.translated += 1
@@ -241,9 +246,13 @@ def spied(num_steps: int, *, value: float = 1.0, touched: bool = True, **changes
     made = setup("mlp", "sgd")
     base = made.optimizer.param_groups[0]["lr"]
     made.scheduler = torch.optim.lr_scheduler.LambdaLR(made.optimizer, lambda t: RATES[min(t, len(RATES) - 1)])
-    trainer = made.trainer(config(lookahead=0.3, smoothing=0.25, max_learned_scale=50.0, explore_outcomes=0, **changes))
+    trainer = made.trainer(
+        config(
+            lookahead_scope="all", lookahead=0.3, smoothing=0.25, max_learned_scale=50.0, explore_outcomes=0, **changes
+        )
+    )
     spy = trainer.run.lookahead = Spy(0.3, 0.25)
-    trainer.run.scale.value, trainer.run.scale.touched = value, touched
+    trainer.run.scale.multiplier.value, trainer.run.scale.multiplier.touched = value, touched
     start = [p.detach().clone() for p in trainer.run.parameters]
     for batch in make_batches(num_steps):
         trainer.step(batch)
@@ -290,7 +299,13 @@ def test_an_accepted_jump_moves_the_lookahead_and_spoils_the_trial(monkeypatch: 
     monkeypatch.setattr(Switchback, "note_jump", lambda self: spoiled.append(1))
     made = setup("mlp", "sgd", "flat")
     trainer = made.trainer(
-        config(lookahead=0.3, gate__exact="never", gate__significance=0.5, gate__control_fraction=0.0)
+        config(
+            lookahead_scope="all",
+            lookahead=0.3,
+            gate__exact="never",
+            gate__significance=0.5,
+            gate__control_fraction=0.0,
+        )
     )
     spy = trainer.run.lookahead = Spy(0.3)
     for batch in full_batch(300):
@@ -303,8 +318,97 @@ def test_an_accepted_jump_moves_the_lookahead_and_spoils_the_trial(monkeypatch: 
 
 def test_two_equal_batches_do_not_end_it() -> None:
     made = setup("mlp", "sgd", "flat")
-    trainer = made.trainer(config(lookahead=0.3, explore_outcomes=0))
+    trainer = made.trainer(config(lookahead_scope="all", lookahead=0.3, explore_outcomes=0))
     batches = make_batches(12)
     for batch in [*batches[:6], batches[5], *batches[6:]]:
         trainer.step(batch)
     assert trainer.run.lookahead.num_steps == 13
+
+
+# ---------------------------------------------------------------- the share of the drift that went on
+
+
+@pytest.mark.parametrize(
+    ("made", "foretold", "share"),
+    [(1.0, 1.0, 1.0), (0.5, 2.0, 0.25), (3.0, 1.0, 1.0), (-1.0, 1.0, 0.0), (0.0, 0.0, 1.0), (float("nan"), 1.0, 0.0),
+     (float("inf"), float("inf"), 0.0)],
+)  # fmt: skip
+def test_the_share_is_between_none_and_all(made: float, foretold: float, share: float) -> None:
+    assert float(went_on(torch.tensor([made, foretold]))) == share
+
+
+TURNS = {"straight on": (1.0, 0.0), "by a right angle": (0.0, 1.0), "back": (-1.0, 0.0), "half as far": (0.5, 0.0)}
+SHARES = {"straight on": 1.0, "by a right angle": 0.0, "back": 0.0, "half as far": 0.5}
+
+
+@pytest.mark.parametrize("turn", TURNS)
+def test_what_is_left_of_the_drift_after_a_turn(turn: str) -> None:
+    """Some ten applications later the share is that of the new course along the old one; the drift turns slower."""
+    lookahead = DriftLookahead(0.3, every=1, gamma=0.995)
+    walk([torch.tensor([1.0, 0.0])] * 900 + [torch.tensor(TURNS[turn])] * 30, lookahead)
+    assert float(went_on(lookahead._sums)) == pytest.approx(SHARES[turn], abs=0.2)
+
+
+def valley(beta: float, turns: float) -> float:
+    """Mean loss of noisy gradient descent behind a minimum that goes round; ``turns``: radians per step."""
+    g = torch.Generator().manual_seed(0)
+    p, lookahead, losses = nn.Parameter(torch.tensor([1.0, 0.0])), DriftLookahead(beta), []
+    for t in range(1500):
+        angle = torch.tensor(turns * t)
+        gradient = p.detach() - torch.stack([angle.cos(), angle.sin()])
+        losses.append(0.5 * float(gradient @ gradient))
+        lookahead.before_step([p])
+        with torch.no_grad():
+            p -= 0.1 * (gradient + 0.05 * torch.randn(2, generator=g))
+        lookahead.after_step([p], 0.1, pull=1.0, strength=1.0)
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("turns", [0.05, 0.1, 0.2])
+def test_where_the_drift_leads_astray_little_of_it_is_followed(turns: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The minimum has gone elsewhere by the time that the drift is known."""
+    without, with_it = valley(0.0, turns), valley(0.5, turns)
+    assert with_it < 1.02 * without
+    monkeypatch.setattr("hybrid_predict_trainer.lookahead.went_on", lambda sums: torch.ones(()))
+    regardless = valley(0.5, turns)
+    assert regardless > with_it
+
+
+# ---------------------------------------------------------------- which networks
+
+
+def _blocks() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 8), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 1))
+
+
+NETWORKS = {
+    "mlp": lambda: nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1)),
+    "cnn": lambda: nn.Sequential(nn.Conv1d(1, 4, 3), nn.BatchNorm1d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 1)),
+    "rnn": lambda: nn.ModuleDict({"rnn": nn.LSTM(6, 8, batch_first=True), "head": nn.Linear(8, 1)}),
+    "transformer": _blocks,
+}
+
+
+@pytest.mark.parametrize("scope", ["blocks", "all"])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_networks_by_scope(network: str, scope: str) -> None:
+    model = NETWORKS[network]()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 10)
+    settings = HybridTrainerConfig(lookahead_scope=scope)
+    run = HybridTrainer(model, optimizer, settings, lambda m, b: b, schedule).run
+    assert isinstance(run.lookahead, DriftLookahead) is (scope == "all" or network == "transformer")
+
+
+@pytest.mark.parametrize(("scheduler", "moves"), [("flat", False), ("lambda", True)])
+def test_under_a_constant_schedule_nothing_moves(scheduler: str, moves: bool) -> None:
+    """What settles higher is settled by a decay."""
+    ends = []
+    for beta in (0.0, 0.5):
+        made = setup("mlp", "sgd", scheduler)
+        trainer = made.trainer(
+            config(lookahead_scope="all", lookahead=beta, smoothing=beta / 2, gate__overhead_budget=0.0)
+        )
+        trainer.step_n(make_batches(20), 20)
+        ends.append([p.detach() for p in made.model.parameters()])
+    assert (difference(*ends) is not None) is moves

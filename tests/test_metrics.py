@@ -257,12 +257,12 @@ def test_correlation_and_mean() -> None:
     generator = np.random.default_rng(0)
     a = generator.normal(size=50)
     b = 0.5 * a + generator.normal(size=50)
-    assert metrics._correlation(list(zip(a, b, strict=True))) == pytest.approx(np.corrcoef(a, b)[0, 1])
-    assert metrics._correlation([(1.0, 2.0), (1.0, 3.0), (1.0, 4.0)]) is None
-    assert metrics._correlation([(1.0, 2.0), (2.0, 3.0)]) is None
-    assert metrics._correlation([(1.0, math.nan)] * 5) is None
-    assert metrics._mean([1.0, math.nan, 3.0]) == 2.0
-    assert metrics._mean([]) is None
+    assert metrics.correlation(list(zip(a, b, strict=True))) == pytest.approx(np.corrcoef(a, b)[0, 1])
+    assert metrics.correlation([(1.0, 2.0), (1.0, 3.0), (1.0, 4.0)]) is None
+    assert metrics.correlation([(1.0, 2.0), (2.0, 3.0)]) is None
+    assert metrics.correlation([(1.0, math.nan)] * 5) is None
+    assert metrics.mean([1.0, math.nan, 3.0]) == 2.0
+    assert metrics.mean([]) is None
 
 
 def test_recovery_is_noted_once_training_is_quiet() -> None:

@@ -118,7 +118,9 @@ def test_s_comes_out_as_planted() -> None:
     assert row["S_wall"] == pytest.approx(row["S"])
     assert (row["kind"], row["n"]) == ("exact", 3)
     assert row["std"] == pytest.approx(math.sqrt(0.75))
-    assert row["ci95"][0] == pytest.approx(1.5)
+    assert row["ci95"] == pytest.approx((0.6993, 5.1071), rel=1e-3)  # log S +- 4.303 std / sqrt(3)
+    assert row["ci95_bootstrap_t"] is None  # three seeds have none
+    assert row["interval"].startswith("t interval")
     assert row["gap_pct"] == pytest.approx(100 * ((2 / 3 + 1 / 3 + 2 / 3) / 3 - 1))
     assert row["backward_reduction"] == pytest.approx(1 - 1 / row["S"])
     assert row["final_loss"]["per_seed"] == [1 / 150, 1 / 300, 1 / 150]
@@ -182,7 +184,9 @@ def test_a_run_worse_than_any_tuned_one_costs_at_least_so_much_more() -> None:
         ([1 / 70] * 2, 2.0, "behind on all 2 seeds, too few to be sure"),
         ([1 / 150], 2.0, "one seed only"),
         ([1 / 100] * 3, 0.0, "no jump was accepted: learned scale, lookahead and the price of asking"),
-        ([1 / 900] * 3, 2.0, "pays (S at least 4"),
+        ([1 / 900] * 3, 2.0, "ahead on all 3 seeds, no interval is known (S at least 4"),
+        ([9.0] * 3, 2.0, "behind on all 3 seeds, no interval is known (S at most 0.5"),
+        ([1 / 900, 1 / 390, 1 / 300], 2.0, "pays (S at least 3.6,"),
         ([math.nan] * 3, 2.0, "no verdict: this arm's loss is not finite"),
     ],
 )

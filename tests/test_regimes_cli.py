@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from hybrid_predict_trainer import cli
-from hybrid_predict_trainer.experiments import regime_report, regime_runs
+from hybrid_predict_trainer.experiments import readme_rows, regime_cells, regime_report, regime_runs
 from hybrid_predict_trainer.experiments.arms import Arm, run_arm
+from hybrid_predict_trainer.experiments.statistics import METHOD
 
 TINY = [
     "bench",
@@ -246,15 +247,54 @@ def planted_row(arm: str, **changes: Any) -> dict[str, Any]:
 
 
 def test_cells_say_bounds_intervals_and_what_is_not_known() -> None:
-    row = planted_row("hybrid", S=3.0312, kind="at least", ci95=[2.551, 3.99], S_wall=None)
-    assert regime_report.s_cell(row) == "≥ 3.03 [2.55, 3.99]"
+    row = planted_row("hybrid", S=3.0312, kind="at least", ci95=[2.551, None], S_wall=None, interval=METHOD)
+    assert regime_report.s_cell(row) == "≥ 3.03 [2.55, ∞)"
+    assert readme_rows.bold(regime_report.s_cell(row)) == "≥ **3.03** [2.55, ∞)"
+    assert regime_report.s_cell({**row, "kind": "exact", "ci95": [2.551, 3.99]}) == "3.03 [2.55, 3.99]"
+    assert regime_report.s_cell({**row, "kind": "at most", "ci95": [None, 3.99]}) == "≤ 3.03 (0, 3.99]"
     assert regime_report.s_cell(row, "S_wall") == regime_report.DASH
     assert regime_report.s_cell({"S": 0.5, "kind": "exact", "ci95": None}) == "0.5"
-    assert regime_report.percent_cell(-12.34) == f"{regime_report.MINUS}12 %"
+    assert regime_report.percent_cell(-12.34) == f"{regime_cells.MINUS}12 %"
     assert regime_report.percent_cell(1e-13) == "0 %"
     assert regime_report.loss_cell({"final_loss": {"mean": None}, "errors": ["x"]}) == "diverged"
     assert (
         regime_report.share_cell({"prediction_share": {"cost": 0.012, "time": None}}) == f"1.2 / {regime_report.DASH} %"
+    )
+
+
+@pytest.mark.parametrize(
+    ("per_seed", "cell"),
+    [
+        ([(1.2, "exact"), (1.3, "exact"), (1.25, "exact")], "1.25 [1.13, 1.38]"),
+        ([(16.0, "at least")] * 3, "1.25"),
+        ([], "1.25"),
+        ([(None, "unknown"), (1.2, "exact")], "1.25"),
+        ("nonsense", "1.25"),
+    ],
+)
+def test_percentile_intervals_of_older_results_are_not_shown(per_seed: Any, cell: str) -> None:
+    seeds = [{"value": v, "kind": k} for v, k in per_seed] if isinstance(per_seed, list) else per_seed
+    old = planted_row("hybrid", S=1.25, kind="exact", ci95=[1.2, 1.3], per_seed=seeds, S_wall=1.1, S_wall_ci95=[1, 2])
+    assert regime_report.s_cell(old) == cell
+    assert regime_report.s_cell(old, "S_wall") == "1.1"
+    assert regime_report.verdicts([old]) == []
+    assert "too narrow intervals" in regime_report.conditions({"arms": [old]})
+    assert "too narrow intervals" not in regime_report.conditions({"arms": [{**old, "interval": METHOD}]})
+
+
+def test_rows_for_the_readme() -> None:
+    about = {"S": 1.29, "kind": "exact", "ci95": [1.2, 1.4], "n": 3, "interval": METHOD}
+    rows = [
+        planted_row("plain", final_loss={"mean": 2.175, "std": 0.011}),
+        planted_row("hybrid", final_loss={"mean": 2.056, "std": 0.0086}, **about),
+        planted_row("snoo", S=1.02, kind="exact", weights_only=True),
+        planted_row("long-warmup", S=0.99, kind="at most"),
+    ]
+    case = {"case": "c", "steps": 300, "task": {"task": "gpt"}}
+    *_, row = readme_rows.lines([{"regime": "lm", "cases": [case, {"case": "no hybrid"}], "arms": rows}])
+    assert row == (
+        "| gpt, c, 300 steps | `lm --case c` | 3 | 2.175 ± 0.011 | 2.056 ± 0.0086 | **1.29** [1.2, 1.4] | snoo 1.02 "
+        "| ≤ 0.99 / \N{EN DASH} |"
     )
 
 

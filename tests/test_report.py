@@ -274,6 +274,43 @@ def test_hostile_names_are_escaped(tmp_path: Path) -> None:
     assert "\x00" not in "".join(page.words)
 
 
+def leaves(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Paths of all values that are no containers."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    return [path] if items is None else [p for key, inner in items for p in leaves(inner, (*path, key))]
+
+
+def test_every_leaf_of_a_comparison_is_escaped(tmp_path: Path) -> None:
+    bounds = [{"value": 2.0, "kind": "at least"}, {"value": 1.5, "kind": "exact"}]
+    fake_compare(tmp_path, 20, 1, speedup_bounds=bounds, sweep=None)
+    path = tmp_path / "compare.json"
+    whole = json.loads(path.read_text())
+    assert len(leaves(whole)) > 20
+    for leaf in leaves(whole):
+        changed = json.loads(json.dumps(whole))
+        at = changed
+        for key in leaf[:-1]:
+            at = at[key]
+        at[leaf[-1]] = HOSTILE
+        path.write_text(json.dumps(changed))
+        html = build_report(tmp_path)
+        assert "<script" not in html, leaf
+
+
+@pytest.mark.parametrize(
+    ("ends", "words"),
+    [([1.2, None], "interval from 1.2 on"), ([None, 0.9], "interval up to 0.9"),
+     ([None, None], "o confidence interval: too few"),
+     ([None, 1.2], "the interval includes 1"), ([0.9, None], "the interval includes 1")],
+)  # fmt: skip
+def test_open_ends_of_an_interval(ends: list[float | None], words: str, tmp_path: Path) -> None:
+    fake_compare(tmp_path, 40, 1, speedup_ci95=ends)
+    text = Page(build_report(tmp_path)).text
+    assert words in text
+    includes = ends != [None, None] and (ends[0] is None or ends[0] <= 1) and (ends[1] is None or ends[1] >= 1)
+    assert ("includes 1, so no" in text) == includes
+
+
 # ------------------------------------------------------------------------------------------- bad input
 
 

@@ -12,6 +12,7 @@ import torch
 from scipy import stats
 
 from cases import assert_same, config, make_batches, setup
+from hybrid_predict_trainer.sequential import difference_interval
 from hybrid_predict_trainer.switchback import (
     BLOCK_STEPS,
     LEVEL,
@@ -112,11 +113,16 @@ def test_early_blocks_are_not_compared_with_later_ones() -> None:
     assert list(found._changes[True]) == pytest.approx([-2.0])
 
 
-def test_the_bound_is_welch_s() -> None:
-    found = trial(300, -0.002, seed=3)
+def test_its_bounds_are_those_of_an_interval_that_is_always_valid() -> None:
+    """About the same middle as Student's, and wider, as it has to be: it is looked at after every block."""
+    found = trial(300, -0.0005, seed=3)
     treated, controls = found._changes[True], found._changes[False]
-    interval = stats.ttest_ind(treated, controls, equal_var=False).confidence_interval(1 - 2 * LEVEL)
-    assert found.excess_bound() == pytest.approx(interval.low, rel=0.02)
+    student = stats.ttest_ind(treated, controls).confidence_interval(1 - LEVEL)
+    low, high = found.excess()
+    interval = difference_interval(treated, controls, LEVEL)
+    assert (low, high) == (interval.low, interval.high)
+    assert (low + high) / 2 == pytest.approx((student.low + student.high) / 2)
+    assert 1.2 < (high - low) / (student.high - student.low) < 2
 
 
 @pytest.mark.parametrize(
@@ -128,7 +134,7 @@ def test_nothing_is_drawn_where_nothing_can_be_learnt(num_blocks: int, fraction:
         closed(found, [1.0], generator)
         assert found.moving
     assert found.effect is None
-    assert found.excess_bound() is None
+    assert found.excess() == (-math.inf, math.inf)
 
 
 def test_controls_are_never_neighbours_and_as_many_as_asked_for() -> None:
@@ -196,7 +202,7 @@ def test_a_verdict_needs_comparisons_of_both_kinds(treated: int) -> None:
     found = Switchback(0.5)
     found._changes = {True: [0.5] * treated, False: [0.0] * 50}
     assert found.effect is None
-    assert found.excess_bound() is None
+    assert found.excess() == (-math.inf, math.inf)
     found._changes[True] = [0.5] * MIN_COMPARISONS
     assert found.effect == -0.5
 
@@ -215,7 +221,9 @@ def test_state_round_trips_between_two_blocks() -> None:
 
 def test_a_run_asks_it_and_one_without_the_motion_has_no_trial() -> None:
     made = setup("mlp", "sgd", "flat")
-    trainer = made.trainer(config(lookahead=0.3, smoothing=0.25, explore_outcomes=0, gate__control_fraction=0.5))
+    trainer = made.trainer(
+        config(lookahead=0.3, lookahead_scope="all", smoothing=0.25, explore_outcomes=0, gate__control_fraction=0.5)
+    )
     run = trainer.run
     for batch in make_batches(BLOCK_STEPS * (NUM_FREE_BLOCKS + 14)):
         trainer.step(batch)
@@ -231,13 +239,15 @@ def test_a_run_asks_it_and_one_without_the_motion_has_no_trial() -> None:
 def test_only_the_losses_of_a_block_s_latter_half_are_its_mean(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[list[float]] = []
     monkeypatch.setattr(Switchback, "close_block", lambda self, losses, generator: given.append(losses))
-    trainer = setup("mlp", "sgd", "flat").trainer(config(lookahead=0.3, explore_outcomes=0, gate__overhead_budget=0.0))
+    trainer = setup("mlp", "sgd", "flat").trainer(
+        config(lookahead=0.3, lookahead_scope="all", explore_outcomes=0, gate__overhead_budget=0.0)
+    )
     seen = [trainer.step(batch).loss for batch in make_batches(BLOCK_STEPS)]
     assert given == [seen[-NUM_LOSSES:]]
 
 
 def test_once_switched_off_nothing_is_held() -> None:
-    trainer = setup("mlp", "sgd", "flat").trainer(config(lookahead=0.3, explore_outcomes=0))
+    trainer = setup("mlp", "sgd", "flat").trainer(config(lookahead=0.3, lookahead_scope="all", explore_outcomes=0))
     first, *rest = make_batches(10)
     trainer.step(first)
     assert trainer.run.lookahead.memory_bytes() > 0
@@ -250,8 +260,8 @@ def test_once_switched_off_nothing_is_held() -> None:
 def test_a_run_without_the_motion_in_a_block_is_the_run_without_it() -> None:
     """Bit for bit: what is not moving only watches."""
     ends = []
-    for changes in ({"lookahead": 0.3, "smoothing": 0.25}, {}):
-        made = setup("mlp", "sgd", "flat")
+    for changes in ({"lookahead": 0.3, "smoothing": 0.25, "lookahead_scope": "all"}, {}):
+        made = setup("mlp", "sgd", "lambda")
         trainer = made.trainer(config(explore_outcomes=0, gate__overhead_budget=0.0, **changes))
         trainer.run.switchback.moving = False
         for batch in make_batches(BLOCK_STEPS - 1):

@@ -335,8 +335,10 @@ class Basis:
         self.jumped = True
         self.restart_window()
         if not self.spec.curvature:
-            for x, d in zip(self._x, deltas, strict=True):
-                x.add_(d.to(device=x.device, dtype=x.dtype), alpha=scale)
+            # all at once: an interruption finds none of them moved or all
+            self._x = [
+                x.add(d.to(device=x.device, dtype=x.dtype), alpha=scale) for x, d in zip(self._x, deltas, strict=True)
+            ]
 
     def mark(self) -> State:
         """What :meth:`revert` needs after :meth:`translate`.  Columns are not part of it: they stay true."""
@@ -355,6 +357,15 @@ class Basis:
         self._underway = {}
         for tensor in itertools.chain(self._sum_theta, self._sum_grad):
             tensor.zero_()
+
+    def restart(self) -> None:
+        """Forget everything: the weights were changed by somebody else, or other ones are trained now."""
+        self.restart_window()
+        self.num_columns = self._head = 0
+        self.jumped = False
+        self._x, self._g, self._columns = [], [], []
+        for products in (self._BB, self._BY, self._Bg, self._gg, self._squared):
+            products.zero_()
 
     # ---- state -------------------------------------------------------------------------------------
 

@@ -9,18 +9,23 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .experiments import memory, overhead, predictor_bench, regime_report, regime_runs, regimes
+from .experiments.harm import program as harm
+from .experiments.harm import table as harm_table
+from .experiments.harm.runs import ARMS as HARM_ARMS
 from .experiments.recording import Recording
 from .experiments.regime_cases import Request
 from .experiments.setup import as_input_error
 from .experiments.table import aligned
 from .predictors import PREDICTORS
 from .records import ConfigError
+from .safe_files import write_named
 
 #: What a command returns: the object for ``--json`` and the text for a person.
 Shown = tuple[Any, Callable[[], str]]
 
 #: Where results of the regimes go, and are looked for again when a benchmark is resumed.
 RESULTS = Path("results") / "regimes"
+HARM_RESULTS = Path("results") / "harm"
 
 
 class Converter(Protocol):
@@ -91,6 +96,7 @@ def add_commands(bench: argparse.ArgumentParser, number: Converter) -> None:
         benchmark("stack", run_stack, "each factor of the whole stack against conventional training"), number
     )
     add_regime_flags(benchmark("regimes", run_regimes, "speed against tuned baselines and peers"), number)
+    add_harm_flags(benchmark("harm", run_harm, "ordinary training with and without the trainer: never worse?"), number)
 
     told = benchmark("report", run_report, "tables and plots of the results of 'hpt bench regimes'")
     told.add_argument("folder", type=Path, metavar="DIR", help=f"searched with its subfolders (see {RESULTS})")
@@ -166,6 +172,20 @@ def add_regime_flags(parser: argparse.ArgumentParser, number: Converter) -> None
         task.add_argument(f"--{flag}", action="store_true", default=None)
 
 
+def add_harm_flags(parser: argparse.ArgumentParser, number: Converter) -> None:
+    """Flags of ``hpt bench harm``."""
+    parser.add_argument("--settings", type=words, default=(), metavar="A,B", help="only these (default: all)")
+    parser.add_argument("--seeds", type=number(int, 1, 1000), metavar="N", help="at most so many per setting")
+    parser.add_argument("--quick", action="store_true", help="a few telling settings, at most two minutes on one core")
+    parser.add_argument("--arms", type=words, default=HARM_ARMS, metavar="A,B", help=", ".join(HARM_ARMS))
+    parser.add_argument("--tag", metavar="NAME", help="of our build, for its runs (default: a hash of its source)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of our default configuration")
+    parser.add_argument("--jobs", type=number(int, 1, 256), default=1, metavar="N", help="processes (default 1)")
+    parser.add_argument("--out", type=Path, default=HARM_RESULTS, metavar="DIR", help=f"runs (default {HARM_RESULTS})")
+    parser.add_argument("--report", type=Path, metavar="DIR", help="run nothing: the table of the runs in DIR")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table here as well")
+
+
 def run(args: argparse.Namespace) -> Shown:
     """Measure.
 
@@ -191,6 +211,19 @@ def run_regimes(args: argparse.Namespace) -> Shown:
     )  # fmt: skip
     result = regime_runs.run_regime(request, tell=note)
     return result, lambda: regime_report.text(result)
+
+
+def run_harm(args: argparse.Namespace) -> Shown:
+    """Ordinary training with and without the trainer."""
+    request = harm.Request(
+        out=args.report or args.out, settings=args.settings, seeds=args.seeds, quick=args.quick, arms=args.arms,
+        tag=args.tag, jobs=args.jobs, report=args.report is not None, set=tuple(args.set),
+    )  # fmt: skip
+    found = harm.run_table(request, tell=note)
+    if args.markdown is not None:
+        with as_input_error():
+            write_named(args.markdown, harm_table.markdown(found))
+    return found, lambda: harm_table.text(found)
 
 
 def run_report(args: argparse.Namespace) -> Shown:

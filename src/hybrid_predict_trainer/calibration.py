@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from torch import Tensor
 from .records import State
 
 Array = NDArray[np.float64]
+T = TypeVar("T")
 
 #: Probabilities are kept this far from 0 and 1, so that one surprise costs 7 nats and not infinity.
 EPSILON = 1e-3
@@ -317,10 +318,14 @@ class Confidence:
     def observe(self, evidence: Evidence, kept: bool) -> None:
         """Score what would have been said, then learn the outcome.  A fit of 500 outcomes takes below 1 ms."""
         features = evidence.features()
-        self._logits.append(self._logit(features))
-        self._stated.append(self.predict(evidence))
-        self._evidence.append(features)
-        self._kept.append(float(kept))
+        logit_before, stated = self._logit(features), self.predict(evidence)
+        # all at once: an interruption must not leave them of different lengths
+        self._evidence, self._kept, self._logits, self._stated = (
+            _with(self._evidence, features),
+            _with(self._kept, float(kept)),
+            _with(self._logits, logit_before),
+            _with(self._stated, stated),
+        )
         outcomes = np.array(self._kept)
         self._weights = fit_logistic(np.array(self._evidence), outcomes, np.array(self.PRIOR), self.prior_precision)
         self.temperature = fit_temperature(np.array(self._logits), outcomes, prior_weight=self.prior_weight)
@@ -363,6 +368,11 @@ class Confidence:
         self._logits = deque(state["logits"], maxlen=self.capacity)
         self._stated = deque(state["stated"], maxlen=self.capacity)
         self._weights, self.temperature = np.array(state["weights"]), state["temperature"]
+
+
+def _with(values: deque[T], new: T) -> deque[T]:
+    """A deque with one more at its end."""
+    return deque([*values, new], maxlen=values.maxlen)
 
 
 def _log_loss_of(stated: Sequence[float], kept: Sequence[float]) -> float:

@@ -214,7 +214,7 @@ def latest(directory: str | Path, *, quarantine: bool = False) -> Path:
                     _quarantine(path)
         else:
             return path
-    raise CheckpointError(f"no intact checkpoint in {directory} ({damaged} damaged); start without resuming")
+    raise CheckpointError(f"no intact checkpoint in {directory} ({damaged} damaged); begin a new run in another folder")
 
 
 def describe(path: str | Path) -> dict[str, Json]:

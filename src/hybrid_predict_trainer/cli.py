@@ -1,20 +1,21 @@
 """The command ``hpt``: parses, calls, prints.
 
-Exit status: 0 success, 2 bad input (one line on standard error), 3 a checkpoint cannot be used or
-written, 4 training diverged, 130 and 143 after SIGINT and SIGTERM.  With ``--json`` standard output
-is one JSON object; progress goes to standard error.
+Exit status: 0 success, 1 the bar of a benchmark is not met, 2 bad input (one line on standard error),
+3 a checkpoint cannot be used or written, 4 training diverged, 129, 130 and 143 after SIGHUP, SIGINT and SIGTERM.
+With ``--json`` standard output is one JSON object; progress goes to standard error.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -23,9 +24,12 @@ import torch
 from . import __version__, bench, checkpoint
 from .experiments import compare as comparing
 from .experiments import single, table
-from .experiments.arms import Run, in_steps
+from .experiments.arms import Run, in_steps, write_json
+from .experiments.compare_plan import Said, planned
 from .experiments.report import write_report
-from .experiments.setup import InputError, Options, as_input_error, build_setup, one_line
+from .experiments.run_folder import MAX_TEXT, encodable, locked, refuse_used
+from .experiments.setup import InputError, Options, as_input_error, one_line
+from .experiments.table import short_value
 from .metrics import jsonable
 from .predictors import PREDICTORS
 from .presets import PRESETS
@@ -33,8 +37,11 @@ from .progress import Progress
 from .records import CheckpointError, ConfigError, DivergenceError
 from .tasks import TASKS
 
+#: What to do where a comparison is in the way.
+COMPARED = "add --resume to continue it, --overwrite to replace it, or choose another --out"
+
 #: Documented exit statuses.
-OK, BAD_INPUT, CHECKPOINT, DIVERGED, INTERRUPTED = 0, 2, 3, 4, 130
+OK, NOT_MET, BAD_INPUT, CHECKPOINT, DIVERGED, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
 
 class Parser(argparse.ArgumentParser):
@@ -96,13 +103,13 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--record", action="store_true", help="keep every window for 'hpt bench predictors --recording'")
 
     compare = command("compare", run_compare, "train plainly and with prediction, and compare")
-    add_task_flags(compare, needed=True)
-    compare.add_argument("--seeds", type=number(int, 1, 1000), default=1, metavar="N", help="how many (default 1)")
+    add_task_flags(compare, needed=False)
+    compare.add_argument("--seeds", type=number(int, 1, 1000), metavar="N", help="how many (default 1)")
     compare.add_argument("--tune", action="store_true", help="choose the learning rate of both arms on the task's grid")
-    compare.add_argument(
-        "--budgets", type=budgets, default=(0.5, 1.0, 2.0, 4.0), metavar="B,B", help="plain budgets (default 0.5,1,2,4)"
-    )
-    compare.add_argument("--overwrite", action="store_true", help="replace the comparison in --out")
+    compare.add_argument("--budgets", type=budgets, metavar="B,B", help="plain budgets (default 0.5,1,2,4)")
+    again = compare.add_mutually_exclusive_group()
+    again.add_argument("--overwrite", action="store_true", help="replace the comparison in --out")
+    again.add_argument("--resume", action="store_true", help="go on with the comparison in --out: finished runs stay")
 
     inspect = command("inspect", run_inspect, "verify and describe a checkpoint")
     inspect.add_argument("checkpoint", type=Path, help="a checkpoint, or the folder of a run: then its latest")
@@ -170,7 +177,7 @@ def run_train(args: argparse.Namespace) -> int:
         raise InputError(f"--task is needed: one of {', '.join(TASKS)}")
     if args.resume and args.out is None:
         raise InputError("--resume needs --out: the folder of the run to continue")
-    request = single.Request(options=options_of(args), seed=args.seed or 0, plain=args.plain, record=args.record)
+    request = single.Request(options=options_of(args), seed=args.seed, plain=args.plain, record=args.record)
     bars: list[Progress] = []
 
     def watch(label: str, trainer: Any, total: int) -> Progress:
@@ -198,16 +205,16 @@ def trained(result: dict[str, Any], status: int) -> str:
 
 def run_compare(args: argparse.Namespace) -> int:
     """``hpt compare``."""
-    options, out = options_of(args), folder_of(args)
-    setup = build_setup(options)
-    if not args.overwrite:
-        single.refuse_used(out, "add --overwrite to replace it, or choose another --out")
-    first = args.seed or 0
-    about = {k: v for k, v in asdict(options).items() if v not in (None, ())}
-    plan = comparing.Plan(
-        setup=setup, seeds=tuple(range(first, first + args.seeds)), budgets=args.budgets, tune=args.tune, out=out,
-        about=about,
-    )  # fmt: skip
+    if args.task is None and not args.resume:
+        raise InputError(f"--task is needed: one of {', '.join(TASKS)}")
+    if args.resume and args.out is None:
+        raise InputError("--resume needs --out: the folder of the comparison to continue")
+    out = folder_of(args)
+    if not args.overwrite and not args.resume:
+        refuse_used(out, COMPARED)
+    plan, said = planned(Said(
+        options=options_of(args), seed=args.seed, seeds=args.seeds, budgets=args.budgets, tune=args.tune,
+    ), out, resume=args.resume)  # fmt: skip
     bar = sys.stderr.isatty()
 
     def watch(label: str, trainer: Any, total: int) -> Callable[[Any], None]:
@@ -216,11 +223,21 @@ def run_compare(args: argparse.Namespace) -> int:
     def done(label: str, run: Run) -> None:
         loss = f"validation loss {run.final_val_loss:.5g}" if not run.error else f"diverged: {run.error}"
         start = "\r\x1b[2K" if bar else ""
-        print(f"{start}{label}: {loss}, cost {in_steps(run.cost_units):.1f} steps, {run.wall_s:.2f} s", file=sys.stderr)
+        note = f"{start}{label}: {loss}, cost {in_steps(run.cost_units):.1f} steps, {run.wall_s:.2f} s"
+        with contextlib.suppress(OSError):  # the terminal has been closed
+            print(note, file=sys.stderr)
 
-    with single.locked(out):
-        comparing.clear(out)
-        result = comparing.compare(plan, watch, done)
+    with locked(out):
+        if not args.resume:
+            if not args.overwrite:
+                refuse_used(out, COMPARED)  # somebody else may have been quicker
+            comparing.clear(out)
+            with as_input_error():
+                write_json(out / "plan.json", said)
+        try:
+            result = comparing.compare(plan, watch, done)
+        except KeyboardInterrupt:
+            return complain(f"interrupted; finished runs are kept: add --resume to go on ({out})", INTERRUPTED)
     show(args, result, lambda: f"{table.comparison(result)}\n\nresults in {out}, page {out / 'report.html'}")
     return OK
 
@@ -258,15 +275,35 @@ def run_report(args: argparse.Namespace) -> int:
 
 
 def run_bench(args: argparse.Namespace) -> int:
-    """``hpt bench regimes | report | overhead | predictors | memory | costs | stack``."""
+    """``hpt bench regimes | harm | report | overhead | predictors | memory | costs | stack``."""
     value, text = bench.run(args)
     show(args, value, text)
-    return OK
+    return NOT_MET if isinstance(value, Mapping) and value.get("passed") is False else OK
 
 
 def show(args: argparse.Namespace, value: Any, text: Callable[[], str]) -> None:
-    """Print the object, or what a person reads."""
-    print(json.dumps(jsonable(value), allow_nan=False) if args.json else text())
+    """Print the object, or what a person reads; where nobody reads any more, the results are on disk."""
+    try:
+        print(json.dumps(jsonable(value), allow_nan=False) if args.json else text(), flush=True)
+    except OSError:  # a pipe or a terminal that has been closed
+        sys.stdout = None
+
+
+def check_texts(args: argparse.Namespace) -> None:
+    """Refuse names that cannot be written down or looked up.
+
+    Raises:
+        InputError: a text holds half a surrogate pair (bytes that are no UTF-8), or is longer than any path.
+    """
+    for name, value in vars(args).items():
+        for text in value if isinstance(value, list | tuple) else [value]:
+            told = str(text) if isinstance(text, str | Path) else ""
+            if not encodable(told):
+                raise InputError(f"{name.replace('_', '-')}: {told!r} is not valid UTF-8")
+            if "\0" in told or len(told) > MAX_TEXT:
+                raise InputError(
+                    f"{name.replace('_', '-')}: {short_value(told)} is no name or value (too long, or a NUL)"
+                )
 
 
 # ---- entry point ------------------------------------------------------------------------------------------
@@ -277,7 +314,8 @@ def one_line_warning(
     file: TextIO | None = None, line: str | None = None,
 ) -> None:  # fmt: skip
     """A warning as one line on standard error, without our source code in it."""
-    print(f"hpt: warning: {one_line(str(message))}", file=file or sys.stderr)
+    with contextlib.suppress(OSError):
+        print(f"hpt: warning: {one_line(str(message))}", file=file or sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -292,6 +330,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.simplefilter("default", UserWarning)
         warnings.showwarning = one_line_warning
         try:
+            check_texts(args)
             status: int = args.run(args)
         except (InputError, ConfigError) as error:
             return complain(error, BAD_INPUT)
@@ -302,6 +341,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         except BrokenPipeError:  # whoever read standard output has gone; the results are on disk
             sys.stdout = None
             return OK
+        except OSError as error:  # a disk, a name, a right: nothing that a traceback explains better
+            where = f"{error.filename}: " if error.filename is not None else ""
+            return complain(f"{where}{error.strerror or error}", BAD_INPUT)
         except KeyboardInterrupt:
             return complain("interrupted", INTERRUPTED)
         return status
@@ -309,7 +351,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def complain(error: Exception | str, status: int) -> int:
     """One line on standard error."""
-    print(f"hpt: error: {one_line(str(error))}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # the terminal has been closed
+        print(f"hpt: error: {one_line(str(error))}", file=sys.stderr)
     return status
 
 

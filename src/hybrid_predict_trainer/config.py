@@ -11,6 +11,7 @@ from typing import Literal
 from .records import ConfigError
 
 Clock = Literal["cost", "credited", "claimed"]
+Interval = Literal["step", "epoch"]
 
 
 def _check(ok: bool, key: str, value: object, legal: str) -> None:
@@ -341,10 +342,13 @@ class CheckpointConfig:
     save_interval: int = 1000
     keep_last_n: int = 3
     include_predictor: bool = True
+    # weights that are frozen, as they were at the start: "auto" leaves them out where they outweigh what trains
+    include_frozen: Literal["auto", "always", "never"] = "auto"
 
     def __post_init__(self) -> None:
         """Check ranges."""
         _whole("checkpoint.save_interval", self.save_interval, 1)
+        _choice("checkpoint.include_frozen", self.include_frozen, ("auto", "always", "never"))
         _whole("checkpoint.keep_last_n", self.keep_last_n, 1)
 
 
@@ -357,7 +361,7 @@ class HybridTrainerConfig:
     max_predict_steps: int = 80
     confidence_threshold: float = 0.15
     divergence_threshold: float = 3.0  # sigma over the loss EMA; TOML also divergence.loss_sigma_threshold
-    predictor_type: str = "secant"  # TOML predictor.type
+    predictor_type: str = "auto"  # TOML predictor.type; auto: quasi_newton where losses are exact, else secant
     predictor_memory_mb: float = 50.0  # of the predictor itself; TOML predictor.memory_budget_mb
     collect_metrics: bool = True  # TOML metrics.enabled
 
@@ -366,6 +370,7 @@ class HybridTrainerConfig:
     correct_steps: int = 5  # real steps on probation after a jump
     segments: int = 1  # gate checks per jump
     clock: Clock = "cost"
+    lr_interval: Interval = "step"  # one step of the schedule: a step of the clock, or a pass over the data
     horizon_rule: Literal["doubling", "bandit"] = "doubling"  # who chooses Y
     gradient_clip_norm: float = 0.0  # 0: off
     # both need a learning-rate schedule, whose decay takes out the noise they add; 1 and 0: off
@@ -373,6 +378,7 @@ class HybridTrainerConfig:
     min_learned_scale: float = 0.01  # bound on what a group's first steps are cut to where they are too long; 1: off
     lookahead: float = 0.3  # beta: share of the slow drift added between steps, where losses are noisy
     smoothing: float = 0.25  # kappa: share of a displacement of three steps that is not taken as computed, there
+    lookahead_scope: Literal["blocks", "all"] = "blocks"  # networks with attention or MLP blocks, or all
     drift: float = 1.0  # delta: share of that which the slow drift stands for; 0: Lookahead
     explore_outcomes: int = 3  # proposals made whatever the confidence, to learn what it is worth
     seed: int = 0  # of the trainer's own random generator (control group)
@@ -396,6 +402,7 @@ class HybridTrainerConfig:
         _number("training.confidence_threshold", self.confidence_threshold, 0.0, 1.0)
         _number("training.divergence_threshold", self.divergence_threshold, 0.0, open_low=True)
         _choice("training.clock", self.clock, typing.get_args(Clock))
+        _choice("training.lr_interval", self.lr_interval, typing.get_args(Interval))
         _choice("training.horizon_rule", self.horizon_rule, ("doubling", "bandit"))
         _number("training.gradient_clip_norm", self.gradient_clip_norm, 0.0)
         _number("training.max_learned_scale", self.max_learned_scale, 1.0)
@@ -403,6 +410,7 @@ class HybridTrainerConfig:
         _number("training.lookahead", self.lookahead, 0.0, 2.0)
         _number("training.smoothing", self.smoothing, 0.0, 1.0)
         _number("training.drift", self.drift, 0.0, 1.0)
+        _choice("training.lookahead_scope", self.lookahead_scope, ("blocks", "all"))
         _whole("training.explore_outcomes", self.explore_outcomes, 0)
         _whole("training.seed", self.seed, 0, 2**63 - 1)
         _number("predictor.memory_budget_mb", self.predictor_memory_mb, 0.0, open_low=True)

@@ -27,6 +27,7 @@ class Counters:
     num_controls: int = 0  # approved, skipped for the ledger
     num_rollbacks: int = 0
     num_divergence_events: int = 0
+    num_outside_writes: int = 0  # times that somebody else had changed the weights between two steps
     warmup_steps: int = 0  # steps by phase
     full_steps: int = 0
     predict_steps: int = 0

@@ -8,9 +8,13 @@ from dataclasses import dataclass
 
 from .calibration import Evidence
 from .executors import Execution, settle_anchor
+from .failures import Place
+from .finiteness import whereabouts
 from .history import Reading
 from .ledger import PASS_UNITS
 from .metrics import Metrics
+from .multiplier import Advice
+from .multiplier import Reading as ScaleReading
 from .phases import Signals, validate_transition
 from .predictors import Paced
 from .proposals import fits, price
@@ -18,9 +22,8 @@ from .records import Action, Alarm, Decision, DivergenceError, Level, Phase, Ste
 from .responses import respond
 from .run import Run
 from .switchback import NUM_LOSSES
-
-#: A predictor that failed this often is not asked again.
-MAX_PREDICTOR_FAILURES = 3
+from .validation import Validation
+from .withdrawal import follow_advice, follow_request, rescue
 
 #: How many times its prediction a gain may turn out to be.
 OPTIMISM = 4.0
@@ -54,7 +57,7 @@ def signals(run: Run) -> Signals:
         affordable=run.window_just_closed and affordable(run),
         promising=prospect is not None and prospect.promising,
         num_windows_to_wait=run.ledger.wait_windows,
-        switched_off=run.ledger.switched_off,
+        switched_off=run.ledger.switched_off or run.guard.comparing,
         num_full_steps_due=num_full_steps,
         num_forced_full_steps=run.num_forced_full_steps,
         forced_by_alarm=run.forced_by_alarm,
@@ -76,29 +79,32 @@ def consider(run: Run, horizon: int) -> Prospect:
     """Look at a proposal before any forward is spent on it: horizon, promise, confidence."""
     adaptation, window = run.adaptation, run.window
     noise = run.history.loss_ema.std / (abs(run.history.loss_ema.mean) or 1.0)
-    if adaptation.uses_bandit and window is not None:
-        horizon = adaptation.choose_horizon(
-            window,
-            confidence=run.stated_confidence,
-            persistence=run.ledger.persistence,
-            spread=run.history.loss_ema.std,
-        )
     try:
-        prediction = run.predictor.predict(max(horizon, 1))
+        if adaptation.uses_bandit and window is not None:
+            horizon = adaptation.choose_horizon(
+                window,
+                confidence=run.stated_confidence,
+                persistence=run.ledger.persistence,
+                spread=run.history.loss_ema.std,
+            )
+        with run.time.call():
+            prediction = run.predictor.predict(max(horizon, 1))
         reduction, raw = float(prediction.predicted_reduction), float(prediction.confidence)
+        usual = USUAL_PRICE_EXACT if run.deterministic else USUAL_PRICE_NOISY
+        cost = price(run)(usual)
+        evidence = Evidence(
+            raw=raw if 0 < raw < 1 else 0.5,
+            record=adaptation.record.confidence,
+            reduction=reduction,
+            price=cost,
+            noise=noise,
+        )
+        run.stated_confidence = adaptation.state_confidence(evidence)
     except Exception as error:
         run.note_predictor_failure(error)
         return Prospect(horizon, promising=False)
-    usual = USUAL_PRICE_EXACT if run.deterministic else USUAL_PRICE_NOISY
-    cost = price(run)(usual)
-    evidence = Evidence(
-        raw=raw if 0 < raw < 1 else 0.5,
-        record=adaptation.record.confidence,
-        reduction=reduction,
-        price=cost,
-        noise=noise,
-    )
-    run.stated_confidence = adaptation.state_confidence(evidence)
+    if run.time.objection is not None:  # it took too long, and is dropped at the end of this step
+        return Prospect(horizon, promising=False)
     # Where losses are exact a test is worth its price in the long run.  Under noise most proposals of a
     # young model promise less than a twentieth of what their test costs; the benefit of the doubt is a
     # factor, because the gate may lengthen a jump and so find more than was predicted.
@@ -111,7 +117,9 @@ def predictor_ready(run: Run) -> bool:
         return (
             run.observing
             and run.basis.ready
-            and run.num_predictor_failures < MAX_PREDICTOR_FAILURES
+            and not run.failures.exhausted(Place.PREDICTOR)
+            and not run.failures.exhausted(Place.GATE)
+            and (run.deterministic or not run.failures.exhausted(Place.PIECES))
             and run.predictor.ready
         )
     except Exception as error:
@@ -152,13 +160,18 @@ def monitor(run: Run, metrics: Metrics, execution: Execution) -> Alarm:
     """
     if not run.config.enabled or run.phase is Phase.PREDICT:
         return Alarm()
+    if execution.searching:  # the scaler has left the step out
+        return Alarm()
     run.readout.push(run.counters.num_attempted_steps, execution.loss, execution.gradient_norm)
     window_full = run.observing and run.basis.num_steps >= run.config.predictor.window
     alarm = read(run, metrics, force=window_full)
+    if alarm.action is Action.ABORT and rescue(run):
+        return alarm
     if alarm.action is Action.ABORT:
         raise DivergenceError(
-            f"{int(alarm.value)} steps in a row had no usable loss or gradient ({alarm.signal}); the weights are those "
-            "of the last good step. Lower the learning rate, check the data of these batches, or load a checkpoint"
+            f"{int(alarm.value)} steps in a row had no usable loss or gradient ({alarm.signal}); "
+            f"{whereabouts(run.model, run.optimizer)}.  Lower the learning rate, check the data of these batches, or "
+            "load a checkpoint"
         )
     if alarm.level >= Level.WARNING:
         respond(run, alarm)
@@ -185,6 +198,8 @@ def settle_readings(run: Run, metrics: Metrics) -> None:
 
 def _check(run: Run, metrics: Metrics, reading: Reading) -> Alarm:
     warming_up = run.phase is Phase.WARMUP
+    if not run.on_cpu and run.scale_search.look(overflowed=reading.overflowed):
+        return Alarm()
     alarm = run.monitor.check(reading, run.history, warming_up=warming_up, exact=run.deterministic)
     if alarm.level < Level.CRITICAL and reading.finite:
         run.history.push(reading, warming_up=warming_up)
@@ -200,10 +215,59 @@ EMA_STEPS = 39
 
 
 def rescale(run: Run, execution: Execution) -> None:
-    """After a real step: let the learned scale look at it."""
-    if execution.backwards and not execution.skipped:
-        loss = run.history.loss_ema
-        run.scale.check(run.learning_rate, loss.mean, loss.std / math.sqrt(EMA_STEPS))
+    """After a real step: let the learned multiplier look at it, and the guard."""
+    if not execution.backwards or execution.skipped or not run.observing:
+        return
+    loss = run.history.loss_ema
+    reading = ScaleReading(
+        lr=run.learning_rate,
+        loss=loss.mean,
+        noise=loss.std / math.sqrt(EMA_STEPS),
+        newest=list(run.history.losses)[-NUM_LOSSES:],
+        exact=run.deterministic,
+        allowed=not run.guard.withdrawn and not blind(run) and (run.deterministic or run.schedule.anneals),
+    )
+    if blind(run) and run.scale.learned > 1:
+        run.scale.level()
+        run.raise_point = None
+    follow_advice(run, validated(run, run.scale.check(reading)))
+    if not run.readout.waiting and reading.newest:
+        moving = run.moving and run.probation is None
+        step = run.counters.num_real_steps
+        follow_request(run, run.guard.watch(reading.newest[-1], step, exact=reading.exact, moving=moving))
+    run.scale.rest(run.guard.comparing)
+
+
+def blind(run: Run) -> bool:
+    """Whether no loss at hand can tell a faster start from a faster overfitting: nothing is raised then."""
+    asked = run.validation is not None and not run.validation.failed
+    return run.recurrence.recurs and not run.deterministic and not asked
+
+
+def validated(run: Run, advice: Advice) -> Advice:
+    """Where data come round again the validation loss has the last word on a raise, if there is one."""
+    validation, step = run.validation, run.counters.num_real_steps
+    if validation is None or validation.failed or not run.recurrence.recurs or run.scale.learned == 1:
+        return advice
+    if advice is Advice.RAISED:
+        before, validation.before_raise = validation.before_raise, _ask(run, validation)
+        # where an earlier raise was settled in the same breath its state is still there
+        worse = run.raise_point is not None and validation.before_raise > before
+        if validation.before_raise == math.inf and not worse:  # nobody can tell
+            run.scale.level()
+            run.raise_point = None
+            return Advice.NOTHING
+    elif advice is Advice.SETTLED:
+        answer = _ask(run, validation)
+        worse = answer > validation.before_raise or answer == math.inf
+    else:
+        worse = validation.due(step) and _ask(run, validation) == math.inf
+    return run.scale.withdraw(for_good=True) if worse or validation.rising else advice
+
+
+def _ask(run: Run, validation: Validation) -> float:
+    run.counters.num_forward += validation.cost
+    return validation.ask(run.model, run.counters.num_real_steps)
 
 
 def judge_lookahead(run: Run, execution: Execution) -> None:
@@ -233,7 +297,11 @@ def observe(run: Run, metrics: Metrics, execution: Execution, began: float) -> N
     if run.basis.num_steps < run.config.predictor.window:
         return
     loss_before = run.window_loss
-    window = run.close_window()
+    try:
+        window = run.close_window()
+    except Exception as error:  # no memory for the columns
+        run.note_unwatched(error)
+        return
     encoded = time.perf_counter()
     cosine = run.adaptation.learn(window)
     learn(run, window)
@@ -258,15 +326,17 @@ def observe(run: Run, metrics: Metrics, execution: Execution, began: float) -> N
 
 def learn(run: Run, window: Window) -> None:
     """Show the predictor a window and ask for its forecast of the next; one that keeps failing is left alone."""
-    if run.num_predictor_failures >= MAX_PREDICTOR_FAILURES:
+    if run.failures.exhausted(Place.PREDICTOR):
         return
     window_seconds, run.window_seconds = run.window_seconds, 0.0
     try:
         if isinstance(run.predictor, Paced):
             run.predictor.pace(window_seconds)
-        run.predictor.observe(window)
+        with run.time.call():
+            run.predictor.observe(window)
         if run.adaptation.forecasts and run.predictor.ready:
-            forecast = run.predictor.predict(window.num_steps)
+            with run.time.call():
+                forecast = run.predictor.predict(window.num_steps)
             if fits(run, forecast):
                 run.adaptation.note_forecast(window, forecast)
     except Exception as error:

@@ -17,6 +17,9 @@ at the bottom, f_g = ``least``: what their first hundred steps would gain is les
 raise of the common multiplier before the edge is taken out of their f_g again, so that they come up to it at the
 same pace.  One that has been trained begins at 1: there the same ramp loses more than it saves (LOG.md).
 
+Is it harm?  Where the blocks alone could lower the loss, a slow beginning only costs: if the loss has not fallen by
+the ``MUST_FALL``-th step, the cuts end and every group steps as it is.
+
 No cuts later: a run at a tuned rate spends its stable phase at slightly positive h_g, and cutting there only slows
 it down.  And only where attention or MLP blocks are trained together with what is around them: a plain MLP and
 adapters inside frozen blocks (LoRA) are none the worse for such steps, and ended higher with shorter ones (LOG.md).
@@ -32,6 +35,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import weights
 from .records import State
 
 #: Real steps in which a cut may be made: the first ones, and those after a raise of the common multiplier.
@@ -41,6 +45,8 @@ RECOVERY_STEPS = 100
 #: Cosines that a cut is decided on, and the least mean of them.
 NUM_COSINES, BEYOND = 3, 0.05
 CUT = 0.5
+#: Real steps by which the loss must have fallen below its beginning; in the language runs it has after five.
+MUST_FALL = 30
 
 
 class EarlyCuts:
@@ -60,7 +66,10 @@ class EarlyCuts:
         self.factors = [self.least if ramped else 1.0 for ramped in self._ramped]
         self.num_cuts = 0
         self._num_left = EARLY_STEPS if self.least < 1 else 0  # real steps in which a cut may still be made
+        self.num_steps = 0  # real steps counted
         self._cosines: list[list[float]] = [[] for _ in roles]  # newest last, since the group's last cut
+        # of a step that is being counted: number, steps left, factors, shortened weights by place
+        self._landing: tuple[int, int, list[float], dict[int, Tensor]] | None = None
 
     @property
     def watching(self) -> bool:
@@ -93,22 +102,54 @@ class EarlyCuts:
         pairs = zip(self.factors, self._ramped, strict=True)
         self.factors = [max(f / factor, self.least) if ramped else f for f, ramped in pairs]
 
-    def count_step(self) -> None:
-        """A real step was made: every group comes back a little."""
-        self._num_left = max(self._num_left - 1, 0)
-        if self.active:
-            self.factors = [min(1.0, f + 1 / RECOVERY_STEPS) for f in self.factors]
+    def count_step(
+        self, parameters: Sequence[Tensor] = (), before: Sequence[Tensor] = (), index: Sequence[int] = ()
+    ) -> int:
+        """A real step was made: shorten it, and let every group come back a little.
+
+        Where this is interrupted it may be done again: ``num_steps`` rises when all of it is done.
+
+        Args:
+            parameters: Weights after the step, written in place.
+            before: Those before it; none given: nothing is shortened.
+            index: Group of every parameter.
+
+        Returns:
+            Passes over the weights.
+        """
+        if self._landing is None:  # built first, then written from what was built
+            moved = shortened(parameters, before, index, self.factors) if before and self.active else {}
+            recovered = [min(1.0, f + 1 / RECOVERY_STEPS) for f in self.factors]
+            self._landing = (self.num_steps + 1, max(self._num_left - 1, 0), recovered, moved)
+        num_steps, num_left, factors, moved = self._landing
+        if moved:
+            weights.copy_([parameters[i] for i in moved], list(moved.values()))
+        self._num_left, self.factors = num_left, factors
+        self.num_steps, self._landing = num_steps, None
+        return 5 if moved else 0
+
+    def note_loss(self, *, fallen: bool) -> None:
+        """Take whether the loss has ever been below its beginning: if not by now, the cuts end."""
+        if self.num_steps >= MUST_FALL and not fallen and self.least < 1:
+            self.end()
+
+    def end(self) -> None:
+        """No cuts any more: every group steps as it is."""
+        self.least, self._num_left = 1.0, 0
+        self.factors, self._ramped = [1.0 for _ in self.factors], [False for _ in self._ramped]
 
     def state_dict(self) -> State:
         """Factors and what they are decided on."""
         return {
             "factors": list(self.factors), "ramped": list(self._ramped), "num_cuts": self.num_cuts,
-            "num_left": self._num_left, "cosines": [list(values) for values in self._cosines],
+            "num_left": self._num_left, "num_steps": self.num_steps, "least": self.least,
+            "cosines": [list(values) for values in self._cosines],
         }  # fmt: skip
 
     def load_state_dict(self, state: State) -> None:
         """Inverse of :meth:`state_dict`."""
         self.factors, self.num_cuts, self._num_left = list(state["factors"]), state["num_cuts"], state["num_left"]
+        self.num_steps, self.least, self._landing = state["num_steps"], state["least"], None
         self._cosines, self._ramped = [list(values) for values in state["cosines"]], list(state["ramped"])
 
 
@@ -128,10 +169,10 @@ def beyond_the_edge(cosines: Sequence[float]) -> bool:
 
 
 @torch.no_grad()
-def shorten(
+def shortened(
     parameters: Sequence[Tensor], before: Sequence[Tensor], index: Sequence[int], factors: Sequence[float]
-) -> None:
-    """``theta <- before + f_g (theta - before)`` in place, for the groups with f_g < 1.
+) -> dict[int, Tensor]:
+    """``before + f_g (theta - before)`` by place, for the parameters of the groups with f_g < 1; nothing is written.
 
     Args:
         parameters: theta, after a step.
@@ -139,7 +180,19 @@ def shorten(
         index: Group of every parameter.
         factors: (G,) f_g.
     """
+    found: dict[int, Tensor] = {}
     for g, f in enumerate(factors):
         chosen = [i for i, row in enumerate(index) if row == g]
         if f < 1 and chosen:
-            torch._foreach_lerp_([parameters[i] for i in chosen], [before[i] for i in chosen], 1 - f)
+            moved = torch._foreach_lerp([parameters[i] for i in chosen], [before[i] for i in chosen], 1 - f)
+            found.update(zip(chosen, moved, strict=True))
+    return found
+
+
+def shorten(
+    parameters: Sequence[Tensor], before: Sequence[Tensor], index: Sequence[int], factors: Sequence[float]
+) -> None:
+    """:func:`shortened`, written in place."""
+    moved = shortened(parameters, before, index, factors)
+    if moved:
+        weights.copy_([parameters[i] for i in moved], list(moved.values()))

@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import weights
+from . import outside, weights
 from .divergence import prediction_error
 from .ledger import PASS_UNITS, STEP_UNITS, Account
-from .proposals import judge, propose
+from .optimizer_state import optimizer_parameters
+from .probation import Probation, Segment
+from .proposals import transact
 from .records import Action, Alarm, Decision, Level, Phase, PhasePrediction, Reason, Verdict
-from .run import Probation, Run, Segment
-from .snapshot import optimizer_parameters, quiet_forward
+from .run import Run
 from .weights import Tensors
 
 
@@ -34,6 +35,7 @@ class Execution:
     loss: Tensor
     gradient_norm: Tensor | None = None
     skipped: bool = False
+    searching: bool = False  # skipped because a gradient scaler is looking for its scale
     verdict: Verdict | None = None
     prediction: PhasePrediction | None = None
     applied: Tensor | None = None  # (G, K) coefficients of the accepted jump, its scale included
@@ -58,7 +60,7 @@ def run_plain(run: Run, batch: Any, decision: Decision) -> Execution:
     if run.config.gradient_clip_norm > 0:
         torch.nn.utils.clip_grad_norm_(optimizer_parameters(run.optimizer), run.config.gradient_clip_norm)
     _optimizer_step(run)
-    _count_real(run)
+    count_real(run)
     return Execution(loss.detach(), forwards=1, backwards=1)
 
 
@@ -82,11 +84,12 @@ def run_full(run: Run, batch: Any, decision: Decision) -> Execution:
     if not usable:
         return _skip(run, loss, norm)
     run.buffers.after()
+    run.scale_search.found()
+    outside.note_training(run)
     if run.num_rest_steps > 0:
         run.num_rest_steps -= 1
     elif observed:
-        run.basis.accumulate()
-        run.basis.before_step(last=last)
+        run.watch_step(last=last)
         run.lr_integral += run.learning_rate
     if run.config.gradient_clip_norm > 0:
         torch.nn.utils.clip_grads_with_norm_(trained, run.config.gradient_clip_norm, norm)
@@ -94,12 +97,14 @@ def run_full(run: Run, batch: Any, decision: Decision) -> Execution:
     if not run.deterministic and not run.switchback.switched_off:
         passes += run.lookahead.before_step(run.parameters)
     rate = run.learning_rate
+    if run.probation is not None:
+        run.probation.under_way = loss.detach()
     _optimizer_step(run)
     passes += run.scale.after_step(run.parameters)
-    passes += _look_ahead(run, rate)
+    passes += look_ahead(run, rate)
     run.counters.num_passes += passes
     run.ledger.observe(passes * PASS_UNITS)
-    _count_real(run)
+    count_real(run)
     return Execution(loss.detach(), norm, forwards=1, backwards=1)
 
 
@@ -127,7 +132,7 @@ def _backward(run: Run, loss: Tensor) -> None:
 
 def _optimizer_step(run: Run) -> None:
     scaler = run.grad_scaler
-    with run.scale.applied(run.optimizer):
+    with run.schedule.applied(run.optimizer, run.position), run.scale.applied(run.optimizer):
         if scaler is None:
             run.optimizer.step()
         else:
@@ -135,7 +140,7 @@ def _optimizer_step(run: Run) -> None:
             scaler.update()
 
 
-def _look_ahead(run: Run, rate: float) -> int:
+def look_ahead(run: Run, rate: float) -> int:
     """Replace part of what was computed by the drift, and move on along it; returns passes over the weights.
 
     Where losses are exact the gate finds longer jumps than this at once.  A rate that still rises has no drift worth
@@ -145,20 +150,24 @@ def _look_ahead(run: Run, rate: float) -> int:
     if run.switchback.switched_off or (run.deterministic and run.lookahead.num_steps <= 1):
         run.lookahead.forget()  # of the first batch nobody could tell that all are the same
         return 0
-    rising, run.peak_rate = rate > run.peak_rate, max(rate, run.peak_rate)
+    rising, peak = rate > run.peak_rate, max(rate, run.peak_rate)
     lengthened = run.scale.growing if run.config.drift > 0 else run.scale.value > 1
     pull = 0.0 if lengthened or run.deterministic else 1.0
-    strength = 0.0 if rising or run.deterministic or run.peak_rate <= 0 else rate / run.peak_rate
+    strength = 0.0 if rising or run.deterministic or peak <= 0 else rate / peak
     if pull > 0 or strength > 0:
         run.switchback.note_motion()
-    if not run.switchback.moving:
+    if not run.switchback.moving or run.guard.comparing or not run.schedule.anneals:
         pull = strength = 0.0
-    return run.lookahead.after_step(
-        run.parameters, rate * run.scale.value, pull=pull, strength=strength, along=run.scale.held
-    )
+    passes = run.lookahead.after_step(
+        run.parameters, rate * run.scale.value, pull=pull, strength=strength, along=run.scale.held,
+        movable=run.trained.movable,
+    )  # fmt: skip
+    run.peak_rate = peak  # not before: an interrupted application is done again with the same numbers
+    return passes
 
 
-def _count_real(run: Run) -> None:
+def count_real(run: Run) -> None:
+    """Count a real step, and bring the schedule to the clock."""
     c = run.counters
     c.num_attempted_steps += 1
     c.num_real_steps += 1
@@ -187,6 +196,7 @@ def _skip(run: Run, loss: Tensor, norm: Tensor) -> Execution:
     run.scale.forget()
     if run.grad_scaler is not None:
         run.grad_scaler.update()  # shrinks its scale if it saw an overflow; the optimizer is not stepped
+    searching = run.scale_search.look(overflowed=math.isfinite(float(loss.detach())) and not math.isfinite(float(norm)))
     run.optimizer.zero_grad(set_to_none=True)
     c = run.counters
     c.num_attempted_steps += 1
@@ -194,7 +204,7 @@ def _skip(run: Run, loss: Tensor, norm: Tensor) -> Execution:
     c.num_forward += 1
     c.num_backward += 1
     run.step_scheduler()
-    return Execution(loss.detach(), norm, skipped=True, forwards=1, backwards=1)
+    return Execution(loss.detach(), norm, skipped=True, searching=searching, forwards=1, backwards=1)
 
 
 def _keep_anchor(run: Run) -> None:
@@ -235,26 +245,20 @@ def run_predict(run: Run, batch: Any, decision: Decision) -> Execution:
     run.num_windows_since_proposal = 0
     run.num_real_steps_since_predict = 0
     before_units = c.extra_units
-    segment = run.segment
-    prediction, deltas, verdict = propose(run, decision, segment)
-    execution = Execution(torch.tensor(math.nan))
-    if verdict is None:
-        assert prediction is not None
-        saved = weights.clone(run.parameters)
-        try:
-            with quiet_forward(run.model):
-                verdict = judge(run, batch, prediction, deltas, saved)
-        finally:  # also when the loss function raises (out of memory, say)
-            weights.copy_(run.parameters, saved)
-        c.num_passes += 4
+    execution = Execution(torch.tensor(math.nan, device="cpu"))
+
+    def accept(prediction: PhasePrediction, deltas: list[Tensors], saved: Tensors, verdict: Verdict) -> Verdict:
         if verdict.accepted and _is_control(run):
             verdict = replace(verdict, accepted=False, reason=Reason.CONTROL_SKIP)
             c.num_controls += 1
         if verdict.accepted:
             execution.applied = _accept(run, prediction, deltas, saved, verdict, decision.fallback_threshold)
             execution.claimed = prediction.horizon
+        return verdict
+
+    prediction, verdict = transact(run, batch, decision, run.segment, accept)
     loss = verdict.loss_after if verdict.accepted else verdict.loss_before
-    execution.loss = torch.tensor(loss)
+    execution.loss = torch.tensor(loss, device="cpu")
     execution.verdict, execution.prediction = verdict, prediction
     execution.consumed = verdict.accepted
     execution.forwards = verdict.num_forward
@@ -273,14 +277,13 @@ def run_predict(run: Run, batch: Any, decision: Decision) -> Execution:
     _next_segment(run, prediction, verdict)
     if not approved or (verdict.accepted and run.probation is None):
         run.adaptation.note_outcome(verdict.accepted)
-    run.step_scheduler()
     execution.prediction_ms = 1e3 * (time.perf_counter() - started)
     return execution
 
 
 def _is_control(run: Run) -> bool:
     """Skip a random share of approved jumps; the draw is from the run's own generator."""
-    return float(torch.rand((), generator=run.generator)) < run.config.gate.control_fraction
+    return float(torch.rand((), generator=run.generator, device="cpu")) < run.config.gate.control_fraction
 
 
 def _book(run: Run, verdict: Verdict, prediction: PhasePrediction, price: float) -> None:
@@ -319,7 +322,8 @@ def _accept(
         c.num_passes += 8  # weights and two moments, read and written
     elif run.probation is not None:
         run.probation.claimed += prediction.horizon
-    weights.move_(run.parameters, saved, delta, verdict.scale)
+    only = run.trained.only
+    weights.move_(only(run.parameters), only(saved), only(delta), verdict.scale)
     run.basis.translate(delta, verdict.scale)
     run.lookahead.translate(delta, verdict.scale)
     run.switchback.note_jump()
@@ -343,22 +347,28 @@ def _next_segment(run: Run, prediction: PhasePrediction | None, verdict: Verdict
 
 
 def run_correct(run: Run, batch: Any, decision: Decision) -> Execution:
-    """A real step on probation; the last one keeps the jump or takes it back."""
-    execution = run_full(run, batch, decision)
+    """A real step on probation; :func:`conclude` says what comes of it."""
+    assert run.probation is not None, "CORRECT without a jump on probation"
+    return run_full(run, batch, decision)
+
+
+def conclude(run: Run, execution: Execution) -> None:
+    """After a step on probation: the last one keeps the jump or takes it back."""
     probation = run.probation
-    assert probation is not None, "CORRECT without a jump on probation"
+    if probation is None:  # another set of weights is trained from this step on: there is no way back
+        return
     probation.num_steps_left -= 1
-    if execution.skipped:
+    if execution.skipped and not execution.searching:
         probation.worst_level = Level.CRITICAL
-    else:
+    elif not execution.skipped:
         probation.unread.append(execution.loss)
     if probation.num_steps_left > 0 and probation.worst_level < Level.CRITICAL:
-        return execution
+        return
     probation.read()
     after = sum(probation.losses) / len(probation.losses) if probation.losses else math.inf
     execution.alarm = probation_alarm(run, probation, after)
     if _extended(run, probation, execution.alarm, after):
-        return execution
+        return
     execution.probation = (probation.loss_before, after)
     execution.kept = probation_passes(probation, run.config.divergence_threshold)
     if execution.kept:
@@ -368,7 +378,6 @@ def run_correct(run: Run, batch: Any, decision: Decision) -> Execution:
     else:
         _roll_back(run, probation)
     run.probation = None
-    return execution
 
 
 def probation_alarm(run: Run, probation: Probation, after: float) -> Alarm:
@@ -420,7 +429,7 @@ def _roll_back(run: Run, probation: Probation) -> None:
     run.basis.revert(probation.basis)
     run.scale.forget()
     run.drop_anchor()  # it holds weights after the jump
-    run.num_schedule_steps = probation.num_schedule_steps  # the clock catches up with the next step
+    run.num_schedule_steps = probation.num_schedule_steps
     run.lr_integral = 0.0
     for account in run.ledger.cancel_account():
         run.adaptation.note_taken_back(account, len(probation.losses), run.config.predictor.window)
@@ -434,6 +443,7 @@ def _roll_back(run: Run, probation: Probation) -> None:
     c.num_claimed_steps -= probation.claimed
     c.num_rollbacks += 1
     c.num_passes += 8
+    run.step_scheduler()  # the steps on probation were spent, the claimed ones were not made
 
 
 Executor = Callable[[Run, Any, Decision], Execution]

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 from .records import Reason, Verdict
@@ -173,6 +174,18 @@ def judge_exact(
         accepted=reason is Reason.ACCEPTED, reason=reason, scale=scale, candidate=candidate, loss_before=before,
         loss_after=best_loss, upper_bound=-gain, num_forward=forwards,
     )  # fmt: skip
+
+
+def beyond_noise(verdict: Verdict, noise: float) -> Verdict:
+    """The verdict on exact losses, refused where the gain is within what two evaluations of one point differ by.
+
+    Args:
+        verdict: Of :func:`judge_exact`.
+        noise: Largest difference of two evaluations at the same weights, 0 where they agree bit for bit.
+    """
+    if not verdict.accepted or noise == 0 or verdict.gain > noise:
+        return verdict
+    return replace(verdict, accepted=False, reason=Reason.NOT_SIGNIFICANT, price=noise)
 
 
 def judge_noisy(

@@ -100,6 +100,11 @@ class Reading:
         """Whether both numbers are usable."""
         return math.isfinite(self.loss) and (self.gradient_norm is None or math.isfinite(self.gradient_norm))
 
+    @property
+    def overflowed(self) -> bool:
+        """Whether the loss is a number and its gradient is not."""
+        return math.isfinite(self.loss) and not self.finite
+
 
 class Readout:
     """Reads losses and norms from the device without making every step wait for it.

@@ -6,12 +6,55 @@ anew for every copy pays for its pages every time.  On other devices copies are 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 CPU = torch.device("cpu")
+
+
+@contextmanager
+def own_defaults() -> Iterator[None]:
+    """Around code of this package: new tensors are float32 in host memory, whatever defaults the user has set.
+
+    ``torch.set_default_dtype`` and ``torch.set_default_device`` are meant for the user's own tensors; what predictors
+    and the encoder compute with would be of another type, or elsewhere, than what it meets.
+    """
+    dtype = torch.get_default_dtype()
+    elsewhere = torch.get_default_device().type != "cpu"
+    if dtype is torch.float32 and not elsewhere:
+        yield
+        return
+    _users.append((dtype, torch.get_default_device()))
+    torch.set_default_dtype(torch.float32)
+    try:
+        with CPU if elsewhere else nullcontext():
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        _users.pop()
+
+
+@contextmanager
+def users_defaults() -> Iterator[None]:
+    """Within :func:`own_defaults`, around code of the user's: new tensors are what they are outside."""
+    if not _users:
+        yield
+        return
+    dtype, device = _users[0]
+    own = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            yield
+    finally:
+        torch.set_default_dtype(own)
+
+
+#: The user's defaults, by every :func:`own_defaults` that has changed them.
+_users: list[tuple[torch.dtype, torch.device]] = []
 
 
 def copied(tensor: Tensor, old: object = None, *, to_host: bool = False) -> Tensor:
@@ -22,9 +65,13 @@ def copied(tensor: Tensor, old: object = None, *, to_host: bool = False) -> Tens
         old: A copy that is needed no more: its memory is written over if it fits.
         to_host: Keep the copy in host memory.  From CUDA it is there once :func:`wait` has returned.
     """
+    if type(tensor) not in (Tensor, nn.Parameter) and hasattr(tensor, "__tensor_flatten__"):
+        return _copied_by_parts(tensor, old, to_host)
     device = CPU if to_host else tensor.device
     source = tensor.detach()
-    fits = isinstance(old, Tensor) and (old.shape, old.dtype, old.device) == (source.shape, source.dtype, device)
+    fits = isinstance(old, Tensor) and type(old) is Tensor
+    if isinstance(old, Tensor) and fits:  # strides too: a product in another memory order rounds differently
+        fits = (old.shape, old.dtype, old.device, old.stride()) == (source.shape, source.dtype, device, source.stride())
     if fits:
         place = old
     elif device == tensor.device:
@@ -33,6 +80,28 @@ def copied(tensor: Tensor, old: object = None, *, to_host: bool = False) -> Tens
         place = torch.empty_like(source, device=device, pin_memory=source.is_cuda)
     assert isinstance(place, Tensor)
     return place.copy_(source, non_blocking=source.is_cuda)
+
+
+def _copied_by_parts(tensor: Tensor, old: object, to_host: bool) -> Tensor:
+    """A copy of a tensor subclass, which need not know how to clone itself (quantized optimizer state does not)."""
+    names, context = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+    before = old if type(old) is type(tensor) else None
+    parts = {name: copied(getattr(tensor, name), getattr(before, name, None), to_host=to_host) for name in names}
+    made = type(tensor).__tensor_unflatten__(parts, context, tensor.shape, tensor.stride())  # type: ignore[attr-defined]
+    assert isinstance(made, Tensor)
+    return made
+
+
+def write(live: Tensor, saved: Tensor) -> None:
+    """Write a saved tensor of the same kind and shape over a live one, in place."""
+    if type(live) in (Tensor, nn.Parameter) or not hasattr(live, "__tensor_flatten__"):
+        live.copy_(saved)
+        return
+    if type(saved) is type(live):
+        for name in live.__tensor_flatten__()[0]:
+            write(getattr(live, name), getattr(saved, name))
+    else:
+        live.copy_(saved)
 
 
 def queued(tensors: Iterable[Tensor]) -> list[torch.cuda.Event]:
@@ -70,3 +139,8 @@ class Landing:
     def memory_bytes(self) -> int:
         """Bytes of all places."""
         return sum(t.numel() * t.element_size() for t in self._places.values())
+
+
+def plain_bytes(tensor: Tensor) -> bytes:
+    """Bytes of a tensor's numbers in row-major order."""
+    return tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()

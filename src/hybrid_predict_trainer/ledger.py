@@ -200,7 +200,7 @@ class Ledger:
         drift = sum(controls) / len(controls) if len(controls) >= 3 else 0.0
         mean, std = PRIOR_EXACT if self.exact else PRIOR_NOISY
         weight = 1 / self.usual_spread**2
-        precision = 1 / std**2 + weight * sum(a.gain**2 for a in jumps)
+        precision = 1 / std**2 + weight * sum(a.gain * a.gain for a in jumps)
         value = (mean / std**2 + weight * sum(a.gain * (a.left - drift) for a in jumps)) / precision
         return min(max(value, 0.0), 1.0)
 
@@ -293,4 +293,4 @@ class Ledger:
 
 def _moments(values: list[float]) -> tuple[float, float]:
     mean = sum(values) / len(values)
-    return mean, sum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1)
+    return mean, sum((v - mean) * (v - mean) for v in values) / max(len(values) - 1, 1)  # ** 2 raises where * is inf

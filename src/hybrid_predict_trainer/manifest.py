@@ -18,7 +18,9 @@ from pathlib import Path
 from .records import CheckpointError
 from .state_tree import Json, TensorSpec
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+#: The oldest format that is still read; what it lacks is filled in from the live run (``migration``).
+OLDEST_VERSION = 2
 MANIFEST = "MANIFEST.json"
 STATE = "training_state.json"
 CONFIG = "config.toml"
@@ -114,9 +116,9 @@ def read_manifest(path: Path) -> Manifest:
             raise ValueError("format_version is not an int")
         if version > FORMAT_VERSION:
             raise refusal(path, f"has format {version}, newer than {FORMAT_VERSION}", "upgrade the library")
-        if version < FORMAT_VERSION:
+        if version < OLDEST_VERSION:
             advice = "load it with the version that wrote it"
-            raise refusal(path, f"has format {version}, older than {FORMAT_VERSION}", advice)
+            raise refusal(path, f"has format {version}, older than {OLDEST_VERSION}", advice)
         del fields["sha256"]
         if manifest_text(fields) != raw:
             raise ValueError("its text does not match its own SHA-256")

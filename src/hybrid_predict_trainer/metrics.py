@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 from torch import Tensor
 
 from . import weights
 from .executors import Execution
+from .failures import Place
 from .history import RunningMoments
 from .predictors import Paced
 from .records import Alarm, Decision, Phase, Reason, State, StepResult
 from .run import Run
+from .safe_files import open_append
+from .summary_figures import correlation, histogram, mean
 
 SCHEMA = 1
 
@@ -70,12 +73,23 @@ class NullSink:
 class JsonlSink:
     """Appends one line per record and flushes it, so that a killed run loses at most one line."""
 
-    def __init__(self, path: str | Path) -> None:
-        """Open for appending; the folder is made if needed."""
+    def __init__(self, path: str | Path, *, follow_links: bool = True) -> None:
+        """Open for appending; the folder is made if needed.
+
+        Args:
+            path: Of the file.
+            follow_links: False: refuse symbolic links and whatever is no regular file, in a folder of others' say.
+
+        Raises:
+            UnusableFileError: what stands there is refused.
+        """
         self.incomplete = False
         self._path = Path(path)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._path.open("a", encoding="utf-8")
+        if follow_links:
+            self._file = self._path.open("a", encoding="utf-8")
+        else:
+            self._file = os.fdopen(open_append(self._path), "a", encoding="utf-8")
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Write a line; after a failure write no more."""
@@ -267,43 +281,64 @@ class Metrics:
         ``wall_clock_speedup`` and ``baseline_loss_estimate`` are null: one run cannot know them; only
         a comparison against a baseline can (``hpt compare``).
         """
+        notes: list[str] = []
+        found: dict[str, Any] = {}
+        for name, figures in self._figures(run).items():
+            try:
+                told = {name: figures()}
+            except Exception as error:  # the training behind it is done: one figure must not take the rest along
+                told = {name: None}
+                notes.append(f"{name} is not known: {type(error).__name__}: {error}")
+            found |= told.get("observer") or {} if name == "observer" else told
+        return {**found, "metrics_incomplete": self.sink.incomplete, **({"notes": notes} if notes else {})}
+
+    def _figures(self, run: Run) -> dict[str, Callable[[], Any]]:
+        """Parts of the summary, each by itself; those of the observer stand beside the others."""
         c = run.counters
-        lengths = self.jump_lengths
         return {
-            "training_summary": {
+            "training_summary": lambda: {
                 "total_steps": c.num_steps, "warmup_steps": c.warmup_steps, "full_steps": c.full_steps,
                 "predict_steps": c.predict_steps, "correct_steps": c.correct_steps,
                 "backward_reduction_pct": c.backward_reduction_pct, "wall_clock_speedup": None,
                 "final_loss": jsonable(run.history.loss_ema.mean), "baseline_loss_estimate": None, "loss_gap_pct": None,
             },
-            "phase_statistics": {
-                "avg_predict_length": sum(lengths) / len(lengths) if lengths else None,
-                "max_predict_length": max(lengths) if lengths else None,
-                "avg_confidence": jsonable(self.confidences.mean),
-                "prediction_accuracy": {
-                    "loss_mae": _mean([abs(p - m) for p, m in self.loss_pairs]),
-                    "loss_correlation": _correlation(self.loss_pairs),
-                    "weight_cosine_similarity": _mean(self.cosines),
-                },
-            },
-            "divergence_events": [jsonable(e) for e in self.divergence_events],
-            "divergence_exits_per_100_steps": 100 * c.num_divergence_events / c.num_steps if c.num_steps else 0.0,
-            "predictor_overhead": {
-                "encode_time_ms_avg": _mean(self.encode_ms),
-                "predict_time_ms_avg": _mean(self.predict_ms),
-                "update_time_ms_avg": _mean(self.update_ms),
-                "memory_used_mb": run.predictor.memory_bytes() / 2**20,
-                "basis_mb": sum(run.basis.memory_bytes().values()) / 2**20,
-                "update_every": run.predictor.update_every if isinstance(run.predictor, Paced) else None,
-                "pct_of_step_time": 100 * self.overhead_ms / self.total_ms if self.total_ms else None,
-            },
-            "calibration": jsonable(run.adaptation.confidence.report()),
-            **jsonable(run.observer.summary()),
-            "histograms": histograms(run),
-            "ledger": {k: jsonable(v) for k, v in run.ledger.summary().items()},
-            "statistics": statistics(run),
-            "metrics_incomplete": self.sink.incomplete,
+            "phase_statistics": self._phase_statistics,
+            "divergence_events": lambda: [jsonable(e) for e in self.divergence_events],
+            "divergence_exits_per_100_steps": lambda: 100 * c.num_divergence_events / c.num_steps
+            if c.num_steps
+            else 0.0,
+            "predictor_overhead": lambda: self._overhead(run),
+            "calibration": lambda: jsonable(run.adaptation.confidence.report()),
+            "observer": lambda: jsonable(run.observer.summary()),
+            "histograms": lambda: histograms(run),
+            "ledger": lambda: {k: jsonable(v) for k, v in run.ledger.summary().items()},
+            "statistics": lambda: statistics(run),
+            "failures": lambda: jsonable(run.failures.summary()),
         }  # fmt: skip
+
+    def _phase_statistics(self) -> dict[str, Any]:
+        lengths = self.jump_lengths
+        return {
+            "avg_predict_length": sum(lengths) / len(lengths) if lengths else None,
+            "max_predict_length": max(lengths) if lengths else None,
+            "avg_confidence": jsonable(self.confidences.mean),
+            "prediction_accuracy": {
+                "loss_mae": mean([abs(p - m) for p, m in self.loss_pairs]),
+                "loss_correlation": correlation(self.loss_pairs),
+                "weight_cosine_similarity": mean(self.cosines),
+            },
+        }
+
+    def _overhead(self, run: Run) -> dict[str, Any]:
+        return {
+            "encode_time_ms_avg": mean(self.encode_ms),
+            "predict_time_ms_avg": mean(self.predict_ms),
+            "update_time_ms_avg": mean(self.update_ms),
+            "memory_used_mb": run.predictor.memory_bytes() / 2**20,
+            "basis_mb": sum(run.basis.memory_bytes().values()) / 2**20,
+            "update_every": run.predictor.update_every if isinstance(run.predictor, Paced) else None,
+            "pct_of_step_time": 100 * self.overhead_ms / self.total_ms if self.total_ms else None,
+        }
 
     def state_dict(self) -> State:
         """What a summary after a resume needs."""
@@ -331,41 +366,40 @@ class Metrics:
 def histograms(run: Run) -> dict[str, Any]:
     """Counts and edges of the last losses (256) and gradient norms (64)."""
     bins = run.config.metrics.histogram_bins
-    found = {}
-    for name, values in (("loss", run.history.losses), ("gradient_norm", run.history.norms)):
-        counts, edges = np.histogram(np.asarray(values, dtype=np.float64), bins=bins)
-        found[name] = {"counts": counts.tolist(), "edges": edges.tolist()}
-    return found
+    return {
+        name: histogram(v, bins) for name, v in (("loss", run.history.losses), ("gradient_norm", run.history.norms))
+    }
 
 
 def statistics(run: Run) -> dict[str, Any]:
     """Counts of a run, JSON-able."""
     c = run.counters
     return {
+        "predictor": run.predictor.name, "exact_losses": run.deterministic,
         "num_steps": c.num_steps, "num_real_steps": c.num_real_steps, "num_skipped_steps": c.num_skipped_steps,
         "num_claimed_steps": c.num_claimed_steps, "num_credited_steps": run.ledger.num_credited_steps,
         "num_forward": c.num_forward, "num_backward": c.num_backward,
         "num_jumps_proposed": c.num_jumps_proposed, "num_jumps_accepted": c.num_jumps_accepted,
         "num_controls": c.num_controls, "num_rollbacks": c.num_rollbacks,
-        "num_predictor_failures": run.num_predictor_failures, "num_divergence_events": c.num_divergence_events,
-        "learned_scale": run.scale.value, "num_early_cuts": run.scale.num_cuts,
+        "num_predictor_failures": run.num_predictor_failures, **_failures(run),
+        "num_divergence_events": c.num_divergence_events,
+        "num_outside_writes": c.num_outside_writes, "num_left_alone": run.trained.num_left_alone,
+        "hands_off": run.hands_off,
+        "learned_scale": run.scale.learned, "num_raises_taken_back": run.scale.taken_back,
+        "num_guard_alarms": run.guard.num_alarms, "num_guard_restores": run.guard.num_restored,
+        "withdrawn": run.guard.withdrawn, "num_early_cuts": run.scale.num_cuts,
         "lookahead_effect": run.switchback.effect, "lookahead_switched_off": run.switchback.switched_off,
         "cost_units": c.cost_units, "backward_reduction_pct": c.backward_reduction_pct,
-        **{k: jsonable(v) for k, v in run.ledger.steps_gained().items()},
+        **_steps_gained(run),
     }  # fmt: skip
 
 
-def _mean(values: Iterable[float]) -> float | None:
-    finite = [v for v in values if math.isfinite(v)]
-    return sum(finite) / len(finite) if finite else None
+def _failures(run: Run) -> dict[str, int]:
+    return {f"num_{place}_failures": n for place, n in run.failures.counts.items() if place is not Place.PREDICTOR}
 
 
-def _correlation(pairs: Iterable[tuple[float, float]]) -> float | None:
-    """Pearson correlation, None below three pairs or for a constant."""
-    pairs = [(a, b) for a, b in pairs if math.isfinite(a) and math.isfinite(b)]
-    if len(pairs) < 3:
-        return None
-    mean_a, mean_b = (sum(v) / len(pairs) for v in zip(*pairs, strict=True))
-    cov = sum((a - mean_a) * (b - mean_b) for a, b in pairs)
-    var_a, var_b = sum((a - mean_a) ** 2 for a, _ in pairs), sum((b - mean_b) ** 2 for _, b in pairs)
-    return cov / math.sqrt(var_a * var_b) if var_a > 0 and var_b > 0 else None
+def _steps_gained(run: Run) -> dict[str, Any]:
+    try:
+        return {k: jsonable(v) for k, v in run.ledger.steps_gained().items()}
+    except (ArithmeticError, ValueError) as error:  # losses at the edge of what floats hold
+        return {"steps_gained": None, "steps_gained_ci95": None, "reason": f"not known: {error}"}

@@ -40,12 +40,19 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "epochs": EPOCHS,
     # with steps of one length, whatever the gradient, there is swing to take out (AdamW); SGD with momentum is the
     # worse for it (LOG.md)
-    "epochs_adam": {**EPOCHS, "training.smoothing": 0.25, "training.drift": 0.0},
+    "epochs_adam": {
+        **EPOCHS, "training.smoothing": 0.25, "training.drift": 0.0, "training.lookahead_scope": "all",
+    },
     # a pretrained model and few steps: no time to know the drift, but calm is worth as much as Lookahead finds (LOG.md)
-    "finetune": {"training.lookahead": 0.0, "training.smoothing": 0.4, "training.drift": 0.0},
+    "finetune": {
+        "training.lookahead": 0.0, "training.smoothing": 0.4, "training.drift": 0.0, "training.lookahead_scope": "all",
+    },
     # steps of orthogonal matrices do not swing, cutting them only slows them down, and their drift is worth more
     # (EMA-Nesterov was published with 0.6 for them; twice that is better here)
-    "muon": {"training.lookahead": 1.2, "training.smoothing": 0.0, "training.min_learned_scale": 1.0},
+    "muon": {
+        "training.lookahead": 1.2, "training.smoothing": 0.0, "training.min_learned_scale": 1.0,
+        "training.lookahead_scope": "all",
+    },
     # by breadth of the data
     "specialist": {
         "training.warmup_steps": 100, "training.full_steps": 15, "training.max_predict_steps": 120,

@@ -28,6 +28,7 @@ class Progress:
         self._started = self._drawn = time.perf_counter()
         self._first = trainer.run.position
         self._last_line = 0
+        self._gone = False
 
     def __call__(self, result: StepResult) -> None:
         """Draw the bar, or print a line every ``log_interval`` steps."""
@@ -36,11 +37,20 @@ class Progress:
             return  # its loss is the gate's
         if self._bar and now - self._drawn >= REFRESH_S:
             self._drawn = now
-            self._stream.write(f"\r\x1b[2K{self.line(result, now)}")
-            self._stream.flush()
+            self._write(f"\r\x1b[2K{self.line(result, now)}")
         elif not self._bar and result.step - self._last_line >= self._interval:
             self._last_line = result.step - result.step % self._interval
-            self._stream.write(self.line(result, now) + "\n")
+            self._write(self.line(result, now) + "\n")
+
+    def _write(self, text: str) -> None:
+        """Write, unless the terminal has been closed: that ends no run."""
+        if self._gone:
+            return
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except (OSError, ValueError):
+            self._gone = True
 
     def line(self, result: StepResult, now: float) -> str:
         """Phase, step, loss, jumps, speed, time left."""
@@ -57,5 +67,4 @@ class Progress:
     def close(self) -> None:
         """Leave the cursor on a line of its own."""
         if self._bar:
-            self._stream.write("\r\x1b[2K")
-            self._stream.flush()
+            self._write("\r\x1b[2K")

@@ -7,12 +7,17 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from . import batches, corrector, gate, weights
+from . import corrector, gate, host, weights
+from .evaluation import attempt, losses_of, objection, pieces_of
+from .failures import Place
 from .gate import Part
+from .isolation import Isolation
 from .ledger import FORWARD_UNITS, STEP_UNITS
+from .probation import Segment
 from .records import Decision, Origin, PhasePrediction, Reason, Verdict
-from .run import Run, Segment
+from .run import Run
 from .weights import Tensors
 
 
@@ -34,7 +39,7 @@ def propose(
             return prediction, [], Verdict(accepted=False, reason=Reason.NOT_FINITE)
         if prediction.first_fit:  # shorter pieces of the same step: made when they are tried
             candidates = candidates[:1]
-        deltas = [run.basis.combine(c) for c in candidates]
+        deltas = [_combined(run, c) for c in candidates]
     except Exception as error:  # whatever a predictor raises must not end a run
         run.note_predictor_failure(error)
         return None, [], Verdict(accepted=False, reason=Reason.PREDICTOR_FAILED)
@@ -53,6 +58,11 @@ def propose(
     return prediction, deltas[:num_inside], None
 
 
+def _combined(run: Run, coefficients: Tensor) -> Tensors:
+    """The move that coefficients stand for, zero where only the optimizer may move the weights, or nobody."""
+    return run.trained.masked(run.basis.combine(coefficients))
+
+
 def fits(run: Run, prediction: PhasePrediction) -> bool:
     """Whether the coefficients have the basis's shape and are finite: anything else is refused, not corrected."""
     c = prediction.coefficients
@@ -61,7 +71,8 @@ def fits(run: Run, prediction: PhasePrediction) -> bool:
 
 def _asked(run: Run, horizon: int) -> PhasePrediction:
     """The predictor's answer, corrected by what similar answers got wrong, cut into segments."""
-    prediction = run.predictor.predict(horizon)
+    with run.time.call():
+        prediction = run.predictor.predict(horizon)
     window = run.window
     if window is not None and fits(run, prediction):
         correction = run.adaptation.corrector.correct(prediction, window.features, window.products.BB)
@@ -85,53 +96,104 @@ def _first_piece(prediction: PhasePrediction, segments: int) -> PhasePrediction:
 
 def judge(run: Run, batch: Any, prediction: PhasePrediction, deltas: list[Tensors], saved: Tensors) -> Verdict:
     """Measure losses at x + a d and let the gate decide."""
-    exact = run.deterministic
-    origin_kind = Origin.CURRENT if exact else Origin.AVERAGE
+    exact, only = run.deterministic, run.trained.only
+    pieces, spent = None if exact else pieces_of(run, batch), 0.0
+    if not exact:
+        failed = run.failures.counts[Place.PIECES]
+        reason, spent = (Reason.CANNOT_CUT, 0.0) if pieces is None else objection(run, batch)
+        if reason is Reason.CANNOT_CUT and run.failures.counts[Place.PIECES] == failed:  # nothing was raised
+            run.failures.note(Place.PIECES, reason.value, quiet=True)
+        if reason is not None:
+            return Verdict(accepted=False, reason=reason, num_forward=spent)
+    length, judged, split = pieces or ([batch], [batch], False)
+    parts: dict[Part, list[Any]] = {"whole": [batch], "length": length, "judge": judged}
+    kind = Origin.CURRENT if exact else Origin.AVERAGE
     if run.config.gate.judge_at != "auto":
-        origin_kind = Origin(run.config.gate.judge_at)
-    origin = saved if origin_kind is Origin.CURRENT else run.basis.average()
-    size = batches.num_samples(batch)
-    split = size >= 4 and not exact
-    middle = size // 2 if split else size
-    max_chunks = run.config.gate.max_chunks
-    parts: dict[Part, list[Any]] = {
-        "whole": [batch],
-        "length": [batches.narrow(batch, 0, middle)] if split else [batch],
-        "judge": batches.chunks(batch, middle if split else 0, size, max_chunks) if size >= 2 else [batch],
-    }
+        kind = Origin(run.config.gate.judge_at)
+    origin = saved if kind is Origin.CURRENT else run.basis.average()
 
     def make(candidate: int) -> None:
         while len(deltas) <= candidate:
-            deltas.append(run.basis.combine(prediction.alternatives[len(deltas) - 1]))
+            with host.own_defaults():
+                deltas.append(_combined(run, prediction.alternatives[len(deltas) - 1]))
             run.counters.num_passes += run.basis.num_filled
 
-    def evaluate(candidate: int, scale: float, part: Part) -> list[float]:
-        make(candidate)
-        weights.move_(run.parameters, origin, deltas[candidate], scale)
-        run.counters.num_passes += 3
-        losses = torch.stack([run.evaluate_loss(piece).reshape(()) for piece in parts[part]])
-        return [float(v) for v in losses.tolist()]
+    def work(isolation: Isolation) -> Verdict:
+        def evaluate(candidate: int, scale: float, part: Part) -> list[float]:
+            make(candidate)
+            weights.move_(only(run.parameters), only(origin), only(deltas[candidate]), scale)
+            run.counters.num_passes += 3
+            return losses_of(run, parts[part], isolation)
 
-    settings = run.config.gate
-    if exact:
-        num_candidates = 1 + len(prediction.alternatives) if prediction.first_fit else len(deltas)
-        # with windows of one step the origin's loss is the one the last real step had at x
-        known = prediction.first_fit and run.window is not None and run.window.num_steps == 1
-        verdict = gate.judge_exact(
-            evaluate, num_candidates - prediction.way_back, known_before=run.window_loss if known else None,
-            way_back=num_candidates - 1 if known and prediction.way_back else None, max_scale=prediction.max_scale,
-            predicted_reduction=prediction.predicted_reduction, min_ratio=settings.min_reduction_ratio,
-            first_fit=prediction.first_fit,
-        )  # fmt: skip
-    else:
-        verdict = gate.judge_noisy(
+        if exact:
+            return _judge_exactly(run, evaluate, prediction, len(deltas))
+        settings = run.config.gate
+        return gate.judge_noisy(
             evaluate, max_scale=min(prediction.max_scale, 2.0), level=settings.significance, price=price(run),
             split=split,
             predicted_reduction=prediction.predicted_reduction, min_ratio=settings.min_reduction_ratio,
         )  # fmt: skip
+
+    verdict = attempt(run, work)
     if verdict.accepted:
         make(verdict.candidate)
-    return replace(verdict, origin=origin_kind)
+    return replace(verdict, origin=kind, num_forward=verdict.num_forward + spent)
+
+
+def _judge_exactly(run: Run, evaluate: gate.Evaluate, prediction: PhasePrediction, num_deltas: int) -> Verdict:
+    num_candidates = 1 + len(prediction.alternatives) if prediction.first_fit else num_deltas
+    # with windows of one step the origin's loss is the one the last real step had at x, under the same conditions
+    measured = run.exactness.agreed is True and run.exactness.noise == 0
+    known = measured and prediction.first_fit and run.window is not None and run.window.num_steps == 1
+    verdict = gate.judge_exact(
+        evaluate, num_candidates - prediction.way_back, known_before=run.window_loss if known else None,
+        way_back=num_candidates - 1 if known and prediction.way_back else None, max_scale=prediction.max_scale,
+        predicted_reduction=prediction.predicted_reduction, min_ratio=run.config.gate.min_reduction_ratio,
+        first_fit=prediction.first_fit,
+    )  # fmt: skip
+    return gate.beyond_noise(verdict, run.exactness.noise)
+
+
+Accept = Callable[[PhasePrediction, list[Tensors], Tensors, Verdict], Verdict]
+
+
+def transact(
+    run: Run, batch: Any, decision: Decision, segment: Segment | None, accept: Accept
+) -> tuple[PhasePrediction | None, Verdict]:
+    """Propose, judge, and let ``accept`` move the weights.
+
+    Whatever raises on the way is a refusal, and everything is as it was before; so it is where the program is
+    interrupted, which is passed on.
+
+    Args:
+        run: Between two real steps.
+        batch: Judged on.
+        decision: To predict.
+        segment: What is left of a jump in pieces.
+        accept: Applies an accepted jump; may still refuse it.
+    """
+    prediction: PhasePrediction | None = None
+    saved: Tensors = []
+    done = False
+    try:
+        with host.own_defaults():
+            prediction, deltas, verdict = propose(run, decision, segment)
+        if verdict is None and prediction is not None:
+            saved = run.held = weights.clone(run.parameters)
+            verdict = judge(run, batch, prediction, deltas, saved)
+            weights.copy_(run.parameters, saved)
+            run.counters.num_passes += 4
+            verdict = accept(prediction, deltas, saved, verdict)
+        assert verdict is not None
+        done = True
+        return prediction, verdict
+    except Exception as error:
+        run.failures.note(Place.GATE, error)
+        forwards = 1.0 if saved else 0.0
+        return None, Verdict(accepted=False, reason=Reason.CANNOT_EVALUATE, num_forward=forwards)
+    finally:
+        if saved and not done:
+            weights.copy_(run.parameters, saved)
 
 
 def price(run: Run) -> Callable[[float], float]:

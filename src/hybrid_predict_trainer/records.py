@@ -70,6 +70,8 @@ class Reason(StrEnum):
     NOT_FINITE = "the proposal holds NaN or infinity"
     WRONG_SHAPE = "the proposal has the wrong shape"
     PREDICTOR_FAILED = "the predictor raised an error"
+    CANNOT_EVALUATE = "the proposal could not be evaluated"
+    CANNOT_CUT = "the batch cannot be cut into pieces that would show the noise of its loss"
     LOSS_NOT_FINITE = "the loss at the candidate is not finite"
     TOO_LONG = "the jump leaves the trust radius"
     ZERO_JUMP = "the proposal does not move the weights"

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-
 from .records import Action, Alarm, Level
 from .run import Run
+from .withdrawal import follow_advice
 
 
 def force_full(run: Run, num_steps: int, *, by_alarm: bool) -> None:
@@ -18,24 +17,14 @@ def force_full(run: Run, num_steps: int, *, by_alarm: bool) -> None:
 RETRY_AFTER = 5
 
 
-def lower_learning_rate(run: Run, factor: float) -> None:
-    """Retry with a smaller learning rate: the groups' rates and the peaks a schedule starts from."""
-    for group in run.optimizer.param_groups:
-        group["lr"] *= factor
-        if "initial_lr" in group:
-            group["initial_lr"] *= factor
-    if isinstance(run.lr_scheduler, torch.optim.lr_scheduler.LRScheduler):
-        run.lr_scheduler.base_lrs = [lr * factor for lr in run.lr_scheduler.base_lrs]
-
-
 def respond(run: Run, alarm: Alarm) -> None:
     """Apply what an alarm asks for."""
     settings = run.config.divergence
     critical = run.monitor.num_consecutive_critical
-    if alarm.level is Level.CRITICAL and run.scale.value > 1 and run.probation is None:
-        run.scale.halve()
+    if alarm.level is Level.CRITICAL and run.scale.learned > 1 and run.probation is None:
+        follow_advice(run, run.scale.withdraw())
     if alarm.level is Level.CRITICAL and critical and critical % RETRY_AFTER == 0:
-        lower_learning_rate(run, settings.retry_learning_rate_factor)
+        run.schedule.lower(settings.retry_learning_rate_factor)
     if alarm.action is not Action.REDUCE_HORIZON and run.probation is not None:
         run.probation.worst_level = max(run.probation.worst_level, alarm.level)
     if alarm.action is Action.REDUCE_HORIZON:

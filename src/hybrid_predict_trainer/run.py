@@ -2,69 +2,57 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import weights
+from . import host, real_views, weights
 from .adaptation import Adaptation
 from .basis import Basis
-from .batches import Fingerprint
+from .buffers import BufferGuard
 from .config import HybridTrainerConfig
 from .corrector import Correction
 from .counters import Counters
 from .divergence import Monitor
+from .early_cuts import is_inside_a_block
+from .exactness import Exactness
+from .failures import Failures, Place
 from .features import loss_features
+from .guard import Guard
 from .history import History, Readout
 from .ledger import Ledger
 from .lookahead import DriftLookahead, Lookahead, NoLookahead
-from .observer import NullObserver, Observer, observer_for
-from .phases import controller_for
-from .predictors import Predictor, build
+from .loss_modules import with_modules_beside
+from .lr_schedule import LrSchedule, stateful
+from .model_state import Origin
+from .multiplier import orthogonalizes
+from .observer import Observer
+from .optimizer_memory import left_alone
+from .overflow import ScaleSearch
+from .phases import Controller
+from .predictor_choice import AUTO, NOISY, bind, choose, settings_for
+from .predictors import Predictor
 from .predictors._common import window_from_state, window_state
-from .records import Level, Phase, PhasePrediction, State, Window
-from .snapshot import BufferGuard, HasState, Snapshot
-from .step_scale import CHECK_STEPS, LearnedScale, StepScale, UnitScale
+from .probation import Probation, Segment, probation_from, probation_state, segment_from, segment_state
+from .records import Phase, State, Window
+from .recurrence import Recurrence
+from .same_batch import SameBatch
+from .snapshot import HasState, Snapshot
+from .step_scale import CHECK_STEPS, LearnedScale
 from .switchback import Switchback
+from .time_budget import TimeBudget
+from .trained import Trained, Writes
+from .unit_scale import StepScale, UnitScale
+from .validation import Validation
+from .weights import Tensors
+
+#: More real steps than any run has.
+NEVER = 1 << 60
 
 LossFn = Callable[[nn.Module, Any], Tensor]
-
-
-@dataclass(slots=True)
-class Probation:
-    """A jump on trial: how to take it back, and what it must not be worse than."""
-
-    snapshot: Snapshot
-    basis: State
-    num_schedule_steps: int
-    num_steps_left: int
-    loss_before: float  # smoothed training loss before the jump
-    std_before: float
-    predicted_loss: float
-    fallback_threshold: float  # smoothed loss above which the jump is taken back whatever else
-    claimed: int
-    extended: bool = False  # the prediction error asked for more steps once
-    losses: list[float] = field(default_factory=list)
-    unread: list[Tensor] = field(default_factory=list)  # losses since: an accelerator is asked for them at the end
-    worst_level: Level = Level.NORMAL
-
-    def read(self) -> None:
-        """Bring the losses to the host."""
-        self.losses += weights.on_host(self.unread).tolist()
-        self.unread = []
-
-
-@dataclass(slots=True)
-class Segment:
-    """What is left of a jump that is checked in several pieces."""
-
-    prediction: PhasePrediction
-    num_left: int
 
 
 class Run:
@@ -73,57 +61,66 @@ class Run:
     def __init__(
         self, model: nn.Module, optimizer: Optimizer, config: HybridTrainerConfig, loss_fn: LossFn,
         lr_scheduler: Any = None, grad_scaler: Any = None, roles: dict[str, str] | None = None,
-        predictor: Predictor | None = None,
+        predictor: Predictor | None = None, validation: Validation | None = None,
     ) -> None:  # fmt: skip
         """Bind everything; no memory beyond Python objects is taken before training starts."""
         self.model, self.optimizer, self.config = model, optimizer, config
-        self.loss_fn, self.lr_scheduler, self.grad_scaler = loss_fn, lr_scheduler, grad_scaler
+        self.loss_fn, self.grad_scaler = loss_fn, grad_scaler
+        self.schedule = LrSchedule(lr_scheduler, config.lr_interval)
         self.parameters, self.groups = weights.predicted_parameters(model, optimizer, roles)
+        self.views = [p for p in self.parameters if isinstance(p, real_views.RealView)]
         self.on_cpu = all(p.device.type == "cpu" for p in self.parameters)
-        self.predictor = (
-            predictor if predictor is not None else build(config, self.groups.num_groups, self.groups.num_weights)
-        )
-        if self.predictor.spec.pooled:
-            self.groups = self.groups.pooled()
-        self.basis = Basis(
-            self.parameters, self.groups, self.predictor.spec,
-            dtype=config.predictor.basis_dtype, offload=config.predictor.offload,
-        )  # fmt: skip
-        self.controller = controller_for(config)
-        self.observing = not config.never_predicts
+        self.trained = Trained(self.parameters, optimizer)
+        self.writes = Writes(self.parameters, 1 if self.on_cpu else max(config.divergence.check_interval_steps, 1))
+        # why only the optimizer may move weights; None: it is not so
+        self.hands_off = None if config.never_predicts else left_alone(optimizer)
+        self.role_groups = self.groups
+        self.settings = config  # the user's; ``config`` is what they come to where the predictor is chosen
+        self.chooses = config.predictor_type == AUTO and predictor is None and not config.never_predicts
+        self.predictor: Predictor
+        self.time: TimeBudget
+        self.basis: Basis
+        self.controller: Controller
+        self.observing: bool
+        self.observer: Observer
+        self.adaptation: Adaptation
+        self.horizon: int
+        bind(self, settings_for(config, NOISY) if config.predictor_type == AUTO else config, predictor)
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.guard = Guard()
+        self.recurrence = Recurrence()
+        self.validation = validation
         self.scale: StepScale = UnitScale()
         # both raise the noise that weights settle with, and count on a schedule to take it out again
-        annealed = self.observing and lr_scheduler is not None
-        if annealed and (config.max_learned_scale > 1 or config.min_learned_scale < 1):
+        annealed = not config.never_predicts and lr_scheduler is not None
+        least = config.min_learned_scale if self.hands_off is None else 1.0
+        if annealed and (config.max_learned_scale > 1 or least < 1):
             # on an accelerator a check waits for the device: as often as losses are read, no more
             steps = CHECK_STEPS if self.on_cpu else max(CHECK_STEPS, config.divergence.check_interval_steps)
             self.scale = LearnedScale(
-                self.groups, config.max_learned_scale, config.min_learned_scale, steps,
+                self.groups, 1.0 if orthogonalizes(optimizer) else config.max_learned_scale, least, steps,
                 untrained=weights.untrained(self.parameters, self.groups.names),
+                control_fraction=config.gate.control_fraction, generator=self.generator,
             )  # fmt: skip
-        self.observer: Observer = NullObserver()
-        if self.observing:
-            self.observer = observer_for(
-                config.encoder, self.predictor, model, self.parameters, self.groups, self.predictor.spec, grad_scaler
-            )
         self.lookahead: Lookahead = NoLookahead()
-        if annealed and (config.lookahead > 0 or config.smoothing > 0):
+        # it gains on networks of blocks; physics-informed ones, and SGD over epochs, are the worse for it (LOG.md)
+        suited = config.lookahead_scope == "all" or any(is_inside_a_block(role) for role in self.role_groups.roles)
+        if annealed and self.observing and suited and (config.lookahead > 0 or config.smoothing > 0):
             self.lookahead = DriftLookahead(config.lookahead, config.smoothing, config.drift)
         self.switchback = Switchback(config.gate.control_fraction)
         self.peak_rate = 0.0  # highest learning rate so far
         self.history = History()
         self.readout = Readout(config.divergence.check_interval_steps)
+        self.scale_search = ScaleSearch(grad_scaler)
         self.monitor = Monitor(config.divergence, config.divergence_threshold)
         self.ledger = Ledger(config.gate)
-        self.adaptation = Adaptation(config, self.predictor.spec, self.groups.num_groups)
         self.counters = Counters()
-        self.buffers = BufferGuard(model)
-        self.generator = torch.Generator().manual_seed(config.seed)
+        self.buffers = BufferGuard(with_modules_beside(loss_fn, model))
+        self.origin = Origin.of(model, optimizer, config.checkpoint.include_frozen)
 
         self.stated_confidence = 0.5  # of the last proposal considered
         self.refused = False  # since the last window
         self.phase = Phase.WARMUP
-        self.horizon = min(max(config.min_predict_steps, 4 * config.predictor.window), max(config.max_predict_steps, 1))
         self.window_just_closed = False
         self.num_windows = 0
         self.num_windows_since_proposal = 0
@@ -131,8 +128,6 @@ class Run:
         self.num_rest_steps = 0  # real steps still to pass before the next window is observed
         self.num_forced_full_steps = 0
         self.forced_by_alarm = False
-        self.num_predictor_failures = 0
-        self.num_schedule_steps = 0
         self.lr_integral = 0.0  # over the open window
         self.window_seconds = 0.0  # wall time of its real steps; NaN: not all of them were timed
         self.loss_slope = 0.0
@@ -141,40 +136,90 @@ class Run:
         self.correction: Correction | None = None  # of the last proposal, for the record
         self.probation: Probation | None = None
         self.segment: Segment | None = None
+        self.closing = False  # the window is being closed
+        self.held: Tensors = []  # the weights while a proposal is judged
         self.anchor: Snapshot | None = None  # for non-finite steps seen late
         self.old_anchor: Snapshot | None = None  # the last one: only its memory is of use
         self.anchor_real_steps = self.anchor_schedule_steps = 0  # where it was taken
-        self.last_batch: Fingerprint | None = None  # None after a resume: then same_batch stands
-        self.same_batch = False  # the last two batches were the very same tensors
+        self.raise_point: Snapshot | None = None  # the start of a raise of the multiplier that is not settled yet
+        self.safe_point: Snapshot | None = None  # the guard's anchor
+        self.data = SameBatch()
+        self.exactness = Exactness()
+        self.failures = Failures()
+        self.cuts: dict[str, bool] = {}  # whether the pieces of a batch of that layout are pieces of its loss
         self.batch_free = False  # the last step did not consume its batch
         self.needs_grad_mode = False  # the loss function differentiates inside (PINNs)
+        self.quiet_fails = False  # the loss can be had in the modes of training only
+        self.loss_writes: bool | None = None  # the loss function writes into its batch; None: nobody looked yet
 
     # ---- small readings -------------------------------------------------------------------------
 
     @property
     def others(self) -> list[HasState]:
         """What a snapshot holds beside model and optimizer: scheduler and scaler where given, lookahead and scale."""
-        given = [o for o in (self.lr_scheduler, self.grad_scaler) if o is not None]
-        return [*given, self.lookahead, self.scale]
+        schedule = [] if self.lr_scheduler is None else [stateful(self.lr_scheduler)]
+        scaler = [] if self.grad_scaler is None else [self.grad_scaler]
+        return [*schedule, *scaler, self.lookahead, self.scale]
+
+    @property
+    def lr_scheduler(self) -> Any:
+        """The caller's schedule, or None."""
+        return self.schedule.scheduler
+
+    @lr_scheduler.setter
+    def lr_scheduler(self, scheduler: Any) -> None:
+        self.schedule.scheduler = scheduler
+
+    @property
+    def num_schedule_steps(self) -> int:
+        """Steps of the schedule that are accounted for."""
+        return self.schedule.num_steps
+
+    @num_schedule_steps.setter
+    def num_schedule_steps(self, num_steps: int) -> None:
+        self.schedule.num_steps = num_steps
 
     @property
     def learning_rate(self) -> float:
-        """Of the first group that has one."""
-        return float(self.optimizer.param_groups[0].get("lr", 0.0))
+        """Of the first group that has one: the schedule's, times what recovery has lowered it by."""
+        rate = self.optimizer.param_groups[0].get("lr")
+        return 0.0 if rate is None else self.schedule.factor * float(rate)
+
+    @property
+    def moving(self) -> bool:
+        """Whether anything of this library has a hand in the weights or in their rate."""
+        drifting = self.lookahead.num_steps > 0 and not self.switchback.switched_off
+        return drifting or self.scale.learned > 1 or self.scale.shortening or self.counters.num_jumps_accepted > 0
+
+    @property
+    def watches_data(self) -> bool:
+        """Whether it matters that the data come round again."""
+        return self.scale.may_grow and not self.batch_free
 
     @property
     def deterministic(self) -> bool:
         """Whether the gate's losses are exact: every batch is the same one."""
         exact = self.config.gate.exact
-        return self.same_batch if exact == "auto" else exact == "always"
+        if exact != "auto":
+            return exact == "always"
+        # where nothing is judged nobody measures
+        return self.same_batch and (self.exactness.agreed is True or not self.observing)
+
+    @property
+    def same_batch(self) -> bool:
+        """Whether the last two batches were the same one."""
+        return self.data.same
+
+    @property
+    def num_predictor_failures(self) -> int:
+        """How often the predictor raised."""
+        return self.failures.counts[Place.PREDICTOR]
 
     def note_batch(self, batch: Any) -> None:
-        """Compare a batch with the one before."""
-        current = Fingerprint(batch)
-        # a refused proposal's batch is given again: that says nothing of the data
-        if self.last_batch is not None and not self.batch_free:
-            self.same_batch = current.matches(self.last_batch)
-        self.last_batch = current
+        """Compare a batch with the one before; views of complex weights follow them where somebody moved them."""
+        real_views.follow(self.views)
+        if self.config.enabled and self.config.gate.exact != "never":
+            self.data.see(batch, again=self.batch_free)
 
     @property
     def position(self) -> int:
@@ -201,53 +246,71 @@ class Run:
     def restore(self, snapshot: Snapshot, *, rng: bool = True) -> None:
         """The one call that puts a snapshot back."""
         snapshot.restore(self.model, self.optimizer, self.others, rng=rng)
+        self.schedule.resynchronize()
 
     def evaluate_loss(self, batch: Any) -> Tensor:
         """Loss of a batch without a graph; falls back on grad mode for losses that differentiate inside."""
         if not self.needs_grad_mode:
             try:
-                with torch.no_grad():
-                    return self.loss_fn(self.model, batch).detach()
+                return self._loss_without_graph(batch)
             except RuntimeError as error:
                 if "does not require grad" not in str(error):
                     raise
                 self.needs_grad_mode = True
-        with torch.enable_grad():
-            return self.loss_fn(self.model, batch).detach()
+        return self._loss_with_graph(batch)
+
+    @torch.no_grad()  # not a block: an interruption at its end would leave grad mode off
+    def _loss_without_graph(self, batch: Any) -> Tensor:
+        return self.loss_fn(self.model, batch).detach()
+
+    @torch.enable_grad()
+    def _loss_with_graph(self, batch: Any) -> Tensor:
+        return self.loss_fn(self.model, batch).detach()
 
     def step_scheduler(self) -> None:
         """Bring the learning-rate schedule to the clock's position."""
-        target = self.position
-        # OneCycleLR raises beyond its end, which the last steps on probation may pass
-        target = min(target, getattr(self.lr_scheduler, "total_steps", None) or target)
-        if self.lr_scheduler is not None:
-            for _ in range(max(0, target - self.num_schedule_steps)):
-                self.lr_scheduler.step()
-        self.num_schedule_steps = max(self.num_schedule_steps, target)
+        self.schedule.advance(self.position)
 
     def planned_lr(self, num_steps: int) -> float:
         """Sum of the learning rate over the next steps; exact for ``LambdaLR``, else held constant."""
-        schedule = self.lr_scheduler
-        if isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
-            base, factor, now = schedule.base_lrs[0], schedule.lr_lambdas[0], schedule.last_epoch
-            return float(sum(base * factor(now + i) for i in range(num_steps)))
-        return self.learning_rate * num_steps
+        return self.schedule.planned(self.learning_rate, num_steps)
 
     def note_predictor_failure(self, error: Exception) -> None:
         """Count, and say once what happened."""
-        self.num_predictor_failures += 1
-        if self.num_predictor_failures == 1:
-            warnings.warn(
-                f"predictor {self.predictor.name!r} failed ({type(error).__name__}: {error}); training goes on",
-                stacklevel=2,
-            )
+        self.failures.note(Place.PREDICTOR, error, name=self.predictor.name)
+
+    def note_time(self, step_seconds: float | None) -> None:
+        """A step took so long (None: it was no real one); a predictor that takes too much beside it is dropped."""
+        if step_seconds is not None:
+            self.time.note_step(step_seconds)
+        if self.time.objection is not None:
+            self.failures.drop(Place.PREDICTOR, self.time.objection, self.predictor.name)
 
     # ---- windows -----------------------------------------------------------------------------------
+
+    def watch_step(self, *, last: bool) -> None:
+        """Add a real step to the open window; what raises (no memory for the sums) must not end a run."""
+        try:
+            with host.own_defaults():
+                self.basis.accumulate()
+                self.basis.before_step(last=last)
+        except Exception as error:
+            self.note_unwatched(error)
+
+    def note_unwatched(self, error: Exception) -> None:
+        """A window could not be kept: the next one begins, or none if that happens again and again."""
+        self.failures.note(Place.GATE, error)
+        self.basis.restart_window()
+        self.lr_integral = 0.0
+        if self.failures.exhausted(Place.GATE):
+            self.num_rest_steps = NEVER
 
     def close_window(self) -> Window:
         """Close the basis window and describe it for the predictor."""
         num_steps, jumped = self.basis.num_steps, self.basis.jumped
+        self.closing = True
         hindsight = self.basis.close_window()
+        self.closing = False
         step = self.counters.num_real_steps
         self.window_loss = self.history.close_window(step, num_steps)
         self.loss_slope = self.history.loss_slope()
@@ -281,16 +344,22 @@ class Run:
 
     # ---- state ----------------------------------------------------------------------------------------
 
+    def adopt(self, predictor: str) -> None:
+        """Go over to the predictor that a checkpoint was written with, where the choice is ours."""
+        if self.chooses and predictor != self.predictor.name:
+            choose(self, predictor)
+
     _SCALARS = (
         "horizon", "refused", "window_just_closed", "num_windows", "num_windows_since_proposal", "num_rest_steps",
-        "num_real_steps_since_predict", "num_forced_full_steps", "forced_by_alarm", "num_predictor_failures",
-        "num_schedule_steps", "lr_integral", "loss_slope", "window_loss", "peak_rate", "same_batch", "needs_grad_mode",
-        "anchor_real_steps", "anchor_schedule_steps",
+        "num_real_steps_since_predict", "num_forced_full_steps", "forced_by_alarm",
+        "num_schedule_steps", "lr_integral", "loss_slope", "window_loss", "peak_rate", "needs_grad_mode",
+        "quiet_fails", "batch_free", "loss_writes", "anchor_real_steps", "anchor_schedule_steps",
     )  # fmt: skip
 
     def state_dict(self) -> State:
         """What the library itself remembers (model, optimizer and schedule are saved beside it)."""
         return {
+            "predictor": self.predictor.name,
             "phase": self.phase.value,
             "scalars": {name: getattr(self, name) for name in self._SCALARS},
             "counters": self.counters.state_dict(),
@@ -302,15 +371,27 @@ class Run:
             "scale": self.scale.state_dict(),
             "lookahead": self.lookahead.state_dict(),
             "switchback": self.switchback.state_dict(),
+            "schedule": self.schedule.state_dict(),
             "confidence": self.stated_confidence,
             "generator": self.generator.get_state(),
-            "probation": _probation_state(self.probation),
-            "segment": _segment_state(self.segment),
-            "anchor": None if self.anchor is None else self.anchor.state_dict(),
+            "probation": probation_state(self.probation),
+            "segment": segment_state(self.segment),
+            "anchor": _snapshot_state(self.anchor),
+            "guard": self.guard.state_dict(),
+            "recurrence": self.recurrence.state_dict(),
+            "validation": None if self.validation is None else self.validation.state_dict(),
+            "raise_point": _snapshot_state(self.raise_point),
+            "safe_point": _snapshot_state(self.safe_point),
+            "data": self.data.state_dict(),
+            "exactness": self.exactness.state_dict(),
+            "failures": self.failures.state_dict(),
+            "cuts": dict(self.cuts),
+            "trained": self.trained.state_dict(),
         }
 
     def load_state_dict(self, state: State) -> None:
-        """Inverse of :meth:`state_dict`."""
+        """Inverse of :meth:`state_dict`; the predictor's own state is taken back beside it, after :meth:`adopt`."""
+        self.adopt(state["predictor"])
         self.phase = Phase(state["phase"])
         for name in self._SCALARS:
             setattr(self, name, state["scalars"][name])
@@ -323,14 +404,26 @@ class Run:
         self.scale.load_state_dict(state["scale"])
         self.lookahead.load_state_dict(_placed(state["lookahead"], self.parameters))
         self.switchback.load_state_dict(state["switchback"])
+        self.schedule.load_state_dict(state.get("schedule", {}))  # of an older checkpoint: rates were not lowered
         self.stated_confidence = state["confidence"]
         self.generator.set_state(state["generator"])
-        self.probation = _probation_from(state["probation"])
-        self.segment = _segment_from(state["segment"])
+        self.probation = probation_from(state["probation"])
+        self.segment = segment_from(state["segment"])
         self.window_seconds = float("nan")
-        self.anchor = None if state["anchor"] is None else Snapshot.from_state_dict(state["anchor"])
+        self.anchor = _snapshot_from(state["anchor"])
+        self.guard.load_state_dict(state["guard"])
+        self.recurrence.load_state_dict(state["recurrence"])
+        if self.validation is not None and state["validation"] is not None:
+            self.validation.load_state_dict(state["validation"])
+        self.raise_point = _snapshot_from(state["raise_point"])
+        self.safe_point = _snapshot_from(state["safe_point"])
         self.old_anchor = None
-        self.last_batch = None
+        self.data.load_state_dict(state["data"])
+        self.exactness.load_state_dict(state["exactness"])
+        self.failures.load_state_dict(state["failures"])
+        self.cuts = dict(state["cuts"])
+        self.trained.load_state_dict(state["trained"])
+        self.writes.record()
 
 
 def _placed(state: State, parameters: Sequence[Tensor]) -> State:
@@ -343,43 +436,9 @@ def _placed(state: State, parameters: Sequence[Tensor]) -> State:
     return {name: moved(value) for name, value in state.items()}
 
 
-def _probation_state(p: Probation | None) -> State | None:
-    if p is None:
-        return None
-    p.read()
-    return {
-        "snapshot": p.snapshot.state_dict(), "basis": p.basis,
-        "num_schedule_steps": p.num_schedule_steps, "num_steps_left": p.num_steps_left,
-        "loss_before": p.loss_before, "std_before": p.std_before, "predicted_loss": p.predicted_loss,
-        "fallback_threshold": p.fallback_threshold, "extended": p.extended, "claimed": p.claimed,
-        "losses": list(p.losses), "worst_level": int(p.worst_level),
-    }  # fmt: skip
+def _snapshot_state(snapshot: Snapshot | None) -> State | None:
+    return None if snapshot is None else snapshot.state_dict()
 
 
-def _probation_from(state: State | None) -> Probation | None:
-    if state is None:
-        return None
-    values = dict(state)
-    values["snapshot"] = Snapshot.from_state_dict(values["snapshot"])
-    values["worst_level"] = Level(values["worst_level"])
-    return Probation(**values)
-
-
-def _segment_state(s: Segment | None) -> State | None:
-    if s is None:
-        return None
-    p = s.prediction
-    return {
-        "num_left": s.num_left, "coefficients": p.coefficients, "horizon": p.horizon,
-        "predicted_loss": p.predicted_loss, "predicted_reduction": p.predicted_reduction,
-        "confidence": p.confidence, "max_scale": p.max_scale, "alternatives": list(p.alternatives),
-    }  # fmt: skip
-
-
-def _segment_from(state: State | None) -> Segment | None:
-    if state is None:
-        return None
-    values = dict(state)
-    num_left = values.pop("num_left")
-    values["alternatives"] = tuple(values["alternatives"])
-    return Segment(PhasePrediction(**values), num_left)
+def _snapshot_from(state: State | None) -> Snapshot | None:
+    return None if state is None else Snapshot.from_state_dict(state)

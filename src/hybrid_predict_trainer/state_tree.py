@@ -4,30 +4,40 @@
 safetensors can hold; ``decode`` puts them together again.  What JSON cannot say is wrapped in an
 object with one key that starts with ``$``::
 
-    {"$tensor": "layer.weight"}    a tensor, by its name in the safetensors file
-    {"$complex": "layer.phase"}    the same, stored as pairs of reals
-    {"$tuple": [...]}              a tuple
-    {"$items": [[key, value]]}     a dict with a key that is an int or starts with "$"
-    {"$counter": [[key, value]]}   a collections.Counter, which MultiStepLR keeps in its state
-    {"$int": "0x..."}              an int beyond 2**53, which other JSON readers would round
-    {"$float": "7ff8..."}          nan, inf: the eight bytes of the IEEE double, big end first
-    {"$str": "..."}                a string with lone surrogates, as hexadecimal UTF-8
+    {"$tensor": "layer.weight"}           a tensor, by its name in the safetensors file
+    {"$complex": "layer.phase"}           the same, stored as pairs of reals
+    {"$strided": [tensor, [1, 4]]}        a dense tensor whose memory is in another order, by its strides
+    {"$array": [tensor, "<f4", [2, 3]]}   a numpy array: its bytes, its dtype and its shape
+    {"$tuple": [...]}                     a tuple; likewise $set, $frozenset
+    {"$deque": [[...], 5]}                a collections.deque and its maxlen
+    {"$items": [[key, value]]}            a dict with a key that is no string or starts with "$"
+    {"$counter": [[key, value]]}          a collections.Counter, which MultiStepLR keeps in its state
+    {"$defaultdict": ["dict", [...]]}     a collections.defaultdict and the name of its factory
+    {"$int": "0x..."}                     an int beyond 2**53, which other JSON readers would round
+    {"$float": "7ff8..."}                 nan, inf: the eight bytes of the IEEE double, big end first
+    {"$str": "..."}                       a string with lone surrogates, as hexadecimal UTF-8
+    {"$mark": ["object", ...]}            a :class:`Mark`, whose meaning is its writer's
+
+and the values of ``plain_values`` by their own tags.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import struct
-from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .plain_values import NUMPY_KINDS, TYPES, decode_value, encode_value, numpy_dtype
 from .records import CheckpointError
 
 #: What ``json.dumps(..., allow_nan=False)`` takes.
@@ -45,21 +55,23 @@ STORED_DTYPES = frozenset(
         *(torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64),
         *(torch.int8, torch.int16, torch.int32, torch.int64),
         *(torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz),
+        *(torch.float8_e8m0fnu, torch.float4_e2m1fn_x2),
         *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64),
     }
 )
 #: Types that safetensors lacks and that are stored as pairs of reals.
 PAIRED_DTYPES = frozenset({torch.complex128})
 
-_HINTS = {
-    "set": "use a sorted list",
-    "frozenset": "use a sorted list",
-    "bytes": "use a uint8 tensor",
-    "ndarray": "use torch.from_numpy(value)",
-    "Size": "use tuple(value)",
-    "dtype": "use its name",
-    "device": "use str(value)",
-}
+#: Types of keys that come back exactly.
+KEY_TYPES = (str, int, bool, float, type(None), bytes, tuple)
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """What stands in a state for something that is not plain data: its writer gives it back its meaning."""
+
+    kind: str
+    body: Any
 
 
 def encode(state: object) -> tuple[Json, dict[str, Tensor]]:
@@ -120,7 +132,7 @@ def write_tensors(path: Path, tree: Json, tensors: Mapping[str, Tensor]) -> None
     """
     ties = {
         name: leaf["$tensor"]
-        for name, leaf in (tree.items() if isinstance(tree, dict) else ())
+        for name, leaf in ((name, _unstrided(leaf)) for name, leaf in (tree.items() if isinstance(tree, dict) else ()))
         if isinstance(leaf, dict) and leaf.keys() == {"$tensor"} and leaf["$tensor"] != name
     }
     save_file(dict(tensors), path, metadata={**ties, "format": "pt"})
@@ -135,13 +147,16 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in load_file(path).items()}
 
 
-def check_compatible(saved: Mapping[str, Tensor | TensorSpec], live: Mapping[str, Tensor | TensorSpec]) -> None:
+def check_compatible(saved: Mapping[str, Any], live: Mapping[str, Any]) -> None:
     """Compare names, shapes and types of a saved model state with those of the live model.
+
+    What is no tensor, a module's extra state, is the module's own to judge: only its name must be there.
 
     Raises:
         CheckpointError: they differ; the message lists at most five differences of each kind.
     """
     both = [(name, _spec_text(saved[name]), _spec_text(live[name])) for name in live if name in saved]
+    both = [(name, old, new) for name, old, new in both if old is not None and new is not None]
     differences = {
         "missing in the checkpoint": [name for name in live if name not in saved],
         "unknown to the model": [name for name in saved if name not in live],
@@ -156,12 +171,33 @@ def check_compatible(saved: Mapping[str, Tensor | TensorSpec], live: Mapping[str
         raise CheckpointError("the checkpoint belongs to another model; " + "; ".join(lines))
 
 
+def check_plain(state: object) -> None:
+    """Raise as :func:`encode` would, without copying a tensor.
+
+    Raises:
+        TypeError, ValueError: see :func:`encode`.
+    """
+    _encode(state, (), _Names())
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor fills its memory without gaps or overlaps, in whatever order of dimensions."""
+    return _are_dense(tensor.shape, tensor.stride())
+
+
 def describe_path(path: tuple[object, ...]) -> str:
     """How a reader would index the value: ``state['optimizer'][0]``."""
     return "state" + "".join(f"[{key!r}]" for key in path)
 
 
-class _Tensors:
+class _Names:
+    """Names for tensors that are only checked."""
+
+    def add(self, tensor: Tensor, path: tuple[object, ...]) -> str:
+        return ""
+
+
+class _Tensors(_Names):
     """Collects the tensors of one state under unique names, each once."""
 
     def __init__(self) -> None:
@@ -200,7 +236,7 @@ class _Tensors:
         return unique
 
 
-def _encode(value: object, path: tuple[object, ...], tensors: _Tensors) -> Json:
+def _encode(value: object, path: tuple[object, ...], tensors: _Names) -> Json:
     if len(path) > MAX_DEPTH:
         raise ValueError(f"{describe_path(path[:5])}... is nested deeper than {MAX_DEPTH}, or holds itself")
     # Exact types: a subclass (an enum, np.float64, a namedtuple) would come back as its base.
@@ -215,28 +251,94 @@ def _encode(value: object, path: tuple[object, ...], tensors: _Tensors) -> Json:
         return value if math.isfinite(value) else {"$float": struct.pack(">d", value).hex()}
     if isinstance(value, Tensor):
         _check_tensor(value, path)
-        name = tensors.add(value, path)
-        return {"$complex" if value.dtype in PAIRED_DTYPES else "$tensor": name}
-    if isinstance(value, list | tuple) and kind in (list, tuple):
+        tag = "$complex" if value.dtype in PAIRED_DTYPES else "$tensor"
+        leaf = {tag: tensors.add(value, path)}
+        usual = value.stride() == _usual_strides(value.shape) or not is_dense(value)
+        return leaf if usual else {"$strided": [leaf, list(value.stride())]}
+    if isinstance(value, list | tuple | deque) and kind in (list, tuple, deque):
         items = [_encode(item, (*path, i), tensors) for i, item in enumerate(value)]
+        if isinstance(value, deque):
+            return {"$deque": [items, value.maxlen]}
         return items if kind is list else {"$tuple": items}
-    if isinstance(value, dict) and kind in (dict, OrderedDict, Counter):
+    if isinstance(value, dict) and kind in (dict, OrderedDict, Counter, defaultdict):
         return _encode_dict(value, path, tensors)
+    if isinstance(value, set | frozenset) and kind in (set, frozenset):
+        items = sorted((_encode(item, path, tensors) for item in value), key=json.dumps)
+        return {f"${kind.__name__}": items}
+    if isinstance(value, np.ndarray) and kind is np.ndarray and value.dtype.kind in NUMPY_KINDS:
+        content = torch.from_numpy(np.frombuffer(value.tobytes(), np.uint8).copy())
+        return {"$array": [{"$tensor": tensors.add(content, path)}, value.dtype.str, list(value.shape)]}
+    if isinstance(value, Mark) and kind is Mark:
+        return {"$mark": [value.kind, _encode(value.body, (*path, value.kind), tensors)]}
+    if (plain := encode_value(value)) is not None:
+        return plain
     hint = _hint(value)
     raise TypeError(f"{describe_path(path)} is a {_type_name(kind)}, which a checkpoint cannot hold{hint}")
 
 
-def _encode_dict(value: dict[Any, Any], path: tuple[object, ...], tensors: _Tensors) -> Json:
+def _encode_dict(value: dict[Any, Any], path: tuple[object, ...], tensors: _Names) -> Json:
     for key in value:
-        if type(key) not in (str, int):
-            raise TypeError(f"{describe_path(path)} has the key {key!r}; only str and int keys can be saved")
+        if not _is_key(key):
+            raise TypeError(
+                f"{describe_path(path)} has the key {_short(key)}; only text, numbers and tuples of them can be keys"
+            )
     plain = all(type(key) is str and _is_utf8(key) and not key.startswith("$") for key in value)
     items = [(key, _encode(item, (*path, key), tensors)) for key, item in value.items()]
-    if plain and type(value) is not Counter:
+    if plain and type(value) in (dict, OrderedDict):
         return dict(items)
-    return {
-        "$counter" if type(value) is Counter else "$items": [[_encode(key, path, tensors), item] for key, item in items]
-    }
+    pairs = [[_encode(key, path, tensors), item] for key, item in items]
+    if isinstance(value, defaultdict):
+        factory = value.default_factory
+        name = None if factory is None else getattr(factory, "__name__", "")
+        if factory is not None and TYPES.get(name or "") is not factory:
+            raise TypeError(f"{describe_path(path)} is a defaultdict of {_short(factory)}; use a dict")
+        return {"$defaultdict": [name, pairs]}
+    return {"$counter" if type(value) is Counter else "$items": pairs}
+
+
+def _is_key(key: object) -> bool:
+    if isinstance(key, tuple) and type(key) is tuple:
+        return all(map(_is_key, key))
+    return type(key) in KEY_TYPES
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _usual_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+def _are_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    step = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(strides, shape, strict=True) if size > 1):
+        if stride != step:
+            return False
+        step *= size
+    return all(size > 0 for size in shape)
+
+
+def _unstrided(leaf: Json) -> Json:
+    return leaf["$strided"][0] if isinstance(leaf, dict) and leaf.keys() == {"$strided"} else leaf
+
+
+def _restrided(stored: Tensor, strides: Sequence[int]) -> Tensor:
+    if len(strides) != stored.dim() or any(type(s) is not int or s < 0 for s in strides):
+        raise ValueError("malformed state tree: strides of another tensor")
+    if not _are_dense(stored.shape, strides):
+        raise ValueError("malformed state tree: strides with gaps")
+    return torch.empty_strided(stored.shape, strides, dtype=stored.dtype).copy_(stored)
+
+
+def _array(stored: Tensor, dtype: object, shape: Sequence[int]) -> np.ndarray[Any, Any]:
+    content = stored.numpy().tobytes()
+    return np.frombuffer(content, numpy_dtype(dtype)).reshape(tuple(map(int, shape))).copy()
 
 
 def _check_tensor(tensor: Tensor, path: tuple[object, ...]) -> None:
@@ -265,22 +367,36 @@ def _decode(tree: Json, tensors: Mapping[str, Tensor], used: dict[str, Tensor], 
     if not any(key.startswith("$") for key in tree):
         return {key: _decode(item, tensors, used, depth + 1) for key, item in tree.items()}
     ((tag, body),) = tree.items()
+
+    def items_of(trees: Any) -> list[Any]:
+        return [_decode(item, tensors, used, depth + 1) for item in trees]
+
     match tag:
         case "$tensor" | "$complex":
             if body not in used:
                 stored = tensors[body]
                 used[body] = torch.view_as_complex(stored) if tag == "$complex" else stored
             return used[body]
+        case "$strided":
+            name = json.dumps(tree)  # a tied one comes back as one object, too
+            if name not in used:
+                used[name] = _restrided(_decode(body[0], tensors, used, depth), body[1])
+            return used[name]
+        case "$array":
+            return _array(_decode(body[0], tensors, used, depth), body[1], body[2])
         case "$tuple":
-            return tuple(_decode(item, tensors, used, depth + 1) for item in body)
-        case "$items" | "$counter":
-            items = {}
-            for key_tree, item in body:
-                key = _decode(key_tree, {}, {}, depth + 1)
-                if type(key) not in (str, int):
-                    raise ValueError(f"malformed state tree: a {_type_name(type(key))} as a key")
-                items[key] = _decode(item, tensors, used, depth + 1)
-            return items if tag == "$items" else Counter(items)
+            return tuple(items_of(body))
+        case "$set" | "$frozenset":
+            return (set if tag == "$set" else frozenset)(items_of(body))
+        case "$deque":
+            return deque(items_of(body[0]), maxlen=body[1])
+        case "$items" | "$counter" | "$defaultdict":
+            return _decode_items(tag, body, tensors, used, depth)
+        case "$mark":
+            kind, inner = body
+            if not isinstance(kind, str):
+                raise ValueError("malformed state tree: a mark without a kind")
+            return Mark(kind, _decode(inner, tensors, used, depth + 1))
         case "$int":
             return int(body, 16)
         case "$float":
@@ -288,12 +404,27 @@ def _decode(tree: Json, tensors: Mapping[str, Tensor], used: dict[str, Tensor], 
             return number
         case "$str":
             return bytes.fromhex(body).decode("utf-8", "surrogatepass")
-    raise ValueError(f"malformed state tree: unknown tag {tag!r}")
+    return decode_value(tag, body)
 
 
-def _spec_text(tensor: Tensor | TensorSpec) -> str:
-    spec = TensorSpec.of(tensor) if isinstance(tensor, Tensor) else tensor
-    return f"{spec.dtype} {list(spec.shape)}"
+def _decode_items(
+    tag: str, body: Any, tensors: Mapping[str, Tensor], used: dict[str, Tensor], depth: int
+) -> dict[Any, Any]:
+    factory, pairs = body if tag == "$defaultdict" else (None, body)
+    items = {}
+    for key_tree, item in pairs:
+        key = _decode(key_tree, {}, {}, depth + 1)
+        if not _is_key(key):
+            raise ValueError(f"malformed state tree: a {_type_name(type(key))} as a key")
+        items[key] = _decode(item, tensors, used, depth + 1)
+    if tag == "$defaultdict":
+        return defaultdict(None if factory is None else TYPES[factory], items)
+    return items if tag == "$items" else Counter(items)
+
+
+def _spec_text(value: object) -> str | None:
+    spec = TensorSpec.of(value) if isinstance(value, Tensor) else value
+    return f"{spec.dtype} {list(spec.shape)}" if isinstance(spec, TensorSpec) else None
 
 
 def _is_utf8(text: str) -> bool:
@@ -306,8 +437,6 @@ def _is_utf8(text: str) -> bool:
 
 
 def _hint(value: object) -> str:
-    if hint := _HINTS.get(type(value).__name__):
-        return f"; {hint}"
     for base in (str, float, int, tuple, dict, list):
         if isinstance(value, base):
             return f"; use {base.__name__}(value)"

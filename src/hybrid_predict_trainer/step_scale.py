@@ -10,19 +10,25 @@ along its own line, and slightly positive on the edge of stability, where a run 
 rate spends its stable phase (Cohen et al., arXiv 2103.00065; the same product drives hypergradient
 descent, Baydin et al., arXiv 1703.04782).  So
 
-    slow start: while h is negative beyond its own noise the multiplier m doubles at every check (``GROWTH``);
-    once it is not (the edge was touched) one step per check is measured, and m creeps on only while
-    the schedule does not fall: a decay is meant to go below the edge, and must not be worked against;
+    slow start: while single steps show h negative (:mod:`.edge_test`) the multiplier m doubles (``GROWTH``);
+    the edge: once they do not, one step per check is measured, and m creeps on by ``CREEP`` only on significant
+    evidence that h is negative, only while the schedule stands at its peak (a decay is meant to go below the edge,
+    and must not be worked against), and to ``ROOM`` times its value at the edge at most;
     while the schedule rises (warm-up) nothing is learned.
 
-Cosines are collected until their mean is two standard errors from zero, or until there are so many that
-it may be called zero: a sequential test, short where the rate is far too small, patient near the edge.
+Ignorance is no reason for a raise: every test is valid however often it is looked at, and all tests after the edge
+share one level.  Nothing is raised before the loss has fallen once, nor where the same data come round again
+(:mod:`.recurrence`): there the training loss cannot tell a faster start from a faster overfitting.
+
+What m does wrong is judged by loss, three times.  The state at the start of a raise is kept until the raise is settled
+``PATIENCE`` checks later; if the smoothed loss then stands above the one before or above its best by more
+than its noise (where losses are exact: above the largest of the last steps before, at once), m and the state go back.
+Later, blocks with m are compared with blocks at the schedule's own rate, drawn by lot (:mod:`.switchback`).  And the
+guard (:mod:`.guard`) watches the run as a whole.  After ``MAX_TAKEN_BACK`` takebacks m is 1 for good.
 
 m never falls below 1 through h: over all weights h cannot tell a tuned rate from one three times too
 large.  Group by group it can, in the first steps: :mod:`.early_cuts` shortens the steps of groups that are
-beyond the edge there.  What m can do wrong is judged by what is left after further real steps: every raise is an
-account that is settled ``PATIENCE`` checks later; if the smoothed loss stands higher than before the raise by
-more than its noise, the raises since are taken back and m has found its cap.
+beyond the edge there.
 
 m is applied as a factor of the optimizer groups' ``lr`` around one step, so decoupled weight decay scales with
 it, as it would with a larger rate, and the schedule never sees it.  A cut shortens the step that was made
@@ -34,177 +40,24 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from . import weights
-from .early_cuts import EarlyCuts, shorten
+from .early_cuts import EarlyCuts
+from .edge_test import step_cosines
+from .multiplier import Advice, Multiplier, Reading
 from .records import State
+from .sequential import Moments
+from .switchback import NUM_LOSSES, Switchback
 from .weights import Groups, Tensors
 
-#: Factor of one raise in the slow start, and real steps between checks.  At 2 per 5 steps a rate that is 10 times too
-#: small is made up for in 20 steps; what that overshoots the early cuts take back, group by group.
-GROWTH = 2.0
+#: Real steps between checks.
 CHECK_STEPS = 5
-#: Cosines a decision needs at least, and at which their mean is taken for zero, and how many standard errors decide.
-#: At a tuned rate h is 0.01 to 0.05, at three times that 0.01, at a tenth -0.2, one step's noise 0.03 to 0.05 (LOG.md).
-MIN_COSINES, MAX_COSINES = 4, 24
-CONFIDENCE = 2.0
-#: Where the rate was below the edge at the start, the edge itself moves: a network trained at it grows flatter.
-#: There m follows, one raise per so many cosines that do not show it beyond the edge.
-CREEP_COSINES = 8
-CREEP = 1.3
 #: Steps per check that are measured once the edge was touched.
 MEASURED_AT_EDGE = 1
-#: Checks after which a raise is settled, and how many standard errors of the smoothed loss count as worse.
-PATIENCE = 4
-SIGMAS = 2.0
-#: A rate that moves by less than this share between checks is constant.
-STILL = 1e-3
-
-
-class StepScale(Protocol):
-    """What a run needs of a multiplier of its optimizer's steps."""
-
-    @property
-    def value(self) -> float:
-        """The multiplier m, at least 1."""
-        ...
-
-    @property
-    def num_cuts(self) -> int:
-        """Times that a group's early steps were cut."""
-        ...
-
-    @property
-    def growing(self) -> bool:
-        """Whether the steps have proved too short and the edge has not been seen yet."""
-        ...
-
-    @property
-    def held(self) -> Sequence[Tensor]:
-        """The weights before the last step, where it is to be measured."""
-        ...
-
-    def measure(self, parameters: Sequence[Tensor]) -> int:
-        """Between backward and step: hold the last step against the new gradients; returns passes over the weights."""
-        ...
-
-    def before_step(self, parameters: Sequence[Tensor]) -> int:
-        """Right before the optimizer's step: remember the weights if the step is to be measured."""
-        ...
-
-    @contextmanager
-    def applied(self, optimizer: Optimizer) -> Iterator[None]:
-        """The block in which the optimizer steps."""
-        ...
-
-    def after_step(self, parameters: Sequence[Tensor]) -> int:
-        """Right after the optimizer's step: shorten it where it has to be; returns passes over the weights."""
-        ...
-
-    def forget(self) -> None:
-        """Weights were moved by something else: the last step cannot be measured any more."""
-        ...
-
-    def check(self, learning_rate: float, loss: float, noise: float) -> None:
-        """After a real step: every few steps decide on the multiplier."""
-        ...
-
-    def halve(self) -> None:
-        """Something went wrong at this scale: half of it from here, and no more growth."""
-        ...
-
-    def memory_bytes(self) -> int:
-        """Bytes held between steps."""
-        ...
-
-    def state_dict(self) -> State:
-        """Everything a resume needs."""
-        ...
-
-    def load_state_dict(self, state: State) -> None:
-        """Inverse of :meth:`state_dict`."""
-        ...
-
-
-class UnitScale:
-    """The null object: steps are the optimizer's own."""
-
-    value = 1.0
-    num_cuts = 0
-    growing = False
-    held: Sequence[Tensor] = ()
-
-    def measure(self, parameters: Sequence[Tensor]) -> int:
-        """Nothing."""
-        return 0
-
-    def before_step(self, parameters: Sequence[Tensor]) -> int:
-        """Nothing."""
-        return 0
-
-    @contextmanager
-    def applied(self, optimizer: Optimizer) -> Iterator[None]:
-        """The block as it is."""
-        yield
-
-    def after_step(self, parameters: Sequence[Tensor]) -> int:
-        """Nothing."""
-        return 0
-
-    def forget(self) -> None:
-        """Nothing."""
-
-    def check(self, learning_rate: float, loss: float, noise: float) -> None:
-        """Nothing."""
-
-    def halve(self) -> None:
-        """Nothing."""
-
-    def memory_bytes(self) -> int:
-        """None."""
-        return 0
-
-    def state_dict(self) -> State:
-        """Nothing."""
-        return {}
-
-    def load_state_dict(self, state: State) -> None:
-        """Nothing."""
-
-
-@torch.no_grad()
-def step_cosines(
-    gradients: Sequence[Tensor | None], before: Sequence[Tensor], after: Sequence[Tensor], groups: Groups
-) -> Tensor:
-    """cos(g, u) with u = after - before, (1 + G,) on the weights' device: of all weights, then of every group.
-
-    0 where either vanishes.
-
-    Args:
-        gradients: One per parameter; None and sparse ones are left out.
-        before: Weights before the step.
-        after: Weights after it.
-        groups: Of the parameters.
-    """
-    device = after[0].device
-    wide = weights.accumulate_dtype(device)
-    sums = [[torch.zeros(3, dtype=wide, device=device)] for _ in range(groups.num_groups)]  # g'u, |g|^2 and |u|^2
-    for g, b, a, row in zip(gradients, before, after, groups.index, strict=True):
-        if g is None or g.is_sparse:
-            continue
-        u = (a - b.to(a.device)).reshape(-1).float()
-        flat = g.reshape(-1).float()
-        sums[row].append(torch.stack([torch.dot(flat, u), torch.dot(flat, flat), torch.dot(u, u)]).to(device, wide))
-    of_group = torch.stack([torch.stack(pieces).sum(0) for pieces in sums])
-    dot, g_squared, u_squared = torch.cat([of_group.sum(0, keepdim=True), of_group]).unbind(1)
-    size = (g_squared * u_squared).sqrt()
-    cosines: Tensor = torch.where(size > 0, dot / size, torch.zeros_like(size))
-    return cosines
 
 
 class LearnedScale:
@@ -212,7 +65,7 @@ class LearnedScale:
 
     def __init__(
         self, groups: Groups, maximum: float, minimum: float = 1.0, check_steps: int = CHECK_STEPS, *,
-        untrained: bool = False,
+        untrained: bool = False, control_fraction: float = 0.0, generator: torch.Generator | None = None,
     ) -> None:  # fmt: skip
         """Bind to the groups.
 
@@ -222,22 +75,56 @@ class LearnedScale:
             minimum: Bound on the early cuts' factors; 1: no cuts.
             check_steps: Real steps between checks.
             untrained: Whether the weights are as they were drawn.
+            control_fraction: Share of later blocks that step at the schedule's own rate, to compare with.
+            generator: The run's own, for the draw of those blocks; one of its own if None.
         """
-        self.groups, self.maximum, self.check_steps = groups, maximum, check_steps
+        self.groups, self.check_steps = groups, check_steps
+        self.multiplier = Multiplier(maximum)
         self.cuts = EarlyCuts(groups.roles, minimum, untrained=untrained)
-        self.value = 1.0
-        self.touched = False  # the edge of stability has been seen
-        self.num_raises = 0
-        self.num_taken_back = 0
-        self._cap = maximum
+        self.trial = Switchback(control_fraction)
         self._num_steps = 0  # since the last check
-        self._learning = False  # the rate does not rise, and there is room to grow
         self._cosines: list[Tensor] = []  # scalars on the weights' device: read at a check, together
+        self._moments = Moments()  # of those that were read since the last decision
         self._before: Tensors = []  # weights before the last step, if it is to be measured or shortened
         self._collecting = False  # whether h of the last step counts for m
-        self._last_rate = math.nan
-        self._account: tuple[int, float, float] | None = None  # (checks left, value before the raise, loss before)
+        self._resting = False
+        self._generator = torch.Generator() if generator is None else generator
         self.last_cosine = math.nan
+
+    @property
+    def value(self) -> float:
+        """Of the next step: m, or 1 in a block that is compared with."""
+        return self.multiplier.value if self.trial.moving and not self._resting else 1.0
+
+    @property
+    def learned(self) -> float:
+        """m."""
+        return self.multiplier.value
+
+    @property
+    def may_grow(self) -> bool:
+        """Whether m is above 1 or may be."""
+        return self.multiplier.cap > 1
+
+    @property
+    def num_steps(self) -> int:
+        """Real steps that were counted, and shortened where that was wanted."""
+        return self.cuts.num_steps
+
+    @property
+    def shortening(self) -> bool:
+        """Whether a cut stands."""
+        return self.cuts.active
+
+    @property
+    def taken_back(self) -> int:
+        """Times that m went back."""
+        return self.multiplier.num_taken_back
+
+    @property
+    def touched(self) -> bool:
+        """Whether the edge of stability has been seen."""
+        return self.multiplier.touched
 
     @property
     def num_cuts(self) -> int:
@@ -247,7 +134,7 @@ class LearnedScale:
     @property
     def growing(self) -> bool:
         """From the first raise to the edge, or to the bound."""
-        return 1 < self.value < self._cap and not self.touched
+        return 1 < self.multiplier.value < self.multiplier.cap and not self.touched
 
     @property
     def held(self) -> Sequence[Tensor]:
@@ -272,7 +159,8 @@ class LearnedScale:
 
     def before_step(self, parameters: Sequence[Tensor]) -> int:
         """Keep the weights while there is something to learn: at every step before the edge, then at one per check."""
-        self._collecting = self._learning and not (self.touched and self._num_steps >= MEASURED_AT_EDGE)
+        learning = self.multiplier.learning and self.trial.moving and not self._resting
+        self._collecting = learning and not (self.touched and self._num_steps >= MEASURED_AT_EDGE)
         if not (self._collecting or self.cuts.watching or self.cuts.active):
             self._before = []
             return 0
@@ -282,99 +170,102 @@ class LearnedScale:
     @contextmanager
     def applied(self, optimizer: Optimizer) -> Iterator[None]:
         """Multiply every group's ``lr`` by m for the block."""
-        if self.value == 1.0:
+        value = self.value
+        if value == 1.0:
             yield
             return
         rates = [(group, group["lr"]) for group in optimizer.param_groups if "lr" in group]
         try:
             for group, rate in rates:
-                group["lr"] = rate * self.value
+                group["lr"] = rate * value
             yield
         finally:
             for group, rate in rates:
                 group["lr"] = rate
 
     def after_step(self, parameters: Sequence[Tensor]) -> int:
-        """Shorten the step where a cut stands; 3 passes over the weights."""
-        passes = 0
-        if self.cuts.active and self._before:
-            shorten(parameters, self._before, self.groups.index, self.cuts.factors)
-            passes = 3
-        self.cuts.count_step()
-        return passes
+        """Shorten the step where a cut stands; 5 passes over the weights."""
+        return self.cuts.count_step(parameters, self._before, self.groups.index)
 
     def forget(self) -> None:
-        """Drop the remembered weights."""
+        """Drop the remembered weights; the present block of the trial says nothing."""
         self._before = []
+        self.trial.note_jump()
+
+    def rest(self, resting: bool) -> None:
+        """Leave m out of the next steps, or take it up again."""
+        self._resting = resting
+
+    def level(self) -> None:
+        """m is 1 from here on."""
+        self._begin_test()
+        self.multiplier.level()
+
+    def end_cuts(self) -> None:
+        """Every group steps as it is, from here on."""
+        self.cuts.end()
 
     # ---- deciding -----------------------------------------------------------------------------------
 
-    def check(self, learning_rate: float, loss: float, noise: float) -> None:
-        """Count a real step; at every ``check_steps``-th decide.
-
-        Args:
-            learning_rate: The schedule's, without the scale.
-            loss: Smoothed training loss.
-            noise: Its standard error.
-        """
+    def check(self, reading: Reading) -> Advice:
+        """Count a real step; at every ``check_steps``-th decide."""
+        advice = self.multiplier.watch(reading)
+        if advice is Advice.TAKEN_BACK:
+            self._begin_test()
+            self._num_steps = 0
+            return advice
+        if self._compare(reading) is Advice.TAKEN_BACK:
+            return Advice.TAKEN_BACK
         self._num_steps += 1
         if self._num_steps < self.check_steps:
-            return
+            return Advice.NOTHING
         self._num_steps = 0
-        self._settle(loss, noise)
-        before, self._last_rate = self._last_rate, learning_rate
-        rising = not learning_rate <= before * (1 + STILL)  # at the first check too
-        falling = learning_rate < before * (1 - STILL)
-        if not rising and not (self.touched and falling):
-            self._decide(loss)
-        self._learning = not rising and not (self.touched and falling) and self.value < self._cap
+        self.cuts.note_loss(fallen=self.multiplier.has_fallen(reading))
+        advice = self.multiplier.settle(reading)
+        if advice is Advice.TAKEN_BACK:
+            self._begin_test()
+            return advice
+        if self.multiplier.follow(reading.lr) and self._cosines:
+            raised = self._decide(reading)
+            return advice if raised is Advice.NOTHING else raised  # a new raise keeps a state of its own
+        return advice
 
-    def _decide(self, loss: float) -> None:
-        """Raise m, call the edge touched, or wait for more cosines."""
-        n = len(self._cosines)
-        creeping = self.touched and self.value > 1
-        if n < (CREEP_COSINES if creeping else MIN_COSINES):
-            return
-        values: list[float] = weights.on_host(self._cosines).tolist()  # one transfer
-        h = self.last_cosine = sum(values) / n
-        variance = sum((v - h) ** 2 for v in values) / (n - 1)
-        error = math.sqrt(variance / n)
-        far = abs(h) > CONFIDENCE * error
-        if (far and h < 0) or (creeping and h < error):
-            self._raise(loss)
-        elif far or n >= MAX_COSINES or not math.isfinite(h):
-            self.touched = True
-        else:
-            return
+    def _compare(self, reading: Reading) -> Advice:
+        """Blocks with m against blocks at the schedule's own rate, where losses are noisy; no state goes back."""
+        if self.multiplier.value == 1.0 or reading.exact:
+            return Advice.NOTHING
+        self.trial.note_motion()
+        if self.trial.count_step():
+            self.trial.close_block(list(reading.newest)[-NUM_LOSSES:], self._generator)
+            if self.trial.switched_off:
+                return self.withdraw(for_good=True)
+        return Advice.NOTHING
+
+    def _decide(self, reading: Reading) -> Advice:
+        self._moments.push(weights.on_host(self._cosines).tolist())  # one transfer
         self._cosines = []
+        self.last_cosine = self._moments.mean
+        before, touched = self.multiplier.value, self.touched
+        advice, decided = self.multiplier.decide(self._moments, reading)
+        if decided:
+            self._begin_test()
+        if self.multiplier.value > before:
+            self.trial.restart()
+            if not touched:
+                self.cuts.lengthened(self.multiplier.value / before)
+        return advice
 
-    def _raise(self, loss: float) -> None:
-        if self._account is None:
-            self._account = (PATIENCE, self.value, loss)
-        before = self.value
-        self.value = min(before * (CREEP if self.touched else GROWTH), self._cap)
-        self.num_raises += 1
-        if not self.touched:
-            self.cuts.lengthened(self.value / before)
+    def _begin_test(self) -> None:
+        self._cosines, self._moments = [], Moments()
 
-    def _settle(self, loss: float, noise: float) -> None:
-        """Judge the raises of the open account by the loss that is left some checks later."""
-        if self._account is None:
-            return
-        left, value, before = self._account
-        if left > 1:
-            self._account = (left - 1, value, before)
-            return
-        self._account = None
-        if not loss <= before + SIGMAS * noise:  # also when it is not a number
-            self._cap = self.value = value
-            self.num_taken_back += 1
-
-    def halve(self) -> None:
-        """Half of m, and never more."""
-        self._cap = self.value = max(1.0, self.value / 2)
-        self._account = None
-        self.num_taken_back += 1
+    def withdraw(self, *, for_good: bool = False) -> Advice:
+        """m as it was before the open raise (without one: 1), and never more."""
+        self._begin_test()
+        if self.multiplier.value > 1:
+            return self.multiplier.take_back(for_good=for_good)
+        if for_good:
+            self.multiplier.level()  # nothing is measured any more either
+        return Advice.NOTHING
 
     # ---- report and state ------------------------------------------------------------------------------
 
@@ -382,26 +273,29 @@ class LearnedScale:
         """One copy of the weights while steps are measured."""
         return sum(t.numel() * t.element_size() for t in self._before)
 
-    _SCALARS = ("value", "touched", "num_raises", "num_taken_back", "last_cosine")
-    _PRIVATE = ("_cap", "_num_steps", "_last_rate", "_learning", "_collecting")
-
     def state_dict(self) -> State:
         """Scalars, the open account and the step that waits to be measured."""
-        state: State = {name.lstrip("_"): getattr(self, name) for name in (*self._SCALARS, *self._PRIVATE)}
         return {
-            **state,
-            "account": None if self._account is None else list(self._account),
+            "multiplier": self.multiplier.state_dict(),
+            "trial": self.trial.state_dict(),
+            "num_steps": self._num_steps,
+            "resting": self._resting,
+            "collecting": self._collecting,
+            "last_cosine": self.last_cosine,
             "cosines": weights.on_host(self._cosines).tolist(),
+            "moments": [self._moments.num, self._moments.mean, self._moments.squares],
             "before": list(self._before),
             "cuts": self.cuts.state_dict(),
         }
 
     def load_state_dict(self, state: State) -> None:
         """Inverse of :meth:`state_dict`; tensors are copied and go to their parameters' devices when they are used."""
-        for name in (*self._SCALARS, *self._PRIVATE):
-            setattr(self, name, state[name.lstrip("_")])
-        account = state["account"]
-        self._account = None if account is None else (int(account[0]), float(account[1]), float(account[2]))
+        self.multiplier.load_state_dict(state["multiplier"])
+        self.trial.load_state_dict(state["trial"])
+        self._num_steps, self._collecting = state["num_steps"], state["collecting"]
+        self._resting = state["resting"]
+        self.last_cosine = state["last_cosine"]
         self._cosines = [torch.tensor(c, dtype=torch.float64) for c in state["cosines"]]
+        self._moments = Moments(*state["moments"])
         self._before = [t.clone() for t in state["before"]]
         self.cuts.load_state_dict(state["cuts"])

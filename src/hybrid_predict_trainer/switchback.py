@@ -10,33 +10,33 @@ training loss of block i,
 whose two blocks both have the motion, whatever block i had (controls are never neighbours).  L is the mean of a block's
 latter half: what the motion does for as long as it is there comes and goes within a few steps of its first half.
 If y of the blocks with the motion is higher than that of the controls, and by more than chance allows, the motion
-ends for the rest of the run.
+ends for the rest of the run; if it is lower, the trial ends, and with it the controls.  The interval that decides is
+valid however often it is looked at (:mod:`.sequential`).
 
-Gains of a few percent of the progress are far below the noise of such blocks: this finds out harm, not worth.  That
-needs some two thousand steps, so the first blocks have no controls, and a short run loses nothing to them; nor are
-they compared with later ones, because a loss falls fastest at first.
+Gains of a few percent of the progress are far below the noise of such blocks: this finds out harm, not worth.  The
+first blocks have no controls, so that a short run loses nothing to them; nor are they compared with later ones, because
+a loss falls fastest at first.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
-from .gate import t_quantile
 from .records import State
+from .sequential import difference_interval, mean
 
 #: Real steps of a block: a few applications of the motion; and how many of its last losses are its mean.
 BLOCK_STEPS = 24
 NUM_LOSSES = 12
 #: Blocks before the first control.
 NUM_FREE_BLOCKS = 10
-#: Comparisons of either kind that a verdict needs, and its one-sided level: one of two hundred, because it is
-#: asked again at every block.
+#: Comparisons of either kind that a verdict needs, and its level: of finding harm or worth, ever, where there is none.
 MIN_COMPARISONS = 6
-LEVEL = 0.005
+LEVEL = 0.05
 #: Newest comparisons of either kind that are kept; controls are rare: theirs cover some hundred thousand steps.
 MAX_COMPARISONS = 1000
 
@@ -49,6 +49,7 @@ class Switchback:
         self.control_fraction = control_fraction
         self.moving = True  # whether the present block has the motion
         self.switched_off = False
+        self.proved = False  # it does good: no more controls
         self.num_blocks = 0
         self._num_steps = 0  # in the present block
         self._moved = False  # whether there was anything for the motion to do in it
@@ -59,6 +60,11 @@ class Switchback:
     def note_jump(self) -> None:
         """Something else has moved the weights: no comparison across this block says anything of the motion."""
         self._spoiled = 3
+
+    def restart(self) -> None:
+        """The motion has changed: comparisons so far were about another one."""
+        self._changes = _comparisons((), ())
+        self.proved, self._spoiled = False, 3
 
     def note_motion(self) -> None:
         """There is something for the motion to do in this block, whether or not it may."""
@@ -78,8 +84,8 @@ class Switchback:
         """
         if not self._moved:  # a rate that rises, steps that are being lengthened: there was nothing to try
             self._spoiled = 3
-        mean = _mean(losses) if losses else math.nan
-        now = (math.log(mean) if mean > 0 else math.nan, self.moving)
+        level = mean(losses) if losses else math.nan
+        now = (math.log(level) if level > 0 else math.nan, self.moving)
         if len(self._blocks) == 2 and not self._spoiled:
             before, between = self._blocks
             change = now[0] - before[0]
@@ -90,9 +96,10 @@ class Switchback:
         self._spoiled = max(self._spoiled - 1, 0)
         self._num_steps, self._moved = 0, False
         self.num_blocks += 1
-        bound = self.excess_bound()
-        self.switched_off = self.switched_off or (bound is not None and bound > 0)
-        drawn = self.num_blocks >= NUM_FREE_BLOCKS and self.moving
+        low, high = self.excess()
+        self.switched_off = self.switched_off or low > 0
+        self.proved = self.proved or high < 0
+        drawn = self.num_blocks >= NUM_FREE_BLOCKS and self.moving and not self.proved
         self.moving = not self.switched_off and not (
             drawn and float(torch.rand((), generator=generator)) < self.control_fraction
         )
@@ -102,24 +109,20 @@ class Switchback:
         """Mean share of the loss that a block's motion takes off, against the controls; None: too few comparisons."""
         if min(len(changes) for changes in self._changes.values()) < MIN_COMPARISONS:
             return None
-        return _mean(self._changes[False]) - _mean(self._changes[True])
+        return mean(self._changes[False]) - mean(self._changes[True])
 
-    def excess_bound(self) -> float | None:
-        """Lower bound of what the motion adds to the logarithm of the loss (Welch); None: too few comparisons."""
-        effect = self.effect
-        if effect is None:
-            return None
-        variances = [_variance(v) / len(v) for v in self._changes.values()]
-        error = math.sqrt(sum(variances))
-        freedom = sum(variances) ** 2 / sum(
-            v**2 / (len(y) - 1) for v, y in zip(variances, self._changes.values(), strict=True)
-        ) if error > 0 else math.inf  # fmt: skip
-        return -effect - t_quantile(LEVEL, int(min(freedom, 1e6))) * error
+    def excess(self) -> tuple[float, float]:
+        """Bounds of what the motion adds to the logarithm of the loss; all reals: too few comparisons."""
+        if self.effect is None:
+            return -math.inf, math.inf
+        interval = difference_interval(self._changes[True], self._changes[False], LEVEL)
+        return interval.low, interval.high
 
     def state_dict(self) -> State:
         """Plain containers."""
         return {
-            "moving": self.moving, "switched_off": self.switched_off, "num_blocks": self.num_blocks,
+            "moving": self.moving, "switched_off": self.switched_off, "proved": self.proved,
+            "num_blocks": self.num_blocks,
             "num_steps": self._num_steps, "moved": self._moved, "spoiled": self._spoiled,
             "blocks": [list(block) for block in self._blocks],
             "with": list(self._changes[True]), "without": list(self._changes[False]),
@@ -127,7 +130,7 @@ class Switchback:
 
     def load_state_dict(self, state: State) -> None:
         """Inverse of :meth:`state_dict`."""
-        self.moving, self.switched_off = state["moving"], state["switched_off"]
+        self.moving, self.switched_off, self.proved = state["moving"], state["switched_off"], state["proved"]
         self.num_blocks, self._num_steps, self._moved = state["num_blocks"], state["num_steps"], state["moved"]
         self._blocks = deque(((float(loss), bool(moved)) for loss, moved in state["blocks"]), maxlen=2)
         self._spoiled = state["spoiled"]
@@ -136,12 +139,3 @@ class Switchback:
 
 def _comparisons(moved: Iterable[float], still: Iterable[float]) -> dict[bool, deque[float]]:
     return {True: deque(moved, MAX_COMPARISONS), False: deque(still, MAX_COMPARISONS)}
-
-
-def _mean(values: Collection[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _variance(values: Collection[float]) -> float:
-    mean = _mean(values)
-    return sum((v - mean) ** 2 for v in values) / (len(values) - 1)

@@ -8,6 +8,8 @@ read as aliases; the canonical ones are written.
 from __future__ import annotations
 
 import difflib
+import functools
+import re
 import tomllib
 import types
 import typing
@@ -19,9 +21,14 @@ from typing import Any
 from .config import HybridTrainerConfig
 from .presets import PRESETS
 from .records import ConfigError
+from .safe_files import UnusableFileError, read_text
 
 #: Largest file that is read: a config is a page, not a data set.
-MAX_TOML_BYTES = 1_000_000
+MAX_TOML_BYTES = 100_000
+#: Longest key that is read, in parts.  Ours have three; reading a key takes time like the square of its parts.
+MAX_KEY_PARTS = 8
+_KEY_PART = r"""(?:[\w-]+|"[^"\n]*"|'[^'\n]*')"""
+_LONG_KEY = re.compile(rf"(?<![\w-]){_KEY_PART}(?:[ \t]*\.[ \t]*{_KEY_PART}){{{MAX_KEY_PARTS}}}")
 
 #: Where the flat fields of the root stand in the file, when not under ``[training]``.
 FLAT_KEYS = {
@@ -67,11 +74,36 @@ def valid_keys() -> dict[str, tuple[str, ...]]:
     return keys
 
 
-def _flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def parse(text: str) -> dict[str, Any]:
+    """TOML text -> its tables.
+
+    Raises:
+        ConfigError: not TOML, too long, nested too deep, or a key of more than :data:`MAX_KEY_PARTS` parts.
+    """
+    if len(text) > MAX_TOML_BYTES:
+        raise ConfigError(f"{len(text)} characters are too many for a configuration (at most {MAX_TOML_BYTES})")
+    if _LONG_KEY.search(text):
+        raise ConfigError(f"a key has more than {MAX_KEY_PARTS} parts")
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ConfigError("not valid TOML: nested too deep") from None
+    except ValueError as error:  # a number of more digits than Python reads is one, too
+        raise ConfigError(f"not valid TOML: {error}") from None
+
+
+def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key.
+
+    Raises:
+        ConfigError: tables nested deeper than any key of ours.
+    """
+    if prefix.count(".") > MAX_KEY_PARTS:
+        raise ConfigError(f"a key has more than {MAX_KEY_PARTS} parts: {prefix[:40]}...")
     flat: dict[str, Any] = {}
     for name, value in table.items():
         if isinstance(value, Mapping):
-            flat.update(_flatten(value, f"{prefix}{name}."))
+            flat.update(flatten(value, f"{prefix}{name}."))
         else:
             flat[prefix + name] = value
     return flat
@@ -95,12 +127,18 @@ def _nearest(key: str, valid: Mapping[str, object]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
+def _short(value: object) -> str:
+    """A value as a message shows it: what a file says may be a page long."""
+    told = repr(value)
+    return told if len(told) <= 120 else f"{told[:117]}..."
+
+
 def _coerce(key: str, value: Any, hint: Any) -> Any:
     """Turn a TOML value into the field's type; a bool is never a number."""
     origin = typing.get_origin(hint)
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise ConfigError(f"{key} = {value!r} must be a list")
+            raise ConfigError(f"{key} = {_short(value)} must be a list")
         return tuple(_coerce(key, item, typing.get_args(hint)[0]) for item in value)
     if origin in (typing.Union, types.UnionType, typing.Literal):
         return value
@@ -108,7 +146,7 @@ def _coerce(key: str, value: Any, hint: Any) -> Any:
         return float(value)
     if hint in (int, float, str, bool) and (type(value) is not hint):
         names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
-        raise ConfigError(f"{key} = {value!r} must be {names[hint]}")
+        raise ConfigError(f"{key} = {_short(value)} must be {names[hint]}")
     return value
 
 
@@ -124,9 +162,10 @@ def with_values(config: HybridTrainerConfig, values: Mapping[str, Any]) -> Hybri
     for key, value in values.items():
         name = _canonical(key)
         if name not in valid:
-            raise ConfigError(f"unknown key {key!r}{_nearest(name, valid)}")
+            raise ConfigError(f"unknown key {_short(key)}{_nearest(name[:80], valid)}")
         if name in chosen and chosen[name] != value:
-            raise ConfigError(f"{key!r} and its other spelling are both set, to {chosen[name]!r} and {value!r}")
+            both = f"{_short(chosen[name])} and {_short(value)}"
+            raise ConfigError(f"{key!r} and its other spelling are both set, to {both}")
         chosen[name] = value
     changed: HybridTrainerConfig = _apply(config, {valid[k]: (k, v) for k, v in chosen.items()})
     return changed
@@ -151,13 +190,10 @@ def loads(text: str, source: str = "<string>") -> HybridTrainerConfig:
         ConfigError: not TOML, or anything :func:`with_values` refuses; the message names ``source``.
     """
     try:
-        table = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise ConfigError(f"{source}: not valid TOML: {error}") from None
-    preset = table.pop("preset", None)
-    try:
+        table = parse(text)
+        preset = table.pop("preset", None)
         base = HybridTrainerConfig() if preset is None else preset_config(preset)
-        return with_values(base, _flatten(table))
+        return with_values(base, flatten(table))
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
 
@@ -168,17 +204,29 @@ def load(path: str | Path) -> HybridTrainerConfig:
     Raises:
         ConfigError: missing, too large, not UTF-8 or not a valid configuration.
     """
-    path = Path(path)
+    return loads(read(path), str(path))
+
+
+def read(path: str | Path) -> str:
+    """Text of a TOML file.
+
+    Raises:
+        ConfigError: missing, no regular file, too large, or not UTF-8.
+    """
     try:
-        size = path.stat().st_size
-        if size > MAX_TOML_BYTES:
-            raise ConfigError(f"{path}: {size} bytes is too large for a configuration (at most {MAX_TOML_BYTES})")
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: is not UTF-8 text") from None
-    return loads(text, str(path))
+        return read_text(path, MAX_TOML_BYTES)
+    except UnusableFileError as error:
+        raise ConfigError(str(error)) from None
+
+
+def differences(one: HybridTrainerConfig, other: HybridTrainerConfig) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> both values, where two configurations differ."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key, path in valid_keys().items():
+        a, b = (functools.reduce(getattr, path, config) for config in (one, other))
+        if a != b:
+            found[key] = (a, b)
+    return found
 
 
 def preset_config(name: object) -> HybridTrainerConfig:
@@ -188,9 +236,9 @@ def preset_config(name: object) -> HybridTrainerConfig:
         ConfigError: unknown name; the message lists the known ones.
     """
     if not isinstance(name, str) or name not in PRESETS:
-        near = difflib.get_close_matches(str(name), PRESETS, n=1)
+        near = difflib.get_close_matches(str(name)[:80], PRESETS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"unknown preset {name!r}: must be one of {', '.join(PRESETS)}{hint}")
+        raise ConfigError(f"unknown preset {_short(name)}: must be one of {', '.join(PRESETS)}{hint}")
     return with_values(HybridTrainerConfig(), PRESETS[name])
 
 

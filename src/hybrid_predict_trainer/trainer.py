@@ -3,29 +3,43 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from . import persistence, weights
+from . import outside, persistence
 from .config import HybridTrainerConfig
 from .cycle import describe, enter, judge_lookahead, monitor, observe, rescale, settle_readings, signals
-from .executors import EXECUTORS, run_plain
+from .evaluation import check_exactness
+from .executors import run_plain
+from .finiteness import trained_weights_finite, whereabouts
+from .host import own_defaults
 from .ledger import STEP_UNITS
 from .metrics import JsonlSink, Metrics, NullSink, Sink, statistics
+from .optimizer_state import optimizer_parameters
+from .passes import Rounds, Tally, goes_round, has_ended, replaying
+from .predictor_choice import choose_by_losses
 from .predictors import Predictor
+from .processes import refuse_distributed, refuse_several_processes
 from .records import (
     ConfigError,
+    DivergenceError,
     EpochResult,
     Phase,
     StepResult,
 )
 from .responses import force_full
 from .run import LossFn, Run
+from .transaction import execute, interrupted
+from .validation import ValFn, Validation
+from .withdrawal import compare_with_anchor
 
 
 def default_loss(model: nn.Module, batch: Any) -> Tensor:
@@ -65,6 +79,9 @@ class HybridTrainer:
         grad_scaler: Any = None,
         predictor: Predictor | None = None,
         roles: dict[str, str] | None = None,
+        lr_interval: Literal["step", "epoch"] | None = None,
+        val_fn: ValFn | None = None,
+        val_cost: float = 1.0,
     ) -> None:
         """Wrap a model and its optimizer; neither is changed until the first step.
 
@@ -77,11 +94,20 @@ class HybridTrainer:
             grad_scaler: ``torch.amp.GradScaler`` for float16.
             predictor: One of your own instead of ``config.predictor_type``.
             roles: Overrides of parameter roles, qualified name -> role.
+            lr_interval: What one step of the schedule stands for: a step, or a pass over the data; None: as configured.
+            val_fn: model -> validation loss.  Where the same data come round again (several epochs) the learning rate
+                is raised on its word only; it is asked rarely.
+            val_cost: What one answer of it costs, in forwards of a training batch.
 
         Raises:
-            ConfigError: the optimizer needs a closure (LBFGS), the schedule a metric, or nothing can be trained.
+            ConfigError: the optimizer needs a closure (LBFGS), the schedule a metric, nothing can be trained, or
+                prediction is on and there is more than one process (DistributedDataParallel, FSDP, DTensor).
         """
         self.config = config if config is not None else HybridTrainerConfig()
+        if lr_interval is not None:
+            self.config = replace(self.config, lr_interval=lr_interval)
+        if self.config.enabled:
+            refuse_distributed(model, optimizer_parameters(optimizer))
         if isinstance(optimizer, LBFGS):
             raise ConfigError(
                 "LBFGS evaluates the loss several times per step through a closure and cannot be wrapped; "
@@ -92,12 +118,19 @@ class HybridTrainer:
                 "ReduceLROnPlateau needs a metric at every step and cannot follow the trainer's clock; use another "
                 "schedule, or step it yourself and pass lr_scheduler=None"
             )
-        self.run = Run(
-            model, optimizer, self.config, loss_fn or default_loss, lr_scheduler, grad_scaler, roles, predictor
-        )
+        if not val_cost >= 0:
+            raise ConfigError(f"val_cost = {val_cost!r} is out of range: forwards of a training batch, at least 0")
+        validation = None if val_fn is None else Validation(val_fn, val_cost)
+        with own_defaults():
+            self.run = Run(
+                model, optimizer, self.config, loss_fn or default_loss, lr_scheduler, grad_scaler, roles, predictor,
+                validation,
+            )  # fmt: skip
         wanted = self.config.collect_metrics and self.config.metrics.path
         sink: Sink = JsonlSink(self.config.metrics.path) if wanted else NullSink()
         self.metrics = Metrics(sink, log_interval=self.config.metrics.log_interval)
+        if self.config.checkpoint.directory:
+            persistence.warn_unless_savable(self.run, self.metrics)
         self._busy = False
 
     # ---- one step ----------------------------------------------------------------------------------
@@ -108,30 +141,56 @@ class HybridTrainer:
         Raises:
             TypeError: ``loss_fn`` did not return a scalar tensor with a graph.
             DivergenceError: too many consecutive steps were not finite.
+            ConfigError: prediction is on, and since construction more than one process has come into play.
         """
         if self._busy:
             raise RuntimeError("step() was called from inside step()")
-        self._busy = True
-        started = time.perf_counter()
         try:
-            run = self.run
+            self._busy = True
+            result = self._step(batch, time.perf_counter())
+            outside.remember(self.run)
+            self._busy = False
+        except BaseException:
+            self._busy = False
+            interrupted(self.run)
+            outside.remember(self.run)
+            raise
+        return result
+
+    def _step(self, batch: Any, started: float) -> StepResult:
+        if self.config.enabled:
+            refuse_several_processes()
+        run = self.run
+        with own_defaults():
+            outside.notice(run)
             decision = run.controller.decide(signals(run))
-            enter(run, decision)
-            began = time.perf_counter()
-            run.note_batch(batch)
-            run.ledger.exact = run.deterministic
-            executor = EXECUTORS[decision.phase] if self.config.enabled else run_plain
-            execution = executor(run, batch, decision)
-            run.batch_free = not execution.consumed
+        enter(run, decision)
+        began = time.perf_counter()
+        run.note_batch(batch)
+        if run.watches_data:
+            run.recurrence.see(batch)
+        run.schedule.in_epoch = True
+        measured = check_exactness(run, batch)
+        run.ledger.exact = run.deterministic
+        if decision.phase is not Phase.PREDICT:
+            with own_defaults():
+                choose_by_losses(run)
+        compare_with_anchor(run, batch)
+        executor = execute if self.config.enabled else run_plain
+        clock, entered = run.time.clock, run.time.clock()
+        execution = executor(run, batch, decision)
+        seconds = clock() - entered if execution.backwards else None
+        execution.forwards += measured
+        run.batch_free = not execution.consumed
+        with own_defaults():
             alarm = monitor(run, self.metrics, execution)
             rescale(run, execution)
             judge_lookahead(run, execution)
             observe(run, self.metrics, execution, began)
+            run.note_time(seconds)
             result = describe(run, decision, execution, alarm, started)
             self.metrics.record(run, decision, execution, result)
             return result
-        finally:
-            self._busy = False
 
     def step_n(self, batches: Sequence[Any], n: int) -> list[StepResult]:
         """Take ``n`` steps with the first ``n`` batches.
@@ -148,7 +207,11 @@ class HybridTrainer:
     def train_epoch(
         self, dataloader: Iterable[Any], progress_callback: Callable[[StepResult], None] | None = None
     ) -> EpochResult:
-        """One pass over a loader; the batch of a refused proposal is used for the next real step."""
+        """One pass over a loader; the batch of a refused proposal is used for the next real step.
+
+        Raises:
+            DivergenceError: too many consecutive steps were not finite, or the weights are not at the end.
+        """
         return self.fit(dataloader, progress_callback=progress_callback)
 
     def fit(
@@ -158,75 +221,87 @@ class HybridTrainer:
         progress_callback: Callable[[StepResult], None] | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> EpochResult:
-        """Train until the clock reaches ``total_steps`` or the loader ends.
+        """Train until the clock reaches ``total_steps``, round after round over the loader, or once through it.
 
         Args:
-            loader: Batches.
-            total_steps: End of the run on the configured clock (``config.clock``); None: the loader's end.
+            loader: Batches.  A list or a data loader is gone through again (``set_epoch`` of its sampler is called);
+                an iterator can be used once, and if it ends before ``total_steps`` a warning says so.
+            total_steps: End of the run on the configured clock (``config.clock``); None: one pass.
             progress_callback: Called with every result.
             should_stop: Asked between steps; True ends the loop in a consistent state.
+
+        Raises:
+            DivergenceError: too many consecutive steps were not finite, or the weights are not at the end.
+            ConfigError: there is no batch, or prediction is on and there is more than one process.
         """
-        run = self.run
-        before = statistics(run)
-        phases_before = self._phase_counts()
-        started = time.perf_counter()
-        losses: list[Tensor] = []
-        num_steps = 0
+        run, tally = self.run, Tally(self.run)
         stopped = False
         if total_steps is not None:
             run.ledger.planned_units = total_steps * STEP_UNITS
-        for batch in _replaying(loader, self._unused):
-            self._last_batch = batch
-            result = self.step(batch)
-            self._batch_free = not result.consumed
-            num_steps += 1
-            if result.num_backward or result.was_predicted:  # a refused proposal learnt nothing: no loss of its own
-                losses.append(result.loss_tensor)
-            if progress_callback is not None:
-                progress_callback(result)
-            if should_stop is not None and should_stop():
-                stopped = True
-                break
-            if (
-                total_steps is not None
-                and run.position >= total_steps
-                and run.probation is None
-                and run.segment is None
-            ):
-                break
+        run.schedule.end = total_steps
+        passes = Rounds(loader, self._end_pass, endless=total_steps is not None)
+        if goes_round(loader, total_steps, run.position) or self._seen_before(loader):
+            run.recurrence.announce()
+        try:
+            for batch in () if has_ended(run, total_steps) else replaying(passes, self._unused):
+                self._last_batch = batch
+                result = self.step(batch)
+                self._batch_free = not result.consumed
+                tally.num_steps += 1
+                if result.num_backward or result.was_predicted:  # a refused proposal learnt nothing: no loss of its own
+                    tally.losses.append(result.loss_tensor)
+                if progress_callback is not None:
+                    progress_callback(result)
+                stopped = should_stop is not None and should_stop()
+                if stopped or has_ended(run, total_steps):
+                    break
+        finally:
+            run.schedule.end = None
+        if passes.at_end:
+            self._end_pass()
         settle_readings(self.run, self.metrics)
-        after = statistics(run)
-        mean = float(weights.on_host([v.detach() for v in losses]).float().mean()) if losses else float("nan")
-        counts = {k: v - phases_before[k] for k, v in self._phase_counts().items()}
-        claimed = after["num_claimed_steps"] - before["num_claimed_steps"]
-        backward = after["num_backward"] - before["num_backward"]
-        return EpochResult(
-            num_steps=num_steps,
-            mean_loss=mean,
-            final_loss=float(losses[-1]) if losses else float("nan"),
-            phase_counts=counts,
-            num_real_steps=after["num_real_steps"] - before["num_real_steps"],
-            num_claimed_steps=claimed,
-            num_credited_steps=after["num_credited_steps"] - before["num_credited_steps"],
-            num_forward=after["num_forward"] - before["num_forward"],
-            num_backward=backward,
-            num_jumps_proposed=after["num_jumps_proposed"] - before["num_jumps_proposed"],
-            num_jumps_accepted=after["num_jumps_accepted"] - before["num_jumps_accepted"],
-            backward_reduction_pct=100.0 * claimed / (claimed + backward) if claimed + backward else 0.0,
-            cost_units=after["cost_units"] - before["cost_units"],
-            epoch_time_s=time.perf_counter() - started,
-            stopped_early=stopped,
-        )
+        if total_steps is not None and not stopped and not has_ended(run, total_steps):
+            stopped = True
+            warnings.warn(
+                f"the loader ended after {tally.num_steps} steps, at {run.position} of {total_steps} on the clock, and "
+                "can't be gone through again: pass a list or a data loader, or call fit again with more batches",
+                stacklevel=2,
+            )
+        if tally.num_steps and not trained_weights_finite(run.optimizer):
+            raise DivergenceError(
+                f"training diverged: {whereabouts(run.model, run.optimizer)}.  Lower the learning rate"
+            )
+        return tally.result(stopped_early=stopped)
+
+    def end_epoch(self) -> None:
+        """A pass over the data has ended: a schedule in epochs (``lr_interval="epoch"``) takes its step.
+
+        ``fit`` and ``train_epoch`` call it; a loop of your own around ``step`` has to.
+        """
+        schedule = self.run.schedule
+        schedule.end_epoch()
+        self.run.step_scheduler()
+
+    def _seen_before(self, loader: Iterable[Any]) -> bool:
+        """Whether this very loader was gone through before, and remember it."""
+        again = self._last_loader is not None and self._last_loader() is loader
+        try:
+            self._last_loader = weakref.ref(loader) if isinstance(loader, Sized) else None
+        except TypeError:  # a plain list: its batches are known by their content
+            self._last_loader = None
+        return again
+
+    def _end_pass(self) -> None:
+        if self.run.schedule.in_epoch:
+            self.end_epoch()
 
     def _unused(self) -> Any:
         """The batch to use again, or None."""
         return self._last_batch if self._batch_free else None
 
+    _last_loader: weakref.ref[Any] | None = None
     _last_batch: Any = None
     _batch_free: bool = False
-
-    def _phase_counts(self) -> dict[str, int]:
-        return {phase.value: getattr(self.run.counters, f"{phase.value}_steps") for phase in Phase}
 
     # ---- questions and requests -----------------------------------------------------------------------------
 
@@ -287,7 +362,8 @@ class HybridTrainer:
             CheckpointError: it could not be written; older checkpoints are untouched.
         """
         settle_readings(self.run, self.metrics)
-        return persistence.save(self.run, self.metrics, Path(path))
+        with own_defaults():
+            return persistence.save(self.run, self.metrics, Path(path))
 
     def load_checkpoint(self, path: str | Path) -> None:
         """Continue from a checkpoint folder, bit for bit.
@@ -295,12 +371,5 @@ class HybridTrainer:
         Raises:
             CheckpointError: missing, damaged, or of another model; nothing has been changed then.
         """
-        persistence.load(self.run, self.metrics, Path(path))
-
-
-def _replaying(loader: Iterable[Any], unused: Callable[[], Any]) -> Iterator[Any]:
-    """Batches of a loader, each given again for as long as ``unused`` returns it."""
-    for batch in loader:
-        yield batch
-        while (again := unused()) is not None:
-            yield again
+        with own_defaults():
+            persistence.load(self.run, self.metrics, Path(path))

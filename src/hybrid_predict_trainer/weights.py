@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .real_views import RealView
 from .records import ConfigError
 
 Tensors = list[Tensor]
@@ -87,7 +88,8 @@ def predicted_parameters(
     """Parameters the optimizer moves that can be predicted, with their groups.
 
     Taken from ``optimizer.param_groups``, not from the model: that is what really moves (frozen,
-    tied and sharded parameters fall out right).  Integer and complex parameters are left alone.
+    tied and sharded parameters fall out right).  Integer parameters are left alone, complex ones are given as their
+    real views.
 
     Args:
         model: Supplies the names.
@@ -115,14 +117,14 @@ def predicted_parameters(
             continue
         seen.add(id(parameter))
         name, module = owner.get(id(parameter), (f"optimizer.{position}", nn.Identity()))
-        if not parameter.is_floating_point():
+        if not (parameter.is_floating_point() or parameter.is_complex()):
             warnings.warn(f"parameter {name} has dtype {parameter.dtype} and is not predicted", stacklevel=2)
             continue
-        parameters.append(parameter)
+        parameters.append(RealView.of(parameter) if parameter.is_complex() else parameter)
         names.append(name)
         found.append(overrides.get(name) or role_of(name, parameter, module))
     if not parameters:
-        raise ConfigError("the optimizer holds no trainable floating-point parameter")
+        raise ConfigError("the optimizer holds no trainable floating-point or complex parameter")
     present = [role for role in ROLES if role in found] + sorted(set(found) - set(ROLES))
     index = tuple(present.index(role) for role in found)
     sizes = [0] * len(present)

@@ -12,10 +12,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..gate import t_quantile
 from ..metrics import jsonable
-from .equal_loss import bootstrap_ci95
 from .setup import InputError
+from .statistics import log_interval, t_quantile
 
 #: Published for 100M (validation protocol, D-5): must pass, should pass.
 MAX_LOSS_GAP_PCT = 5.0
@@ -58,6 +57,7 @@ def judge(
         raise InputError("a seed occurs twice among the comparisons")
     gaps = [g for c in comparisons for g in c["loss_gap_per_seed"]]
     finite = all(g is not None and math.isfinite(g) for g in gaps)
+    gap = log_interval([1 + g / 100 for g in gaps] if finite else []).mapped(lambda ratio: 100 * (ratio - 1))
     walls = [(arm_of(c, "plain")["wall_s"] / arm_of(c, "hybrid")["wall_s"], len(c["seeds"])) for c in comparisons]
     wall = math.exp(sum(n * math.log(w) for w, n in walls) / len(seeds))
     conventional = to_conventional(stack)
@@ -65,9 +65,10 @@ def judge(
     to_usual = None if conventional is None else wall * conventional
     figures: dict[str, Any] = {
         "seeds": seeds,
-        "loss_gap_pct": statistics.fmean(gaps) if finite else None,
+        "loss_gap_pct": gap.mean if finite else None,
         "loss_gap_pct_std": statistics.stdev(gaps) if finite and len(gaps) > 1 else None,
-        "loss_gap_ci95": bootstrap_ci95(gaps) if finite else None,
+        "loss_gap_ci95": gap.ends,
+        "loss_gap_ci95_bootstrap_t": gap.bootstrap_t,
         "loss_gap_t": paired_t(gaps) if finite else None,
         "loss_gap_significant": significant(gaps) if finite else None,
         "wall_clock_ratio": wall,

@@ -99,6 +99,7 @@ class UndoneJumps:
             parameters, mark = self._saved
             weights.copy_(run.parameters, parameters)
             run.basis.revert(mark)
+            run.writes.record()  # it is no write of the user's
         elif run.window_just_closed:
             self._saved = (weights.clone(run.parameters), run.basis.mark())
 

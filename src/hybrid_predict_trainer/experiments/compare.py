@@ -7,18 +7,26 @@ import math
 import shutil
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..metrics import jsonable
 from .arms import COUNTS, Arm, Kind, Run, Setup, Watch, run_arm, steps_of, write_json
+from .compare_plan import Plan
 from .environment import environment
-from .equal_loss import Point, SeedSpeedup, Speedup, bootstrap_ci95, over_seeds, seed_speedup
+from .equal_loss import Point, SeedSpeedup, Speedup, over_seeds, seed_speedup
+from .regime_cache import Measured, RunStore, identity
 from .report import write_report
+from .statistics import METHOD, ends_words, gap_interval
 
 #: Steps of a run thrown away before anything is timed: allocators, thread pools and kernels warm up.
 NUM_DISCARDED_STEPS = 5
+
+#: Folder of runs that are done, for an interrupted comparison to go on from.
+FINISHED = "finished"
 
 #: What exp(log(1)) may be off.
 ROUNDING = 1e-9
@@ -31,27 +39,6 @@ NUM_SWEEP_SEEDS = 2
 
 #: (label, run) when a run has ended.
 Done = Callable[[str, Run], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """What to compare.
-
-    Attributes:
-        setup: what the arms share.
-        seeds: of the runs; every arm runs from each.
-        budgets: of the plain arm, in multiples of ``setup.steps``; 1 is always among them.
-        tune: choose the learning rate on ``recipe.lr_grid``, with equally many trials for both arms.
-        out: folder of the results.
-        about: what the command line said, for the record.
-    """
-
-    setup: Setup
-    seeds: tuple[int, ...]
-    budgets: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
-    tune: bool = False
-    out: Path
-    about: Mapping[str, Any]
 
 
 def arms_of(plan: Plan, plain_lr: float, hybrid_lr: float) -> list[Arm]:
@@ -75,8 +62,18 @@ def compare(plan: Plan, watch: Watch | None = None, done: Done | None = None) ->
     """
     setup = plan.setup
 
+    store = RunStore(plan.out / FINISHED, fresh=not plan.resume)
+
     def run(arm: Arm, seed: int, folder: Path, label: str) -> Run:
-        ended = run_arm(setup, arm, seed, folder, watch, label)
+        key = identity(setup, arm, seed, timed_threads=torch.get_num_threads())
+        found = store.get(key)
+        if found is not None and (folder / "summary.json").exists():
+            ended = replace(found.run, arm=arm)
+        else:
+            if folder.is_dir():
+                shutil.rmtree(folder)  # what an interrupted run has left
+            ended = run_arm(setup, arm, seed, folder, watch, label)
+            store.put(key, Measured(run=ended))
         if done is not None:
             done(label, ended)
         return ended
@@ -152,8 +149,10 @@ def summarize(task: str, seeds: Sequence[int], arms: Sequence[Arm], runs: Sequen
     rows = [arm_row(by_arm[arm.name]) for arm in arms]
     cost = _speedup(seeds, runs, lambda r: r.cost_units)
     wall = _speedup(seeds, runs, lambda r: r.wall_s)
-    gaps = [100 * (h - p) / abs(p) if p else math.nan for p, h in _pairs(by_arm["plain"], by_arm["hybrid"])]
-    zero_gaps = [100 * (z - p) / abs(p) if p else math.nan for p, z in _pairs(by_arm["plain"], by_arm["jump-of-zero"])]
+    pairs = list(_pairs(by_arm["plain"], by_arm["hybrid"]))
+    gaps = [100 * (h - p) / abs(p) if p else math.nan for p, h in pairs]
+    gap = gap_interval(pairs)
+    zero_gap = gap_interval(list(_pairs(by_arm["plain"], by_arm["jump-of-zero"])))
     hybrid, plain = by_arm["hybrid"], by_arm["plain"]
     result: dict[str, Any] = {
         "schema": 1,
@@ -163,6 +162,8 @@ def summarize(task: str, seeds: Sequence[int], arms: Sequence[Arm], runs: Sequen
         "speedup_at_equal_loss": cost.value,
         "ci95": cost.ci95,
         "speedup_ci95": cost.ci95,
+        "speedup_ci95_bootstrap_t": cost.ci95_bootstrap_t,
+        "interval": METHOD,
         "speedup_reason": cost.reason,
         "speedup_per_seed": [s.value if s.kind == "exact" else None for s in cost.per_seed],
         "speedup_lower_bound": cost.value if cost.kind == "at least" else None,
@@ -171,16 +172,17 @@ def summarize(task: str, seeds: Sequence[int], arms: Sequence[Arm], runs: Sequen
         "speedup_wall": wall.value,
         "speedup_wall_ci95": wall.ci95,
         "speedup_wall_reason": wall.reason,
-        "loss_gap_at_equal_cost_pct": _mean(gaps),
-        "loss_gap_ci95": bootstrap_ci95(gaps) if all(map(math.isfinite, gaps)) else None,
+        "loss_gap_at_equal_cost_pct": gap.mean,
+        "loss_gap_ci95": gap.ends,
+        "loss_gap_ci95_bootstrap_t": gap.bootstrap_t,
         "loss_gap_per_seed": gaps,
-        "jump_of_zero_gap_pct": _mean(zero_gaps),
+        "jump_of_zero_gap_pct": zero_gap.mean,
         "backward_reduction_pct": _backward_reduction(cost, hybrid, plain),
         "backward_reduction_at_equal_cost_pct": 100
         * (1 - _count(hybrid, "num_backward") / _count(plain, "num_backward")),
         "backward_reduction_claimed_pct": _count(hybrid, "backward_reduction_pct"),
     }
-    result["verdict"] = verdict(cost, _mean(gaps), hybrid, by_arm["jump-of-zero"])
+    result["verdict"] = verdict(cost, gap.mean, hybrid, by_arm["jump-of-zero"])
     return result
 
 
@@ -244,15 +246,18 @@ def verdict(cost: Speedup, gap: float, hybrid: Sequence[Run], zero: Sequence[Run
     if not accepted and all(h == z for h, z in _pairs(hybrid, zero)):
         return f"No jump was accepted: hybrid is plain training plus the price of asking ({figure}; {gap_words})."
     if not accepted:  # the weights went elsewhere without a jump
-        interval = "" if cost.ci95 is None else f", 95 % interval {cost.ci95[0]:.2f} to {cost.ci95[1]:.2f}"
+        interval = "" if cost.ci95 is None else f", 95 % interval {ends_words(cost.ci95, '.2f')}"
         causes = "learned scale and lookahead, and the price of asking"
         return f"No jump was accepted: {causes}, are {figure}{interval}; {gap_words}."
-    if cost.ci95 is None:
+    if cost.ci95 is None and len(hybrid) == 1:
         return f"One seed only, which shows little: equal-loss speed-up {figure}; {gap_words}."
-    interval = f"95 % interval {cost.ci95[0]:.2f} to {cost.ci95[1]:.2f} over {len(hybrid)} seeds"
-    if cost.ci95[0] > 1 + ROUNDING:
+    if cost.ci95 is None:
+        return f"No interval is known: equal-loss speed-up {figure} over {len(hybrid)} seeds; {gap_words}."
+    interval = f"95 % interval {ends_words(cost.ci95, '.2f')} over {len(hybrid)} seeds"
+    low, high = cost.ci95
+    if low is not None and low > 1 + ROUNDING:
         return f"Prediction pays here: equal-loss speed-up {figure}, {interval}; {gap_words}."
-    if cost.ci95[1] < 1 - ROUNDING:
+    if high is not None and high < 1 - ROUNDING:
         return f"Prediction loses here: equal-loss speed-up {figure}, {interval}; {gap_words}."
     return f"No speed-up has been shown: {figure}, {interval}, which includes 1; {gap_words}."
 
@@ -283,8 +288,8 @@ def settings_of(plan: Plan) -> dict[str, Any]:
 
 def clear(out: Path) -> None:
     """Remove what an earlier comparison wrote there, and nothing else."""
-    for name in ("runs", "sweep"):
+    for name in ("runs", "sweep", FINISHED):
         if (out / name).is_dir():
             shutil.rmtree(out / name)
-    for name in ("compare.json", "report.html"):
+    for name in ("compare.json", "report.html", "plan.json"):
         (out / name).unlink(missing_ok=True)

@@ -15,11 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
+from .statistics import bounded_interval
 
 Kind = Literal["exact", "at least", "at most", "unknown"]
-
-NUM_RESAMPLES = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +44,14 @@ class SeedSpeedup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Speedup:
-    """S over seeds: geometric mean and its 95 % bootstrap interval, None where they cannot be known."""
+    """S over seeds: geometric mean and 95 % intervals, None where they cannot be known.
+
+    ``ci95`` is the t interval of the logarithms, with None for an open end; ``ci95_bootstrap_t`` stands beside it.
+    """
 
     value: float | None
-    ci95: tuple[float, float] | None
+    ci95: tuple[float | None, float | None] | None
+    ci95_bootstrap_t: tuple[float, float] | None = None
     kind: Kind
     reason: str
     per_seed: tuple[SeedSpeedup, ...]
@@ -99,11 +101,11 @@ def over_seeds(per_seed: Sequence[SeedSpeedup]) -> Speedup:
         return Speedup(value=None, ci95=None, kind="unknown", reason=f"{reason}{some}", per_seed=seeds)
     kind, reason = _bound_words(seeds)
     values = [s.value for s in seeds]
-    ci95 = bootstrap_ci95(values, geometric=True)
-    if ci95 is None:
-        reason = "; ".join(filter(None, (reason, "one seed has no confidence interval")))
-    mean = math.exp(math.fsum(map(math.log, values)) / len(values))
-    return Speedup(value=mean, ci95=ci95, kind=kind, reason=reason, per_seed=seeds)
+    found = bounded_interval(values, [s.kind for s in seeds if s.kind != "unknown"])
+    return Speedup(
+        value=found.mean, ci95=found.ends, ci95_bootstrap_t=found.bootstrap_t, kind=kind,
+        reason="; ".join(filter(None, (reason, found.note))), per_seed=seeds,
+    )  # fmt: skip
 
 
 def _bound_words(seeds: Sequence[SeedSpeedup]) -> tuple[Kind, str]:
@@ -118,19 +120,3 @@ def _bound_words(seeds: Sequence[SeedSpeedup]) -> tuple[Kind, str]:
         parts.append("those seeds are counted at the bound")
     kind: Kind = "unknown" if low and high else "at least" if low else "at most" if high else "exact"
     return kind, "; ".join(parts)
-
-
-def bootstrap_ci95(values: Sequence[float], *, geometric: bool = False, seed: int = 0) -> tuple[float, float] | None:
-    """Percentile bootstrap of the mean over seeds; None for fewer than two values.
-
-    Args:
-        values: One per seed; positive where ``geometric``.
-        geometric: Resample the geometric mean.
-        seed: Of the resampling, so that a table can be reproduced.
-    """
-    if len(values) < 2:
-        return None
-    data = np.log(values) if geometric else np.asarray(values, dtype=np.float64)
-    picks = np.random.default_rng(seed).integers(len(data), size=(NUM_RESAMPLES, len(data)))
-    low, high = np.quantile(data[picks].mean(axis=1), (0.025, 0.975))
-    return (math.exp(low), math.exp(high)) if geometric else (float(low), float(high))

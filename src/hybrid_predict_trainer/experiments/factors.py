@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from .. import batches as pieces
+from ..isolation import quiet_forward
 from ..records import ConfigError
-from ..snapshot import quiet_forward
 from .arms import Setup, build_trainer
 from .runs import wait_for_device
 from .setup import InputError, Options, build_setup, one_line

@@ -28,6 +28,7 @@ from ..predictors import Paced, Predictor
 from ..predictors._common import window_from_state, window_state
 from ..predictors._frame import MAX_AHEAD
 from ..records import BasisSpec, CheckpointError, ConfigError, Hindsight, PhasePrediction, Products, State, Window
+from ..safe_files import read_json, write_text
 from ..state_tree import decode, encode, read_tensors, write_tensors
 from ..weights import Tensors
 
@@ -58,7 +59,7 @@ class Recording:
             "extras_ahead": list(self.extras_ahead),
         }  # fmt: skip
         tree, tensors = encode(state)
-        (path / "windows.json").write_text(json.dumps(tree, allow_nan=False), encoding="utf-8")
+        write_text(path / "windows.json", json.dumps(tree, allow_nan=False))
         write_tensors(path / "windows.safetensors", tree, tensors)
 
     @classmethod
@@ -70,7 +71,7 @@ class Recording:
         """
         path = Path(directory)
         try:
-            tree = json.loads((path / "windows.json").read_text(encoding="utf-8"))
+            tree = read_json(path / "windows.json")
             state = decode(tree, read_tensors(path / "windows.safetensors"))
             windows = tuple(w for w in map(window_from_state, state["windows"]) if w is not None)
             return cls(BasisSpec(**state["spec"]), windows, tuple(state["extras_ahead"]))

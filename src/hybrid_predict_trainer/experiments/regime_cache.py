@@ -6,12 +6,10 @@ run (the sweep of the plain arm, its budgets at the tuned rate) share its file.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -21,6 +19,7 @@ import torch
 
 from .. import __version__
 from ..metrics import jsonable
+from ..safe_files import read_json, write_text
 from ..toml_io import to_toml
 from .arms import Arm, Run, Setup
 from .environment import cpu_model
@@ -120,7 +119,7 @@ class RunStore:
         if self._fresh and path.name not in self._written:
             return None
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = read_json(path)
             return measured_of(found["measured"]) if found["key"] == key else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -128,15 +127,7 @@ class RunStore:
     def put(self, key: Mapping[str, Any], measured: Measured) -> None:
         """Write it whole or not at all: an interrupted benchmark leaves no half file."""
         path = self.path(key)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.part")
-        value = {"key": key, "measured": jsonable(asdict(measured))}
-        try:
-            partial.write_text(json.dumps(value, allow_nan=False) + "\n", encoding="utf-8")
-            partial.replace(path)
-        finally:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
+        write_text(path, json.dumps({"key": key, "measured": jsonable(asdict(measured))}, allow_nan=False) + "\n")
         self._written.add(path.name)
 
 

@@ -5,23 +5,21 @@ Nothing is computed here that the results do not say; what they do not say is sh
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import svg
+from ..safe_files import read_json, write_named, write_text
+from . import readme_rows, svg
+from .regime_cells import DASH, ends_of, jumps_cell, loss_cell, percent_cell, plain_cell, s_cell, share_cell
 from .report_data import Record, list_of, number, table_of
 from .report_parts import CSS, figure, legend, table
+from .statistics import METHOD
 from .svg import escape
 from .table import aligned
 
 SCHEMA = "regimes-1"
-
-DASH = "\N{EN DASH}"
-MINUS = "\N{MINUS SIGN}"
-BOUNDS = {"at least": "\N{GREATER-THAN OR EQUAL TO} ", "at most": "\N{LESS-THAN OR EQUAL TO} "}
 
 #: Curves one can tell apart in one plot.
 MAX_CURVES = 8
@@ -43,8 +41,8 @@ def load_results(folder: Path) -> list[Record]:
         if path.parent.name == "runs":  # single runs: thousands, and none of them is a result
             continue
         try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            value = read_json(path)
+        except ValueError:
             continue
         if isinstance(value, Mapping) and value.get("schema") == SCHEMA:
             found.append(value)
@@ -53,58 +51,7 @@ def load_results(folder: Path) -> list[Record]:
     return found
 
 
-# ---- cells -----------------------------------------------------------------------------------------------
-
-
-def s_cell(row: Record, name: str = "S") -> str:
-    """S with its bound and interval: ``≥ 3.03 [2.55, 3.99]``."""
-    value, kind = number(row.get(name)), row.get("kind" if name == "S" else f"{name}_kind")
-    if value is None:
-        return DASH
-    ends = [number(v) for v in list_of(row.get("ci95" if name == "S" else f"{name}_ci95"))]
-    interval = "" if len(ends) != 2 or None in ends else f" [{ends[0]:.3g}, {ends[1]:.3g}]"
-    return f"{BOUNDS.get(str(kind), '')}{value:.3g}{interval}"
-
-
-def loss_cell(row: Record) -> str:
-    """Final loss, mean and standard deviation over seeds."""
-    loss = table_of(row.get("final_loss"))
-    mean, std = number(loss.get("mean")), number(loss.get("std"))
-    if mean is None:
-        return "diverged" if row.get("errors") else DASH
-    return f"{mean:.4g}" + ("" if std is None else f" ± {std:.2g}")
-
-
-def percent_cell(value: object, scale: float = 1.0) -> str:
-    """A percentage with its sign."""
-    found = number(value)
-    if found is None:
-        return DASH
-    percent = scale * found
-    if abs(percent) < 0.005:
-        return "0 %"
-    return f"{percent:+{'.0f' if abs(percent) >= 10 else '.2g'}} %".replace("-", MINUS)
-
-
-def plain_cell(value: object, form: str = ".3g") -> str:
-    """A number."""
-    found = number(value)
-    return DASH if found is None else format(found, form).replace("-", MINUS)
-
-
-def share_cell(row: Record) -> str:
-    """Shares of cost and of time spent on prediction."""
-    share = table_of(row.get("prediction_share"))
-    cost, time = number(share.get("cost")), number(share.get("time"))
-    if cost is None:
-        return DASH
-    return f"{100 * cost:.2g} / {DASH if time is None else f'{100 * time:.2g}'} %"
-
-
-def jumps_cell(row: Record) -> str:
-    """Accepted of proposed."""
-    found = table_of(row.get("jumps"))
-    return DASH if not found else f"{plain_cell(found.get('accepted'))} of {plain_cell(found.get('proposed'))}"
+# ---- rows ------------------------------------------------------------------------------------------------
 
 
 HEAD = ("arm", "S by cost", "S by wall-clock", "final loss", "at equal cost", "p", "backward saved",
@@ -126,6 +73,12 @@ def rows_of(result: Record, case: str) -> list[Record]:
     baselines = [r for r in found if r.get("kind_of_arm") in ("plain", "tuned")]
     others = [r for r in found if r.get("kind_of_arm") not in ("plain", "tuned")]
     return [*sorted(baselines, key=lambda r: (str(r.get("kind_of_arm")), number(r.get("budget")) or 0.0)), *others]
+
+
+def verdicts(found: Sequence[Record]) -> list[str]:
+    """Arm and verdict, a line each; verdicts that were drawn from percentile bootstraps are left out."""
+    told = [r for r in found if r.get("S") is not None]
+    return [f"{r.get('arm')}: {r.get('verdict')}" for r in told if r.get("interval") == METHOD]
 
 
 def head_of(found: Sequence[Record]) -> tuple[str, ...]:
@@ -150,6 +103,8 @@ def conditions(result: Record) -> str:
         told.insert(1, str(where["gpu"]))
     if result.get("quick"):
         told.append("quick: short runs, a small sweep")
+    if any("interval" not in table_of(r) for r in list_of(result.get("arms"))):
+        told.append("from a version of too narrow intervals: run the command again for verdicts (its runs are kept)")
     if not result.get("complete"):
         told.append("incomplete: the benchmark has not ended")
     return ", ".join(told)
@@ -197,8 +152,9 @@ def markdown(results: Sequence[Record]) -> str:
                 _markdown_row(["---"] * len(head)),
             ]
             out += [_markdown_row(line_of(row, head)) for row in found]
-            out += ["", *(f"* {r.get('arm')}: {r.get('verdict')}" for r in found if r.get("S") is not None)]
+            out += ["", *(f"* {line}" for line in verdicts(found))]
             out += [*(f"* {note}" for note in list_of(case.get("notes"))), ""]
+    out += ["## Rows of the README", "", *readme_rows.lines(results)]
     return "\n".join(out).rstrip() + "\n"
 
 
@@ -238,7 +194,7 @@ def text(result: Record) -> str:
             *aligned(head, [line_of(r, head) for r in found]),
             "",
         ]
-        out += [f"{r.get('arm')}: {r.get('verdict')}" for r in found if r.get("S") is not None]
+        out += verdicts(found)
         out += [str(note) for note in list_of(case.get("notes"))]
     return "\n".join(out)
 
@@ -260,7 +216,7 @@ def styles(found: Sequence[Record]) -> dict[str, str]:
 def speed_chart(found: Sequence[Record], colours: Mapping[str, str], width: int) -> str:
     """S per arm as bars from 1, with their intervals; an arrow's end marks a bound."""
     drawn = [r for r in found if number(r.get("S")) is not None]
-    ends = [number(v) for r in drawn for v in list_of(r.get("ci95"))]
+    ends = [v for r in drawn for v in ends_of(r)]
     values = [v for v in (*(number(r.get("S")) for r in drawn), *ends, 1.0) if v is not None and v > 0]
     left = 14 + svg.CHARACTER_PX * max(len(str(r.get("arm"))[:18]) for r in drawn)
     right, top = width - 128.0, 8.0
@@ -278,9 +234,10 @@ def speed_chart(found: Sequence[Record], colours: Mapping[str, str], width: int)
                 class_=f"solid {colour.split()[0]}",
             )
         )  # fmt: skip
-        span = [number(v) for v in list_of(row.get("ci95"))]
-        if len(span) == 2 and span[0] is not None and span[1] is not None:
-            out.append(svg.line(x(span[0]), middle, x(span[1]), middle, "axis"))
+        span = ends_of(row)
+        if span:  # an open end is drawn as far as the figure, without a stop
+            low, high = (x(s if v is None else v) for v in span)
+            out.append(svg.line(low, middle, high, middle, "axis"))
             out += [svg.line(x(v), middle - 4, x(v), middle + 4, "axis") for v in span if v is not None]
         out.append(svg.label(left - 8, middle + 4, arm if len(arm) <= 18 else f"{arm[:17]}…", "name end"))
         out.append(svg.label(right + 8, middle + 4, s_cell(row)))
@@ -335,7 +292,7 @@ def case_section(result: Record, case: Record) -> str:
     colours, head = styles(found), head_of(found)
     out = [f"<h2>{escape(result.get('regime'))}: {escape(name)}</h2>", f"<p>{escape(case_words(case))}.</p>"]
     if any(number(r.get("S")) is not None for r in found):
-        caption = "Bars from 1; whiskers: 95 % bootstrap interval over seeds."
+        caption = "Bars from 1; whiskers: 95 % t interval of the logarithms over seeds."
         out.append(figure("Speed-up at equal final loss", caption, lambda w: speed_chart(found, colours, w)))
     curves = curves_of(found, colours)
     if curves:
@@ -346,7 +303,7 @@ def case_section(result: Record, case: Record) -> str:
         out.append(keys + figure("Loss against cost", caption, lambda w: loss_chart(found, colours, w)))
     body = [[escape(c) for c in line_of(r, head)] for r in found]
     out.append(table([escape(h) for h in head], body))
-    out += [f'<p class="notice">{escape(r.get("arm"))}: {escape(r.get("verdict"))}.</p>' for r in found if r.get("S")]
+    out += [f'<p class="notice">{escape(line)}.</p>' for line in verdicts(found)]
     out += [f'<p class="notice">Note: {escape(note)}.</p>' for note in list_of(case.get("notes"))]
     return "".join(out)
 
@@ -382,10 +339,10 @@ def write(folder: Path, out: Path | None = None, markdown_file: Path | None = No
     """
     results = load_results(folder)
     target, tables = out or folder / "regimes.html", markdown(results)
-    for path, content in ((target, page(results)), (markdown_file, tables)):
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(content, encoding="utf-8")
+    write_page = write_text if out is None else write_named
+    write_page(target, page(results))
+    if markdown_file is not None:
+        write_named(markdown_file, tables)
     return {
         "page": str(target), "markdown_file": None if markdown_file is None else str(markdown_file),
         "regimes": [r.get("regime") for r in results], "markdown": tables,

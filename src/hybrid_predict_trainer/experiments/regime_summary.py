@@ -15,6 +15,7 @@ from .arms import Run
 from .compare import ROUNDING
 from .equal_loss import Kind, Point, Speedup, over_seeds, seed_speedup
 from .regime_cache import Measured
+from .statistics import METHOD, ends_words
 
 #: Fewest seeds a paired test is made for.
 MIN_PAIRED = 3
@@ -134,6 +135,8 @@ def _figures(s: Speedup, is_baseline: bool) -> dict[str, Any]:
         "mean": None if is_baseline else s.value,
         "std": None if is_baseline else _std(values),
         "ci95": None if is_baseline else s.ci95,
+        "ci95_bootstrap_t": None if is_baseline else s.ci95_bootstrap_t,
+        "interval": METHOD,
         "n": len(values),
         "kind": None if is_baseline else s.kind,
         "reason": None if is_baseline else reason(s) or None,
@@ -207,7 +210,7 @@ def paired_p(pairs: Sequence[tuple[float, float]]) -> float | None:
 
 def cost_vs_tuned(s: Speedup) -> dict[str, Any]:
     """The arm's cost over that of the cheapest plain run at the tuned rate that reaches its loss: 1 / S there."""
-    ends = None if s.ci95 is None else (1 / s.ci95[1], 1 / s.ci95[0])
+    ends = None if s.ci95 is None else tuple(None if end is None else 1 / end for end in reversed(s.ci95))
     return {
         "cost_vs_tuned": None if s.value is None else 1 / s.value,
         "cost_vs_tuned_ci95": ends,
@@ -238,16 +241,27 @@ def verdict(entry: Entry, s: Speedup, gap: float, *, num_jumps: float | None) ->
     if num_jumps == 0:
         others = "" if entry.kind == "jump-of-zero" else "learned scale, lookahead and "  # which are off there
         return f"no jump was accepted: {others}the price of asking ({words})"
-    if s.ci95 is None:
-        return f"one seed only, which shows little ({words})"
     count = len(s.per_seed)
-    words += f"; 95 % [{s.ci95[0]:.3g}, {s.ci95[1]:.3g}], n = {count}"
-    few = count < MIN_PAIRED  # the interval of two seeds is just the two
-    if s.ci95[0] > 1 + ROUNDING:
+    if s.ci95 is None and count == 1:
+        return f"one seed only, which shows little ({words})"
+    if s.ci95 is None:  # all at the bound
+        side = {"at least": "ahead on", "at most": "behind on"}.get(s.kind if _one_side(s) else "", "bounded on")
+        return f"{side} all {count} seeds, no interval is known ({words}, n = {count})"
+    words += f"; 95 % {ends_words(s.ci95)}, n = {count}"
+    few = count < MIN_PAIRED  # two seeds that agree by chance have an interval of no width
+    low, high = s.ci95
+    if low is not None and low > 1 + ROUNDING:
         return f"ahead on all {count} seeds, too few to be sure ({words})" if few else f"pays ({words})"
-    if s.ci95[1] < 1 - ROUNDING:
+    if high is not None and high < 1 - ROUNDING:
         return f"behind on all {count} seeds, too few to be sure ({words})" if few else f"loses ({words})"
     return f"no difference shown ({words})"
+
+
+def _one_side(s: Speedup) -> bool:
+    """Whether the bounds of all seeds lie on the side of 1 that they bound away from."""
+    if s.kind == "at least":
+        return all(p.value > 1 + ROUNDING for p in s.per_seed)
+    return all(p.value < 1 - ROUNDING for p in s.per_seed)
 
 
 def best_weights_only(found: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
+from ..safe_files import write_named, write_text
 from . import svg
 from .report_confidence import confidence_figure
 from .report_data import LEVELS, PHASES, Record, Report, Run, list_of, load, number, table_of
@@ -62,9 +63,10 @@ def _speedup(c: Record) -> tuple[str, str, str]:
     if speed is None:
         why = reason or "No reason was recorded."
         return "Equal-loss speed-up", "unknown", f"{why[:1].upper()}{why[1:]}"
-    ends = [number(v) for v in list_of(c.get("speedup_ci95"))]
-    parts = [interval(c.get("speedup_ci95")) or "no confidence interval: too few seeds or not computed"]
-    if len(ends) == 2 and ends[0] is not None and ends[1] is not None and ends[0] <= 1 <= ends[1]:
+    ends = list_of(c.get("speedup_ci95"))
+    parts = [interval(ends) or "no confidence interval: too few seeds, all at a bound, or not computed"]
+    low, high = (number(v) for v in ends) if len(ends) == 2 else (None, None)
+    if interval(ends) and (low is None or low <= 1) and (high is None or high >= 1):
         parts.append("the interval includes 1, so no speed-up has been shown")
     per_seed = ", ".join(_one_seed(s) for s in list_of(c.get("speedup_bounds") or c.get("speedup_per_seed")))
     parts += [f"per seed {per_seed}"] if per_seed else []
@@ -77,8 +79,8 @@ def _one_seed(found: object) -> str:
     """One seed's speed-up: a number, or a bound with its kind."""
     if not isinstance(found, Mapping):
         return shown(found, 3)
-    kind = str(found.get("kind") or "")
-    return shown(found.get("value"), 3) if kind == "exact" else f"{kind} {shown(found.get('value'), 3)}"
+    kind, value = escape(found.get("kind") or ""), shown(found.get("value"), 3)
+    return value if kind == "exact" else f"{kind} {value}"
 
 
 def _gained(run: Run) -> tuple[str, str, str]:
@@ -359,8 +361,9 @@ def build_report(run_dir: Path) -> str:
 
 def write_report(run_dir: Path, out: Path | None = None) -> Path:
     """Write the page (default: ``report.html`` beside the data) and return where it is."""
-    target = run_dir / "report.html" if out is None else out
     page = build_report(run_dir)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(page, encoding="utf-8")
-    return target
+    if out is not None:
+        write_named(out, page)
+        return out
+    write_text(run_dir / "report.html", page)
+    return run_dir / "report.html"

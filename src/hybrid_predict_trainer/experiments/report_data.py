@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..safe_files import read_json_object, read_lines
+
 Record = Mapping[str, Any]
 
 PHASES = ("warmup", "full", "predict", "correct")
@@ -83,13 +85,7 @@ def list_of(value: object) -> list[Any]:
 
 def read_json(path: Path) -> Record:
     """A JSON object from a file; a ValueError with the file's name if it holds none."""
-    try:
-        found = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(found).__name__}")
-    return found
+    return read_json_object(path)
 
 
 def read_metrics(path: Path) -> tuple[tuple[Step, ...], dict[str, tuple[Record, ...]], tuple[str, ...]]:
@@ -101,30 +97,29 @@ def read_metrics(path: Path) -> tuple[tuple[Step, ...], dict[str, tuple[Record, 
     steps: list[Step] = []
     events: dict[str, list[Record]] = defaultdict(list)
     torn, num_superseded = 0, 0
-    with path.open("rb") as file:
-        for at, raw in enumerate(file, 1):
-            if not raw.strip():
-                continue
-            if torn:
-                raise ValueError(f"{path}:{torn}: not a JSON object")
-            try:
-                record = json.loads(raw)
-            except (ValueError, RecursionError):
-                record = None
-            if not isinstance(record, dict):
-                torn = at
-                continue
-            event, step = str(record.get("event", "")), number(record.get("step"))
-            if event == "step":
-                step = (steps[-1].step + 1 if steps else 0.0) if step is None else step
-                if steps and step <= steps[-1].step:
-                    before = len(steps) + sum(map(len, events.values()))
-                    steps = [s for s in steps if s.step < step]
-                    events = defaultdict(list, {k: _until(rows, step) for k, rows in events.items()})
-                    num_superseded += before - len(steps) - sum(map(len, events.values()))
-                steps.append(Step(step, str(record.get("phase")), number(record.get("loss"))))
-            else:
-                events[event].append(record)
+    for at, raw in enumerate(read_lines(path), 1):
+        if not raw.strip():
+            continue
+        if torn:
+            raise ValueError(f"{path}:{torn}: not a JSON object")
+        try:
+            record = json.loads(raw)
+        except (ValueError, RecursionError):
+            record = None
+        if not isinstance(record, dict):
+            torn = at
+            continue
+        event, step = str(record.get("event", "")), number(record.get("step"))
+        if event == "step":
+            step = (steps[-1].step + 1 if steps else 0.0) if step is None else step
+            if steps and step <= steps[-1].step:
+                before = len(steps) + sum(map(len, events.values()))
+                steps = [s for s in steps if s.step < step]
+                events = defaultdict(list, {k: _until(rows, step) for k, rows in events.items()})
+                num_superseded += before - len(steps) - sum(map(len, events.values()))
+            steps.append(Step(step, str(record.get("phase")), number(record.get("loss"))))
+        else:
+            events[event].append(record)
     notices = [f"the last line of {path.name} was torn and has been left out"] if torn else []
     if num_superseded:
         notices.append(f"resumed: {num_superseded} records of an abandoned attempt have been left out")

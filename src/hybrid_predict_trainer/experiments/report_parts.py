@@ -119,9 +119,11 @@ def percent(value: object) -> str:
 def interval(value: object, unit: str = "") -> str:
     """The words for a 95 % confidence interval; empty if there is none."""
     ends = [number(v) for v in list_of(value)]
-    if len(ends) != 2 or None in ends:
+    if len(ends) != 2 or ends == [None, None]:
         return ""
-    return f"95&nbsp;% confidence interval {shown(ends[0])} to {shown(ends[1])}{unit}"
+    low, high = ends
+    words = f"{shown(low)} to {shown(high)}" if low is not None and high is not None else f"up to {shown(high)}"
+    return f"95&nbsp;% confidence interval {f'from {shown(low)} on' if high is None else words}{unit}"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], class_: str = "") -> str:

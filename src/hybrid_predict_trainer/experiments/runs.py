@@ -19,6 +19,7 @@ from ..config import HybridTrainerConfig
 from ..ledger import STEP_UNITS
 from ..metrics import JsonlSink, jsonable
 from ..records import DivergenceError, StepResult
+from ..safe_files import write_text
 from ..tasks import Task, TaskDefaults, TaskSettings, build_optimizer, build_scheduler, with_steps
 from ..toml_io import to_toml
 from ..trainer import HybridTrainer
@@ -205,7 +206,7 @@ def drive(
     hooks = hooks or Hooks()
     steps = steps_of(setup, arm.budget)
     if folder is not None:
-        trainer.metrics.sink = JsonlSink(folder / "metrics.jsonl")
+        trainer.metrics.sink = JsonlSink(folder / "metrics.jsonl", follow_links=False)
     validation = Validation(trainer, setup.task, steps, at=hooks.evaluation)
     note = watch(label, trainer, steps) if watch is not None else None
 
@@ -249,7 +250,7 @@ def write_run(folder: Path, trainer: HybridTrainer, run: Run) -> None:
     """Write what belongs beside the metrics of a run."""
     trainer.metrics.sink.close()
     write_json(folder / "summary.json", {**summary_of(run), **trainer.summary()})
-    (folder / "config.toml").write_text(to_toml(trainer.config), encoding="utf-8")
+    write_text(folder / "config.toml", to_toml(trainer.config))
 
 
 def summary_of(run: Run) -> dict[str, Any]:
@@ -262,8 +263,7 @@ def summary_of(run: Run) -> dict[str, Any]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file for people and programs."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(jsonable(value), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(jsonable(value), indent=1, allow_nan=False) + "\n")
 
 
 def in_steps(cost_units: float) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tomllib
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ from ..presets import PRESETS
 from ..records import CheckpointError, ConfigError, DivergenceError
 from ..tasks import Task, TaskDefaults, TaskSettings, make_task
 from ..tasks.base import OptimizerName, ScheduleName, unknown_name
-from ..toml_io import load, preset_config, with_values
+from ..toml_io import flatten, loads, parse, preset_config, read, with_values
 from .arms import Setup, build_trainer
 
 
@@ -43,6 +43,12 @@ def one_line(text: str) -> str:
     """The text without line breaks."""
     return " ".join(text.split())
 
+
+#: Least and most that a flag takes.
+RANGES: dict[str, tuple[float, float]] = {
+    "threads": (1, 1024), "seed": (0, 2**31), "lr": (sys.float_info.min, sys.float_info.max),
+    **dict.fromkeys(("data_bytes", "batch_size", "context", "steps"), (1, 1000000000)),
+}  # fmt: skip
 
 #: Below this many weights a step takes a few milliseconds, and handing its work to a second thread costs more
 #: than it saves, most of all on a busy machine.
@@ -110,6 +116,30 @@ def build_setup(options: Options, config: HybridTrainerConfig | None = None) -> 
     return setup
 
 
+def given_config(config: HybridTrainerConfig, said: Options, then: Options) -> HybridTrainerConfig:
+    """A run's settings with those that are said again put over them.
+
+    Args:
+        config: Of the run.
+        said: Now; what is not said leaves the settings as they are.
+        then: When the run was started: its single assignments hold over a preset or a file, as they did.
+    """
+    layers: list[Mapping[str, Any]] = []
+    with as_input_error():
+        if said.config_preset is not None:
+            preset_config(said.config_preset)
+            layers.append(PRESETS[said.config_preset])
+        if said.config is not None:
+            layers += file_layers(Path(said.config))
+        if said.predictor is not None and said.predictor not in PREDICTORS:
+            raise unknown_name("predictor", said.predictor, sorted(PREDICTORS))
+        layers += [{"predictor.type": name} for name in (then.predictor, said.predictor) if name is not None]
+        layers += [assignments(then.set), assignments(said.set)]
+        for values in layers:
+            config = with_values(config, values)
+    return config
+
+
 def recipe_of(defaults: TaskDefaults, options: Options) -> TaskDefaults:
     """The task's recipe with what the user chose."""
     if options.optimizer is not None and options.optimizer not in get_args(OptimizerName):
@@ -159,18 +189,11 @@ def config_of(options: Options, recipe: TaskDefaults, steps_per_epoch: int | Non
 
 def file_layers(path: Path) -> list[Mapping[str, Any]]:
     """What a TOML file sets, its preset first; unlike :func:`~..toml_io.load`, nothing it does not set."""
-    load(path)  # every check, with the file's name in the message
-    table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    text = read(path)
+    loads(text, str(path))  # every check, with the file's name in the message
+    table = parse(text)
     preset = table.pop("preset", None)
-    return [*([] if preset is None else [PRESETS[preset]]), dict(_dotted(table))]
-
-
-def _dotted(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in table.items():
-        if isinstance(value, Mapping):
-            yield from _dotted(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
+    return [*([] if preset is None else [PRESETS[preset]]), flatten(table)]
 
 
 def assignments(texts: Sequence[str]) -> dict[str, Any]:
@@ -190,8 +213,8 @@ def assignments(texts: Sequence[str]) -> dict[str, Any]:
 
 def _value(text: str) -> Any:
     try:
-        table = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+        table = parse(f"value = {text}")
+    except ConfigError:
         return text
     return table["value"] if table.keys() == {"value"} else text
 

@@ -7,77 +7,52 @@ where the run has ended or was stopped, ``summary.json``.
 from __future__ import annotations
 
 import contextlib
-import json
+import math
 import signal
 import time
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from .. import checkpoint, persistence
+from ..manifest import CONFIG
 from ..metrics import JsonlSink, jsonable
-from ..records import CheckpointError, StepResult
+from ..records import CheckpointError, DivergenceError, StepResult
+from ..safe_files import UnusableFileError, write_text
 from ..toml_io import load, to_toml
 from ..trainer import HybridTrainer
 from .arms import Setup, Validation, Watch, build_trainer, write_json
 from .environment import environment
 from .recording import FOR_EVER, Recorder, recording_settings
-from .setup import InputError, Options, as_input_error, build_setup
+from .run_folder import (
+    Request,
+    agree,
+    agree_checkpoint,
+    agree_config,
+    agree_task,
+    locked,
+    refuse_used,
+    saved_steps,
+    stored,
+    to_store,
+    untrained,
+)
+from .setup import InputError, as_input_error, build_setup
 
-#: What a folder of results has at least one of.
-OURS = ("run.json", "config.toml", "metrics.jsonl", "summary.json", "compare.json", "checkpoints", "runs")
+__all__ = ["Request", "Saver", "StopSignal", "locked", "refuse_used", "train"]
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """One run: the options, the seed, and whether prediction is off."""
-
-    options: Options
-    seed: int = 0
-    plain: bool = False
-    record: bool = False  # keep every window
-
-
-def refuse_used(out: Path, advice: str) -> None:
-    """Refuse a folder that holds results.
-
-    Raises:
-        InputError: it does, or it is a file.
-    """
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out}: is a file, --out must name a folder")
-    used = next((name for name in OURS if (out / name).exists()), None)
-    if used is not None:
-        raise InputError(f"{out}: holds another run ({used}); {advice}")
-
-
-@contextlib.contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Keep a second process out of a folder; the lock ends with the process, however it ends.
-
-    Raises:
-        InputError: the folder cannot be made, or another process has it.
-    """
-    with as_input_error():
-        out.mkdir(parents=True, exist_ok=True)
-        lock = (out / ".lock").open("w")
-    with lock:
-        try:
-            import fcntl
-        except ImportError:  # not a POSIX system
-            yield
-            return
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"{out}: another process is writing to it") from None
-        yield
+#: What to do where a run is in the way.
+IN_USE = "add --resume to continue it, or choose another --out"
 
 
 class StopSignal:
-    """The first SIGINT or SIGTERM asks for an end after the current step, the second ends the process."""
+    """The first SIGINT, SIGTERM or SIGHUP asks for an end after the current step, the second ends the process.
+
+    A hang-up that is ignored stays ignored: that is what ``nohup`` asks for.
+    """
 
     def __init__(self) -> None:
         """Nothing has been asked yet."""
@@ -87,9 +62,15 @@ class StopSignal:
     def __enter__(self) -> StopSignal:
         """Listen, where this is the main thread."""
         with contextlib.suppress(ValueError):
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in self._numbers():
                 self._previous[number] = signal.signal(number, self._note)
         return self
+
+    @staticmethod
+    def _numbers() -> list[int]:
+        hang_up = getattr(signal, "SIGHUP", None)  # not everywhere
+        heeded = hang_up is not None and signal.getsignal(hang_up) is not signal.SIG_IGN
+        return [signal.SIGINT, signal.SIGTERM, *([hang_up] if hang_up is not None and heeded else [])]
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.number = number
@@ -113,60 +94,62 @@ def train(request: Request, out: Path, *, resume: bool, watch: Watch | None = No
     Args:
         request: What to run; where it is resumed, what the user said again (it has to agree).
         out: Folder of the run.
-        resume: Continue from the latest intact checkpoint.
+        resume: Continue from the latest intact checkpoint, from the beginning where there is none yet.
         watch: Watches the steps.
 
     Returns:
         The object to print, and the exit status.
 
     Raises:
-        InputError: the request cannot be met.
-        CheckpointError: there is nothing intact to resume from, or a checkpoint cannot be written.
+        InputError: the request cannot be met, or is not that of the run to be resumed.
+        CheckpointError: there is nothing intact to resume from, or the last checkpoint cannot be written.
+        DivergenceError: the weights or the validation loss are not finite, or too many steps in a row were not.
     """
     if resume:
-        request = _resumed(request, out)
-        with as_input_error():
-            setup = build_setup(request.options, load(out / "config.toml"))
+        request, setup = _resumed(request, out)
     else:
-        refuse_used(out, "add --resume to continue it, or choose another --out")
+        refuse_used(out, IN_USE)
+        request = replace(request, seed=request.seed or 0)
         setup = build_setup(request.options)
+    described = setup.task.describe()
     if request.record:
         setup = replace(setup, config=recording_settings(setup.config, plain=request.plain))
     with locked(out):
+        begin = not saved_steps(out)
         if not resume:
-            write_json(out / "run.json", asdict(request))
-            (out / "config.toml").write_text(to_toml(setup.config), encoding="utf-8")
-        return _train(setup, request, out, resume=resume, watch=watch)
+            refuse_used(out, IN_USE)  # somebody else may have been quicker
+        elif begin and not untrained(out):
+            raise InputError(f"{out}: was trained, but holds no checkpoint any more; choose another --out")
+        elif begin:
+            warnings.warn(f"{out}: has no checkpoint yet: starting from step 0", stacklevel=2)
+        if begin:
+            with as_input_error():
+                if not resume:
+                    write_json(out / "run.json", to_store(request, described))
+                write_text(out / "config.toml", to_toml(setup.config))
+        return _train(setup, request, out, resume=not begin, watch=watch)
 
 
-def _resumed(request: Request, out: Path) -> Request:
-    """The request of the run in ``out``, which whatever is said now must agree with."""
-    try:
-        stored = json.loads((out / "run.json").read_text(encoding="utf-8"))
-        values: dict[str, Any] = {**stored["options"], "set": tuple(stored["options"]["set"])}
-        options = Options(**values)
-        before = Request(options=options, seed=stored["seed"], plain=stored["plain"], record=stored["record"])
-    except OSError:
-        raise InputError(f"{out}: there is no run to resume (no run.json); leave out --resume to start one") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"{out / 'run.json'}: is damaged; start a new run with another --out") from None
-    for name, value in asdict(request.options).items():
-        was = getattr(before.options, name)
-        if value not in (None, (), "") and value != was:
-            flag = "--" + name.replace("_", "-")
-            said = f"without {flag}" if was in (None, ()) else f"with {flag} {was}"
-            raise InputError(f"{out}: was started {said}, not {value}; leave the flag out or choose another --out")
-    for name in ("seed", "plain", "record"):
-        if getattr(request, name) and getattr(request, name) != getattr(before, name):
-            raise InputError(f"{out}: was started with --{name} {getattr(before, name)}; leave the flag out")
-    return before
+def _resumed(said: Request, out: Path) -> tuple[Request, Setup]:
+    """The request of the run in ``out``, which whatever is said now must agree with, and what it needs."""
+    then = stored(out)
+    agree(out, said, then)
+    request = then.request
+    options = request.options if then.data_path is None else replace(request.options, data=then.data_path)
+    begun = bool(saved_steps(out))  # else config.toml may be missing: a kill came between
+    with as_input_error():
+        setup = build_setup(options, load(out / "config.toml") if begun else None)
+    agree_config(out, said.options, request.options, setup.config)
+    agree_task(out, then.task, setup.task.describe())
+    return request, setup
 
 
 def _train(
     setup: Setup, request: Request, out: Path, *, resume: bool, watch: Watch | None
 ) -> tuple[dict[str, Any], int]:
+    seed = request.seed or 0
     trainer = build_trainer(
-        setup, lr=setup.recipe.lr, steps=setup.steps, seed=request.seed, predict=request.record or not request.plain,
+        setup, lr=setup.recipe.lr, steps=setup.steps, seed=seed, predict=request.record or not request.plain,
         wrap=Recorder if request.record else None,
     )  # fmt: skip
     if isinstance(trainer.run.predictor, Recorder):
@@ -176,19 +159,15 @@ def _train(
     folder = out / "checkpoints"
     data = Position()
     if resume:
-        data = Position.of(persistence.load(trainer.run, trainer.metrics, checkpoint.latest(folder)))
-    trainer.metrics.sink = JsonlSink(out / "metrics.jsonl")
+        latest = checkpoint.latest(folder)
+        agree_checkpoint(out / "config.toml", load(latest / CONFIG), trainer.config)
+        data = Position.of(persistence.load(trainer.run, trainer.metrics, latest))
+    with as_input_error():
+        trainer.metrics.sink = JsonlSink(out / "metrics.jsonl", follow_links=False)
     validation = Validation(trainer, setup.task, setup.steps, before_s=data.wall_s)
     note = watch("", trainer, setup.steps) if watch is not None else _silent
     every = setup.config.checkpoint.save_interval
-    saved = trainer.current_step if resume else -1
-
-    def save() -> None:
-        nonlocal saved
-        if trainer.current_step != saved:
-            data.wall_s = validation.wall_s()
-            persistence.save(trainer.run, trainer.metrics, folder, extra={"data": asdict(data)})
-            saved = trainer.current_step
+    saver = Saver(trainer, folder, data, validation, saved=trainer.current_step if resume else -1)
 
     def after_step(result: StepResult) -> None:
         data.num_consumed += result.consumed
@@ -198,28 +177,86 @@ def _train(
         if validation.due():
             validation.measure()
         if trainer.current_step % every == 0:
-            save()
+            saver.attempt()
 
-    with StopSignal() as stop:
+    with StopSignal() as stop, contextlib.closing(trainer.metrics.sink):
         if not resume:
-            save()  # a run that is killed early can be resumed too, and a disk that refuses says so now
+            saver.save()  # a run that is killed early can be resumed too, and a disk that refuses says so now
         if not _ended(trainer, setup.steps):
-            batches = setup.task.batches(request.seed, start=data.num_consumed)
+            batches = setup.task.batches(seed, start=data.num_consumed)
             trainer.fit(
                 batches, total_steps=setup.steps, progress_callback=after_step, should_stop=lambda: stop.number > 0
             )
         wall_s = validation.wall_s()
-        save()
+        failed = saver.attempt()
         ended = _ended(trainer, setup.steps)
         val_loss = validation.final() if ended else None
         result = _result(setup, request, trainer, wall_s, val_loss, ended=ended)
         trainer.metrics.sink.close()
-        if isinstance(trainer.run.predictor, Recorder):
-            trainer.run.predictor.recording.save(out / "recording")
-        write_json(out / "summary.json", result)
+        _write_results(trainer, out, result)
+    if val_loss is not None and not math.isfinite(val_loss):
+        raise DivergenceError(f"{out}: training diverged: the validation loss is {val_loss}.  Lower --lr")
+    if failed is not None:
+        raise failed
     printed = {k: v for k, v in result.items() if k != "divergence_events"}
     status = 0 if ended else stop.exit_status
-    return {"out": str(out), "checkpoint": str(folder / f"checkpoint_step_{saved}"), **jsonable(printed)}, status
+    return {"out": str(out), "checkpoint": str(folder / f"checkpoint_step_{saver.saved}"), **jsonable(printed)}, status
+
+
+def _write_results(trainer: HybridTrainer, out: Path, result: Mapping[str, Any]) -> None:
+    """Summary and recording.
+
+    Raises:
+        CheckpointError: the disk refused.
+    """
+    try:
+        write_json(out / "summary.json", result)
+        if isinstance(trainer.run.predictor, Recorder):
+            trainer.run.predictor.recording.save(out / "recording")
+    except (OSError, UnusableFileError) as error:
+        raise CheckpointError(f"{out}: the results cannot be written: {error}") from error
+
+
+class Saver:
+    """Writes checkpoints of a run.  One that fails in its course is warned of and tried again at the next interval."""
+
+    def __init__(
+        self, trainer: HybridTrainer, folder: Path, data: Position, validation: Validation, *, saved: int
+    ) -> None:
+        """Args: trainer: of the run.  folder: of checkpoints.  data: its position.  validation: knows the wall time.
+
+        saved: step of the newest checkpoint, -1 if there is none.
+        """
+        self.saved = saved
+        self._trainer, self._folder, self._data, self._validation = trainer, folder, data, validation
+        self._failing = False
+
+    def save(self) -> None:
+        """Write one, unless the newest is of this step.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        step = self._trainer.current_step
+        if step == self.saved:
+            return
+        self._data.wall_s = self._validation.wall_s()
+        extra = {"data": asdict(self._data)}
+        persistence.save(self._trainer.run, self._trainer.metrics, self._folder, extra=extra)
+        self.saved = step
+
+    def attempt(self) -> CheckpointError | None:
+        """:meth:`save`, whose failure is returned; said once until one is written again."""
+        try:
+            self.save()
+        except CheckpointError as error:
+            if not self._failing:
+                kept = "there is none yet" if self.saved < 0 else f"the newest is of step {self.saved}"
+                warnings.warn(f"{error}; training goes on, and the next interval tries again ({kept})", stacklevel=2)
+            self._failing = True
+            return error
+        self._failing = False
+        return None
 
 
 def _silent(result: StepResult) -> None:
@@ -255,7 +292,7 @@ def _result(
     setup: Setup, request: Request, trainer: HybridTrainer, wall_s: float, val_loss: float | None, *, ended: bool
 ) -> dict[str, Any]:
     return {
-        "task": setup.task.name, "seed": request.seed, "arm": "plain" if request.plain else "hybrid",
+        "task": setup.task.name, "seed": request.seed or 0, "arm": "plain" if request.plain else "hybrid",
         "steps": setup.steps, "lr": setup.recipe.lr, "completed": ended, "final_val_loss": val_loss,
         "wall_s": wall_s, "environment": environment(setup.settings.device), "task_settings": setup.task.describe(),
         **trainer.summary(),

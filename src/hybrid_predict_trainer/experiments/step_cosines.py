@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .. import weights
-from ..step_scale import step_cosines
+from ..edge_test import step_cosines
 from ..tasks import TaskSettings, build_optimizer, build_scheduler, make_task, with_steps
 from .table import aligned
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .arms import in_steps
+from .statistics import ends_words
 
 HEAD = ("arm", "final val loss", "cost, steps", "wall s", "forward", "backward", "jumps", "lr")
 
@@ -58,8 +59,14 @@ def _row(arm: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _interval(ends: Sequence[float] | None) -> str:
-    return "no interval" if ends is None else f"95 % CI [{ends[0]:.3f}, {ends[1]:.3f}]"
+    return f"95 % CI {ends_words(ends, '.3f')}" if ends is not None else "no interval"
 
 
 def _percent(value: float | None) -> str:
     return "unknown" if value is None else f"{value:+.3f} %"
+
+
+def short_value(value: object) -> str:
+    """A value as a line of text shows it: what a file says may be a page long."""
+    told = value if isinstance(value, str) and value.isprintable() else repr(value)
+    return told if len(told) <= 120 else f"{told[:117]}..."

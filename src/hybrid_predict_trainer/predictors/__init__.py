@@ -56,7 +56,7 @@ def build(config: HybridTrainerConfig, num_groups: int, num_weights: int = 0) ->
     Raises:
         ConfigError: unknown name, or more memory than ``predictor_memory_mb``.
     """
-    name = config.predictor_type
+    name = "secant" if config.predictor_type == "auto" else config.predictor_type
     constructor = PREDICTORS[name] if name in PREDICTORS else _installed(name)
     predictor = constructor(with_history_that_fits(config, num_weights), num_groups)
     needed = predictor.memory_bytes() / 2**20
@@ -73,7 +73,7 @@ def _installed(name: str) -> Callable[[HybridTrainerConfig, int], Predictor]:
     if name in found.names:
         constructor: Callable[[HybridTrainerConfig, int], Predictor] = found[name].load()
         return constructor
-    names = sorted({*PREDICTORS, *found.names})
+    names = sorted({"auto", *PREDICTORS, *found.names})
     near = difflib.get_close_matches(name, names, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ConfigError(f"predictor.type = {name!r} is unknown: must be one of {', '.join(names)}{hint}")

@@ -73,6 +73,8 @@ def load_images(data: str | Path | None) -> ImageSet:
 
 def read_images(path: Path) -> tuple[Tensor, Tensor]:
     """Return x (N, S, S, C) uint8 and y (N,) int64 of one .npz file."""
+    if not path.is_file():
+        raise ValueError(f"{path} is no .npz file with arrays x (images) and y (labels): it is no regular file")
     try:
         with np.load(path, allow_pickle=False) as arrays:
             x, y = arrays["x"], arrays["y"]

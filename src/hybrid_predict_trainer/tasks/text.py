@@ -12,9 +12,10 @@ import importlib
 import platform
 import re
 import sysconfig
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,13 @@ STDLIB_BYTES = 8_000_000  # of the library's 12 MB: read in half a second; 4000 
 LOCAL_BYTES = 256_000_000
 STREAM_BYTES = 64_000_000
 VALID_EVERY = 20  # files or documents; of a single file the last 1 / VALID_EVERY
+
+#: Of a folder's text that is split by file; beyond, one file dominates.
+LEAST_VALID, MOST_VALID = 0.01, 0.2
+
+NUM_LOOKED_AT = 65_536  # bytes of a file, to see whether it is text
+#: Bytes that text has next to none of; tab, line feed, form feed, carriage return, backspace and escape it may have.
+CONTROL_BYTES = bytes(set(range(32)) - {8, 9, 10, 12, 13, 27})
 
 STDLIB_EXCLUDED = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
 PART_NAME = re.compile(r"(?:^|[_.-])(train|valid|test)[_.-]")
@@ -134,7 +142,7 @@ def load_file(path: Path, max_bytes: int, name: str) -> Corpus:
     text = read_text(path, max_bytes)
     if not text:
         raise ValueError(f"{path} is empty; pass a file with text in it")
-    if b"\0" in text[:4096]:
+    if b"\0" in text[:NUM_LOOKED_AT]:  # who names a file means it: other control characters may be
         raise ValueError(f"{path} holds binary data; pass a text file, or one compressed as .gz")
     cut = len(text) - len(text) // VALID_EVERY
     return _corpus(name, [text[:cut]], [text[cut:]])
@@ -143,24 +151,73 @@ def load_file(path: Path, max_bytes: int, name: str) -> Corpus:
 def load_folder(path: Path, max_bytes: int, name: str) -> Corpus:
     """Return a folder's text: split by name if all files are called train, valid or test, else by file.
 
+    Where a split by file would keep more than a fifth of the text from training, or leave next to nothing for
+    validation, because one file dominates, each file gives its last twentieth instead.  Hidden files and folders
+    and files of binary content are passed over; how many is said, and told by the corpus' `source`.
+
     Args:
         path: searched with its subfolders.
-        max_bytes: read at most this much training text, and as much for validation.
+        max_bytes: read at most this much training text, and as much for validation where files say their part.
         name: what reports call it.
     """
-    candidates = (p for p in path.rglob("*") if p.is_file() and p.suffix in TEXT_SUFFIXES)
-    files = sorted(p for p in candidates if p.stat().st_size > 0)
+    files, passed_over = text_files(path)
     if not files:
-        raise ValueError(f"no text in {path}: no file in it ends in {', '.join(TEXT_SUFFIXES)} and is not empty")
+        kinds = f"no file in it ends in {', '.join(TEXT_SUFFIXES)} and is not empty"
+        raise ValueError(f"no text in {path}: {kinds}{passed_over_words(passed_over)}")
+    if passed_over:
+        warnings.warn(f"{path}{passed_over_words(passed_over)}", stacklevel=2)
+    corpus = load_files(path, files, max_bytes, name)
+    return replace(corpus, source={**corpus.source, "passed_over": passed_over}) if passed_over else corpus
+
+
+def text_files(path: Path) -> tuple[list[Path], dict[str, int]]:
+    """Return the text files below a folder in the order of their names, and how many of which kind were passed over."""
+    files: list[Path] = []
+    passed_over: dict[str, int] = {}
+    for found in sorted(path.rglob("*")):
+        if found.suffix.lower() not in TEXT_SUFFIXES or not found.is_file() or found.stat().st_size == 0:
+            continue
+        hidden = any(part.startswith(".") for part in found.relative_to(path).parts)
+        if not hidden and not is_binary(read_text(found, NUM_LOOKED_AT)):
+            files.append(found)
+            continue
+        kind = "hidden" if hidden else "binary"
+        passed_over[kind] = passed_over.get(kind, 0) + 1
+    return files, passed_over
+
+
+def passed_over_words(passed_over: dict[str, int]) -> str:
+    """Return the end of a sentence about a folder; empty where nothing was passed over."""
+    told = " and ".join(f"{count} {kind}" for kind, count in sorted(passed_over.items()))
+    return f": passed over {told} files" if told else ""
+
+
+def is_binary(content: bytes) -> bool:
+    """Return whether the beginning of a file is no text in any encoding whose line ends are single bytes."""
+    head = content[:NUM_LOOKED_AT]
+    return b"\0" in head or len(head.translate(None, CONTROL_BYTES)) < 0.9 * len(head)
+
+
+def load_files(path: Path, files: list[Path], max_bytes: int, name: str) -> Corpus:
+    """Return the text of a folder's files, at least one, split."""
     if len(files) == 1:
         return load_file(files[0], max_bytes, name)
     parts = [PART_NAME.search(p.name) for p in files]
     train = [p for p, part in zip(files, parts, strict=True) if part and part[1] == "train"]
     valid = [p for p, part in zip(files, parts, strict=True) if part and part[1] == "valid"]
     # Every name must say its part: a project with a train.py and a valid.py is not a split data set.
-    if not (all(parts) and train and valid):
-        train, valid = split_by_hash({p.relative_to(path).as_posix(): p for p in files})
-    return _corpus(name, read_files(train, max_bytes), read_files(valid, max_bytes))
+    if all(parts) and train and valid:
+        return _corpus(name, read_files(train, max_bytes), read_files(valid, max_bytes))
+    train, valid = split_by_hash({p.relative_to(path).as_posix(): p for p in files})
+    texts = read_files(train, max_bytes), read_files(valid, max_bytes // 4)
+    sizes = [sum(map(len, text)) for text in texts]
+    if LEAST_VALID * sum(sizes) <= sizes[1] <= MOST_VALID * sum(sizes):
+        return _corpus(name, *texts)
+    whole = read_files([*valid, *train], max_bytes)  # the order of their hashes, but for those held out
+    cuts = [len(text) - len(text) // VALID_EVERY for text in whole]
+    pairs = list(zip(whole, cuts, strict=True))
+    ends = [text[cut:] for text, cut in pairs if cut < len(text)]
+    return _corpus(name, [text[:cut] for text, cut in pairs], ends) if ends else _corpus(name, *texts)
 
 
 def load_hub(name: str, max_bytes: int) -> Corpus:

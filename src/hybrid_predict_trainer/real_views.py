@@ -1,0 +1,68 @@
+"""Complex parameters seen as real ones of twice the numbers: what is predicted of spectral layers.
+
+Inner products, means and jumps of complex weights are those of their real and imaginary parts, so everything that
+works on lists of real tensors works on these views.  A view shares its storage with the parameter: what is written to
+one is written to both.  Gradient and ``requires_grad`` are the parameter's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class RealView(Tensor):
+    """(..., 2) real view of a complex parameter; operations on it give plain tensors.
+
+    Attributes:
+        base: The complex parameter.
+    """
+
+    base: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def of(parameter: Tensor) -> RealView:
+        """The view of ``parameter``."""
+        view: RealView = torch.view_as_real(parameter.detach()).as_subclass(RealView)
+        view.base = parameter
+        return view
+
+    @property
+    def grad(self) -> Tensor | None:  # type: ignore[override]
+        """The parameter's gradient, real."""
+        grad = self.base.grad
+        return None if grad is None else torch.view_as_real(grad.detach().resolve_conj())
+
+    @property
+    def requires_grad(self) -> bool:  # type: ignore[override]
+        """Whether the parameter trains."""
+        return self.base.requires_grad
+
+    def follow(self) -> None:
+        """Look at the parameter's storage where that was replaced (``parameter.data = ...``)."""
+        if self.data_ptr() != self.base.data_ptr():
+            self.data = torch.view_as_real(self.base.detach())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        """A plain tensor of its own."""
+        return self.detach().clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """As a plain tensor: a view cannot be kept without its parameter."""
+        return self.detach().clone().__reduce_ex__(protocol)
+
+
+def owner(tensor: Tensor) -> Tensor:
+    """The parameter that a predicted tensor belongs to: itself, or the complex one that it is a view of."""
+    return tensor.base if isinstance(tensor, RealView) else tensor
+
+
+def follow(tensors: Iterable[Tensor]) -> None:
+    """:meth:`RealView.follow` for all views among ``tensors``."""
+    for tensor in tensors:
+        if isinstance(tensor, RealView):
+            tensor.follow()
