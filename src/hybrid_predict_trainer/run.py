@@ -246,6 +246,7 @@ class Run:
     def restore(self, snapshot: Snapshot, *, rng: bool = True) -> None:
         """The one call that puts a snapshot back."""
         snapshot.restore(self.model, self.optimizer, self.others, rng=rng)
+        self.writes.record()  # this write is the run's own
         self.schedule.resynchronize()
 
     def evaluate_loss(self, batch: Any) -> Tensor:
