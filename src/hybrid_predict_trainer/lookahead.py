@@ -291,7 +291,7 @@ class DriftLookahead:
     def load_state_dict(self, state: State) -> None:
         """Inverse of :meth:`state_dict`, with copies."""
         self.num_steps, self._rates = state["num_steps"], state["rates"]
-        self._sums = state["sums"].clone()
+        self._sums = state["sums"].clone() if "sums" in state else torch.zeros(2)  # none in format 2
         self._theta_0, self._b = weights.clone(state["theta_0"]), weights.clone(state["b"])
 
 

@@ -290,6 +290,8 @@ class LearnedScale:
 
     def load_state_dict(self, state: State) -> None:
         """Inverse of :meth:`state_dict`; tensors are copied and go to their parameters' devices when they are used."""
+        if "multiplier" not in state:  # inside a snapshot of format 2: what m was then has no counterpart today
+            return
         self.multiplier.load_state_dict(state["multiplier"])
         self.trial.load_state_dict(state["trial"])
         self._num_steps, self._collecting = state["num_steps"], state["collecting"]
