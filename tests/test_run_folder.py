@@ -384,6 +384,56 @@ def contents(path: Path) -> Any:
     return path.read_bytes() if path.exists() else None
 
 
+@pytest.mark.parametrize("command", ["resume", "compare", "report"])
+def test_nothing_is_written_to_the_other_names_of_a_file(
+    command: str, copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A copy made of hard links (``cp -al``) stays as it was; so does a stranger's file under one of our names."""
+    out, other = copied / "run", copied / "other"
+    if command == "compare":
+        shutil.rmtree(out)
+        other.mkdir()
+        names = [name for name in LINKED if name not in ("checkpoints", "recording")]
+        for name in names:
+            (other / name).write_text("{}\n")
+            (other / name).chmod(0o640)
+    else:
+        (out / "report.html").write_text("an old page\n")
+        shutil.move(out, other)
+        # a run that was killed after step 4: there is more to be written
+        shutil.rmtree(max((other / "checkpoints").glob("checkpoint_step_*")))
+        (other / "summary.json").unlink(missing_ok=True)
+    shutil.copytree(other, out, copy_function=os.link)
+    before = contents(other)
+    argv: dict[str, list[str | Path]] = {
+        "resume": ["train", "--resume", "--out", out],
+        "compare": ["compare", *TINY, "--steps", "2", "--overwrite", "--out", out],
+        "report": ["report", out],
+    }
+    status, _, err = run(capsys, *argv[command])
+    assert status == 0, err
+    assert contents(other) == before
+    assert contents(out) != before
+
+
+def test_a_file_that_is_appended_to_has_one_name(tmp_path: Path) -> None:
+    path, other = tmp_path / "metrics.jsonl", tmp_path / "other"
+    path.write_bytes(b"first\n")
+    path.chmod(0o640)
+    os.link(path, other)
+    shared = os.fdopen(safe_files.open_append(path, written=False), "a")
+    assert path.stat().st_ino == other.stat().st_ino, "a lock is one for all names"
+    with shared, os.fdopen(safe_files.open_append(path), "a") as file:
+        file.write("second\n")
+    assert (path.read_bytes(), other.read_bytes()) == (b"first\nsecond\n", b"first\n")
+    assert path.stat().st_mode & 0o777 == 0o640
+    inode = path.stat().st_ino
+    with os.fdopen(safe_files.open_append(path), "a") as file:
+        file.write("third\n")
+    assert (path.stat().st_ino, path.read_bytes()) == (inode, b"first\nsecond\nthird\n")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "other"]
+
+
 def test_links_below_the_runs_of_a_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     victim = tmp_path / "victim"
     victim.mkdir()

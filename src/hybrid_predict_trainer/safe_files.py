@@ -1,4 +1,4 @@
-"""Small files that may come from anybody: read with limits, written without following links.
+"""Small files that may come from anybody: read with limits, written without following links, symbolic or hard.
 
 A folder of results is passed around, unpacked from archives and shared.  Where a JSON or TOML file is expected there
 may be a pipe that never ends, a device, a file of a terabyte or nesting a million deep; where a file is to be written
@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ MAX_LINE_BYTES = 10_000_000
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 _NO_WAIT = getattr(os, "O_NONBLOCK", 0)
 _CLOSE = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW | _CLOSE
 
 
 class UnusableFileError(ValueError):
@@ -138,10 +140,9 @@ def write_text(path: str | Path, text: str) -> None:
     path = Path(path)
     refuse_special(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.parent / f".{path.name[:80]}.{secrets.token_hex(4)}.part"
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW | _CLOSE
+    partial = _partial(path)
     try:
-        with os.fdopen(os.open(partial, flags, 0o666), "w", encoding="utf-8", newline="\n") as file:
+        with os.fdopen(os.open(partial, _NEW, 0o666), "w", encoding="utf-8", newline="\n") as file:
             file.write(text)
         partial.replace(path)
     finally:
@@ -162,19 +163,53 @@ def write_named(path: str | Path, text: str) -> None:
         write_text(path, text)
 
 
-def open_append(path: str | Path) -> int:
+def open_append(path: str | Path, *, written: bool = True) -> int:
     """A descriptor that appends to a regular file, which is made if missing.
+
+    A file that has other names too (hard links: a copy made with ``cp -al``) is replaced by one of its own first, so
+    that what the other names show stays as it is.
+
+    Args:
+        path: Of the file.
+        written: False: only a lock is held on it, which every name must share.
 
     Raises:
         UnusableFileError: there is a symbolic link, a pipe, a device or a folder.
         OSError: it cannot be opened.
     """
     refuse_special(path)
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | _NO_FOLLOW | _NO_WAIT | _CLOSE, 0o666)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # it came between
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | _NO_FOLLOW | _NO_WAIT | _CLOSE
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):  # it came between
+            raise UnusableFileError(f"{path}: cannot be written: not a regular file")
+        if found.st_nlink == 1 or not written:
+            return descriptor
+        _part_from_links(Path(path), stat.S_IMODE(found.st_mode))
+    except BaseException:
         os.close(descriptor)
-        raise UnusableFileError(f"{path}: cannot be read: not a regular file")
-    return descriptor
+        raise
+    os.close(descriptor)
+    return os.open(path, flags, 0o666)
+
+
+def _part_from_links(path: Path, mode: int) -> None:
+    """Give a name a file of its own, with the content and the permissions of the one it shared with other names."""
+    partial = _partial(path)
+    try:
+        with opened(path) as shared, os.fdopen(os.open(partial, _NEW, 0o600), "wb") as own:
+            shutil.copyfileobj(shared, own)
+        partial.chmod(mode)
+        partial.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def _partial(path: Path) -> Path:
+    """Where a file is written before it takes its place: a name that nothing has."""
+    return path.parent / f".{path.name[:80]}.{secrets.token_hex(4)}.part"
 
 
 def refuse_special(path: str | Path) -> None:

@@ -97,7 +97,7 @@ def locked(out: Path) -> Iterator[None]:
     with as_input_error():
         out.mkdir(parents=True, exist_ok=True)
         refuse_links(out, WRITTEN)
-        lock = os.fdopen(open_append(out / ".lock"), "a")
+        lock = os.fdopen(open_append(out / ".lock", written=False), "a")
     with lock:
         try:
             import fcntl
