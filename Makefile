@@ -7,11 +7,12 @@ OUT ?= demo-results
 
 REGIMES := pinn epochs finetune lm lm-lowlr lm-muon
 
-.PHONY: demo test check bench regimes harm harm-quick clean help
+.PHONY: demo test golden check bench regimes harm harm-quick clean help
 
 help:
 	@echo "make demo   train a language model and a physics-informed network plainly and with predicted phases"
 	@echo "make test   run the tests"
+	@echo "make golden AGAINST=path  short runs with the checkout there and with this one: the same to the last bit?"
 	@echo "make check  ruff, mypy, import order"
 	@echo "make bench  measure the overhead of a full step"
 	@echo "make harm-quick  is ordinary training never made worse?  The short set (two minutes)"
@@ -32,6 +33,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+golden: $(STAMP)
+	$(if $(AGAINST),,$(error say AGAINST=path, a checkout of an earlier build: git worktree add path commit))
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.golden --against "$(AGAINST)"
 
 check: $(STAMP)
 	$(BIN)/ruff check
