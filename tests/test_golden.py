@@ -128,8 +128,8 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--list"]) == 0
     listed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in listed] == list(RUNS)
-    assert main(["--against", str(PRESENT), "--only", "off,hold-full"]) == 0
-    assert "2 of 2 runs are the same to the last bit" in capsys.readouterr().out
+    assert main(["--against", str(PRESENT), "--only", "off"]) == 0
+    assert "1 of 1 runs are the same to the last bit" in capsys.readouterr().out
     for wrong in (["--only", "of"], []):
         with pytest.raises(SystemExit):
             main(wrong)

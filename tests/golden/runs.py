@@ -178,7 +178,7 @@ PREDICTORS = {
     "heuristic-full": full("heuristic"),
     "secant-full": full("secant", optimizer=momentum),
     "quasi-newton-full": full("quasi_newton"),
-    "linear-full": full("linear", 60),
+    "linear-full": full("linear", 44),
     "dmd-full": full("dmd", 60, optimizer=momentum, least=ONE_JUMP),
     "mlp-full": full("mlp", settings=SMALL_MLP, least=ONE_JUMP),
     "rssm-full": full("rssm", 32, settings=SMALL_RSSM, least=ONE_JUMP),
@@ -226,11 +226,11 @@ JUMPING = {
 MOVING = {
     "multiplier": ordinary("the learned multiplier is raised", 120, 64, least={"learned_scale": 1.5}),
     "blocks": ordinary(
-        "early cuts in blocks that were never trained, which begin with a group warm-up", 60, model=material.Blocks,
+        "early cuts in blocks that were never trained, which begin with a group warm-up", 36, model=material.Blocks,
         optimizer=fast_adamw, least={"num_early_cuts": 1}, without={"training.min_learned_scale": 1.0},
     ),
     "lookahead": ordinary(
-        "lookahead between steps", 100, optimizer=adamw, without={"training.lookahead": 0.0, "training.smoothing": 0.0},
+        "lookahead between steps", 60, optimizer=adamw, without={"training.lookahead": 0.0, "training.smoothing": 0.0},
         settings={"training.lookahead_scope": "all", "gate.control_fraction": 0.2},
     ),
     "accumulated": stochastic("secant", about="four micro-batches in one loss", loss=material.accumulated),
@@ -254,7 +254,7 @@ MOVING = {
 GOING_WRONG = {
     "resumed": full("secant", about="a resume between jumps", act=resumed, schedule=decay, model=material.norm),
     "resumed-blocks": ordinary(
-        "a resume with lookahead and group warm-up under way", 50, act=resumed, model=material.Blocks,
+        "a resume with lookahead and group warm-up under way", 32, act=resumed, model=material.Blocks,
         least={"num_early_cuts": 1},
     ),
     "resumed-raised": ordinary(
