@@ -255,6 +255,7 @@ GOING_WRONG = {
     "resumed": full("secant", about="a resume between jumps", act=resumed, schedule=decay, model=material.norm),
     "resumed-blocks": ordinary(
         "a resume with lookahead and group warm-up under way", 32, act=resumed, model=material.Blocks,
+        optimizer=fast_adamw,
         least={"num_early_cuts": 1},
     ),
     "resumed-raised": ordinary(
