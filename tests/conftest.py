@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 from collections.abc import Iterator
@@ -27,3 +28,25 @@ def _repeatable() -> Iterator[None]:
     random.seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+class _Collecting(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+@pytest.fixture(autouse=True)
+def notices() -> Iterator[list[str]]:
+    """What would have been warned of within a step where warnings are errors: it goes to the log and does not raise.
+
+    A test that expects some takes them out; all others must have none.
+    """
+    handler, logger = _Collecting(), logging.getLogger("hybrid_predict_trainer.notices")
+    logger.addHandler(handler)
+    yield handler.messages
+    logger.removeHandler(handler)
+    assert not handler.messages

@@ -17,6 +17,7 @@ ROOT = Path(hybrid_predict_trainer.__file__).parent
 #: A module imports only from modules before it.  A new module has to be put in its place here.
 ORDER = (
     "version",
+    "notices",
     "records",
     "safe_files",
     "config",
@@ -57,6 +58,7 @@ ORDER = (
     "bandit",
     "ledger",
     "observer",
+    "guarded_observer",
     "adaptation",
     "counters",
     "phases",
@@ -81,6 +83,7 @@ ORDER = (
     "predictor_choice",
     "probation",
     "run",
+    "motions",
     "outside",
     "evaluation",
     "withdrawal",
@@ -136,7 +139,7 @@ OUTER = ("integrations", "tasks", "experiments", "bench", "progress", "cli", "__
 
 MAX_LINES = 450
 #: Modules that are longer today and their present length: to be split, and then taken from here.
-TOO_LONG = {"executors": 460}
+TOO_LONG: dict[str, int] = {}
 
 
 def modules() -> dict[str, Path]:

@@ -9,8 +9,10 @@ is settled, because only then is it known whether it paid.  The same accounts re
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, replace
-from typing import Any
+from functools import update_wrapper
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ from .bandit import Bandit, Choice, LinUCB, context_features, horizons, reward
 from .calibration import Confidence, Evidence, TrackRecord
 from .config import HybridTrainerConfig
 from .corrector import Corrector, NoCorrection, ResidualCorrector
+from .failures import Failures, Place
 from .features import NUM_LOSS_FEATURES
 from .ledger import STEP_UNITS, Account
 from .records import BasisSpec, Hindsight, PhasePrediction, State, Window
@@ -36,11 +39,34 @@ def corrector_for(config: HybridTrainerConfig, spec: BasisSpec, num_groups: int)
     )  # fmt: skip
 
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def harmless(method: Callable[Concatenate[Adaptation, P], T]) -> Callable[Concatenate[Adaptation, P], T | None]:
+    """A method that learns from an outcome: what it raises is counted, and nothing is learnt."""
+
+    def guarded(self: Adaptation, /, *args: P.args, **kwargs: P.kwargs) -> T | None:
+        if self.failures.exhausted(Place.FEEDBACK):
+            return None
+        try:
+            return method(self, *args, **kwargs)
+        except Exception as error:
+            self.failures.note(Place.FEEDBACK, error)
+            return None
+
+    update_wrapper(guarded, method)
+    return guarded
+
+
 class Adaptation:
     """Corrector, confidence and bandit of one run."""
 
-    def __init__(self, config: HybridTrainerConfig, spec: BasisSpec, num_groups: int) -> None:
-        """Nothing is known yet."""
+    def __init__(
+        self, config: HybridTrainerConfig, spec: BasisSpec, num_groups: int, failures: Failures | None = None
+    ) -> None:
+        """Nothing is known yet; what fails is counted in ``failures``."""
+        self.failures = Failures() if failures is None else failures
         self.corrector = corrector_for(config, spec, num_groups)
         self.record = TrackRecord()
         self.confidence = Confidence()
@@ -63,6 +89,7 @@ class Adaptation:
         """Whether a forecast is wanted at every window's close."""
         return self._forecasts
 
+    @harmless
     def learn(self, window: Window) -> float | None:
         """Hold the last forecast against the window that has just closed; returns its cosine."""
         forecast, self.forecast = self.forecast, None
@@ -71,6 +98,7 @@ class Adaptation:
         self.corrector.observe(extract(window.hindsight, forecast, self.features, window.loss))
         return displacement_cosine(forecast.coefficients, window.hindsight)
 
+    @harmless
     def note_forecast(self, window: Window, forecast: PhasePrediction) -> None:
         """Remember what is forecast for the next window."""
         self.forecast, self.features = forecast, window.features
@@ -82,6 +110,7 @@ class Adaptation:
         self.evidence = evidence
         return self.confidence.predict(evidence)
 
+    @harmless
     def note_outcome(self, kept: bool) -> None:
         """A jump was refused, kept or taken back; whether a kept one pays comes with its account."""
         self.record.record(kept)
@@ -107,12 +136,14 @@ class Adaptation:
             self._choice = None
         return horizon
 
+    @harmless
     def note_refusal(self, price_units: float, window_steps: int) -> None:
         """The proposal at the chosen horizon was refused: its price is its reward."""
         if self._choice is not None:
             self.bandit.observe(self._choice, reward(0.0, price_units / STEP_UNITS, window_steps))
             self._choice = None
 
+    @harmless
     def note_approval(self, step: int) -> None:
         """The proposal was approved: its reward and its worth come with its account."""
         if self._choice is not None:
@@ -122,6 +153,7 @@ class Adaptation:
             self._approved[step] = self.evidence
             self.evidence = None
 
+    @harmless
     def note_settled(self, account: Account, window_steps: int, *, exact: bool = False) -> None:
         """Reward the horizon of a settled account; controls say nothing of a jump's reward.
 
@@ -133,6 +165,7 @@ class Adaptation:
         if choice is not None and not account.skipped:
             self.bandit.observe(choice, reward(account.credited, account.price / STEP_UNITS, window_steps))
 
+    @harmless
     def note_taken_back(self, account: Account, lost_steps: int, window_steps: int) -> None:
         """The jump was rolled back: its price and the lost steps are its reward."""
         self._note_worth(account, False)

@@ -31,7 +31,6 @@ import shutil
 import socket
 import stat
 import time
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -59,6 +58,7 @@ from .manifest import (
     tensor_file,
 )
 from .manifest import verify as verify
+from .notices import warn
 from .records import CheckpointError, State
 from .state_tree import Json, decode, encode, read_tensors, write_tensors
 from .state_tree import TensorSpec as TensorSpec
@@ -143,7 +143,7 @@ def save(
             _rotate(target, keep_last_n)
     except OSError as error:
         _discard(temporary)
-        warnings.warn(f"checkpoint {target} is saved, but tidying up failed: {error}", stacklevel=2)
+        warn(f"checkpoint {target} is saved, but tidying up failed: {error}", stacklevel=2)
     return target
 
 
@@ -208,7 +208,7 @@ def latest(directory: str | Path, *, quarantine: bool = False) -> Path:
             verify(path)
         except CheckpointError as error:
             damaged += 1
-            warnings.warn(f"skipping a checkpoint: {error}", stacklevel=2)
+            warn(f"skipping a checkpoint: {error}", stacklevel=2)
             if quarantine:
                 with contextlib.suppress(OSError):  # a read-only disk: skipping it is enough
                     _quarantine(path)

@@ -13,6 +13,7 @@ from .finiteness import whereabouts
 from .history import Reading
 from .ledger import PASS_UNITS
 from .metrics import Metrics
+from .motions import note_motion_failure
 from .multiplier import Advice
 from .multiplier import Reading as ScaleReading
 from .phases import Signals, validate_transition
@@ -119,6 +120,7 @@ def predictor_ready(run: Run) -> bool:
             and run.basis.ready
             and not run.failures.exhausted(Place.PREDICTOR)
             and not run.failures.exhausted(Place.GATE)
+            and not run.failures.exhausted(Place.FEEDBACK)
             and (run.deterministic or not run.failures.exhausted(Place.PIECES))
             and run.predictor.ready
         )
@@ -216,8 +218,15 @@ EMA_STEPS = 39
 
 def rescale(run: Run, execution: Execution) -> None:
     """After a real step: let the learned multiplier look at it, and the guard."""
-    if not execution.backwards or execution.skipped or not run.observing:
+    if not execution.backwards or execution.skipped or not run.observing or run.failures.exhausted(Place.MOTION):
         return
+    try:
+        _look(run)
+    except Exception as error:  # no memory for a state to come back to, say: then there is no way back from a raise
+        note_motion_failure(run, error)
+
+
+def _look(run: Run) -> None:
     loss = run.history.loss_ema
     reading = ScaleReading(
         lr=run.learning_rate,
@@ -277,8 +286,11 @@ def judge_lookahead(run: Run, execution: Execution) -> None:
     """
     if not execution.backwards or execution.skipped or not run.lookahead.num_steps:
         return
-    if run.switchback.count_step() and not run.readout.waiting:
-        run.switchback.close_block(list(run.history.losses)[-NUM_LOSSES:], run.generator)
+    try:
+        if run.switchback.count_step() and not run.readout.waiting:
+            run.switchback.close_block(list(run.history.losses)[-NUM_LOSSES:], run.generator)
+    except Exception as error:
+        note_motion_failure(run, error)
 
 
 def observe(run: Run, metrics: Metrics, execution: Execution, began: float) -> None:

@@ -9,7 +9,6 @@ looked at as a whole.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -23,6 +22,7 @@ from .failures import Place
 from .isolation import Isolation, Mode, is_compiled, isolated, uses_batch_statistics
 from .ledger import FORWARD_UNITS
 from .loss_modules import modules_beside
+from .notices import warn
 from .records import Reason
 from .run import Run
 
@@ -117,7 +117,7 @@ def check_exactness(run: Run, batch: Any) -> float:
     run.counters.num_forward += agreement.num_forward
     run.ledger.observe(agreement.num_forward * FORWARD_UNITS)
     if setting == "always" and not agreement.exact:
-        warnings.warn(
+        warn(
             'gate.exact = "always", but two losses of the same batch differ: dropout, random numbers in the loss or '
             "noise are taken for progress",
             stacklevel=3,

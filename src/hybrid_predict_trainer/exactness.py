@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -56,8 +57,15 @@ def measure(evaluate: Callable[[], float], rewind: Callable[[], None], *, on_cpu
 
 def conditions(model: nn.Module) -> int:
     """What two evaluations depend on besides weights and batch: modes and dropout rates, as one number."""
-    rates = ((m.training, getattr(m, "p", None)) for m in model.modules())
+    rates = ((m.training, _rate(m)) for m in model.modules())
     return hash(tuple((training, p if isinstance(p, float | int) else None) for training, p in rates))
+
+
+def _rate(module: nn.Module) -> Any:
+    try:
+        return getattr(module, "p", None)
+    except Exception:  # a property of the user's own
+        return None
 
 
 class Exactness:

@@ -20,6 +20,7 @@ from torch import Tensor
 from . import outside, weights
 from .divergence import prediction_error
 from .ledger import PASS_UNITS, STEP_UNITS, Account
+from .motions import after_optimizer, before_optimizer
 from .optimizer_state import optimizer_parameters
 from .probation import Probation, Segment
 from .proposals import transact
@@ -93,15 +94,12 @@ def run_full(run: Run, batch: Any, decision: Decision) -> Execution:
         run.lr_integral += run.learning_rate
     if run.config.gradient_clip_norm > 0:
         torch.nn.utils.clip_grads_with_norm_(trained, run.config.gradient_clip_norm, norm)
-    passes = run.scale.measure(run.parameters) + run.scale.before_step(run.parameters)
-    if not run.deterministic and not run.switchback.switched_off:
-        passes += run.lookahead.before_step(run.parameters)
+    passes = before_optimizer(run)
     rate = run.learning_rate
     if run.probation is not None:
         run.probation.under_way = loss.detach()
     _optimizer_step(run)
-    passes += run.scale.after_step(run.parameters)
-    passes += look_ahead(run, rate)
+    passes += after_optimizer(run, rate)
     run.counters.num_passes += passes
     run.ledger.observe(passes * PASS_UNITS)
     count_real(run)
@@ -138,32 +136,6 @@ def _optimizer_step(run: Run) -> None:
         else:
             scaler.step(run.optimizer)
             scaler.update()
-
-
-def look_ahead(run: Run, rate: float) -> int:
-    """Replace part of what was computed by the drift, and move on along it; returns passes over the weights.
-
-    Where losses are exact the gate finds longer jumps than this at once.  A rate that still rises has no drift worth
-    going on with, and one that the learned scale is making up for, because it is far too small, no swing to take
-    out.  Without the drift kappa shortens all steps, which is not what a scale lengthened them for.
-    """
-    if run.switchback.switched_off or (run.deterministic and run.lookahead.num_steps <= 1):
-        run.lookahead.forget()  # of the first batch nobody could tell that all are the same
-        return 0
-    rising, peak = rate > run.peak_rate, max(rate, run.peak_rate)
-    lengthened = run.scale.growing if run.config.drift > 0 else run.scale.value > 1
-    pull = 0.0 if lengthened or run.deterministic else 1.0
-    strength = 0.0 if rising or run.deterministic or peak <= 0 else rate / peak
-    if pull > 0 or strength > 0:
-        run.switchback.note_motion()
-    if not run.switchback.moving or run.guard.comparing or not run.schedule.anneals:
-        pull = strength = 0.0
-    passes = run.lookahead.after_step(
-        run.parameters, rate * run.scale.value, pull=pull, strength=strength, along=run.scale.held,
-        movable=run.trained.movable,
-    )  # fmt: skip
-    run.peak_rate = peak  # not before: an interrupted application is done again with the same numbers
-    return passes
 
 
 def count_real(run: Run) -> None:

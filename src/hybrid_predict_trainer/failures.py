@@ -7,9 +7,9 @@ the run.
 
 from __future__ import annotations
 
-import warnings
 from enum import StrEnum
 
+from .notices import warn
 from .records import State
 
 #: Failures of one kind after which it is not asked again.
@@ -22,7 +22,12 @@ class Place(StrEnum):
     PREDICTOR = "predictor"
     GATE = "gate"  # a forward of the gate, a snapshot, the move itself
     PIECES = "pieces"  # the batch cannot be cut, and one loss of it says nothing where losses are noisy
-    OBSERVER = "observer"
+    OBSERVER = "observer"  # encoder, factors and their hooks, gradient health
+    DATA = "data"  # whether a batch is the one before, or its samples were seen before
+    FEEDBACK = "feedback"  # what is learnt from what became of proposals
+    MOTION = "motion"  # learned multiplier and lookahead, and what judges them
+    WEIGHTS = "weights"  # whether somebody else wrote to the weights, and which of them train
+    RECORD = "record"
 
 
 #: What is said of a failure, and of the third one.
@@ -30,7 +35,14 @@ _SAID = {
     Place.PREDICTOR: ("predictor {name!r} failed", "it is not asked again"),
     Place.GATE: ("a proposal could not be judged", "no more proposals are made"),
     Place.PIECES: ("the batch cannot be cut into pieces", "no more proposals are made where losses are noisy"),
-    Place.OBSERVER: ("the encoder failed", "it is not asked again"),
+    Place.OBSERVER: ("what watches the run (encoder, factors or gradient health) failed", "it is not asked again"),
+    Place.DATA: ("a batch cannot be compared with others", "none is, and losses count as noisy"),
+    Place.FEEDBACK: ("what became of a proposal cannot be learnt from", "no more proposals are made"),
+    Place.MOTION: ("the learned multiplier or the lookahead failed", "both are off"),
+    Place.WEIGHTS: (
+        "it cannot be seen who else changes the weights", "prediction, learned multiplier and lookahead are off",
+    ),
+    Place.RECORD: ("a record cannot be written", "no more are written"),
 }  # fmt: skip
 
 
@@ -59,7 +71,7 @@ class Failures:
         if quiet or self.counts[place] > 1:
             return
         # one warning per kind: who is left alone after the third shows in statistics()
-        warnings.warn(
+        warn(
             f"{said.format(name=name)} ({told}); training goes on, after {MAX_FAILURES} times {left_alone}",
             stacklevel=4,
         )
@@ -68,7 +80,7 @@ class Failures:
         """Leave something alone that works, but not as it should; said once."""
         if place not in self.dropped:
             self.dropped[place] = why
-            warnings.warn(f"{place.value} {name!r} is too slow ({why}): it is not asked again", stacklevel=4)
+            warn(f"{place.value} {name!r} is too slow ({why}): it is not asked again", stacklevel=4)
 
     def exhausted(self, place: Place) -> bool:
         """Whether it failed too often to be asked again, or was dropped."""
@@ -99,3 +111,11 @@ class Failures:
         self.counts = {place: state["counts"].get(place.value, 0) for place in Place}
         self.first = {Place(place): told for place, told in state["first"].items()}
         self.dropped = {Place(place): why for place, why in state["dropped"].items()}
+
+
+def name_of(predictor: object) -> str:
+    """As it says, or its class: what fails may fail there, too."""
+    try:
+        return str(predictor.name)  # type: ignore[attr-defined]
+    except Exception:
+        return type(predictor).__name__

@@ -106,6 +106,7 @@ class KfacFactors:
         self.G: dict[str, Tensor] = {}
         self._handles: list[RemovableHandle] = []
         self._pending: list[tuple[str, Tensor, Tensor]] = []
+        self._error: Exception | None = None  # the first that a hook raised since the last commit
         self._armed = False
         self._scale: Tensor | None = None
 
@@ -127,15 +128,24 @@ class KfacFactors:
         self._armed = False
 
     def commit(self) -> None:
-        """The pass counts: let it enter the means."""
-        for name, A, G in self._pending:
-            self._average(self.A, name, A)
-            self._average(self.G, name, G)
-        self._pending.clear()
+        """The pass counts: let it enter the means.
+
+        Raises:
+            Exception: what was raised in a hook; nothing has entered then.
+        """
+        pending, error = self._pending, self._error
+        self.discard()
+        if error is not None:
+            raise error
+        A, G = dict(self.A), dict(self.G)
+        for name, new_A, new_G in pending:
+            self._average(A, name, new_A)
+            self._average(G, name, new_G)
+        self.A, self.G = A, G
 
     def discard(self) -> None:
         """The pass does not count."""
-        self._pending.clear()
+        self._pending, self._error = [], None
 
     def __enter__(self) -> Self:
         """Attach the hooks."""
@@ -157,7 +167,11 @@ class KfacFactors:
             if not (torch.is_grad_enabled() and output.requires_grad):
                 return
             num_samples = inputs[0].shape[0] if inputs[0].dim() > 1 else 1
-            rows = layer_inputs(layer, inputs[0].detach())
+            try:
+                rows = layer_inputs(layer, inputs[0].detach())
+            except Exception as error:  # this is called within the user's own forward
+                self._error = self._error or error
+                return
             # only now, as the gradient arrives: a forward pass that is thrown away leaves no trace
             output.register_hook(lambda gradient: self._gather(name, layer, rows, gradient, num_samples))
 
@@ -165,14 +179,23 @@ class KfacFactors:
 
     @torch.no_grad()
     def _gather(self, name: str, layer: Layer, rows: Tensor, gradient: Tensor, num_samples: int) -> None:
-        if not self._armed:
+        if not self._armed or self._error is not None:
             return
+        try:
+            self._pending.append((name, *self._moments(name, layer, rows, gradient, num_samples)))
+        except Exception as error:  # this is called within the user's own backward
+            self._error = error
+
+    def _moments(
+        self, name: str, layer: Layer, rows: Tensor, gradient: Tensor, num_samples: int
+    ) -> tuple[Tensor, Tensor]:
+        """A and G of one layer in one pass."""
         outputs = output_gradients(layer, gradient.detach()).float() * num_samples
         if self._scale is not None:
             outputs = outputs / self._scale.to(outputs.device)
         A = second_moment(rows, len(rows), diagonal=(name, "A") in self._diagonal)
         G = second_moment(outputs, num_samples, diagonal=(name, "G") in self._diagonal)
-        self._pending.append((name, A, G))
+        return A, G
 
     def _average(self, factors: dict[str, Tensor], name: str, new: Tensor) -> None:
         old = factors.get(name)

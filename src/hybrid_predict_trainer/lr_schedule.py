@@ -12,7 +12,6 @@ has one: a schedule that the caller's loop steps as well would run at double spe
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
@@ -23,6 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ConstantLR, ExponentialLR, LambdaLR, LinearLR, MultiStepLR, StepLR
 
 from .config import Interval
+from .notices import warn
 from .records import State
 from .snapshot import HasState
 
@@ -142,7 +142,7 @@ class LrSchedule:
         rate, first = float(groups[0]["lr"]), float(groups[0]["initial_lr"])
         if 0 < rate < VANISHED * first:
             self._doubted = True
-            warnings.warn(
+            warn(
                 f"after {self.num_epochs} epochs and {self.num_steps} steps the learning rate has fallen from "
                 f"{first:g} to {rate:.1e}: if {type(self.scheduler).__name__} counts epochs, pass "
                 'lr_interval="epoch"',
@@ -186,7 +186,7 @@ class LrSchedule:
         self._seen, self.num_steps = seen, self.num_steps + 1
         if not self._warned:
             self._warned = True
-            warnings.warn(
+            warn(
                 f"the schedule {type(self.scheduler).__name__} was stepped outside the trainer, which steps it itself: "
                 "that step is counted as one of the trainer's own.  Do not step it (for a schedule in epochs pass "
                 'lr_interval="epoch")',

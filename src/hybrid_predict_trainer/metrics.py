@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,8 +18,9 @@ from torch import Tensor
 
 from . import weights
 from .executors import Execution
-from .failures import Place
+from .failures import Failures, Place
 from .history import RunningMoments
+from .notices import warn
 from .predictors import Paced
 from .records import Alarm, Decision, Phase, Reason, State, StepResult
 from .run import Run
@@ -100,9 +100,7 @@ class JsonlSink:
             self._file.flush()
         except OSError as error:
             self.incomplete = True
-            warnings.warn(
-                f"{self._path}: {error.strerror}; metrics are no longer written, training goes on", stacklevel=2
-            )
+            warn(f"{self._path}: {error.strerror}; metrics are no longer written, training goes on", stacklevel=2)
 
     def close(self) -> None:
         """Close the file."""
@@ -115,9 +113,16 @@ class JsonlSink:
 class Metrics:
     """Turns steps into records, and counts into the summary."""
 
-    def __init__(self, sink: Sink, *, log_interval: int) -> None:
-        """Args: sink: where records go.  log_interval: steps between flushes of device scalars."""
+    def __init__(self, sink: Sink, *, log_interval: int, failures: Failures | None = None) -> None:
+        """Bind.
+
+        Args:
+            sink: Where records go; what it raises is counted, and after three times nothing more is written.
+            log_interval: Steps between flushes of device scalars.
+            failures: Of the run, where that is counted.
+        """
         self.sink = sink
+        self.failures = Failures() if failures is None else failures
         self.log_interval = log_interval
         self.divergence_events: list[dict[str, Any]] = []
         self.jump_lengths: deque[int] = deque(maxlen=KEPT)
@@ -134,7 +139,15 @@ class Metrics:
         self._pending: list[tuple[dict[str, Any], Tensor, Tensor | None]] = []  # step records not yet written
 
     def record(self, run: Run, decision: Decision, execution: Execution, result: StepResult) -> None:
-        """Record one step and whatever happened in it."""
+        """Record one step and whatever happened in it; what raises in that is counted and said."""
+        if self.failures.exhausted(Place.RECORD):
+            return
+        try:
+            self._record(run, decision, execution, result)
+        except Exception as error:
+            self.failures.note(Place.RECORD, error)
+
+    def _record(self, run: Run, decision: Decision, execution: Execution, result: StepResult) -> None:
         self.total_ms += result.step_time_ms
         if result.phase is not self._last_phase:
             self._write(run, "transition", {"from": self._last_phase, "to": result.phase, "reason": decision.reason})
@@ -177,7 +190,7 @@ class Metrics:
         for record, loss, norm in pending:
             record["loss"] = next(values) if loss is not None else None
             record["gradient_norm"] = next(values) if norm is not None else None
-            self.sink.write(record)
+            self._emit(record)
 
     def _jump(self, run: Run, decision: Decision, execution: Execution) -> None:
         verdict, prediction = execution.verdict, execution.prediction
@@ -271,7 +284,16 @@ class Metrics:
 
     def _write(self, run: Run, event: str, values: Mapping[str, Any]) -> None:
         self.flush()  # records stay in order
-        self.sink.write({"schema": SCHEMA, "event": event, "step": run.counters.num_steps, **values})
+        self._emit({"schema": SCHEMA, "event": event, "step": run.counters.num_steps, **values})
+
+    def _emit(self, record: Mapping[str, Any]) -> None:
+        """Hand a record to the sink, unless it failed too often."""
+        if self.failures.exhausted(Place.RECORD):
+            return
+        try:
+            self.sink.write(record)
+        except Exception as error:  # a sink of the user's own, a file that was closed
+            self.failures.note(Place.RECORD, error)
 
     # ---- summary ----------------------------------------------------------------------------------------
 
@@ -290,7 +312,11 @@ class Metrics:
                 told = {name: None}
                 notes.append(f"{name} is not known: {type(error).__name__}: {error}")
             found |= told.get("observer") or {} if name == "observer" else told
-        return {**found, "metrics_incomplete": self.sink.incomplete, **({"notes": notes} if notes else {})}
+        return {**found, "metrics_incomplete": self._incomplete, **({"notes": notes} if notes else {})}
+
+    @property
+    def _incomplete(self) -> bool:
+        return self.sink.incomplete or self.failures.counts[Place.RECORD] > 0
 
     def _figures(self, run: Run) -> dict[str, Callable[[], Any]]:
         """Parts of the summary, each by itself; those of the observer stand beside the others."""

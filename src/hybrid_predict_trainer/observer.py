@@ -235,8 +235,8 @@ class StateObserver:
     @contextmanager
     def _hooked(self, factors: KfacFactors) -> Iterator[None]:
         factors.discard()
-        factors.attach(armed=False)
         try:
+            factors.attach(armed=False)
             yield
         finally:
             factors.detach()

@@ -6,12 +6,14 @@ to be measured, the lookahead's trial, probation, what is left of a jump in piec
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 import torch
 
 from . import real_views
+from .failures import Place
+from .motions import end_motions
+from .notices import warn
 from .real_views import owner
 from .run import Run
 from .snapshot import Snapshot, named_parameters
@@ -24,8 +26,15 @@ MAX_WRITES = 3
 
 def notice(run: Run) -> None:
     """Before a step: see whether weights were written to since the last, or are trained no more."""
-    if run.config.never_predicts:  # nothing is remembered of them
+    if run.config.never_predicts or run.failures.exhausted(Place.WEIGHTS):  # nothing is remembered of them
         return
+    try:
+        _notice(run)
+    except Exception as error:
+        note_unseen(run, error)
+
+
+def _notice(run: Run) -> None:
     real_views.follow(run.views)
     write = run.writes.look()
     if write is Write.CHANGED:
@@ -37,15 +46,29 @@ def notice(run: Run) -> None:
 
 def remember(run: Run) -> None:
     """After a step, whatever became of it: the weights are as the run left them."""
-    if not run.config.never_predicts:
+    if run.config.never_predicts or run.failures.exhausted(Place.WEIGHTS):
+        return
+    try:
         run.writes.record()
+    except Exception as error:
+        note_unseen(run, error)
+
+
+def note_unseen(run: Run, error: Exception) -> None:
+    """What was done to the weights cannot be seen: what remembers them begins anew, and ends if that goes on."""
+    run.failures.note(Place.WEIGHTS, error)
+    forget_weights(run)
+    run.lookahead.forget()
+    _drop_points(run)
+    if run.failures.exhausted(Place.WEIGHTS):
+        end_motions(run)
 
 
 def note_changed(run: Run) -> None:
     """The weights are others than the run left: everything that remembers the old ones begins anew."""
     run.counters.num_outside_writes += 1
     if run.counters.num_outside_writes == 1:
-        warnings.warn(
+        warn(
             "weights were changed between two steps by something else than this trainer: what was learnt from those "
             f"before is dropped; after {MAX_WRITES} times the lookahead ends, if every step is followed by such a "
             "change (clipped weights, say) training.lookahead = 0 and training.smoothing = 0 say so from the start",
@@ -75,8 +98,12 @@ def note_touched(run: Run, write: Write) -> None:
 
 def note_training(run: Run) -> None:
     """Between backward and step: see what is trained."""
-    if not run.config.never_predicts:
+    if run.config.never_predicts or run.failures.exhausted(Place.WEIGHTS):
+        return
+    try:
         note_trained(run, run.trained.look())
+    except Exception as error:
+        note_unseen(run, error)
 
 
 def note_trained(run: Run, places: Sequence[int]) -> None:

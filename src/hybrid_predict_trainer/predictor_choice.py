@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from .adaptation import Adaptation
 from .basis import Basis
 from .config import HybridTrainerConfig
+from .failures import Place
+from .guarded_observer import GuardedObserver
 from .observer import NullObserver, Observer, observer_for
 from .phases import controller_for
 from .predictors import Paced, Predictor, build
@@ -79,9 +81,17 @@ def bind(run: Run, config: HybridTrainerConfig, predictor: Predictor | None = No
         observer = observer_for(
             config.encoder, run.predictor, run.model, run.parameters, run.groups, run.predictor.spec, run.grad_scaler
         )
+        if not isinstance(observer, NullObserver):
+            observer = GuardedObserver(observer, run.failures)
     run.observer = observer
-    run.adaptation = Adaptation(config, run.predictor.spec, run.groups.num_groups)
+    run.adaptation = Adaptation(config, run.predictor.spec, run.groups.num_groups, run.failures)
     run.horizon = min(max(config.min_predict_steps, 4 * config.predictor.window), max(config.max_predict_steps, 1))
+
+
+#: What :func:`bind` sets.
+_BOUND = (
+    "config", "predictor", "time", "groups", "basis", "controller", "observing", "observer", "adaptation", "horizon",
+)  # fmt: skip
 
 
 def choose(run: Run, name: str) -> None:
@@ -98,10 +108,22 @@ def choose_by_losses(run: Run) -> None:
     if not run.chooses or run.probation is not None or run.segment is not None:
         return
     if run.predictor.name != EXACT and run.deterministic:
-        choose(run, EXACT)
-        log.info('predictor.type = "auto": losses are exact, predictor %s from here', EXACT)
+        _go_over(run, EXACT, "exact")
     elif run.predictor.name == EXACT and not run.deterministic:
         noisy = run.same_batch or run.data.num_different >= BACK_AFTER
         if noisy:
-            choose(run, NOISY)
-            log.info('predictor.type = "auto": losses are noisy, predictor %s from here', NOISY)
+            _go_over(run, NOISY, "noisy")
+
+
+def _go_over(run: Run, name: str, losses: str) -> None:
+    """Take the other predictor; where it cannot be had (no memory, say) the run keeps the one that it has."""
+    before = {attribute: getattr(run, attribute) for attribute in _BOUND}
+    try:
+        choose(run, name)
+    except Exception as error:
+        for attribute, value in before.items():
+            setattr(run, attribute, value)
+        run.chooses = False
+        run.failures.note(Place.PREDICTOR, error, name=name)
+        return
+    log.info('predictor.type = "auto": losses are %s, predictor %s from here', losses, name)

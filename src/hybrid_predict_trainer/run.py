@@ -19,7 +19,7 @@ from .counters import Counters
 from .divergence import Monitor
 from .early_cuts import is_inside_a_block
 from .exactness import Exactness
-from .failures import Failures, Place
+from .failures import Failures, Place, name_of
 from .features import loss_features
 from .guard import Guard
 from .history import History, Readout
@@ -40,7 +40,7 @@ from .probation import Probation, Segment, probation_from, probation_state, segm
 from .records import Phase, State, Window
 from .recurrence import Recurrence
 from .same_batch import SameBatch
-from .snapshot import HasState, Snapshot
+from .snapshot import HasState, Snapshot, snapshot_from, snapshot_state
 from .step_scale import CHECK_STEPS, LearnedScale
 from .switchback import Switchback
 from .time_budget import TimeBudget
@@ -77,6 +77,7 @@ class Run:
         self.role_groups = self.groups
         self.settings = config  # the user's; ``config`` is what they come to where the predictor is chosen
         self.chooses = config.predictor_type == AUTO and predictor is None and not config.never_predicts
+        self.failures = Failures()
         self.predictor: Predictor
         self.time: TimeBudget
         self.basis: Basis
@@ -145,7 +146,6 @@ class Run:
         self.safe_point: Snapshot | None = None  # the guard's anchor
         self.data = SameBatch()
         self.exactness = Exactness()
-        self.failures = Failures()
         self.cuts: dict[str, bool] = {}  # whether the pieces of a batch of that layout are pieces of its loss
         self.batch_free = False  # the last step did not consume its batch
         self.needs_grad_mode = False  # the loss function differentiates inside (PINNs)
@@ -216,10 +216,22 @@ class Run:
         return self.failures.counts[Place.PREDICTOR]
 
     def note_batch(self, batch: Any) -> None:
-        """Compare a batch with the one before; views of complex weights follow them where somebody moved them."""
-        real_views.follow(self.views)
-        if self.config.enabled and self.config.gate.exact != "never":
-            self.data.see(batch, again=self.batch_free)
+        """Look at a batch: is it the one before, do its samples come round again?
+
+        Views of complex weights follow them where somebody moved them.  A batch may be any object, and looking at it
+        may raise anything.
+        """
+        if self.failures.exhausted(Place.DATA):
+            return
+        try:
+            real_views.follow(self.views)
+            if self.config.enabled and self.config.gate.exact != "never":
+                self.data.see(batch, again=self.batch_free)
+            if self.watches_data:
+                self.recurrence.see(batch)
+        except Exception as error:
+            self.data.forget()
+            self.failures.note(Place.DATA, error)
 
     @property
     def position(self) -> int:
@@ -278,14 +290,14 @@ class Run:
 
     def note_predictor_failure(self, error: Exception) -> None:
         """Count, and say once what happened."""
-        self.failures.note(Place.PREDICTOR, error, name=self.predictor.name)
+        self.failures.note(Place.PREDICTOR, error, name=name_of(self.predictor))
 
     def note_time(self, step_seconds: float | None) -> None:
         """A step took so long (None: it was no real one); a predictor that takes too much beside it is dropped."""
         if step_seconds is not None:
             self.time.note_step(step_seconds)
         if self.time.objection is not None:
-            self.failures.drop(Place.PREDICTOR, self.time.objection, self.predictor.name)
+            self.failures.drop(Place.PREDICTOR, self.time.objection, name_of(self.predictor))
 
     # ---- windows -----------------------------------------------------------------------------------
 
@@ -377,12 +389,12 @@ class Run:
             "generator": self.generator.get_state(),
             "probation": probation_state(self.probation),
             "segment": segment_state(self.segment),
-            "anchor": _snapshot_state(self.anchor),
+            "anchor": snapshot_state(self.anchor),
             "guard": self.guard.state_dict(),
             "recurrence": self.recurrence.state_dict(),
             "validation": None if self.validation is None else self.validation.state_dict(),
-            "raise_point": _snapshot_state(self.raise_point),
-            "safe_point": _snapshot_state(self.safe_point),
+            "raise_point": snapshot_state(self.raise_point),
+            "safe_point": snapshot_state(self.safe_point),
             "data": self.data.state_dict(),
             "exactness": self.exactness.state_dict(),
             "failures": self.failures.state_dict(),
@@ -411,13 +423,13 @@ class Run:
         self.probation = probation_from(state["probation"])
         self.segment = segment_from(state["segment"])
         self.window_seconds = float("nan")
-        self.anchor = _snapshot_from(state["anchor"])
+        self.anchor = snapshot_from(state["anchor"])
         self.guard.load_state_dict(state["guard"])
         self.recurrence.load_state_dict(state["recurrence"])
         if self.validation is not None and state["validation"] is not None:
             self.validation.load_state_dict(state["validation"])
-        self.raise_point = _snapshot_from(state["raise_point"])
-        self.safe_point = _snapshot_from(state["safe_point"])
+        self.raise_point = snapshot_from(state["raise_point"])
+        self.safe_point = snapshot_from(state["safe_point"])
         self.old_anchor = None
         self.data.load_state_dict(state["data"])
         self.exactness.load_state_dict(state["exactness"])
@@ -435,11 +447,3 @@ def _placed(state: State, parameters: Sequence[Tensor]) -> State:
         return [t.to(p.device) for t, p in zip(value, parameters, strict=True)] if per_parameter else value
 
     return {name: moved(value) for name, value in state.items()}
-
-
-def _snapshot_state(snapshot: Snapshot | None) -> State | None:
-    return None if snapshot is None else snapshot.state_dict()
-
-
-def _snapshot_from(state: State | None) -> Snapshot | None:
-    return None if state is None else Snapshot.from_state_dict(state)

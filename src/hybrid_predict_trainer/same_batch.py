@@ -245,6 +245,11 @@ class SameBatch:
         self.same, self.num_same, self._last = False, 0, current
         self.num_different += 1
 
+    def forget(self) -> None:
+        """A batch could not be looked at: it is another one than the last, as far as can be told."""
+        self.same, self.num_same, self._last = False, 0, None
+        self.num_different += 1
+
     def _digest(self, batch: Any, current: Fingerprint, last: Fingerprint) -> str | None:
         """The digest of a batch that looks like the last one; copies are read in full at first and then rarely."""
         known = self.same and last.digest is not None

@@ -179,3 +179,13 @@ def trained_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str, Tens
 def _beside(saved: Tensor, live: Any) -> Tensor:
     """A copy of a saved tensor on the device of the live one."""
     return saved.to(live.device, copy=True) if isinstance(live, Tensor) else saved.clone()
+
+
+def snapshot_state(snapshot: Snapshot | None) -> State | None:
+    """State of a snapshot that there may be."""
+    return None if snapshot is None else snapshot.state_dict()
+
+
+def snapshot_from(state: State | None) -> Snapshot | None:
+    """Inverse of :func:`snapshot_state`."""
+    return None if state is None else Snapshot.from_state_dict(state)

@@ -128,7 +128,7 @@ class HybridTrainer:
             )  # fmt: skip
         wanted = self.config.collect_metrics and self.config.metrics.path
         sink: Sink = JsonlSink(self.config.metrics.path) if wanted else NullSink()
-        self.metrics = Metrics(sink, log_interval=self.config.metrics.log_interval)
+        self.metrics = Metrics(sink, log_interval=self.config.metrics.log_interval, failures=self.run.failures)
         if self.config.checkpoint.directory:
             persistence.warn_unless_savable(self.run, self.metrics)
         self._busy = False
@@ -167,8 +167,6 @@ class HybridTrainer:
         enter(run, decision)
         began = time.perf_counter()
         run.note_batch(batch)
-        if run.watches_data:
-            run.recurrence.see(batch)
         run.schedule.in_epoch = True
         measured = check_exactness(run, batch)
         run.ledger.exact = run.deterministic

@@ -11,17 +11,21 @@ What is undone or redone writes absolute values, so that it may be begun again w
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from . import weights
-from .executors import EXECUTORS, Execution, conclude, count_real, look_ahead
-from .records import Decision, Phase
+from .executors import EXECUTORS, Execution, conclude, count_real
+from .failures import Place
+from .motions import look_ahead
+from .records import Decision, Phase, Reason, Verdict
 from .run import Run
 
 #: What an attribute holds that is changed in place.
@@ -95,14 +99,18 @@ def _proposal(run: Run, batch: Any, decision: Decision) -> Execution:
     moved = Memento([run.basis, run.lookahead, run.scale])
     try:
         execution = EXECUTORS[Phase.PREDICT](run, batch, decision)
-    except BaseException:
+    except BaseException as error:
         if run.held:
             weights.copy_(run.parameters, run.held)
         before.restore()
         moved.restore()
         run.generator.set_state(generator)
         run.held = []
-        raise
+        if not isinstance(error, Exception):
+            raise
+        run.failures.note(Place.GATE, error)  # in the books, after the judgement: a refusal like any other
+        execution = Execution(torch.tensor(math.nan, device="cpu"), consumed=False)
+        execution.verdict = Verdict(accepted=False, reason=Reason.CANNOT_EVALUATE)
     run.held = []
     run.step_scheduler()
     return execution

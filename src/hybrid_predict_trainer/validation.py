@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 
 from torch import nn
 
 from .host import users_defaults
+from .notices import warn
 from .records import State
 from .rng import rng_state, set_rng_state
 
@@ -49,7 +49,7 @@ class Validation:
                 value = float(self.fn(model))
         except Exception as error:
             self.failed = True
-            warnings.warn(
+            warn(
                 f"val_fn failed ({type(error).__name__}: {error}) and is not asked again; training goes on",
                 stacklevel=2,
             )

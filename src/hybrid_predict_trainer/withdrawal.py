@@ -7,7 +7,6 @@ not the schedule, the clock or random numbers: the steps since were spent, and t
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -16,7 +15,9 @@ from . import weights
 from .evaluation import attempt, losses_of
 from .guard import Request
 from .lr_schedule import copied, set_value
+from .motions import end_motions
 from .multiplier import Advice
+from .notices import warn
 from .outside import forget_weights
 from .run import Run
 from .snapshot import Snapshot, named_parameters
@@ -74,13 +75,8 @@ def follow_request(run: Run, request: Request) -> None:
 
 
 def _end_motions(run: Run, outcome: str) -> None:
-    run.scale.withdraw(for_good=True)
-    run.scale.end_cuts()
-    run.lookahead.forget()
-    run.switchback.switched_off = True
-    run.ledger.switched_off = True
-    run.raise_point = run.safe_point = None
-    warnings.warn(
+    end_motions(run)
+    warn(
         "the training loss stands above its best by more than its noise: prediction, learned multiplier and lookahead "
         f"are off from here on, and the run goes on as the plain loop; {outcome}",
         stacklevel=2,
