@@ -28,7 +28,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
+from cases import config, setup
 from hybrid_predict_trainer import checkpoint, manifest, state_tree
+from hybrid_predict_trainer.failures import Place
 from hybrid_predict_trainer.records import CheckpointError, State
 
 #: hypothesis prints what it draws, and torch cannot print float4: that one has a test of its own.
@@ -440,6 +442,19 @@ def test_describe_sums_up_as_json(tmp_path: Path) -> None:
     (path / "config.toml").write_text("x")
     with pytest.raises(CheckpointError, match=r"config\.toml"):
         checkpoint.describe(path)
+
+
+def test_describe_tells_of_a_run_that_was_withdrawn(tmp_path: Path) -> None:
+    made = setup()
+    trainer = made.trainer(config())
+    trainer.run.guard.num_alarms = 1
+    trainer.run.guard.withdraw()
+    with pytest.warns(UserWarning, match="no room"):
+        trainer.run.failures.note(Place.GATE, MemoryError("no room"))
+    told = checkpoint.describe(trainer.save_checkpoint(tmp_path))
+    assert (told["withdrawn"], told["num_guard_alarms"], told["num_guard_restores"], told["num_failures"]) == (
+        True, 1, 0, 1,
+    )  # fmt: skip
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no umask")

@@ -354,6 +354,7 @@ def test_inspect_takes_a_checkpoint_or_the_folder_of_a_run(trained: Path, capsys
     assert found[0] == found[1] == found[2]
     assert found[0]["verified"] is True
     assert found[0]["num_parameters"] > 1000
+    assert (found[0]["withdrawn"], found[0]["num_guard_alarms"], found[0]["num_failures"]) == (False, 0, 0)
     status, out, _ = run(capsys, "inspect", trained)
     assert status == 0
     assert "model_weights.safetensors" in out

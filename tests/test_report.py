@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
+from cases import config, setup
 from hybrid_predict_trainer.experiments import svg
 from hybrid_predict_trainer.experiments.report import build_report, mean_std, number, shown, write_report
 from hybrid_predict_trainer.experiments.report_confidence import Point, pooled, pooled_error, reliability_chart
+from hybrid_predict_trainer.experiments.report_withdrawn import COUNTS
 
 HOSTILE = "<script>alert('x')</script>\"&\x00\u202e"
 VOID = {"meta", "br", "hr", "img", "input", "link"}
@@ -246,6 +248,47 @@ def test_missing_keys_are_not_measured(tmp_path: Path) -> None:
     assert page.text.count("not measured") > 10
     assert "nan" not in page.text.lower()
     assert "No validation losses were recorded" in page.text
+
+
+QUIET = {
+    "withdrawn": False, "num_guard_alarms": 0, "num_guard_restores": 0, "num_raises_taken_back": 0, "num_rollbacks": 0,
+    "num_outside_writes": 0,
+}  # fmt: skip
+FAILED = {"record": {"count": 3, "first": "OSError: <b>no space</b>", "left_alone": True}}
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        ({}, ["Withdrawn and taken back Not recorded."]),
+        ({"statistics": QUIET}, ["The guard raised no alarm, nothing was taken back, and nothing failed."]),
+        (
+            {"statistics": QUIET | {"withdrawn": True, "num_guard_alarms": 1, "num_guard_restores": 1}},
+            ["Withdrawn: demo.", "went on as the plain loop", "yes 1 1 0 0 0 nothing"],
+        ),
+        ({"statistics": QUIET | {"num_raises_taken_back": 2}}, ["no 0 0 2 0 0 nothing"]),
+        (
+            {"statistics": QUIET, "failures": FAILED},
+            ["no 0 0 0 0 0 record, 3 times, left alone since: OSError: <b>no space</b>"],
+        ),
+        ({"statistics": QUIET | {"num_guard_alarms": None, "num_rollbacks": 1}}, ["no not measured 0 0 1 0 nothing"]),
+        ({"statistics": QUIET, "failures": {"gate": 7}}, ["gate, not measured times: None"]),
+    ],
+    ids=["older", "quiet", "withdrawn", "taken back", "failed", "unknown", "odd"],
+)
+def test_what_was_withdrawn_is_told(told: Row, words: list[str], tmp_path: Path) -> None:
+    fake_run(tmp_path / "demo", "hybrid", 0, 40)
+    path = tmp_path / "demo" / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | told))
+    text = Page(build_report(tmp_path / "demo")).text
+    for word in words:
+        assert word in text
+
+
+def test_the_page_asks_for_counts_that_there_are() -> None:
+    trainer = setup().trainer(config())
+    assert set(COUNTS) < set(trainer.statistics())
+    assert "failures" in trainer.summary()
 
 
 def test_hostile_names_are_escaped(tmp_path: Path) -> None:

@@ -217,6 +217,13 @@ def latest(directory: str | Path, *, quarantine: bool = False) -> Path:
     raise CheckpointError(f"no intact checkpoint in {directory} ({damaged} damaged); begin a new run in another folder")
 
 
+#: What a trainer says of its run beside its state; null in checkpoints from before it did.
+DESCRIBED = (
+    "step", "phase", "phase_step", "loss", "confidence", "withdrawn", "num_guard_alarms", "num_guard_restores",
+    "num_failures",
+)  # fmt: skip
+
+
 def describe(path: str | Path) -> dict[str, Json]:
     """Verify a checkpoint and sum it up for ``hpt inspect``; the result can be written as JSON.
 
@@ -231,7 +238,7 @@ def describe(path: str | Path) -> dict[str, Json]:
     return {
         "path": str(path),
         "verified": True,
-        **{key: document.get(key) for key in ("step", "phase", "phase_step", "loss", "confidence")},
+        **{key: document.get(key) for key in DESCRIBED},
         "num_parameters": sum(math.prod(spec.shape) for spec in manifest.tensors.get("model", {}).values()),
         "total_bytes": sum(record.bytes for record in manifest.files.values()),
         "part_bytes": {part: manifest.files[tensor_file(part)].bytes for part in manifest.tensors},

@@ -194,11 +194,14 @@ def run_train(args: argparse.Namespace) -> int:
 def trained(result: dict[str, Any], status: int) -> str:
     """What a person wants to know of a run."""
     counts, loss = result["statistics"], result["final_val_loss"]
+    back = counts["num_guard_restores"]
+    withdrawn = "the guard withdrew prediction, multiplier and lookahead: the loss stood above its best for good"
     head = f"validation loss {loss:.5g}" if loss is not None else "stopped before the end; add --resume to continue"
     return "\n".join([
         f"{result['task']}, {result['arm']}, seed {result['seed']}: {head}",
         f"cost {in_steps(counts['cost_units']):.1f} of {result['steps']} steps, {result['wall_s']:.1f} s, "
         f"jumps accepted {counts['num_jumps_accepted']} of {counts['num_jumps_proposed']}",
+        *([withdrawn + (", and its best state came back" if back else "")] if counts["withdrawn"] else []),
         f"results in {result['out']}",
     ])  # fmt: skip
 

@@ -30,7 +30,8 @@ SIGMAS = 2.0
 #: Checks before the first cosine counts.  In the first steps of any training h is as negative at a rate three times too
 #: high as at a tenth of the best one (LOG.md).
 FIRST_CHECKS = 4
-#: Takebacks after which m is 1 for good.
+#: Takebacks after which m is 1 for good.  One is enough to end all raises (``learning`` is False from there on), so a
+#: second can only meet what an earlier, settled raise has left: it is a bound that a run hardly ever reaches.
 MAX_TAKEN_BACK = 2
 #: A rate that moves by less than this share between checks does not rise: rounding only, because a warm-up rises by
 #: the less from check to check the longer it is.  Below ``PEAK_SHARE`` of its peak a rate falls.
@@ -158,7 +159,12 @@ class Multiplier:
         self.learning = False
 
     def has_fallen(self, reading: Reading) -> bool:
-        """Whether the loss has ever stood below its beginning, by more than chance allows; remembered."""
+        """Whether the loss has ever stood below its beginning, by more than chance allows; remembered.
+
+        Under noise it is a test of ``SIGMAS`` standard errors that is made again at every check until it is passed, so
+        over many checks chance passes it more often than at its level.  It only opens the door to raises: each has
+        evidence of its own, which is valid at every look.
+        """
         if not self._fallen and len(self._first) == NUM_ENDS and len(reading.newest) >= NUM_ENDS:
             newest = list(reading.newest)[-NUM_ENDS:]
             error = math.sqrt((variance(self._first) + variance(newest)) / NUM_ENDS)

@@ -101,6 +101,8 @@ def _written(run: Run, saved: dict[str, State], directory: Path) -> Path:
             "loss": run.history.loss_ema.mean, "phase": run.phase.value,
             "phase_step": getattr(run.counters, f"{run.phase.value}_steps"), "confidence": run.stated_confidence,
             "num_real_steps": run.counters.num_real_steps, "cost_units": run.counters.cost_units,
+            "withdrawn": run.guard.withdrawn, "num_guard_alarms": run.guard.num_alarms,
+            "num_guard_restores": run.guard.num_restored, "num_failures": sum(run.failures.counts.values()),
         },
         keep_last_n=run.config.checkpoint.keep_last_n,
     )  # fmt: skip

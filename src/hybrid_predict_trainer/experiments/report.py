@@ -32,6 +32,7 @@ from .report_parts import (
     thinned,
     thinning,
 )
+from .report_withdrawn import withdrawn_table
 from .svg import escape
 
 
@@ -342,7 +343,7 @@ def environment(report: Report) -> str:
 
 
 SECTIONS = (headline, arms_table, loss_figure, timeline_figure, jumps_figure, ledger_figure, confidence_figure,
-            divergence_table, words, environment)  # fmt: skip
+            divergence_table, withdrawn_table, words, environment)  # fmt: skip
 
 
 def build_report(run_dir: Path) -> str:
