@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -296,3 +297,16 @@ def test_every_place_says_what_and_what_comes_of_it(notices: list[str]) -> None:
     assert again.summary() == failures.summary()
     again.load_state_dict({"counts": {"gate": 1}, "first": {}, "dropped": {}})
     assert again.counts[Place.RECORD] == 0, "of an older checkpoint"
+
+
+def test_places_of_another_build_are_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {"counts": {"gate": 2, "a place of its own": 1}, "first": {"a place of its own": "it broke"}, "dropped": {}}
+    old, new = setup().trainer(config()), setup().trainer(config())
+    with monkeypatch.context() as patch:
+        patch.setattr(old.run.failures, "state_dict", lambda: told)
+        path = old.save_checkpoint(tmp_path)
+    with pytest.warns(UserWarning, match="no room"):
+        new.run.failures.note(Place.RECORD, MemoryError("no room"))
+    new.load_checkpoint(path)
+    assert {p: n for p, n in new.run.failures.counts.items() if n} == {Place.GATE: 2}
+    assert new.run.failures.first == {}

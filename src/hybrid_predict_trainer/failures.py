@@ -15,6 +15,9 @@ from .records import State
 #: Failures of one kind after which it is not asked again.
 MAX_FAILURES = 3
 
+#: Tables of a state by place: which places there are is the build's, and which of them failed the run's.
+TABLES = ("counts", "first", "dropped")
+
 
 class Place(StrEnum):
     """Where something failed; the value stands in statistics and summary."""
@@ -107,10 +110,10 @@ class Failures:
         }
 
     def load_state_dict(self, state: State) -> None:
-        """Inverse of :meth:`state_dict`."""
+        """Inverse of :meth:`state_dict`; places that another build had are left out, those it had not are at 0."""
         self.counts = {place: state["counts"].get(place.value, 0) for place in Place}
-        self.first = {Place(place): told for place, told in state["first"].items()}
-        self.dropped = {Place(place): why for place, why in state["dropped"].items()}
+        self.first = {place: state["first"][place.value] for place in Place if place.value in state["first"]}
+        self.dropped = {place: state["dropped"][place.value] for place in Place if place.value in state["dropped"]}
 
 
 def name_of(predictor: object) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import checkpoint, model_state, optimizer_state, schema
+from . import checkpoint, failures, model_state, optimizer_state, schema
 from .backup import Backup
 from .identity import check_identity, check_parts, identity
 from .lr_schedule import stateful
@@ -171,7 +171,7 @@ def _check(run: Run, found: dict[str, State], live: dict[str, State], config_tom
         schema.check(predictor["basis"], run.basis.state_dict(), ("predictor", "basis"))
         schema.check(predictor["predictor"], run.predictor.state_dict(), ("predictor", "predictor"))
     for name in ("run", "metrics", "scaler", "rng"):
-        schema.check(own[name], now[name], (name,))
+        schema.check(own[name], now[name], (name,), free=failures.TABLES)
     if type(run.lr_scheduler).__module__.startswith("torch."):
         schema.check(own["scheduler"], now["scheduler"], ("scheduler",), free=("lr_lambdas",))
     schema.check(found["optimizer"]["groups"], live["optimizer"]["groups"], ("optimizer", "groups"))
