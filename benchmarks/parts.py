@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from hybrid_predict_trainer.experiments import accelerator, acceptance, stack
-from hybrid_predict_trainer.experiments.environment import environment
-from hybrid_predict_trainer.experiments.setup import InputError, as_input_error, check_device
-from hybrid_predict_trainer.metrics import jsonable
+from hybrid_predict_trainer.experiments.arms.environment import environment
+from hybrid_predict_trainer.experiments.arms.options import InputError, as_input_error, check_device
+from hybrid_predict_trainer.experiments.bench import accelerator, acceptance, stack
 from hybrid_predict_trainer.records import ConfigError
+from hybrid_predict_trainer.tell.recorder import jsonable
 
 Shown = tuple[Any, str]
 

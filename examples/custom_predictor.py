@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from hybrid_predict_trainer.config import HybridTrainerConfig
+from hybrid_predict_trainer.config.settings import HybridTrainerConfig
 from hybrid_predict_trainer.records import BasisSpec, PhasePrediction, State, Window
 
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hybrid_predict_trainer import HybridTrainer, HybridTrainerConfig
+from hybrid_predict_trainer.config.toml import with_values
 from hybrid_predict_trainer.records import BasisSpec, Phase, PhasePrediction, State, StepResult, Window
-from hybrid_predict_trainer.toml_io import with_values
 
 WIDTH = 6
 

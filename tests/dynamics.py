@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
+from hybrid_predict_trainer.keep.state_tree import decode, encode
 from hybrid_predict_trainer.predictors import Predictor
 from hybrid_predict_trainer.records import BasisSpec, Hindsight, PhasePrediction, Products, State, Window
-from hybrid_predict_trainer.state_tree import decode, encode
 
 
 @dataclass

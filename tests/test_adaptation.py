@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 
 from hybrid_predict_trainer import HybridTrainerConfig
-from hybrid_predict_trainer.adaptation import Adaptation, pays
-from hybrid_predict_trainer.calibration import Evidence
-from hybrid_predict_trainer.ledger import STEP_UNITS, Account
+from hybrid_predict_trainer.judge.ledger import STEP_UNITS, Account
+from hybrid_predict_trainer.propose.confidence import Evidence
+from hybrid_predict_trainer.propose.feedback import Adaptation, pays
 from hybrid_predict_trainer.records import BasisSpec
 
 WINDOW = 10

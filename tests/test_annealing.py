@@ -10,7 +10,7 @@ import torch
 from torch.optim import lr_scheduler as S
 
 from cases import OPTIMIZERS, config, full_batch, make_batches, setup
-from hybrid_predict_trainer.lr_schedule import LrSchedule
+from hybrid_predict_trainer.move.schedule import LrSchedule
 
 # ---------------------------------------------------------------- does the rate fall?
 

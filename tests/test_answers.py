@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dynamics import mean, turning
-from hybrid_predict_trainer.config import MlpConfig, RssmConfig
+from hybrid_predict_trainer.config.settings import MlpConfig, RssmConfig
 from hybrid_predict_trainer.predictors import Mlp, Rssm
 from hybrid_predict_trainer.predictors._answers import miss_loss, split_uncertainty
 

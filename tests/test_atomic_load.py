@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from cases import assert_same, full_batch, setup
 from cases import config as settings
-from hybrid_predict_trainer import CheckpointError, HybridTrainer, checkpoint, persistence
-from hybrid_predict_trainer.state_tree import Mark
+from hybrid_predict_trainer import CheckpointError, HybridTrainer
+from hybrid_predict_trainer.keep import checkpoint
+from hybrid_predict_trainer.keep import resume as persistence
+from hybrid_predict_trainer.keep.state_tree import Mark
 
 GONE = object()
 NUM_CHANGES = 14
@@ -183,7 +185,7 @@ def test_no_class_of_a_file_is_made_that_is_not_the_optimizers(tmp_path: Path) -
     trainer = made()
     trainer.step(full_batch(1, 32)[0])
     path = trainer.save_checkpoint(tmp_path)
-    for name in ("subprocess:Popen", "os:_wrap_close", "hybrid_predict_trainer.run:Run", "torch.nn:Linear"):
+    for name in ("subprocess:Popen", "os:_wrap_close", "hybrid_predict_trainer.cycle.state:Run", "torch.nn:Linear"):
         parts = copy.deepcopy(checkpoint.load(path).parts)
         parts["optimizer"]["rest"]["attributes"]["more"] = Mark("object", [name, {}])
         parts["trainer"]["forms"]["optimizer"] = persistence.schema.form(parts["optimizer"])

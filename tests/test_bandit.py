@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cases import rng
-from hybrid_predict_trainer import bandit
-from hybrid_predict_trainer.bandit import UCB1, Choice, LinUCB
+from hybrid_predict_trainer.propose import horizon as bandit
+from hybrid_predict_trainer.propose.horizon import UCB1, Choice, LinUCB
 
 NO_CONTEXT = np.ones(1)
 

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from cases import assert_same, loss_fn, make_batches, make_model
-from hybrid_predict_trainer import weights
-from hybrid_predict_trainer.basis import Basis
-from hybrid_predict_trainer.inner_products import squared_norms
+from hybrid_predict_trainer.observe.basis import Basis
 from hybrid_predict_trainer.records import BasisSpec
+from hybrid_predict_trainer.weights import algebra as weights
+from hybrid_predict_trainer.weights.products import squared_norms
 from reference import DenseBasis, flat
 
 WINDOW = 3
@@ -219,7 +219,7 @@ def test_memory() -> None:
 
 
 def test_large_models_are_kept_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hybrid_predict_trainer import basis as module
+    from hybrid_predict_trainer.observe import basis as module
 
     monkeypatch.setattr(module, "FLOAT64_BELOW", 1)
     bench = Bench(SPECS["secant"]).windows(5)
@@ -234,7 +234,7 @@ DIFFERENCES = BasisSpec(
 
 def test_products_with_the_gradient_are_renewed(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are carried by addition in between: what is lost there comes back."""
-    from hybrid_predict_trainer import basis as module
+    from hybrid_predict_trainer.observe import basis as module
 
     monkeypatch.setattr(module, "RENEW_EVERY", 2)
     bench = Bench(DIFFERENCES).windows(2)  # one pair; the next one is the second
@@ -262,7 +262,7 @@ def test_empty_columns_are_not_read(num_windows: int) -> None:
 
 
 def test_bfloat16_weights_are_summed_wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hybrid_predict_trainer import basis as module
+    from hybrid_predict_trainer.observe import basis as module
 
     monkeypatch.setattr(module, "FLOAT64_BELOW", 1)
     p = nn.Parameter(torch.full((4,), 1.0, dtype=torch.bfloat16))

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
 
 from cases import Output
-from hybrid_predict_trainer import batches
+from hybrid_predict_trainer.observe import batches
 
 Pair = namedtuple("Pair", "x y")
 X, Y = torch.arange(12.0).reshape(6, 2), torch.arange(6)

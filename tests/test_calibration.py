@@ -14,8 +14,8 @@ from scipy.optimize import minimize_scalar
 from sklearn.calibration import calibration_curve
 from sklearn.linear_model import LogisticRegression
 
-from hybrid_predict_trainer import calibration as cal
-from hybrid_predict_trainer.calibration import Confidence, Evidence, TrackRecord
+from hybrid_predict_trainer.propose import confidence as cal
+from hybrid_predict_trainer.propose.confidence import Confidence, Evidence, TrackRecord
 
 FLOATS = st.floats(allow_nan=True, allow_infinity=True)
 

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from cases import config, setup
-from hybrid_predict_trainer import checkpoint, manifest, state_tree
-from hybrid_predict_trainer.failures import Place
+from hybrid_predict_trainer.keep import checkpoint, manifest, state_tree
+from hybrid_predict_trainer.keep.failures import Place
 from hybrid_predict_trainer.records import CheckpointError, State
 
 #: hypothesis prints what it draws, and torch cannot print float4: that one has a test of its own.

@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from hybrid_predict_trainer import cli, progress
-from hybrid_predict_trainer.experiments import overhead, single
+from hybrid_predict_trainer.cli import hpt as cli
+from hybrid_predict_trainer.cli import progress
+from hybrid_predict_trainer.experiments import train as single
+from hybrid_predict_trainer.experiments.bench import overhead
 from hybrid_predict_trainer.records import DivergenceError
 
 #: A small language model whose trainer proposes (and is mostly refused) all the time.

@@ -10,18 +10,20 @@ from typing import Any
 import pytest
 import torch
 
-from hybrid_predict_trainer.config import HybridTrainerConfig
-from hybrid_predict_trainer.experiments import arms, compare, table
-from hybrid_predict_trainer.experiments.arms import Arm, Run, Setup, run_arm
-from hybrid_predict_trainer.experiments.equal_loss import (
+from hybrid_predict_trainer.config.settings import HybridTrainerConfig
+from hybrid_predict_trainer.experiments import run_arm as arms
+from hybrid_predict_trainer.experiments.arms.options import Options, build_setup
+from hybrid_predict_trainer.experiments.compare import run as compare
+from hybrid_predict_trainer.experiments.compare.equal_loss import (
     Point,
     SeedSpeedup,
     cost_at,
     over_seeds,
     seed_speedup,
 )
-from hybrid_predict_trainer.experiments.setup import Options, build_setup
-from hybrid_predict_trainer.ledger import STEP_UNITS
+from hybrid_predict_trainer.experiments.report import text as table
+from hybrid_predict_trainer.experiments.run_arm import Arm, Run, Setup, run_arm
+from hybrid_predict_trainer.judge.ledger import STEP_UNITS
 from hybrid_predict_trainer.tasks import build_optimizer, build_scheduler, with_steps
 
 BUDGETS = (0.5, 1.0, 2.0, 4.0)

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybrid_predict_trainer import ConfigError, HybridTrainerConfig, load_config, preset_config, with_values
-from hybrid_predict_trainer.presets import PRESETS
-from hybrid_predict_trainer.toml_io import ALIASES, MAX_TOML_BYTES, TABLE_ALIASES, loads, to_toml, valid_keys
+from hybrid_predict_trainer.config.presets import PRESETS
+from hybrid_predict_trainer.config.toml import ALIASES, MAX_TOML_BYTES, TABLE_ALIASES, loads, to_toml, valid_keys
 
 DEFAULT = HybridTrainerConfig()
 

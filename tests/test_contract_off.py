@@ -19,7 +19,7 @@ from cases import (
     setup,
 )
 from hybrid_predict_trainer import ConfigError, HybridTrainer, HybridTrainerConfig
-from hybrid_predict_trainer.observer import NullObserver
+from hybrid_predict_trainer.observe.window_encoder import NullObserver
 from hybrid_predict_trainer.records import Phase
 
 NUM_STEPS = 14

@@ -29,8 +29,11 @@ from cases import (
     setup,
     steps_until,
 )
-from hybrid_predict_trainer import HybridTrainer, cycle, executors, gate
-from hybrid_predict_trainer import proposals as proposals_module
+from hybrid_predict_trainer import HybridTrainer
+from hybrid_predict_trainer.cycle import learning as cycle
+from hybrid_predict_trainer.cycle import real_step as executors
+from hybrid_predict_trainer.judge import gate
+from hybrid_predict_trainer.propose import proposal as proposals_module
 from hybrid_predict_trainer.records import Phase, Reason, StepResult, Verdict
 from reference import DenseBasis, flat
 

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cases import assert_same, config, full_batch, make_batches, setup
-from hybrid_predict_trainer import corrector as cor
-from hybrid_predict_trainer.corrector import Correction, NoCorrection, ResidualCorrector
 from hybrid_predict_trainer.predictors import Hold
+from hybrid_predict_trainer.propose import corrector as cor
+from hybrid_predict_trainer.propose.corrector import Correction, NoCorrection, ResidualCorrector
+from hybrid_predict_trainer.propose.residuals import extract
 from hybrid_predict_trainer.records import BasisSpec, PhasePrediction, Residual
-from hybrid_predict_trainer.residuals import extract
 
 G, K, F = 2, 3, 4
 SPEC = BasisSpec(num_displacements=2, lag=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hybrid_predict_trainer.experiments import costs
+from hybrid_predict_trainer.experiments.bench import costs
 
 
 def test_every_part_is_timed_and_has_its_target() -> None:

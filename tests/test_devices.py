@@ -11,20 +11,24 @@ import torch
 from torch import nn
 
 from cases import Fake, assert_same, config, loss_fn, make_batches, setup
-from hybrid_predict_trainer import HybridTrainer, host, optimizer_state, proposals, weights
-from hybrid_predict_trainer.basis import Basis
-from hybrid_predict_trainer.executors import settle_anchor
-from hybrid_predict_trainer.experiments.runs import wait_for_device
-from hybrid_predict_trainer.health import measure
-from hybrid_predict_trainer.history import Readout
-from hybrid_predict_trainer.inner_products import paired_dots, squared_norms
-from hybrid_predict_trainer.lookahead import DriftLookahead
+from hybrid_predict_trainer import HybridTrainer
+from hybrid_predict_trainer.cycle.real_step import settle_anchor
+from hybrid_predict_trainer.experiments.arms.drive import wait_for_device
+from hybrid_predict_trainer.keep import optimizer_state
+from hybrid_predict_trainer.keep.rng import rng_state, set_rng_state
+from hybrid_predict_trainer.keep.snapshot import Snapshot, paired
+from hybrid_predict_trainer.move.lookahead import DriftLookahead
+from hybrid_predict_trainer.move.lr_multiplier import step_cosines
+from hybrid_predict_trainer.numerics.streaming import CountSketch
+from hybrid_predict_trainer.observe.basis import Basis
+from hybrid_predict_trainer.observe.gradient_health import measure
+from hybrid_predict_trainer.observe.history import Readout
+from hybrid_predict_trainer.propose import proposal as proposals
 from hybrid_predict_trainer.records import BasisSpec, Phase, Reason, State, Verdict
-from hybrid_predict_trainer.rng import rng_state, set_rng_state
-from hybrid_predict_trainer.snapshot import Snapshot, paired
-from hybrid_predict_trainer.step_scale import step_cosines
-from hybrid_predict_trainer.streaming import CountSketch
 from hybrid_predict_trainer.tasks import TaskSettings, base, make_task
+from hybrid_predict_trainer.weights import algebra as weights
+from hybrid_predict_trainer.weights import offload as host
+from hybrid_predict_trainer.weights.products import paired_dots, squared_norms
 from pretended import DEVICE, Accelerator
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from cases import Fake, config, full_batch, make_batches, setup
 from hybrid_predict_trainer import DivergenceConfig
-from hybrid_predict_trainer import divergence as d
-from hybrid_predict_trainer.history import History, Reading
+from hybrid_predict_trainer.observe import divergence as d
+from hybrid_predict_trainer.observe.history import History, Reading
 from hybrid_predict_trainer.records import Action, Alarm, Level, Phase
 
 N, CAUTION, WARNING, CRITICAL = Level.NORMAL, Level.CAUTION, Level.WARNING, Level.CRITICAL

@@ -15,9 +15,9 @@ from dynamics import (
     errors,
     turning,
 )
-from hybrid_predict_trainer.config import DmdConfig
-from hybrid_predict_trainer.experiments.predictor_bench import rows
-from hybrid_predict_trainer.experiments.trajectories import CASES, flat, generate, observe
+from hybrid_predict_trainer.config.settings import DmdConfig
+from hybrid_predict_trainer.experiments.bench.predictors import rows
+from hybrid_predict_trainer.experiments.bench.trajectories import CASES, flat, generate, observe
 from hybrid_predict_trainer.predictors.dmd import Dmd, LossRecurrence, power_sum, recurrence, snapshot_operator, stacked
 
 

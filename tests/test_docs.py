@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from hybrid_predict_trainer import HybridTrainerConfig
-from hybrid_predict_trainer.toml_io import valid_keys
+from hybrid_predict_trainer.config.toml import valid_keys
 
 ROOT = Path(__file__).parents[1]
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from cases import assert_same, config, setup
 from hybrid_predict_trainer import HybridTrainer
-from hybrid_predict_trainer.early_cuts import (
+from hybrid_predict_trainer.move.group_warmup import (
     AFTER_RAISE,
     CUT,
     EARLY_STEPS,
@@ -24,11 +24,11 @@ from hybrid_predict_trainer.early_cuts import (
     shorten,
     shortened,
 )
-from hybrid_predict_trainer.multiplier import GROWTH, Advice, Multiplier, Reading
-from hybrid_predict_trainer.step_scale import LearnedScale
+from hybrid_predict_trainer.move.lr_multiplier import LearnedScale
+from hybrid_predict_trainer.move.multiplier import GROWTH, Advice, Multiplier, Reading
+from hybrid_predict_trainer.move.unit_scale import UnitScale
 from hybrid_predict_trainer.tasks import TaskSettings, make_task
-from hybrid_predict_trainer.unit_scale import UnitScale
-from hybrid_predict_trainer.weights import Groups
+from hybrid_predict_trainer.weights.algebra import Groups
 
 
 @pytest.mark.parametrize(

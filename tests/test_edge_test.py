@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from hybrid_predict_trainer.edge_test import MAX_COSINES, SURE, VISIBLE, Edge, locate, step_cosines
-from hybrid_predict_trainer.sequential import Moments
-from hybrid_predict_trainer.weights import Groups
+from hybrid_predict_trainer.move.edge_test import MAX_COSINES, SURE, VISIBLE, Edge, locate, step_cosines
+from hybrid_predict_trainer.numerics.sequential import Moments
+from hybrid_predict_trainer.weights.algebra import Groups
 
 # ---------------------------------------------------------------- the statistic
 

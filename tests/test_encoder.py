@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from dynamics import through_bytes, turning
-from hybrid_predict_trainer.encoder import NUM_GROUP_FEATURES, Encoder, encode, encoding_size, symexp, symlog
-from hybrid_predict_trainer.features import NUM_LOSS_FEATURES
+from hybrid_predict_trainer.observe.encoder import NUM_GROUP_FEATURES, Encoder, encode, encoding_size, symexp, symlog
+from hybrid_predict_trainer.observe.loss_features import NUM_LOSS_FEATURES
 from hybrid_predict_trainer.records import BasisSpec
 
 SPEC = BasisSpec(num_displacements=4, lag=True, optimizer=True)

@@ -15,22 +15,18 @@ import torch
 from torch import nn
 
 from cases import Fake, assert_same, config, full_batch, make_batches, setup
-from hybrid_predict_trainer import (
-    HybridTrainer,
-    health,
-    kfac,
-    observer,
-    predictor_choice,
-    recurrence,
-    same_batch,
-)
-from hybrid_predict_trainer.calibration import TrackRecord
-from hybrid_predict_trainer.encoder import Encoder
-from hybrid_predict_trainer.failures import MAX_FAILURES, Failures, Place
-from hybrid_predict_trainer.kfac import KfacFactors
-from hybrid_predict_trainer.metrics import Metrics
-from hybrid_predict_trainer.observer import StateObserver
-from hybrid_predict_trainer.streaming import CountSketch, LowRankFactors, StreamingPca
+from hybrid_predict_trainer import HybridTrainer
+from hybrid_predict_trainer.cycle import predictor_choice
+from hybrid_predict_trainer.keep.failures import MAX_FAILURES, Failures, Place
+from hybrid_predict_trainer.numerics.streaming import CountSketch, LowRankFactors, StreamingPca
+from hybrid_predict_trainer.observe import gradient_health as health
+from hybrid_predict_trainer.observe import kfac, recurrence, same_batch
+from hybrid_predict_trainer.observe import window_encoder as observer
+from hybrid_predict_trainer.observe.encoder import Encoder
+from hybrid_predict_trainer.observe.kfac import KfacFactors
+from hybrid_predict_trainer.observe.window_encoder import StateObserver
+from hybrid_predict_trainer.propose.confidence import TrackRecord
+from hybrid_predict_trainer.tell.recorder import Metrics
 
 NUM_STEPS = 27
 TRAINED = {"max_learned_scale": 8.0, "lookahead": 0.3, "smoothing": 0.25, "lookahead_scope": "all"}

@@ -32,8 +32,8 @@ from cases import (
     steps_until,
 )
 from hybrid_predict_trainer import DivergenceError, GateConfig, HybridTrainer, HybridTrainerConfig
-from hybrid_predict_trainer.history import Readout
-from hybrid_predict_trainer.ledger import STEP_UNITS
+from hybrid_predict_trainer.judge.ledger import STEP_UNITS
+from hybrid_predict_trainer.observe.history import Readout
 from hybrid_predict_trainer.records import BasisSpec, Level, Phase, PhasePrediction, Reason
 
 NAN, INF = float("nan"), float("inf")
@@ -387,7 +387,7 @@ def test_late_nan_for_ever_ends_clearly(late: Callable) -> None:
 
 def test_rolled_back_jump_is_not_brought_back_by_an_anchor(late: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     """The anchor taken on probation holds weights after the jump: it must not outlive a rollback."""
-    from hybrid_predict_trainer import executors
+    from hybrid_predict_trainer.cycle import real_step as executors
 
     monkeypatch.setattr(executors, "probation_passes", lambda probation, sigma: False)
     made = trapped(model="batchnorm")  # with dropout losses are noisy, and this jump is not accepted
@@ -716,7 +716,7 @@ def test_grad_scaler_does_not_step_on_an_explosion() -> None:
 
 
 def test_scaler_is_rolled_back_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hybrid_predict_trainer import executors
+    from hybrid_predict_trainer.cycle import real_step as executors
 
     monkeypatch.setattr(executors, "probation_passes", lambda probation, sigma: False)
     made = setup("mlp", "adam")
@@ -774,7 +774,7 @@ def test_global_generators_are_not_reseeded() -> None:
 
 def test_an_autocast_around_the_loop_does_not_show_the_gate_old_weights() -> None:
     """Autocast keeps half-precision copies of the weights and does not renew them when a weight changes in place."""
-    from hybrid_predict_trainer import weights
+    from hybrid_predict_trainer.weights import algebra as weights
 
     torch.manual_seed(0)
     model, x = torch.nn.Linear(8, 8), torch.randn(4, 8)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrid_predict_trainer.features import NUM_LOSS_FEATURES, log_scale, loss_features
+from hybrid_predict_trainer.observe.loss_features import NUM_LOSS_FEATURES, log_scale, loss_features
 
 LOSSES = st.lists(st.floats(-1e6, 1e6), max_size=300)
 #: Where the named features stand.

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from hybrid_predict_trainer import gate
-from hybrid_predict_trainer.calibration import TrackRecord
+from hybrid_predict_trainer.judge import gate
+from hybrid_predict_trainer.propose.confidence import TrackRecord
 from hybrid_predict_trainer.records import Reason, Verdict
 
 # ---------------------------------------------------------------- statistics

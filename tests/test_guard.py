@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from hybrid_predict_trainer.guard import (
+from hybrid_predict_trainer.judge.guard import (
     ANCHOR_SHARE,
     ANCHOR_STEPS,
     BLOCK_STEPS,

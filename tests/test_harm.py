@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from hybrid_predict_trainer import HybridTrainer, HybridTrainerConfig, cli
+from hybrid_predict_trainer import HybridTrainer, HybridTrainerConfig
+from hybrid_predict_trainer.cli import hpt as cli
+from hybrid_predict_trainer.experiments.arms.options import InputError
 from hybrid_predict_trainer.experiments.harm import models, program, runs, table
 from hybrid_predict_trainer.experiments.harm.runs import Parts, Result
 from hybrid_predict_trainer.experiments.harm.settings import SETTINGS, Setting, select
 from hybrid_predict_trainer.experiments.harm.table import Trio, judge, order_quantile, overall
-from hybrid_predict_trainer.experiments.setup import InputError
 
 TINY = replace(SETTINGS["friedman-high-rate"], name="tiny", steps=30)
 

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from cases import Tied, assert_same, everything, loss_fn, make_batches, setup
-from hybrid_predict_trainer import health
-from hybrid_predict_trainer.health import HealthReport, LayerHealth, Zone
+from hybrid_predict_trainer.observe import gradient_health as health
+from hybrid_predict_trainer.observe.gradient_health import HealthReport, LayerHealth, Zone
 
 
 def backward(made):

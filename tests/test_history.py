@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrid_predict_trainer.history import (
+from hybrid_predict_trainer.observe.history import (
     LOSS_CAPACITY,
     NORM_CAPACITY,
     Baseline,

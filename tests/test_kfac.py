@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from hybrid_predict_trainer.kfac import KfacFactors, diagonal_factors
+from hybrid_predict_trainer.observe.kfac import KfacFactors, diagonal_factors
 
 
 def small_net() -> nn.Sequential:

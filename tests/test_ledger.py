@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cases import Fake, config, full_batch, make_batches, setup
-from hybrid_predict_trainer import GateConfig, executors
-from hybrid_predict_trainer.counters import Counters
-from hybrid_predict_trainer.ledger import BACKWARD_UNITS, FORWARD_UNITS, STEP_UNITS, UPDATE_UNITS, Account, Ledger
+from hybrid_predict_trainer import GateConfig
+from hybrid_predict_trainer.cost import Counters
+from hybrid_predict_trainer.cycle import real_step as executors
+from hybrid_predict_trainer.judge.ledger import BACKWARD_UNITS, FORWARD_UNITS, STEP_UNITS, UPDATE_UNITS, Account, Ledger
 from hybrid_predict_trainer.records import Phase
 
 

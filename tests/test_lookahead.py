@@ -8,8 +8,8 @@ from torch import nn
 
 from cases import assert_same, config, difference, full_batch, make_batches, setup
 from hybrid_predict_trainer import HybridTrainer, HybridTrainerConfig
-from hybrid_predict_trainer.lookahead import DriftLookahead, NoLookahead, went_on
-from hybrid_predict_trainer.switchback import Switchback
+from hybrid_predict_trainer.judge.switchback import Switchback
+from hybrid_predict_trainer.move.lookahead import DriftLookahead, NoLookahead, went_on
 
 
 def reference(
@@ -369,7 +369,7 @@ def test_where_the_drift_leads_astray_little_of_it_is_followed(turns: float, mon
     """The minimum has gone elsewhere by the time that the drift is known."""
     without, with_it = valley(0.0, turns), valley(0.5, turns)
     assert with_it < 1.02 * without
-    monkeypatch.setattr("hybrid_predict_trainer.lookahead.went_on", lambda sums: torch.ones(()))
+    monkeypatch.setattr("hybrid_predict_trainer.move.lookahead.went_on", lambda sums: torch.ones(()))
     regardless = valley(0.5, turns)
     assert regardless > with_it
 

@@ -15,7 +15,7 @@ from torch.optim import lr_scheduler
 from torch.optim.swa_utils import SWALR
 
 from hybrid_predict_trainer import ConfigError, HybridTrainer, HybridTrainerConfig, with_values
-from hybrid_predict_trainer.lr_schedule import count_of
+from hybrid_predict_trainer.move.schedule import count_of
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 

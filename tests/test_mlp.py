@@ -17,13 +17,13 @@ from dynamics import (
     turning,
 )
 from hybrid_predict_trainer import HybridTrainerConfig
-from hybrid_predict_trainer.config import MlpConfig
+from hybrid_predict_trainer.config.settings import MlpConfig
+from hybrid_predict_trainer.config.toml import with_values
 from hybrid_predict_trainer.predictors import build
 from hybrid_predict_trainer.predictors._frame import Frame, known_targets, step_weights
 from hybrid_predict_trainer.predictors._learned import changed_loss, log_change
 from hybrid_predict_trainer.predictors.mlp import Mlp
 from hybrid_predict_trainer.records import BasisSpec, ConfigError
-from hybrid_predict_trainer.toml_io import with_values
 
 
 def make() -> Mlp:

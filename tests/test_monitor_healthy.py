@@ -7,10 +7,17 @@ import math
 import numpy as np
 import pytest
 
-from hybrid_predict_trainer import divergence
-from hybrid_predict_trainer.experiments import healthy
-from hybrid_predict_trainer.experiments.healthy import NOISES, Recording, alarms, false_positive_table, rates, synthetic
-from hybrid_predict_trainer.history import History, Reading
+from hybrid_predict_trainer.experiments.bench import false_alarms as healthy
+from hybrid_predict_trainer.experiments.bench.false_alarms import (
+    NOISES,
+    Recording,
+    alarms,
+    false_positive_table,
+    rates,
+    synthetic,
+)
+from hybrid_predict_trainer.observe import divergence
+from hybrid_predict_trainer.observe.history import History, Reading
 from hybrid_predict_trainer.records import Level
 
 #: Largest share of checked steps at warning or above; where a row is not named: GENERAL.
@@ -127,7 +134,7 @@ def test_noise_has_unit_variance_and_its_own_shape():
 def test_alarms_are_those_of_the_monitor():
     """The table would be worth nothing if it measured other calls than a run makes."""
     from hybrid_predict_trainer import HybridTrainerConfig
-    from hybrid_predict_trainer.divergence import Monitor
+    from hybrid_predict_trainer.observe.divergence import Monitor
 
     run = synthetic("skewed", seed=3, num_steps=600, noisy=True)
     history, monitor, worst = History(), Monitor(HybridTrainerConfig().divergence, healthy.SIGMA), {}

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from cases import assert_same
-from hybrid_predict_trainer.edge_test import MAX_COSINES
-from hybrid_predict_trainer.multiplier import (
+from hybrid_predict_trainer.move.edge_test import MAX_COSINES
+from hybrid_predict_trainer.move.multiplier import (
     CREEP,
     CREEP_LEVEL,
     EXPLOSION,
@@ -33,7 +33,7 @@ from hybrid_predict_trainer.multiplier import (
     Reading,
     orthogonalizes,
 )
-from hybrid_predict_trainer.sequential import Moments
+from hybrid_predict_trainer.numerics.sequential import Moments
 
 HIGH = 100.0
 #: Losses of the first steps, and of later ones.

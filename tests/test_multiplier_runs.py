@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from hybrid_predict_trainer import HybridTrainer, HybridTrainerConfig
-from hybrid_predict_trainer.early_cuts import MUST_FALL
-from hybrid_predict_trainer.step_scale import CHECK_STEPS, LearnedScale
+from hybrid_predict_trainer.move.group_warmup import MUST_FALL
+from hybrid_predict_trainer.move.lr_multiplier import CHECK_STEPS, LearnedScale
 
 Batch = tuple[Tensor, Tensor]
 

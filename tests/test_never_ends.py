@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from cases import Fake, assert_same, config, full_batch, make_batches, setup
-from hybrid_predict_trainer import exactness, gate
-from hybrid_predict_trainer.exactness import Agreement, measure
+from hybrid_predict_trainer.judge import exactness, gate
+from hybrid_predict_trainer.judge.exactness import Agreement, measure
 from hybrid_predict_trainer.records import Phase, Reason, Verdict
 
 mse = nn.functional.mse_loss

@@ -12,12 +12,12 @@ from torch import nn
 
 from cases import Fake, config, full_batch, loss_fn, make_batches, setup
 from dynamics import through_bytes, turning
-from hybrid_predict_trainer import ConfigError, HybridTrainer, weights
-from hybrid_predict_trainer.basis import Basis
-from hybrid_predict_trainer.config import EncoderConfig
-from hybrid_predict_trainer.experiments import encoding_cost
-from hybrid_predict_trainer.kfac import KfacFactors
-from hybrid_predict_trainer.observer import (
+from hybrid_predict_trainer import ConfigError, HybridTrainer
+from hybrid_predict_trainer.config.settings import EncoderConfig
+from hybrid_predict_trainer.experiments.bench import encoding_cost
+from hybrid_predict_trainer.observe.basis import Basis
+from hybrid_predict_trainer.observe.kfac import KfacFactors
+from hybrid_predict_trainer.observe.window_encoder import (
     NUM_KFAC_FEATURES,
     PCA_BLOCK,
     NullObserver,
@@ -27,6 +27,7 @@ from hybrid_predict_trainer.observer import (
     observer_for,
 )
 from hybrid_predict_trainer.records import BasisSpec, Window
+from hybrid_predict_trainer.weights import algebra as weights
 
 SPEC = BasisSpec(num_displacements=3, lag=True)
 

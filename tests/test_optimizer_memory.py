@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cases import OPTIMIZERS, assert_same, config, loss_fn, make_batches, make_model, rng
 from hybrid_predict_trainer import HybridTrainer, HybridTrainerConfig
-from hybrid_predict_trainer import optimizer_memory as memory
+from hybrid_predict_trainer.move import optimizer_memory as memory
 
 Maker = Callable[[list[nn.Parameter]], Any]
 

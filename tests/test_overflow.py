@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hybrid_predict_trainer import DivergenceError, HybridTrainer, HybridTrainerConfig, with_values
-from hybrid_predict_trainer.overflow import LEAST_SCALE, ScaleSearch
+from hybrid_predict_trainer.move.overflow import LEAST_SCALE, ScaleSearch
 
 CONFIG = HybridTrainerConfig()
 

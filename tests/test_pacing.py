@@ -14,8 +14,8 @@ import torch
 from cases import Fake, assert_same, config, full_batch, seed_all, setup
 from dynamics import through_bytes, turning
 from hybrid_predict_trainer import HybridTrainer
-from hybrid_predict_trainer.config import MlpConfig, RssmConfig
-from hybrid_predict_trainer.experiments.recording import Recorder
+from hybrid_predict_trainer.config.settings import MlpConfig, RssmConfig
+from hybrid_predict_trainer.experiments.arms.recording import Recorder
 from hybrid_predict_trainer.predictors import Hold, Mlp, Paced, Rssm
 from hybrid_predict_trainer.predictors.pacing import MAX_INTERVAL, NUM_MEASURED, Pace, update_interval
 
@@ -170,7 +170,7 @@ class Listening(Fake):
 def test_a_run_tells_the_time_of_its_real_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = SimpleNamespace(perf_counter=ticking(1.0))
     monkeypatch.setattr("hybrid_predict_trainer.trainer.time", clock)
-    monkeypatch.setattr("hybrid_predict_trainer.cycle.time", clock)
+    monkeypatch.setattr("hybrid_predict_trainer.cycle.learning.time", clock)
     predictor = Listening()
     made = setup("mlp", "adam")
     trainer = made.trainer(config(predictor__window=3), predictor=predictor)

@@ -10,8 +10,8 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from hybrid_predict_trainer import ConfigError, DivergenceError, HybridTrainer, HybridTrainerConfig, with_values
-from hybrid_predict_trainer.finiteness import not_finite, trained_weights_finite, whereabouts
-from hybrid_predict_trainer.passes import next_epoch
+from hybrid_predict_trainer.cycle.passes import next_epoch
+from hybrid_predict_trainer.keep.finiteness import not_finite, trained_weights_finite, whereabouts
 
 Batch = Any
 SETTINGS = with_values(HybridTrainerConfig(), {"training.max_predict_steps": 0})

@@ -13,19 +13,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hybrid_predict_trainer.config import HybridTrainerConfig
-from hybrid_predict_trainer.experiments.arms import COUNTS, Arm, Run, Setup, run_arm
-from hybrid_predict_trainer.experiments.peers import PEERS, optimizers, peer_of, peers_for, run_peer, wnn
-from hybrid_predict_trainer.experiments.peers.flops import (
+from hybrid_predict_trainer.config.settings import HybridTrainerConfig
+from hybrid_predict_trainer.experiments.baselines import PEERS, optimizers, peer_of, peers_for, run_peer, wnn
+from hybrid_predict_trainer.experiments.baselines.flops import (
     forward_flops,
     mlp_flops,
     soap_basis_flops,
     soap_first_flops,
     soap_step_flops,
 )
-from hybrid_predict_trainer.experiments.peers.outer import snoo_step_
-from hybrid_predict_trainer.experiments.peers.warmup import long_warmup
-from hybrid_predict_trainer.ledger import PASS_UNITS, STEP_UNITS
+from hybrid_predict_trainer.experiments.baselines.outer import snoo_step_
+from hybrid_predict_trainer.experiments.baselines.warmup import long_warmup
+from hybrid_predict_trainer.experiments.run_arm import COUNTS, Arm, Run, Setup, run_arm
+from hybrid_predict_trainer.judge.ledger import PASS_UNITS, STEP_UNITS
 from hybrid_predict_trainer.tasks import TaskDefaults, TaskSettings
 
 STEPS = 40

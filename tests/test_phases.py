@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cases import Fake, config, full_batch, make_batches, setup
-from hybrid_predict_trainer.phases import (
+from hybrid_predict_trainer.cycle.phases import (
     LEGAL,
     IllegalTransitionError,
     NeverPredict,

@@ -11,8 +11,16 @@ from torch import nn
 
 from dynamics import through_bytes
 from hybrid_predict_trainer import HybridTrainer, HybridTrainerConfig, predictors
-from hybrid_predict_trainer.experiments import single
-from hybrid_predict_trainer.experiments.predictor_bench import (
+from hybrid_predict_trainer.experiments import train as single
+from hybrid_predict_trainer.experiments.arms.options import Options
+from hybrid_predict_trainer.experiments.arms.recording import (
+    Recorder,
+    Recording,
+    best_coefficients,
+    column_map,
+    narrow,
+)
+from hybrid_predict_trainer.experiments.bench.predictors import (
     RealRun,
     Row,
     make_predictor,
@@ -22,15 +30,7 @@ from hybrid_predict_trainer.experiments.predictor_bench import (
     replay,
     rows,
 )
-from hybrid_predict_trainer.experiments.recording import (
-    Recorder,
-    Recording,
-    best_coefficients,
-    column_map,
-    narrow,
-)
-from hybrid_predict_trainer.experiments.setup import Options
-from hybrid_predict_trainer.experiments.trajectories import CASES, flat, generate, observe
+from hybrid_predict_trainer.experiments.bench.trajectories import CASES, flat, generate, observe
 from hybrid_predict_trainer.predictors import Hold, Linear, Mlp
 from hybrid_predict_trainer.records import BasisSpec, CheckpointError, ConfigError
 

@@ -15,14 +15,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from cases import Fake, config, full_batch, make_batches, setup
-from hybrid_predict_trainer import ConfigError, HybridTrainerConfig, LinearConfig, SecantConfig, weights
-from hybrid_predict_trainer.basis import Basis
+from hybrid_predict_trainer import ConfigError, HybridTrainerConfig, LinearConfig, SecantConfig
+from hybrid_predict_trainer.numerics.ridge import OnlineRidge, SelectedRidge, solve_ridge, solve_ridges
+from hybrid_predict_trainer.observe.basis import Basis
 from hybrid_predict_trainer.predictors import PREDICTORS, Heuristic, Hold, Linear, Predictor, Secant, build
 from hybrid_predict_trainer.predictors._common import linear_loss_trajectory, window_from_state, window_state
 from hybrid_predict_trainer.predictors.linear import relative_error
-from hybrid_predict_trainer.predictors.ridge import OnlineRidge, SelectedRidge, solve_ridge, solve_ridges
 from hybrid_predict_trainer.predictors.secant import damped_step, decay_factor, orthonormaliser, quadratic_model
 from hybrid_predict_trainer.records import BasisSpec, Products, Window
+from hybrid_predict_trainer.weights import algebra as weights
 
 D = torch.float64
 

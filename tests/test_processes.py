@@ -12,7 +12,7 @@ import torch
 from torch import distributed, nn
 
 from hybrid_predict_trainer import ConfigError, HybridTrainer, HybridTrainerConfig, preset_config, with_values
-from hybrid_predict_trainer.processes import refuse_distributed, wrapper_of
+from hybrid_predict_trainer.distributed.processes import refuse_distributed, wrapper_of
 
 gloo = pytest.mark.skipif(
     not (distributed.is_available() and distributed.is_gloo_available()) or sys.platform == "win32",

@@ -10,8 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hybrid_predict_trainer import HybridTrainer, HybridTrainerConfig, gate
-from hybrid_predict_trainer.config import QuasiNewtonConfig
+from hybrid_predict_trainer import HybridTrainer, HybridTrainerConfig
+from hybrid_predict_trainer.config.presets import PRESETS
+from hybrid_predict_trainer.config.settings import QuasiNewtonConfig
+from hybrid_predict_trainer.config.toml import with_values
+from hybrid_predict_trainer.judge import gate
 from hybrid_predict_trainer.predictors import QuasiNewton
 from hybrid_predict_trainer.predictors.quasi_newton import (
     direction,
@@ -20,9 +23,7 @@ from hybrid_predict_trainer.predictors.quasi_newton import (
     newest_first,
     step_of,
 )
-from hybrid_predict_trainer.presets import PRESETS
 from hybrid_predict_trainer.records import Products, Reason, Window
-from hybrid_predict_trainer.toml_io import with_values
 
 
 def dense_direction(s: Sequence[Tensor], y: Sequence[Tensor], taus: Sequence[float], gamma: float, g: Tensor) -> Tensor:

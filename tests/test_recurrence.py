@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from cases import assert_same, config, loss_fn, make_batches, rng, setup
 from hybrid_predict_trainer import ConfigError, HybridTrainer, HybridTrainerConfig
-from hybrid_predict_trainer.recurrence import CAPACITY, GRAM, RECENT, Recurrence, hashes
-from hybrid_predict_trainer.step_scale import LearnedScale
-from hybrid_predict_trainer.validation import LEAST_STEPS, Validation
+from hybrid_predict_trainer.judge.validation import LEAST_STEPS, Validation
+from hybrid_predict_trainer.move.lr_multiplier import LearnedScale
+from hybrid_predict_trainer.observe.recurrence import CAPACITY, GRAM, RECENT, Recurrence, hashes
 
 # ---------------------------------------------------------------- samples
 

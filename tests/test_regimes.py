@@ -10,21 +10,19 @@ from typing import Any
 
 import pytest
 
-from hybrid_predict_trainer.experiments import (
-    countdown,
-    regime_cache,
-    regime_cases,
-    regime_runs,
-    regime_summary,
-    regimes,
-)
-from hybrid_predict_trainer.experiments.arms import COUNTS, Arm, Run, Setup
-from hybrid_predict_trainer.experiments.peers import PEERS
-from hybrid_predict_trainer.experiments.regime_cache import Measured, RunStore, digest, identity
-from hybrid_predict_trainer.experiments.regime_cases import Request, arms_of, prepare
-from hybrid_predict_trainer.experiments.regime_summary import Entry
-from hybrid_predict_trainer.experiments.setup import InputError, Options
-from hybrid_predict_trainer.ledger import STEP_UNITS
+from hybrid_predict_trainer.experiments.arms import countdown
+from hybrid_predict_trainer.experiments.arms.options import InputError, Options
+from hybrid_predict_trainer.experiments.baselines import PEERS
+from hybrid_predict_trainer.experiments.regimes import cache as regime_cache
+from hybrid_predict_trainer.experiments.regimes import cases as regime_cases
+from hybrid_predict_trainer.experiments.regimes import catalogue as regimes
+from hybrid_predict_trainer.experiments.regimes import runs as regime_runs
+from hybrid_predict_trainer.experiments.regimes import summary as regime_summary
+from hybrid_predict_trainer.experiments.regimes.cache import Measured, RunStore, digest, identity
+from hybrid_predict_trainer.experiments.regimes.cases import Request, arms_of, prepare
+from hybrid_predict_trainer.experiments.regimes.summary import Entry
+from hybrid_predict_trainer.experiments.run_arm import COUNTS, Arm, Run, Setup
+from hybrid_predict_trainer.judge.ledger import STEP_UNITS
 from hybrid_predict_trainer.predictors import PREDICTORS
 from hybrid_predict_trainer.tasks import TASKS
 
@@ -291,13 +289,13 @@ def test_the_fingerprint_sees_the_method_and_not_the_command_line(
 ) -> None:
     monkeypatch.setattr(regime_cache, "PACKAGE", tmp_path)
     (tmp_path / "gate.py").write_text("a = 1")
-    (tmp_path / "cli.py").write_text("a = 1")
+    (tmp_path / "version.py").write_text("a = 1")
 
     def now() -> str:
         return regime_cache.fingerprint.__wrapped__("*.py")
 
     first = now()
-    (tmp_path / "cli.py").write_text("a = 2")
+    (tmp_path / "version.py").write_text("a = 2")
     assert now() == first
     (tmp_path / "gate.py").write_text("a = 2")
     assert now() != first

@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 
-from hybrid_predict_trainer import cli
-from hybrid_predict_trainer.experiments import readme_rows, regime_cells, regime_report, regime_runs
-from hybrid_predict_trainer.experiments.arms import Arm, run_arm
+from hybrid_predict_trainer.cli import hpt as cli
+from hybrid_predict_trainer.experiments.regimes import cells as regime_cells
+from hybrid_predict_trainer.experiments.regimes import readme_rows
+from hybrid_predict_trainer.experiments.regimes import report as regime_report
+from hybrid_predict_trainer.experiments.regimes import runs as regime_runs
+from hybrid_predict_trainer.experiments.run_arm import Arm, run_arm
 from hybrid_predict_trainer.experiments.statistics import METHOD
 
 TINY = [

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from cases import config, setup
-from hybrid_predict_trainer.experiments import svg
-from hybrid_predict_trainer.experiments.report import build_report, mean_std, number, shown, write_report
-from hybrid_predict_trainer.experiments.report_confidence import Point, pooled, pooled_error, reliability_chart
+from hybrid_predict_trainer.experiments.report import charts as svg
+from hybrid_predict_trainer.experiments.report.confidence import Point, pooled, pooled_error, reliability_chart
+from hybrid_predict_trainer.experiments.report.page import build_report, mean_std, number, shown, write_report
 from hybrid_predict_trainer.experiments.report_withdrawn import COUNTS
 
 HOSTILE = "<script>alert('x')</script>\"&\x00\u202e"

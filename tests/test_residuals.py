@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from cases import assert_same
-from hybrid_predict_trainer.records import BasisSpec, Hindsight, PhasePrediction, Residual
-from hybrid_predict_trainer.residuals import (
+from hybrid_predict_trainer.propose.residuals import (
     CAPACITIES,
     ResidualStore,
     cosine,
@@ -15,6 +14,7 @@ from hybrid_predict_trainer.residuals import (
     growth,
     hindsight_coefficients,
 )
+from hybrid_predict_trainer.records import BasisSpec, Hindsight, PhasePrediction, Residual
 
 G, K, F = 2, 3, 8
 

@@ -21,13 +21,13 @@ from dynamics import (
     turning,
 )
 from hybrid_predict_trainer import HybridTrainerConfig
-from hybrid_predict_trainer.config import RssmConfig
+from hybrid_predict_trainer.config.settings import RssmConfig
+from hybrid_predict_trainer.config.toml import with_values
 from hybrid_predict_trainer.predictors import build
 from hybrid_predict_trainer.predictors._frame import MAX_AHEAD
 from hybrid_predict_trainer.predictors.rssm import Rssm
 from hybrid_predict_trainer.predictors.rssm_model import Latent, RssmModel
 from hybrid_predict_trainer.records import ConfigError
-from hybrid_predict_trainer.toml_io import with_values
 
 SMALL = {
     "deterministic_dim": 64, "stochastic_dim": 8, "num_categoricals": 8, "hidden_dim": 64, "ensemble_size": 2,

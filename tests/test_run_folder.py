@@ -18,9 +18,14 @@ from typing import Any
 import pytest
 import torch
 
-from hybrid_predict_trainer import checkpoint, cli, progress, safe_files
-from hybrid_predict_trainer.experiments import compare, run_folder, single
-from hybrid_predict_trainer.experiments.setup import InputError
+from hybrid_predict_trainer import safe_files
+from hybrid_predict_trainer.cli import hpt as cli
+from hybrid_predict_trainer.cli import progress
+from hybrid_predict_trainer.experiments import run_folder
+from hybrid_predict_trainer.experiments import train as single
+from hybrid_predict_trainer.experiments.arms.options import InputError
+from hybrid_predict_trainer.experiments.compare import run as compare
+from hybrid_predict_trainer.keep import checkpoint
 
 TINY = ["--task", "pinn-poisson", "--batch-size", "16"]
 TEXT = "the quick brown fox jumps over a lazy dog " * 400

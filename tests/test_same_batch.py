@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from cases import config, full_batch, make_batches, setup
-from hybrid_predict_trainer import same_batch
-from hybrid_predict_trainer.same_batch import Fingerprint, SameBatch, digest_of
+from hybrid_predict_trainer.observe import same_batch
+from hybrid_predict_trainer.observe.same_batch import Fingerprint, SameBatch, digest_of
 
 X, Y = torch.arange(200.0).reshape(100, 2), torch.arange(100)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
-from hybrid_predict_trainer.sequential import (
+from hybrid_predict_trainer.numerics.sequential import (
     Moments,
     difference_interval,
     half_width,

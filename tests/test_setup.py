@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from hybrid_predict_trainer.experiments.setup import Options, build_setup, config_of
+from hybrid_predict_trainer.experiments.arms.options import Options, build_setup, config_of
 from hybrid_predict_trainer.tasks import make_task
 
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from cases import OPTIMIZERS, assert_same, make_batches, rng, seed_all, setup
-from hybrid_predict_trainer.buffers import BufferGuard
-from hybrid_predict_trainer.isolation import quiet_forward
-from hybrid_predict_trainer.rng import rng_state, set_rng_state
-from hybrid_predict_trainer.snapshot import Snapshot
+from hybrid_predict_trainer.keep.buffers import BufferGuard
+from hybrid_predict_trainer.keep.isolation import quiet_forward
+from hybrid_predict_trainer.keep.rng import rng_state, set_rng_state
+from hybrid_predict_trainer.keep.snapshot import Snapshot
 
 
 @pytest.mark.parametrize("offload", [False, True])

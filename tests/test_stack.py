@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from hybrid_predict_trainer.experiments import accelerator, acceptance, factors, stack
-from hybrid_predict_trainer.experiments.setup import InputError
+from hybrid_predict_trainer.experiments.arms.options import InputError
+from hybrid_predict_trainer.experiments.bench import accelerator, acceptance, factors, stack
 
 TINY: dict[str, Any] = {"preset": "0.3M", "batch_size": 2, "context": 16, "data_bytes": 200_000}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hybrid_predict_trainer.experiments.step_cosines import Trace, cosines, group_text, parts, text
+from hybrid_predict_trainer.experiments.bench.step_cosines import Trace, cosines, group_text, parts, text
 
 
 def test_parts_are_means_of_equal_pieces() -> None:

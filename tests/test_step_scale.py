@@ -10,15 +10,15 @@ from torch import nn
 
 from cases import assert_same, config, full_batch, make_batches, setup
 from hybrid_predict_trainer import HybridTrainer
-from hybrid_predict_trainer.early_cuts import EARLY_STEPS
-from hybrid_predict_trainer.edge_test import MAX_COSINES
-from hybrid_predict_trainer.lookahead import DriftLookahead
-from hybrid_predict_trainer.multiplier import FIRST_CHECKS, GROWTH, PATIENCE, ROOM, Advice, Reading
-from hybrid_predict_trainer.sequential import Moments
-from hybrid_predict_trainer.step_scale import CHECK_STEPS, MEASURED_AT_EDGE, LearnedScale
-from hybrid_predict_trainer.switchback import BLOCK_STEPS, NUM_FREE_BLOCKS
-from hybrid_predict_trainer.unit_scale import UnitScale
-from hybrid_predict_trainer.weights import Groups
+from hybrid_predict_trainer.judge.switchback import BLOCK_STEPS, NUM_FREE_BLOCKS
+from hybrid_predict_trainer.move.edge_test import MAX_COSINES
+from hybrid_predict_trainer.move.group_warmup import EARLY_STEPS
+from hybrid_predict_trainer.move.lookahead import DriftLookahead
+from hybrid_predict_trainer.move.lr_multiplier import CHECK_STEPS, MEASURED_AT_EDGE, LearnedScale
+from hybrid_predict_trainer.move.multiplier import FIRST_CHECKS, GROWTH, PATIENCE, ROOM, Advice, Reading
+from hybrid_predict_trainer.move.unit_scale import UnitScale
+from hybrid_predict_trainer.numerics.sequential import Moments
+from hybrid_predict_trainer.weights.algebra import Groups
 
 ONE = Groups(("p0",), (0,), ("g0",), (1,))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hybrid_predict_trainer.streaming import CountSketch, LowRankFactors, StreamingPca, sketch_tensors
+from hybrid_predict_trainer.numerics.streaming import CountSketch, LowRankFactors, StreamingPca, sketch_tensors
 
 
 def stream(num_vectors: int, size: int = 40, rank: int = 12, *, noise: float = 0.05, seed: int = 0) -> torch.Tensor:

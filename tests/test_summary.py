@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hybrid_predict_trainer import HybridTrainer, HybridTrainerConfig
-from hybrid_predict_trainer.ledger import Account
-from hybrid_predict_trainer.metrics import jsonable
+from hybrid_predict_trainer.judge.ledger import Account
 from hybrid_predict_trainer.records import DivergenceError
-from hybrid_predict_trainer.summary_figures import correlation, histogram, mean
+from hybrid_predict_trainer.tell.recorder import jsonable
+from hybrid_predict_trainer.tell.summary import correlation, histogram, mean
 
 MAX = float(np.finfo(np.float64).max)
 TINY = 5e-324

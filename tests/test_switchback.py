@@ -12,8 +12,7 @@ import torch
 from scipy import stats
 
 from cases import assert_same, config, make_batches, setup
-from hybrid_predict_trainer.sequential import difference_interval
-from hybrid_predict_trainer.switchback import (
+from hybrid_predict_trainer.judge.switchback import (
     BLOCK_STEPS,
     LEVEL,
     MAX_COMPARISONS,
@@ -22,6 +21,7 @@ from hybrid_predict_trainer.switchback import (
     NUM_LOSSES,
     Switchback,
 )
+from hybrid_predict_trainer.numerics.sequential import difference_interval
 
 
 def steep(step: float) -> float:

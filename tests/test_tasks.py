@@ -27,19 +27,19 @@ from hybrid_predict_trainer.tasks import (
     TaskSettings,
     build_optimizer,
     build_scheduler,
-    finetune,
     lr_factor,
     make_task,
     with_steps,
 )
 from hybrid_predict_trainer.tasks.base import count_parameters
-from hybrid_predict_trainer.tasks.equations import PROBLEMS, burgers_solution
-from hybrid_predict_trainer.tasks.gpt import PRESETS, Gpt, GptTask
-from hybrid_predict_trainer.tasks.images import crop_and_flip, mirror
-from hybrid_predict_trainer.tasks.mlp import TanhMLP, jet_channels
-from hybrid_predict_trainer.tasks.pinn import PinnTask
-from hybrid_predict_trainer.tasks.text import load_corpus, split_by_hash, stream_texts
-from hybrid_predict_trainer.tasks.vision import ImageTask
+from hybrid_predict_trainer.tasks.equations.mlp import TanhMLP, jet_channels
+from hybrid_predict_trainer.tasks.equations.pinn import PinnTask
+from hybrid_predict_trainer.tasks.equations.problems import PROBLEMS, burgers_solution
+from hybrid_predict_trainer.tasks.images.data import crop_and_flip, mirror
+from hybrid_predict_trainer.tasks.images.task import ImageTask
+from hybrid_predict_trainer.tasks.language import finetune
+from hybrid_predict_trainer.tasks.language.gpt import PRESETS, Gpt, GptTask
+from hybrid_predict_trainer.tasks.language.text import load_corpus, split_by_hash, stream_texts
 
 needs_data = pytest.mark.skipif(not os.environ.get("HPT_DATA_DIR"), reason="HPT_DATA_DIR is not set")
 

@@ -17,11 +17,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hybrid_predict_trainer.tasks import TaskSettings, build_optimizer, build_scheduler, finetune, pretrained
+from hybrid_predict_trainer.tasks import TaskSettings, build_optimizer, build_scheduler
 from hybrid_predict_trainer.tasks.base import count_parameters
-from hybrid_predict_trainer.tasks.finetune import FinetuneTask, Pretraining
-from hybrid_predict_trainer.tasks.gpt import PRESETS, Gpt, GptTask
-from hybrid_predict_trainer.tasks.llama import (
+from hybrid_predict_trainer.tasks.language import finetune, pretrained
+from hybrid_predict_trainer.tasks.language.finetune import FinetuneTask, Pretraining
+from hybrid_predict_trainer.tasks.language.gpt import PRESETS, Gpt, GptTask
+from hybrid_predict_trainer.tasks.language.llama import (
     STACKED,
     Llama,
     LlamaConfig,
@@ -30,9 +31,9 @@ from hybrid_predict_trainer.tasks.llama import (
     rotate,
     rotation_angles,
 )
-from hybrid_predict_trainer.tasks.lora import LoraLinear, add_lora
-from hybrid_predict_trainer.tasks.text import load_corpus, load_manual, load_stdlib
-from hybrid_predict_trainer.tasks.tokens import (
+from hybrid_predict_trainer.tasks.language.lora import LoraLinear, add_lora
+from hybrid_predict_trainer.tasks.language.text import load_corpus, load_manual, load_stdlib
+from hybrid_predict_trainer.tasks.language.tokens import (
     BOS,
     FIRST_BYTE,
     FIRST_PIECE,

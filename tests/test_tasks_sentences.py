@@ -16,11 +16,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hybrid_predict_trainer.tasks import TaskSettings, bert, build_optimizer
+from hybrid_predict_trainer.tasks import TaskSettings, build_optimizer
 from hybrid_predict_trainer.tasks.base import count_parameters
-from hybrid_predict_trainer.tasks.bert import PRESETS, Bert, BertTask, read_weights
-from hybrid_predict_trainer.tasks.sentences import code_or_prose, load_code_or_prose, load_sentences
-from hybrid_predict_trainer.tasks.wordpieces import (
+from hybrid_predict_trainer.tasks.sentences import bert
+from hybrid_predict_trainer.tasks.sentences.bert import PRESETS, Bert, BertTask, read_weights
+from hybrid_predict_trainer.tasks.sentences.data import code_or_prose, load_code_or_prose, load_sentences
+from hybrid_predict_trainer.tasks.sentences.wordpieces import (
     CLS,
     FIRST_WORD,
     SEP,

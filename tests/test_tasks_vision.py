@@ -12,8 +12,8 @@ from torch import nn
 
 from hybrid_predict_trainer.tasks import TaskSettings, build_optimizer
 from hybrid_predict_trainer.tasks.base import count_parameters
-from hybrid_predict_trainer.tasks.networks import Mlp, ResidualBlock, ResNet
-from hybrid_predict_trainer.tasks.vision import RECIPES, ImageTask
+from hybrid_predict_trainer.tasks.images.networks import Mlp, ResidualBlock, ResNet
+from hybrid_predict_trainer.tasks.images.task import RECIPES, ImageTask
 
 
 @pytest.mark.parametrize(

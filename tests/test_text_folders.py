@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrid_predict_trainer.tasks.text import Corpus, load_corpus
+from hybrid_predict_trainer.tasks.language.text import Corpus, load_corpus
 
 WORDS = b"the quick brown fox jumps over a lazy dog "
 

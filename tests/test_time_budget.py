@@ -9,8 +9,7 @@ import pytest
 from cases import Fake, assert_same, config, make_batches, setup
 from hybrid_predict_trainer import HybridTrainer
 from hybrid_predict_trainer.predictors import PREDICTORS
-from hybrid_predict_trainer.records import PhasePrediction, Window
-from hybrid_predict_trainer.time_budget import (
+from hybrid_predict_trainer.propose.time_budget import (
     FLOOR_SECONDS,
     MAX_CALL_SECONDS,
     MAX_SHARE,
@@ -18,6 +17,7 @@ from hybrid_predict_trainer.time_budget import (
     STEPS,
     TimeBudget,
 )
+from hybrid_predict_trainer.records import PhasePrediction, Window
 
 
 class Clock:

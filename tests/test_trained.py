@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from cases import WIDTH, Fake, config, full_batch, make_batches, setup
 from hybrid_predict_trainer import HybridTrainer, HybridTrainerConfig, preset_config
-from hybrid_predict_trainer.lookahead import DriftLookahead
-from hybrid_predict_trainer.loss_modules import modules_beside
-from hybrid_predict_trainer.outside import MAX_WRITES
-from hybrid_predict_trainer.trained import MAX_RETURNS, Trained, Write, Writes
+from hybrid_predict_trainer.cycle.outside import MAX_WRITES
+from hybrid_predict_trainer.keep.loss_modules import modules_beside
+from hybrid_predict_trainer.move.lookahead import DriftLookahead
+from hybrid_predict_trainer.weights.trained import MAX_RETURNS, Trained, Write, Writes
 
 STOP = 60
 

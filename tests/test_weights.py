@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from cases import make_model
-from hybrid_predict_trainer import ConfigError, weights
+from hybrid_predict_trainer import ConfigError
+from hybrid_predict_trainer.weights import algebra as weights
 
 # names as in the common architectures
 NAMES = {

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cases import assert_same, difference
-from hybrid_predict_trainer import CheckpointError, HybridTrainer, HybridTrainerConfig, optimizer_state, state_tree
-from hybrid_predict_trainer.buffers import BufferGuard, Buffers
-from hybrid_predict_trainer.rng import rng_state, set_rng_state
-from hybrid_predict_trainer.snapshot import Snapshot
-from hybrid_predict_trainer.toml_io import with_values
+from hybrid_predict_trainer import CheckpointError, HybridTrainer, HybridTrainerConfig
+from hybrid_predict_trainer.config.toml import with_values
+from hybrid_predict_trainer.keep import optimizer_state, state_tree
+from hybrid_predict_trainer.keep.buffers import BufferGuard, Buffers
+from hybrid_predict_trainer.keep.rng import rng_state, set_rng_state
+from hybrid_predict_trainer.keep.snapshot import Snapshot
 
 DATA = Path(__file__).parent / "data"
 NUM_BEFORE, NUM_AFTER = 5, 6

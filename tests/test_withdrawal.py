@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from cases import Setup, assert_same, config, difference, loss_fn, make_batches, make_model, seed_all, setup
-from hybrid_predict_trainer import DivergenceError, HybridTrainer, HybridTrainerConfig, withdrawal
-from hybrid_predict_trainer.guard import BLOCK_STEPS, Request
-from hybrid_predict_trainer.multiplier import Advice
-from hybrid_predict_trainer.snapshot import Snapshot
+from hybrid_predict_trainer import DivergenceError, HybridTrainer, HybridTrainerConfig
+from hybrid_predict_trainer.cycle import withdrawal
+from hybrid_predict_trainer.judge.guard import BLOCK_STEPS, Request
+from hybrid_predict_trainer.keep.snapshot import Snapshot
+from hybrid_predict_trainer.move.multiplier import Advice
 
 SAID = "stands above its best by more than its noise"
 #: The multiplier alone, which nothing raises by itself: every raise is the test's.
@@ -34,9 +35,9 @@ def runner(model: str = "mlp", optimizer: str = "adam", **more: Any) -> tuple[Se
 
 
 def never_raised(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hybrid_predict_trainer.multiplier.Multiplier.decide", lambda *a: (Advice.NOTHING, True))
-    monkeypatch.setattr("hybrid_predict_trainer.multiplier.Multiplier.watch", lambda *a: Advice.NOTHING)
-    monkeypatch.setattr("hybrid_predict_trainer.multiplier.Multiplier.settle", lambda *a: Advice.NOTHING)
+    monkeypatch.setattr("hybrid_predict_trainer.move.multiplier.Multiplier.decide", lambda *a: (Advice.NOTHING, True))
+    monkeypatch.setattr("hybrid_predict_trainer.move.multiplier.Multiplier.watch", lambda *a: Advice.NOTHING)
+    monkeypatch.setattr("hybrid_predict_trainer.move.multiplier.Multiplier.settle", lambda *a: Advice.NOTHING)
 
 
 @pytest.fixture(autouse=True)
@@ -194,7 +195,7 @@ def test_a_comparison_leaves_no_trace(model: str, monkeypatch: pytest.MonkeyPatc
     """Weights, buffers, modes and random numbers are those of before it; its two forwards are counted."""
     made, trainer = runner(model)
     batches = make_batches(450)
-    monkeypatch.setattr("hybrid_predict_trainer.guard.Guard.compare", lambda self, a, b: Request.NOTHING)
+    monkeypatch.setattr("hybrid_predict_trainer.judge.guard.Guard.compare", lambda self, a, b: Request.NOTHING)
     ruin(trainer, batches, until=lambda: trainer.run.guard.comparing)
     before, forwards = made.everything(), trainer.run.counters.num_forward
     withdrawal.compare_with_anchor(trainer.run, batches[0])

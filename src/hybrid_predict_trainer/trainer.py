@@ -14,32 +14,27 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from . import outside, persistence
-from .config import HybridTrainerConfig
-from .cycle import describe, enter, judge_lookahead, monitor, observe, rescale, settle_readings, signals
-from .evaluation import check_exactness
-from .executors import run_plain
-from .finiteness import trained_weights_finite, whereabouts
-from .host import own_defaults
-from .ledger import STEP_UNITS
-from .metrics import JsonlSink, Metrics, NullSink, Sink, statistics
-from .optimizer_state import optimizer_parameters
-from .passes import Rounds, Tally, goes_round, has_ended, replaying
-from .predictor_choice import choose_by_losses
+from .config.settings import HybridTrainerConfig
+from .cycle import outside
+from .cycle.alarms import force_full
+from .cycle.learning import describe, enter, judge_lookahead, monitor, observe, rescale, settle_readings, signals
+from .cycle.passes import Rounds, Tally, goes_round, has_ended, replaying
+from .cycle.predictor_choice import choose_by_losses
+from .cycle.real_step import run_plain
+from .cycle.state import LossFn, Run
+from .cycle.transaction import execute, interrupted
+from .cycle.withdrawal import compare_with_anchor
+from .distributed.processes import refuse_distributed, refuse_several_processes
+from .judge.evaluation import check_exactness
+from .judge.ledger import STEP_UNITS
+from .judge.validation import ValFn, Validation
+from .keep import resume as persistence
+from .keep.finiteness import trained_weights_finite, whereabouts
+from .keep.optimizer_state import optimizer_parameters
 from .predictors import Predictor
-from .processes import refuse_distributed, refuse_several_processes
-from .records import (
-    ConfigError,
-    DivergenceError,
-    EpochResult,
-    Phase,
-    StepResult,
-)
-from .responses import force_full
-from .run import LossFn, Run
-from .transaction import execute, interrupted
-from .validation import ValFn, Validation
-from .withdrawal import compare_with_anchor
+from .records import ConfigError, DivergenceError, EpochResult, Phase, StepResult
+from .tell.recorder import JsonlSink, Metrics, NullSink, Sink, statistics
+from .weights.offload import own_defaults
 
 
 def default_loss(model: nn.Module, batch: Any) -> Tensor:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from .report_data import Record, Report, Run, list_of, number, table_of
-from .report_parts import shown, table
-from .svg import escape
+from .report.charts import escape
+from .report.data import Record, Report, Run, list_of, number, table_of
+from .report.parts import shown, table
 
 #: Counts of ``statistics`` that are nothing to tell of where they are 0, and the heads of their columns.
 COUNTS = {

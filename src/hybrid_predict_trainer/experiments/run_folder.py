@@ -12,13 +12,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import checkpoint
-from ..config import HybridTrainerConfig
-from ..metrics import jsonable
+from ..config.settings import HybridTrainerConfig
+from ..config.toml import differences
+from ..keep import checkpoint
 from ..safe_files import open_append, read_json_object, refuse_links
-from ..toml_io import differences
-from .setup import RANGES, InputError, Options, as_input_error, given_config
-from .table import short_value
+from ..tell.recorder import jsonable
+from .arms.options import RANGES, InputError, Options, as_input_error, given_config
+from .report.text import short_value
 
 #: What a folder of results has at least one of.
 OURS = (

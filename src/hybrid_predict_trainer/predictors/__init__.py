@@ -11,7 +11,7 @@ import difflib
 from collections.abc import Callable
 from importlib.metadata import entry_points
 
-from ..config import HybridTrainerConfig
+from ..config.settings import HybridTrainerConfig
 from ..records import ConfigError
 from .base import Predictor as Predictor
 from .dmd import Dmd as Dmd

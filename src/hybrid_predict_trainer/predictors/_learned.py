@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..encoder import Encoder
+from ..observe.encoder import Encoder
 from ..records import BasisSpec, State, Window
 from ._common import window_from_state, window_state
 from ._frame import MAX_AHEAD, Frame, drift_rates, known_targets

@@ -34,7 +34,7 @@ from collections import deque
 import torch
 from torch import Tensor
 
-from ..config import DmdConfig
+from ..config.settings import DmdConfig
 from ..records import BasisSpec, Hindsight, PhasePrediction, State, Window, zeros_like_coefficients
 from ._common import TRAJECTORY_POINTS, linear_loss_trajectory, window_from_state, window_state
 from ._learned import changed_loss, log_change

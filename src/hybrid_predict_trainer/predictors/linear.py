@@ -27,10 +27,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..config import LinearConfig
+from ..config.settings import LinearConfig
+from ..numerics.ridge import SelectedRidge, solve_ridges
 from ..records import BasisSpec, Hindsight, PhasePrediction, State, Window
 from ._common import TRAJECTORY_POINTS, window_from_state, window_state
-from .ridge import SelectedRidge, solve_ridges
 
 #: Weight of the all-groups solution against one group's own data.
 SHRINKAGE = 0.5

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..config import MlpConfig
+from ..config.settings import MlpConfig
 from ..records import BasisSpec, PhasePrediction, State, Window
 from ._answers import Answers, miss_loss, phase_prediction
 from ._frame import MAX_AHEAD

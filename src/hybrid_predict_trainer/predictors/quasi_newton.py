@@ -39,8 +39,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..basis import FLOAT64_BELOW
-from ..config import HybridTrainerConfig, QuasiNewtonConfig
+from ..config.settings import HybridTrainerConfig, QuasiNewtonConfig
+from ..observe.basis import FLOAT64_BELOW
 from ..records import BasisSpec, PhasePrediction, Products, State, Window, zeros_like_coefficients
 from ._common import linear_loss_trajectory, window_from_state, window_state
 

@@ -22,7 +22,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..config import RssmConfig
+from ..config.settings import RssmConfig
 from ..records import BasisSpec, PhasePrediction, State, Window
 from ._answers import Answers, phase_prediction
 from ._learned import NUM_ACTIONS, Experience

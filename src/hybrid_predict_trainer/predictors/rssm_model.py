@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..config import RssmConfig
+from ..config.settings import RssmConfig
 from ._answers import miss_loss
 from ._frame import MAX_AHEAD
 from ._learned import NUM_ACTIONS, initialised

@@ -25,7 +25,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..config import SecantConfig
+from ..config.settings import SecantConfig
 from ..records import BasisSpec, PhasePrediction, State, Window, zeros_like_coefficients
 from ._common import TRAJECTORY_POINTS, window_from_state, window_state
 

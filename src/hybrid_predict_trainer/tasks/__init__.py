@@ -12,14 +12,14 @@ import functools
 from collections.abc import Callable
 
 from .base import Batch, Task, TaskDefaults, TaskSettings, unknown_name, with_steps
-from .bert import BertTask
-from .equations import PROBLEMS
-from .finetune import FinetuneTask
-from .gpt import GptTask
-from .optim import build_optimizer, build_scheduler, lr_factor
-from .pinn import PinnTask
-from .regression import RegressionTask
-from .vision import RECIPES, ImageTask
+from .equations.pinn import PinnTask
+from .equations.problems import PROBLEMS
+from .equations.regression import RegressionTask
+from .images.task import RECIPES, ImageTask
+from .language.finetune import FinetuneTask
+from .language.gpt import GptTask
+from .recipes import build_optimizer, build_scheduler, lr_factor
+from .sentences.bert import BertTask
 
 TASKS: dict[str, Callable[[TaskSettings], Task]] = {
     "gpt": GptTask,

@@ -13,9 +13,9 @@ from statistics import fmean, stdev
 
 import torch
 
-from ... import weights
-from ...edge_test import step_cosines
-from ..table import aligned
+from ...move.edge_test import step_cosines
+from ...weights import algebra as weights
+from ..report.text import aligned
 from .runs import Parts
 from .settings import Setting, select
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...tasks.base import missing_extra
-from ...tasks.text import Corpus, load_corpus
+from ...tasks.language.text import Corpus, load_corpus
 
 Samples = tuple[Tensor, Tensor]
 #: (count, generator) -> that many new samples.

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ...tasks.lora import add_lora
-from ...tasks.text import NUM_BYTE_TOKENS
+from ...tasks.language.lora import add_lora
+from ...tasks.language.text import NUM_BYTE_TOKENS
 from . import data
 from .settings import Setting
 

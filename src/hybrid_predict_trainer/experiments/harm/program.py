@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from ...config import HybridTrainerConfig
+from ...config.settings import HybridTrainerConfig
+from ...config.toml import with_values
 from ...tasks.base import unknown_name
-from ...toml_io import with_values
-from ..environment import environment
-from ..regime_cache import code_of
-from ..setup import as_input_error, assignments
+from ..arms.environment import environment
+from ..arms.options import as_input_error, assignments
+from ..regimes.cache import code_of
 from .runs import ARMS, Arm, Result, run
 from .settings import Setting, select
 from .store import Store

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 from ...tasks.base import missing_extra
-from ...tasks.optim import MuonAdamW, build_scheduler, decay_groups
+from ...tasks.recipes import MuonAdamW, build_scheduler, decay_groups
 from .settings import Setting
 
 #: Share of the run after which "step" lowers the rate, and by what.

@@ -14,10 +14,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from ...config import HybridTrainerConfig
-from ...ledger import STEP_UNITS
+from ...config.settings import HybridTrainerConfig
+from ...config.toml import with_values
+from ...judge.ledger import STEP_UNITS
 from ...records import DivergenceError
-from ...toml_io import with_values
 from ...trainer import HybridTrainer
 from .models import build_model
 from .problems import Problem, build_problem

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from ...metrics import jsonable
 from ...safe_files import read_json, write_text
-from ..regime_cache import code_of, digest
+from ...tell.recorder import jsonable
+from ..regimes.cache import code_of, digest
 from .runs import Arm, Result
 from .settings import Setting
 

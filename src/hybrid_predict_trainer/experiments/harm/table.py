@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from ..report.text import aligned
 from ..statistics import paired_interval
-from ..table import aligned
 from .runs import Result
 from .settings import Setting
 

@@ -1,0 +1,35 @@
+"""What an alarm makes of a run: shorter horizons, forced full steps, a smaller learning rate."""
+
+from __future__ import annotations
+
+from ..records import Action, Alarm, Level
+from .state import Run
+from .withdrawal import follow_advice
+
+
+def force_full(run: Run, num_steps: int, *, by_alarm: bool) -> None:
+    """No proposals for the next real steps."""
+    run.num_forced_full_steps = max(run.num_forced_full_steps, num_steps)
+    run.forced_by_alarm = by_alarm
+
+
+#: Critical steps in a row after which the same learning rate is not tried again.
+RETRY_AFTER = 5
+
+
+def respond(run: Run, alarm: Alarm) -> None:
+    """Apply what an alarm asks for."""
+    settings = run.config.divergence
+    critical = run.monitor.num_consecutive_critical
+    if alarm.level is Level.CRITICAL and run.scale.learned > 1 and run.probation is None:
+        follow_advice(run, run.scale.withdraw())
+    if alarm.level is Level.CRITICAL and critical and critical % RETRY_AFTER == 0:
+        run.schedule.lower(settings.retry_learning_rate_factor)
+    if alarm.action is not Action.REDUCE_HORIZON and run.probation is not None:
+        run.probation.worst_level = max(run.probation.worst_level, alarm.level)
+    if alarm.action is Action.REDUCE_HORIZON:
+        run.horizon = max(run.horizon // 2, run.config.min_predict_steps)
+    elif run.deterministic and alarm.level < Level.CRITICAL:
+        pass  # the gate measures every jump exactly, whatever the base optimizer does in between
+    elif alarm.action in (Action.FORCE_FULL, Action.SKIP_STEP, Action.ROLLBACK, Action.CORRECT):
+        force_full(run, settings.recovery_full_steps or 2 * run.config.full_steps, by_alarm=True)

@@ -1,0 +1,381 @@
+"""The stations of one step around its execution: signals -> (decide, execute) -> monitor -> observe -> describe."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+from ..judge.ledger import PASS_UNITS
+from ..judge.switchback import NUM_LOSSES
+from ..judge.validation import Validation
+from ..keep.failures import Place
+from ..keep.finiteness import whereabouts
+from ..move.multiplier import Advice
+from ..move.multiplier import Reading as ScaleReading
+from ..observe.history import Reading
+from ..predictors import Paced
+from ..propose.confidence import Evidence
+from ..propose.proposal import fits, price
+from ..records import Action, Alarm, Decision, DivergenceError, Level, Phase, StepResult, Window
+from ..tell.recorder import Metrics
+from .alarms import respond
+from .motions import note_motion_failure
+from .phases import Signals, validate_transition
+from .real_step import Execution, settle_anchor
+from .state import Run
+from .withdrawal import follow_advice, follow_request, rescue
+
+#: How many times its prediction a gain may turn out to be.
+OPTIMISM = 4.0
+
+#: What a proposal is expected to cost before any was made, in forwards.
+USUAL_PRICE_EXACT, USUAL_PRICE_NOISY = 5.0, 2.5
+
+
+def signals(run: Run) -> Signals:
+    """Everything the controller may look at."""
+    due = run.window_just_closed and run.phase is Phase.FULL and run.num_forced_full_steps == 0
+    # where losses are exact a test says at once what a proposal is worth: a closed window is enough
+    num_full_steps = 0 if run.deterministic else run.config.full_steps
+    due = due and run.num_real_steps_since_predict >= num_full_steps and run.ledger.wait_windows == 0
+    due = due and predictor_ready(run) and affordable(run)
+    horizon = min(run.horizon, max(run.config.max_predict_steps, 1))
+    prospect = consider(run, horizon) if due else None
+    probation = run.probation
+    return Signals(
+        phase=run.phase,
+        num_real_steps=run.counters.num_attempted_steps,
+        num_real_steps_since_predict=run.num_real_steps_since_predict,
+        loss_ema_stable=run.history.loss_ema_stable,
+        baseline_known=run.history.norm_baseline.count > 0,
+        window_just_closed=run.window_just_closed,
+        predictor_ready=run.window_just_closed and predictor_ready(run),
+        confidence=run.stated_confidence,
+        num_outcomes=run.adaptation.record.num_outcomes,
+        num_windows_since_proposal=run.num_windows_since_proposal,
+        horizon=horizon if prospect is None else prospect.horizon,
+        affordable=run.window_just_closed and affordable(run),
+        promising=prospect is not None and prospect.promising,
+        num_windows_to_wait=run.ledger.wait_windows,
+        switched_off=run.ledger.switched_off or run.guard.comparing,
+        num_full_steps_due=num_full_steps,
+        num_forced_full_steps=run.num_forced_full_steps,
+        forced_by_alarm=run.forced_by_alarm,
+        num_probation_steps=0 if probation is None or run.segment is not None else probation.num_steps_left,
+        num_segments_left=0 if run.segment is None else run.segment.num_left,
+        fallback_threshold=2 * run.window_loss,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Prospect:
+    """What a proposal now could be."""
+
+    horizon: int  # 0: the bandit would rather not
+    promising: bool
+
+
+def consider(run: Run, horizon: int) -> Prospect:
+    """Look at a proposal before any forward is spent on it: horizon, promise, confidence."""
+    adaptation, window = run.adaptation, run.window
+    noise = run.history.loss_ema.std / (abs(run.history.loss_ema.mean) or 1.0)
+    try:
+        if adaptation.uses_bandit and window is not None:
+            horizon = adaptation.choose_horizon(
+                window,
+                confidence=run.stated_confidence,
+                persistence=run.ledger.persistence,
+                spread=run.history.loss_ema.std,
+            )
+        with run.time.call():
+            prediction = run.predictor.predict(max(horizon, 1))
+        reduction, raw = float(prediction.predicted_reduction), float(prediction.confidence)
+        usual = USUAL_PRICE_EXACT if run.deterministic else USUAL_PRICE_NOISY
+        cost = price(run)(usual)
+        evidence = Evidence(
+            raw=raw if 0 < raw < 1 else 0.5,
+            record=adaptation.record.confidence,
+            reduction=reduction,
+            price=cost,
+            noise=noise,
+        )
+        run.stated_confidence = adaptation.state_confidence(evidence)
+    except Exception as error:
+        run.note_predictor_failure(error)
+        return Prospect(horizon, promising=False)
+    if run.time.objection is not None:  # it took too long, and is dropped at the end of this step
+        return Prospect(horizon, promising=False)
+    # Where losses are exact a test is worth its price in the long run.  Under noise most proposals of a
+    # young model promise less than a twentieth of what their test costs; the benefit of the doubt is a
+    # factor, because the gate may lengthen a jump and so find more than was predicted.
+    return Prospect(horizon, promising=run.deterministic or OPTIMISM * reduction >= cost)
+
+
+def predictor_ready(run: Run) -> bool:
+    """Whether the predictor has something to say; one that raises has not."""
+    try:
+        return (
+            run.observing
+            and run.basis.ready
+            and not run.failures.exhausted(Place.PREDICTOR)
+            and not run.failures.exhausted(Place.GATE)
+            and not run.failures.exhausted(Place.FEEDBACK)
+            and (run.deterministic or not run.failures.exhausted(Place.PIECES))
+            and run.predictor.ready
+        )
+    except Exception as error:
+        run.note_predictor_failure(error)
+        return False
+
+
+def affordable(run: Run) -> bool:
+    """Whether the budget allows a proposal, what the rest of a planned run will cost to watch included."""
+    usual = USUAL_PRICE_EXACT if run.deterministic else USUAL_PRICE_NOISY
+    left = max(run.ledger.planned_units - run.counters.cost_units, 0.0)
+    to_watch = left * run.ledger.watched_units / max(run.counters.cost_units, 1.0)
+    return run.ledger.affordable(usual, run.counters.cost_units, reserve=to_watch)
+
+
+def enter(run: Run, decision: Decision) -> None:
+    """Go over to the decided phase.
+
+    Raises:
+        IllegalTransitionError: the controller asked for one that is not in the table.
+    """
+    if decision.phase is not run.phase:
+        validate_transition(run.phase, decision.phase)
+    run.phase = decision.phase
+    if decision.phase is not Phase.PREDICT:
+        run.segment = None  # what is left of a jump in pieces is not continued later
+    run.window_just_closed = False
+    run.counters.num_steps += 1
+    name = f"{decision.phase.value}_steps"
+    setattr(run.counters, name, getattr(run.counters, name) + 1)
+
+
+def monitor(run: Run, metrics: Metrics, execution: Execution) -> Alarm:
+    """Read the losses that are due, check them, respond to the worst alarm.
+
+    Raises:
+        DivergenceError: too many steps in a row were not finite.
+    """
+    if not run.config.enabled or run.phase is Phase.PREDICT:
+        return Alarm()
+    if execution.searching:  # the scaler has left the step out
+        return Alarm()
+    run.readout.push(run.counters.num_attempted_steps, execution.loss, execution.gradient_norm)
+    window_full = run.observing and run.basis.num_steps >= run.config.predictor.window
+    alarm = read(run, metrics, force=window_full)
+    if alarm.action is Action.ABORT and rescue(run):
+        return alarm
+    if alarm.action is Action.ABORT:
+        raise DivergenceError(
+            f"{int(alarm.value)} steps in a row had no usable loss or gradient ({alarm.signal}); "
+            f"{whereabouts(run.model, run.optimizer)}.  Lower the learning rate, check the data of these batches, or "
+            "load a checkpoint"
+        )
+    if alarm.level >= Level.WARNING:
+        respond(run, alarm)
+    if execution.alarm.level >= Level.WARNING:
+        metrics.note_alarm(run, execution.alarm)
+        respond(run, execution.alarm)
+    return max(alarm, execution.alarm, key=lambda a: a.level)
+
+
+def read(run: Run, metrics: Metrics, *, force: bool) -> Alarm:
+    """Check all readings that are due (or all there are) and return the worst alarm."""
+    readings = run.readout.read(force=force)
+    alarms = [_check(run, metrics, reading) for reading in readings]
+    if readings and not run.on_cpu:
+        settle_anchor(run, finite=all(r.finite for r in readings))
+    return max(alarms, key=lambda alarm: alarm.level, default=Alarm())
+
+
+def settle_readings(run: Run, metrics: Metrics) -> None:
+    """Read what an accelerator still holds back."""
+    read(run, metrics, force=True)
+    metrics.flush()
+
+
+def _check(run: Run, metrics: Metrics, reading: Reading) -> Alarm:
+    warming_up = run.phase is Phase.WARMUP
+    if not run.on_cpu and run.scale_search.look(overflowed=reading.overflowed):
+        return Alarm()
+    alarm = run.monitor.check(reading, run.history, warming_up=warming_up, exact=run.deterministic)
+    if alarm.level < Level.CRITICAL and reading.finite:
+        run.history.push(reading, warming_up=warming_up)
+    if alarm.level >= Level.WARNING:
+        metrics.note_alarm(run, alarm)
+    elif alarm.quiet:
+        metrics.note_recovery()
+    return alarm
+
+
+#: Steps that the smoothed loss averages over: its standard error is that of a mean of so many losses.
+EMA_STEPS = 39
+
+
+def rescale(run: Run, execution: Execution) -> None:
+    """After a real step: let the learned multiplier look at it, and the guard."""
+    if not execution.backwards or execution.skipped or not run.observing or run.failures.exhausted(Place.MOTION):
+        return
+    try:
+        _look(run)
+    except Exception as error:  # no memory for a state to come back to, say: then there is no way back from a raise
+        note_motion_failure(run, error)
+
+
+def _look(run: Run) -> None:
+    loss = run.history.loss_ema
+    reading = ScaleReading(
+        lr=run.learning_rate,
+        loss=loss.mean,
+        noise=loss.std / math.sqrt(EMA_STEPS),
+        newest=list(run.history.losses)[-NUM_LOSSES:],
+        exact=run.deterministic,
+        allowed=not run.guard.withdrawn and not blind(run) and (run.deterministic or run.schedule.anneals),
+    )
+    if blind(run) and run.scale.learned > 1:
+        run.scale.level()
+        run.raise_point = None
+    follow_advice(run, validated(run, run.scale.check(reading)))
+    if not run.readout.waiting and reading.newest:
+        moving = run.moving and run.probation is None
+        step = run.counters.num_real_steps
+        follow_request(run, run.guard.watch(reading.newest[-1], step, exact=reading.exact, moving=moving))
+    run.scale.rest(run.guard.comparing)
+
+
+def blind(run: Run) -> bool:
+    """Whether no loss at hand can tell a faster start from a faster overfitting: nothing is raised then."""
+    asked = run.validation is not None and not run.validation.failed
+    return run.recurrence.recurs and not run.deterministic and not asked
+
+
+def validated(run: Run, advice: Advice) -> Advice:
+    """Where data come round again the validation loss has the last word on a raise, if there is one."""
+    validation, step = run.validation, run.counters.num_real_steps
+    if validation is None or validation.failed or not run.recurrence.recurs or run.scale.learned == 1:
+        return advice
+    if advice is Advice.RAISED:
+        before, validation.before_raise = validation.before_raise, _ask(run, validation)
+        # where an earlier raise was settled in the same breath its state is still there
+        worse = run.raise_point is not None and validation.before_raise > before
+        if validation.before_raise == math.inf and not worse:  # nobody can tell
+            run.scale.level()
+            run.raise_point = None
+            return Advice.NOTHING
+    elif advice is Advice.SETTLED:
+        answer = _ask(run, validation)
+        worse = answer > validation.before_raise or answer == math.inf
+    else:
+        worse = validation.due(step) and _ask(run, validation) == math.inf
+    return run.scale.withdraw(for_good=True) if worse or validation.rising else advice
+
+
+def _ask(run: Run, validation: Validation) -> float:
+    run.counters.num_forward += validation.cost
+    return validation.ask(run.model, run.counters.num_real_steps)
+
+
+def judge_lookahead(run: Run, execution: Execution) -> None:
+    """After a real step: let the trial of the lookahead look at it.
+
+    Where losses are read late a block ends when all of its own are there.
+    """
+    if not execution.backwards or execution.skipped or not run.lookahead.num_steps:
+        return
+    try:
+        if run.switchback.count_step() and not run.readout.waiting:
+            run.switchback.close_block(list(run.history.losses)[-NUM_LOSSES:], run.generator)
+    except Exception as error:
+        note_motion_failure(run, error)
+
+
+def observe(run: Run, metrics: Metrics, execution: Execution, began: float) -> None:
+    """Close the window when it is full: the predictor learns, the ledger settles.
+
+    Args:
+        run: After the step and its check.
+        metrics: Of that run.
+        execution: The step.
+        began: When the step began, by ``time.perf_counter``.
+    """
+    if not run.observing or run.phase is Phase.PREDICT:
+        return
+    started = time.perf_counter()
+    run.window_seconds += started - began
+    if run.basis.num_steps < run.config.predictor.window:
+        return
+    loss_before = run.window_loss
+    try:
+        window = run.close_window()
+    except Exception as error:  # no memory for the columns
+        run.note_unwatched(error)
+        return
+    encoded = time.perf_counter()
+    cosine = run.adaptation.learn(window)
+    learn(run, window)
+    updated = time.perf_counter()
+    run.ledger.note_window(window.loss / loss_before if loss_before else math.nan, jumped=window.jumped)
+    settled = run.ledger.settle(run.counters.num_real_steps, window.loss)
+    for account in settled:
+        run.adaptation.note_settled(account, window.num_steps, exact=run.deterministic)
+    metrics.note_outcomes(run, settled)
+    # per step two sums of three passes each; at the close one displacement, two rows of products
+    spec = run.basis.spec
+    products = 1 if spec.differences else 1 + spec.curvature + len(spec.extras)  # vectors times all columns
+    passes: float = 6 * window.num_steps + 10 + products * run.basis.num_filled
+    passes += run.observer.passes
+    run.counters.num_passes += passes
+    run.ledger.observe(passes * PASS_UNITS)
+    run.window_just_closed = True
+    run.buffers.forget()
+    metrics.note_health(run)
+    metrics.note_window(1e3 * (encoded - started), 1e3 * (updated - encoded), cosine)
+
+
+def learn(run: Run, window: Window) -> None:
+    """Show the predictor a window and ask for its forecast of the next; one that keeps failing is left alone."""
+    if run.failures.exhausted(Place.PREDICTOR):
+        return
+    window_seconds, run.window_seconds = run.window_seconds, 0.0
+    try:
+        if isinstance(run.predictor, Paced):
+            run.predictor.pace(window_seconds)
+        with run.time.call():
+            run.predictor.observe(window)
+        if run.adaptation.forecasts and run.predictor.ready:
+            with run.time.call():
+                forecast = run.predictor.predict(window.num_steps)
+            if fits(run, forecast):
+                run.adaptation.note_forecast(window, forecast)
+    except Exception as error:
+        run.note_predictor_failure(error)
+
+
+def describe(run: Run, decision: Decision, execution: Execution, alarm: Alarm, started: float) -> StepResult:
+    """What the caller gets to see of a step."""
+    verdict, prediction = execution.verdict, execution.prediction
+    error = None
+    if verdict is not None and verdict.accepted and prediction is not None:
+        error = abs(verdict.loss_after - prediction.predicted_loss) / max(abs(verdict.loss_after), 1e-12)
+    return StepResult(
+        loss_tensor=execution.loss,
+        phase=decision.phase,
+        was_predicted=verdict is not None and verdict.accepted,
+        prediction_error=error,
+        confidence=run.stated_confidence,
+        step_time_ms=1e3 * (time.perf_counter() - started),
+        step=run.counters.num_steps,
+        reason=(verdict.reason if verdict is not None else decision.reason).value,
+        gradient_norm_tensor=execution.gradient_norm,
+        skipped=execution.skipped,
+        num_forward=execution.forwards,
+        num_backward=execution.backwards,
+        num_claimed_steps=execution.claimed,
+        verdict=verdict,
+        alarm=alarm,
+        consumed=execution.consumed,
+    )

@@ -1,0 +1,155 @@
+"""What becomes of a run's memories when something outside it has changed the weights, or what is trained.
+
+Everything that remembers weights is told here, and nowhere else: basis and predictor, lookahead, the step that waits
+to be measured, the lookahead's trial, probation, what is left of a jump in pieces, and the copy to go back to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..keep.failures import Place
+from ..keep.snapshot import Snapshot, named_parameters
+from ..notices import warn
+from ..weights import real_views
+from ..weights.real_views import owner
+from ..weights.trained import Write
+from .motions import end_motions
+from .state import Run
+
+#: Times that somebody else may change the weights before the lookahead ends: one who does so at every step (weights
+#: clipped after it, say) undoes a part of what it adds, and there is never a displacement to go by.
+MAX_WRITES = 3
+
+
+def notice(run: Run) -> None:
+    """Before a step: see whether weights were written to since the last, or are trained no more."""
+    if run.config.never_predicts or run.failures.exhausted(Place.WEIGHTS):  # nothing is remembered of them
+        return
+    try:
+        _notice(run)
+    except Exception as error:
+        note_unseen(run, error)
+
+
+def _notice(run: Run) -> None:
+    real_views.follow(run.views)
+    write = run.writes.look()
+    if write is Write.CHANGED:
+        note_changed(run)
+    elif write is not Write.NONE:
+        note_touched(run, write)
+    note_trained(run, run.trained.look_ahead())
+
+
+def remember(run: Run) -> None:
+    """After a step, whatever became of it: the weights are as the run left them."""
+    if run.config.never_predicts or run.failures.exhausted(Place.WEIGHTS):
+        return
+    try:
+        run.writes.record()
+    except Exception as error:
+        note_unseen(run, error)
+
+
+def note_unseen(run: Run, error: Exception) -> None:
+    """What was done to the weights cannot be seen: what remembers them begins anew, and ends if that goes on."""
+    run.failures.note(Place.WEIGHTS, error)
+    forget_weights(run)
+    run.lookahead.forget()
+    _drop_points(run)
+    if run.failures.exhausted(Place.WEIGHTS):
+        end_motions(run)
+
+
+def note_changed(run: Run) -> None:
+    """The weights are others than the run left: everything that remembers the old ones begins anew."""
+    run.counters.num_outside_writes += 1
+    if run.counters.num_outside_writes == 1:
+        warn(
+            "weights were changed between two steps by something else than this trainer: what was learnt from those "
+            f"before is dropped; after {MAX_WRITES} times the lookahead ends, if every step is followed by such a "
+            "change (clipped weights, say) training.lookahead = 0 and training.smoothing = 0 say so from the start",
+            stacklevel=4,
+        )
+    forget_weights(run)
+    run.lookahead.forget()
+    _drop_points(run)
+    if run.counters.num_outside_writes >= MAX_WRITES:
+        run.switchback.switched_off = True
+
+
+def note_touched(run: Run, write: Write) -> None:
+    """Weights were written to and are the same, as far as a sample tells.
+
+    What spans this moment is dropped, in case that they changed in few places; what was learnt before is kept.  Copies
+    to go back to are kept where all were swapped out and in again, as for a validation with averaged weights.
+    """
+    run.scale.forget()
+    run.basis.restart_window()
+    run.lr_integral = 0.0
+    run.lookahead.follow(run.parameters)
+    if write is Write.TOUCHED:
+        _end_probation(run)
+        _drop_points(run)
+
+
+def note_training(run: Run) -> None:
+    """Between backward and step: see what is trained."""
+    if run.config.never_predicts or run.failures.exhausted(Place.WEIGHTS):
+        return
+    try:
+        note_trained(run, run.trained.look())
+    except Exception as error:
+        note_unseen(run, error)
+
+
+def note_trained(run: Run, places: Sequence[int]) -> None:
+    """Parameters that were trained are not trained any more, or are again."""
+    if not places:
+        return
+    forget_weights(run)
+    run.lookahead.begin_anew(run.parameters, places)
+    for point in (run.anchor, run.raise_point, run.safe_point):
+        if point is not None:
+            _keep_in_place(run, point, places)
+
+
+def forget_weights(run: Run) -> None:
+    """Basis, predictor and every test under way begin anew; a jump on trial stays."""
+    run.basis.restart()
+    run.refused = True  # what the predictor's pairs say holds no more
+    run.window_just_closed = False
+    run.lr_integral = 0.0
+    run.scale.forget()
+    run.switchback.note_jump()
+    _end_probation(run)
+
+
+def _drop_points(run: Run) -> None:
+    """Copies of the weights from before: nobody may go back to them."""
+    run.drop_anchor()
+    run.raise_point = run.safe_point = None
+    run.guard.forget_anchor()
+
+
+def _end_probation(run: Run) -> None:
+    """A jump on trial stays: the way back leads to weights from before what has happened since."""
+    run.segment = None
+    if run.probation is not None:
+        run.probation = None
+        run.ledger.cancel_account()
+
+
+@torch.no_grad()
+def _keep_in_place(run: Run, anchor: Snapshot, places: Sequence[int]) -> None:
+    """These parameters are not to move when the run goes back to its anchor."""
+    names = {id(p): name for name, p in named_parameters(run.model, run.optimizer).items()}
+    held = list(names.values()) if anchor.names is None else anchor.names
+    for i in places:
+        parameter = owner(run.parameters[i])
+        name = names.get(id(parameter))
+        if name in held:  # not if neither model nor optimizer holds it any more
+            anchor.parameters[held.index(name)].copy_(parameter)

@@ -1,0 +1,127 @@
+"""States to come back to: taken before something is tried, put back when it did harm.
+
+Two are kept.  ``raise_point`` is the start of a raise of the learned multiplier until the raise is settled;
+``safe_point`` is the guard's anchor.  Both are weights, buffers, optimizer state and what the lookahead remembers, and
+not the schedule, the clock or random numbers: the steps since were spent, and the data go on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..judge.evaluation import attempt, losses_of
+from ..judge.guard import Request
+from ..keep.snapshot import Snapshot, named_parameters
+from ..move.multiplier import Advice
+from ..move.schedule import copied, set_value
+from ..notices import warn
+from ..weights import algebra as weights
+from .motions import end_motions
+from .outside import forget_weights
+from .state import Run
+
+#: Passes over the weights that a copy of weights and two moments costs, read and written; and a swap of the weights.
+COPY_PASSES, SWAP_PASSES = 8, 4
+#: Settings of a group that schedules write (OneCycleLR the momentum too): they stay where the schedule stands.
+SCHEDULED = ("lr", "initial_lr", "momentum", "betas", "weight_decay")
+
+
+def keep(run: Run, into: Snapshot | None = None) -> Snapshot:
+    """Copy what training has changed, in the memory of a copy that is needed no more."""
+    run.counters.num_passes += COPY_PASSES
+    offload = run.config.predictor.offload
+    return Snapshot.take(run.model, run.optimizer, [run.lookahead], offload=offload, into=into)
+
+
+def put_back(run: Run, kept: Snapshot) -> None:
+    """Weights, buffers and optimizer as they were; rates, schedule and clock as they are."""
+    settings = [{k: copied(group[k]) for k in SCHEDULED if k in group} for group in run.optimizer.param_groups]
+    kept.restore(run.model, run.optimizer, [run.lookahead], rng=False)
+    for group, values in zip(run.optimizer.param_groups, settings, strict=True):
+        for key, value in values.items():
+            set_value(group, key, group.get(key), value)
+    run.counters.num_passes += COPY_PASSES
+    forget_weights(run)
+    run.drop_anchor()  # it holds the weights that did harm
+
+
+def follow_advice(run: Run, advice: Advice) -> None:
+    """Keep or put back the state of a raise's start."""
+    if advice is Advice.RAISED:
+        run.raise_point = keep(run, run.raise_point)
+    elif advice is Advice.TAKEN_BACK:
+        point = run.raise_point
+        if point is None and run.deterministic:  # long settled: exact losses leave no doubt whose doing it is
+            point = run.safe_point
+        if point is not None:
+            put_back(run, point)
+        run.raise_point = None
+    elif advice is Advice.SETTLED:
+        run.raise_point = None
+
+
+def follow_request(run: Run, request: Request) -> None:
+    """Carry out what the guard asks for."""
+    if request is Request.ANCHOR:
+        run.safe_point = keep(run, run.safe_point)
+    elif request is Request.RESTORE:
+        assert run.safe_point is not None
+        put_back(run, run.safe_point)
+        _end_motions(run, f"the state of real step {run.guard.anchor_step} came back")
+    elif request is Request.WITHDRAW:
+        _end_motions(run, "the weights stay, the ones at its best are no better on the same batches")
+
+
+def _end_motions(run: Run, outcome: str) -> None:
+    end_motions(run)
+    warn(
+        "the training loss stands above its best by more than its noise: prediction, learned multiplier and lookahead "
+        f"are off from here on, and the run goes on as the plain loop; {outcome}",
+        stacklevel=2,
+    )
+
+
+def compare_with_anchor(run: Run, batch: Any) -> None:
+    """While the guard compares: losses of one batch at the present weights and at the anchor's, side by side."""
+    if not run.guard.comparing or run.safe_point is None:
+        return
+    try:
+        present = _loss(run, batch)
+        anchor = _loss_at(run, run.safe_point, batch)
+    except Exception:  # whatever cannot be evaluated cannot accuse; the motions end all the same
+        follow_request(run, run.guard.withdraw())
+        return
+    run.counters.num_forward += 2
+    follow_request(run, run.guard.compare(present, anchor))
+
+
+def _loss(run: Run, batch: Any) -> float:
+    return attempt(run, lambda isolation: losses_of(run, [batch], isolation)[0])
+
+
+@torch.no_grad()
+def _loss_at(run: Run, kept: Snapshot, batch: Any) -> float:
+    found = named_parameters(run.model, run.optimizer)
+    pairs = [(found[n], saved) for n, saved in zip(kept.names or (), kept.parameters, strict=False) if n in found]
+    live, saved = [p for p, _ in pairs], [s for _, s in pairs]
+    present = weights.clone(live)
+    run.counters.num_passes += SWAP_PASSES
+    try:
+        weights.copy_(live, saved)
+        return _loss(run, batch)
+    finally:
+        weights.copy_(live, present)
+
+
+def rescue(run: Run) -> bool:
+    """Before a run is given up as diverged: bring back the anchor, if motions may have brought this about.
+
+    Returns:
+        Whether training can go on.
+    """
+    if not (run.moving or run.scale.taken_back) or not run.guard.rescue():
+        return False
+    follow_request(run, Request.RESTORE)
+    return True

@@ -1,0 +1,1 @@
+"""What several processes must agree on: today they are refused."""

@@ -1,0 +1,64 @@
+"""Peer methods as arms of a comparison.
+
+Reading order: ``base`` (what a peer is), ``outer``, ``averaging``, ``optimizers``, ``wnn``, ``lbfgs``, ``table``.
+Packages come with ``pip install "hybrid-predict-trainer[bench]"`` and are imported when a peer that needs one runs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ...tasks import Task
+from ...tasks.base import unknown_name
+from ..arms.drive import Arm, Run, Setup, Watch
+from .base import Order, Peer
+from .table import PEERS
+
+__all__ = ["PEERS", "Peer", "peer_of", "peers_for", "run_peer"]
+
+
+def peer_of(name: str) -> Peer:
+    """The peer of an arm: the name up to an ``@``, behind which a budget may stand.
+
+    Raises:
+        ValueError: there is none.
+    """
+    key = name.partition("@")[0]
+    if key not in PEERS:
+        raise unknown_name("peer", key, PEERS)
+    return PEERS[key]
+
+
+def peers_for(task: Task) -> tuple[str, ...]:
+    """Names of the peers that make sense on a task."""
+    return tuple(name for name, peer in PEERS.items() if task.deterministic or not peer.deterministic_only)
+
+
+def run_peer(
+    setup: Setup, arm: Arm, seed: int, *, peer: Peer | None = None,
+    folder: Path | None = None, watch: Watch | None = None, label: str = "",
+) -> Run:  # fmt: skip
+    """Train a peer from one seed to the end of the arm's budget.
+
+    Args:
+        setup: What the arms share; its trainer settings count only for gradient clipping and metrics.
+        arm: Its name is the peer's.
+        seed: Of model, data order and dropout.
+        peer: One with other hyper-parameters than those of the table.
+        folder: Where ``metrics.jsonl`` and ``summary.json`` go; None: nowhere.
+        watch: Asked once for something to call after every step; not by L-BFGS, whose steps are not a trainer's.
+        label: What ``watch`` is to call the run.
+
+    Raises:
+        ValueError: no such peer, or one that does not make sense on the task.
+        ModuleNotFoundError: its package is not installed.
+        FileNotFoundError: its checkpoint is not there.
+    """
+    peer = peer or peer_of(arm.name)
+    if peer.deterministic_only and not setup.task.deterministic:
+        fit = ", ".join(peers_for(setup.task))
+        raise ValueError(f"peer {arm.name!r} needs the same batch at every step, which task {setup.task.name!r} "
+                         f"does not give (peers that fit: {fit})")  # fmt: skip
+    return peer.train(
+        Order(setup=setup, arm=arm, seed=seed, values=peer.values, folder=folder, watch=watch, label=label)
+    )

@@ -1,0 +1,320 @@
+"""What the regimes of `hpt bench regimes` are: pure data, edited here and nowhere else.
+
+A regime is a tuple of cases.  A case is a task with its settings and recipe, a length, a rule for the
+learning rate, the arms that make sense there and the budgets of the plain arm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from ...tasks.base import unknown_name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Length:
+    """Length of a run at budget 1: full, and with ``--quick`` (None: the case is left out there)."""
+
+    full: int
+    quick: int | None = None
+    unit: Literal["steps", "epochs"] = "steps"
+
+
+#: Step counts, all in one place.  Quick ones are chosen so that a regime takes at most ten minutes on two
+#: cores, from milliseconds per step there: pinn-poisson 1.3, gpt 0.3M 30 (2 threads), cifar over 100.
+LENGTHS: dict[str, Length] = {
+    "pinn-poisson": Length(full=4000, quick=2000),
+    "pinn-burgers": Length(full=4000, quick=1000),
+    "oscillator": Length(full=4000, quick=1500),
+    "regression": Length(full=4000, quick=2000),
+    "cifar": Length(full=12, unit="epochs"),
+    "digits-mlp": Length(full=12, quick=12, unit="epochs"),
+    "finetune": Length(full=600, quick=100),
+    "lm": Length(full=1000, quick=300),
+    "lm-lowlr": Length(full=1000, quick=200),
+    "lm-muon": Length(full=1000, quick=200),
+    "self-test": Length(full=40, quick=24),
+}
+
+#: Peers that change nothing but the weights between steps, or what is read out at the end.
+WEIGHT_PEERS = ("snoo", "lookahead", "ema-nesterov", "ema", "lawa", "wnn+")
+#: The plain optimizer with a longer warm-up, of everything or of the blocks: no competitors, but what a user wins who
+#: mends the recipe by hand.
+CONTROLS = ("long-warmup", "block-warmup")
+#: Optimizers that need no rate to be set well: where the rate is fixed on purpose they are tuned all the same.
+RATE_FREE = ("schedule-free", "prodigy")
+
+NOISY_BUDGETS = (0.5, 1.0, 2.0, 4.0)
+#: A lower bound of S = 4 was what full-batch tasks ran into with budgets up to 4.
+EXACT_BUDGETS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+#: A third of the time of a quick run would go into the plain run of sixteen lengths.
+EXACT_BUDGETS_QUICK = (0.5, 1.0, 2.0, 4.0, 8.0)
+#: Of the plain arm at its tuned rate, where the case's own rate is a multiple of it.
+TUNED_BUDGETS = (0.125, 0.25, 0.5, 1.0, 2.0)
+
+NUM_SEEDS, NUM_SEEDS_QUICK = 3, 2
+#: One sweep seed has tuned the plain arm to a rate at which a judged seed got stuck (LOG.md).
+NUM_SWEEP_SEEDS, NUM_SWEEP_SEEDS_QUICK = 2, 2
+#: Rates of a sweep with ``--quick``, where the case names none: those of the grid nearest to the recipe's own.
+NUM_RATES_QUICK = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One column of figures.
+
+    Attributes:
+        name: unique within its regime.
+        task: as in ``tasks.TASKS``.
+        length: key of :data:`LENGTHS`.
+        options: fields of ``setup.Options``: preset, data, dtype, optimizer, schedule.
+        fallback: options that replace these where the data are not there; None: the case is skipped then.
+        recipe: fields of ``TaskDefaults`` that no option sets, such as ``lr_grid``.
+        quick_grid: rates of every sweep with ``--quick``; empty: :data:`NUM_RATES_QUICK` of the grid.
+        rate: None: every arm tunes its rate.  Else all arms train at this multiple of the plain arm's
+            tuned rate, but for :data:`RATE_FREE`.
+        peers: beside plain, hybrid and jump-of-zero.
+        quick_peers: the same with ``--quick``.
+        budgets: of the plain arm, in lengths of the case.
+        quick_budgets: the same with ``--quick``.
+        quick_too: whether ``--quick`` runs the case.
+        sweep_seeds: of every sweep's trial, where the usual number is too few to tell rates apart; 0: the usual.
+    """
+
+    name: str
+    task: str
+    length: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    fallback: Mapping[str, Any] | None = None
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    quick_grid: tuple[float, ...] = ()
+    rate: float | None = None
+    peers: tuple[str, ...] = WEIGHT_PEERS
+    quick_peers: tuple[str, ...] = ("snoo",)
+    budgets: tuple[float, ...] = NOISY_BUDGETS
+    quick_budgets: tuple[float, ...] = NOISY_BUDGETS
+    quick_too: bool = False
+    sweep_seeds: int = 0
+
+    def __post_init__(self) -> None:
+        """Check what a typing error would break hours later."""
+        assert self.length in LENGTHS, self.length
+        assert not self.quick_too or LENGTHS[self.length].quick is not None, f"{self.name} has no quick length"
+        assert set(self.quick_peers) <= set(self.peers), self.name
+        assert 1.0 in self.budgets, f"{self.name}: budget 1 is what gaps are measured against"
+        assert 1.0 in self.quick_budgets, f"{self.name}: budget 1 is what gaps are measured against"
+        assert set(self.quick_grid) <= set(self.recipe.get("lr_grid", ())), f"{self.name}: not of its grid"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Regime:
+    """Cases that share a question."""
+
+    name: str
+    about: str
+    cases: tuple[Case, ...]
+    hidden: bool = False
+
+
+# ---- pinn: deterministic -----------------------------------------------------------------------------
+
+_PINN_PEERS = (*WEIGHT_PEERS, "soap", "lbfgs-20", "lbfgs-100")
+
+
+def _exact(name: str, task: str, *, quick: bool = False, **options: Any) -> Case:
+    return Case(
+        name=name, task=task, length=task, options=options, peers=_PINN_PEERS,
+        quick_peers=("soap", "lbfgs-20", "lbfgs-100"), budgets=EXACT_BUDGETS,
+        quick_budgets=EXACT_BUDGETS_QUICK, quick_too=quick,
+    )  # fmt: skip
+
+
+_PINN = (
+    _exact("pinn-poisson", "pinn-poisson", quick=True),
+    _exact("pinn-burgers", "pinn-burgers"),
+    _exact("oscillator", "oscillator", quick=True),
+    _exact("regression", "regression"),
+    _exact("regression-float64", "regression", dtype="float64"),
+)
+
+# ---- epochs: many epochs over small data ----------------------------------------------------------------
+
+_EPOCHS = (
+    Case(name="cifar", task="cifar", length="cifar", peers=(*WEIGHT_PEERS, "schedule-free")),
+    Case(
+        name="cifar-narrow", task="cifar", length="cifar", options={"preset": "narrow"},
+        peers=(*WEIGHT_PEERS, "schedule-free"), budgets=(0.5, 1.0, 1.5, 2.0), quick_budgets=(1.0, 1.5, 2.0),
+    ),
+    Case(
+        name="digits-mlp", task="digits-mlp", length="digits-mlp", peers=(*WEIGHT_PEERS, "schedule-free"),
+        quick_peers=("snoo", "lookahead", "ema"), quick_too=True,
+        sweep_seeds=12,  # 299 images to validate on: two seeds have chosen rates by luck (LOG.md); a run takes a second
+    ),
+)  # fmt: skip
+
+# ---- finetune --------------------------------------------------------------------------------------------
+
+
+def _finetune(preset: str, rate: float | None, *, quick: bool = False) -> Case:
+    suffix = "" if rate is None else f"-x{rate:.3g}"
+    base = preset.removesuffix("-lora")
+    # the model's weights and the text it is tuned to come with the data sets; the embedded pair needs neither
+    embedded = {"preset": preset.replace("stories260k", "stdlib")} if base == "stories260k" else None
+    return Case(
+        name=f"{preset}{suffix}", task="finetune", length="finetune", options={"preset": preset}, fallback=embedded,
+        rate=rate, peers=(*WEIGHT_PEERS, *RATE_FREE, *CONTROLS),
+        quick_peers=("lookahead",) if rate is None else ("prodigy",),
+        quick_budgets=(0.5, 1.0, 2.0), quick_too=quick,
+    )  # fmt: skip
+
+
+_FINETUNE = tuple(
+    _finetune(preset, rate, quick=preset == "stdlib")
+    for preset in ("stories260k", "stories260k-lora", "stdlib", "stdlib-lora")
+    for rate in (None, 0.1)
+)
+
+# ---- lm: one pass over new data ----------------------------------------------------------------------------
+
+
+def _lm(data: str | None, schedule: str, length: str = "lm", rate: float | None = None, **changes: Any) -> Case:
+    suffix = "" if rate is None else f"-x{rate:.3g}"
+    case = Case(
+        name=f"{data or 'embedded'}-{schedule}{suffix}", task="gpt", length=length, rate=rate,
+        options={"preset": "0.3M", "schedule": schedule, **({"data": data} if data else {})},
+        peers=(*WEIGHT_PEERS, "schedule-free", "soap", *CONTROLS), quick_budgets=(0.5, 1.0, 2.0),
+    )  # fmt: skip
+    return replace(case, **changes)
+
+
+#: Plain training is at its best at 2.1e-3 here, the hybrid at 6e-3 (LOG.md): every arm is tuned over both.
+_LM_GRID = (1.5e-3, 2.1e-3, 3e-3, 4.2e-3, 6e-3)
+
+_LM = tuple(
+    _lm(
+        data, schedule, recipe={"lr_grid": _LM_GRID}, quick_grid=_LM_GRID[1:],
+        quick_too=(data, schedule) == (None, "wsd"), quick_peers=("lookahead", "block-warmup"),
+    )
+    for data in ("tinystories", "novels", None)
+    for schedule in ("wsd", "linear")
+)  # fmt: skip
+
+#: As fractions, so that a rate is exactly the tuned one's tenth and thirtieth.
+LOW_RATES = (1 / 10, 1 / 30, 3.0)
+
+_LM_LOWLR = tuple(
+    _lm(
+        data,
+        "wsd",
+        "lm-lowlr",
+        rate,
+        peers=(*WEIGHT_PEERS, *RATE_FREE, *CONTROLS),
+        quick_peers=("prodigy",) if rate < 1 else ("lookahead", "prodigy"),
+        budgets=EXACT_BUDGETS if rate < 1 else NOISY_BUDGETS,
+        quick_budgets=(1.0, 2.0, 4.0) if rate < 1 else (0.5, 1.0, 2.0),
+        quick_too=data is None and rate < 1,
+    )
+    for data in ("tinystories", None)
+    for rate in LOW_RATES
+)
+
+_MUON_OPTIONS: dict[str, Any] = {"preset": "0.3M", "optimizer": "muon"}
+
+_LM_MUON = tuple(
+    replace(
+        _lm(data, schedule, "lm-muon", peers=WEIGHT_PEERS, quick_peers=("snoo", "ema")),
+        options={**_MUON_OPTIONS, "schedule": schedule, **({"data": data} if data else {})},
+        # wider than AdamW's grid: nothing is known of Muon's best rate beforehand
+        recipe={"lr_grid": (1.5e-3, 3e-3, 6e-3, 1.2e-2)},
+        quick_too=(data, schedule) == (None, "wsd"),
+    )
+    for data in ("tinystories", None)
+    for schedule in ("wsd", "linear")
+)
+
+# ---- for the tests --------------------------------------------------------------------------------------
+
+_EAGER_POINTS = {"batch_size": 32}
+_SELF_TEST = (
+    Case(
+        name="tuned", task="regression", length="self-test", options=_EAGER_POINTS, peers=(), quick_peers=(),
+        quick_budgets=(0.5, 1.0, 2.0), quick_too=True,
+    ),
+    Case(
+        name="slow", task="regression", length="self-test", options=_EAGER_POINTS, peers=(), quick_peers=(), rate=0.1,
+        quick_budgets=(0.5, 1.0, 2.0), quick_too=True,
+    ),
+    Case(
+        name="missing", task="gpt", length="self-test", options={"data": "tinystories"}, peers=(), quick_peers=(),
+        quick_too=True,
+    ),
+)  # fmt: skip
+
+REGIMES: dict[str, Regime] = {
+    r.name: r
+    for r in (
+        Regime(name="pinn", about="deterministic: full-batch training, losses are exact", cases=_PINN),
+        Regime(name="epochs", about="many epochs over small data", cases=_EPOCHS),
+        Regime(
+            name="finetune", about="fine-tuning, full and LoRA, at the tuned rate and a tenth of it", cases=_FINETUNE
+        ),
+        Regime(name="lm", about="one pass over new text at a tuned rate", cases=_LM),
+        Regime(
+            name="lm-lowlr", about="the same with the rate at 1/10, 1/30 and 3 times the tuned one", cases=_LM_LOWLR
+        ),
+        Regime(name="lm-muon", about="the same with Muon for the matrices", cases=_LM_MUON),
+        Regime(name="self-test", about="seconds only: for the tests of this command", cases=_SELF_TEST, hidden=True),
+    )
+}
+
+
+def names() -> tuple[str, ...]:
+    """Of the regimes a person would run."""
+    return tuple(r.name for r in REGIMES.values() if not r.hidden)
+
+
+def regime_of(name: str) -> Regime:
+    """The regime called ``name``.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in REGIMES:
+        raise unknown_name("regime", name, names())
+    return REGIMES[name]
+
+
+def select(regime: Regime, wanted: tuple[str, ...], *, quick: bool) -> tuple[Case, ...]:
+    """The cases to run: those that are named, whatever ``quick`` says, else all, or the quick ones.
+
+    Raises:
+        ValueError: a name is not one of the regime's.
+    """
+    known = {case.name: case for case in regime.cases}
+    for name in wanted:
+        if name not in known:
+            raise unknown_name(f"case of regime {regime.name!r}", name, known)
+    if wanted:
+        return tuple(known[name] for name in dict.fromkeys(wanted))
+    return tuple(case for case in regime.cases if case.quick_too or not quick)
+
+
+def num_steps(case: Case, steps_per_epoch: int | None, *, quick: bool) -> int:
+    """Length of the case in optimizer steps.
+
+    Args:
+        case: whose length.
+        steps_per_epoch: of its task.
+        quick: take the short one, where there is one.
+    """
+    length = LENGTHS[case.length]
+    count = length.quick if quick and length.quick is not None else length.full
+    return count * (steps_per_epoch or 1) if length.unit == "epochs" else count
+
+
+def trimmed(grid: tuple[float, ...], middle: float, count: int) -> tuple[float, ...]:
+    """The ``count`` rates of a grid nearest to ``middle`` (by ratio), in the grid's order."""
+    kept = sorted(grid, key=lambda lr: max(lr / middle, middle / lr))[:count]
+    return tuple(lr for lr in grid if lr in kept)

@@ -1,0 +1,300 @@
+"""`hpt bench regimes`: all arms of a regime's cases, each with a sweep of its own, judged from the same seeds.
+
+Sweep trials are not timed and may run in worker processes; judged runs follow one another in this process.
+Every run is stored as it ends (``regime_cache``), so that an interrupted benchmark goes on where it was.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, fields, replace
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+
+from ...records import DivergenceError
+from ...tell.recorder import jsonable
+from ...trainer import HybridTrainer
+from ..arms.countdown import Countdown, Tell
+from ..arms.environment import environment
+from ..arms.options import InputError, as_input_error
+from ..compare.run import NUM_DISCARDED_STEPS, best_rate
+from ..run_arm import COUNTS, Arm, Run, Setup, run_arm, steps_of, write_json
+from ..train import locked
+from . import catalogue as regimes
+from .cache import Measured, RunStore, identity
+from .cases import Blueprint, Contestant, Prepared, Request, arms_of, build, prepare, seeds_of, tuned_budgets
+from .summary import Entry, best_weights_only, rows
+
+SCHEMA = "regimes-1"
+
+
+def train(setup: Setup, arm: Arm, seed: int) -> Measured:
+    """One run; a peer that fails on the way has diverged, and says how."""
+    seen: list[HybridTrainer] = []
+
+    def watch(label: str, trainer: HybridTrainer, total: int) -> Callable[[object], None]:
+        seen.append(trainer)
+        return lambda result: None
+
+    try:
+        run = run_arm(setup, arm, seed, watch=watch)
+    except (ModuleNotFoundError, FileNotFoundError):
+        raise
+    except (RuntimeError, ArithmeticError, ValueError, DivergenceError) as error:
+        if arm.kind != "peer":
+            raise
+        run = failed(setup, arm, seed, f"{type(error).__name__}: {error}")
+    share = None
+    if seen and arm.kind in ("hybrid", "jump-of-zero"):
+        metrics = seen[0].metrics
+        share = metrics.overhead_ms / metrics.total_ms if metrics.total_ms else None
+    return Measured(run=run, time_share=share)
+
+
+def failed(setup: Setup, arm: Arm, seed: int, error: str) -> Run:
+    """A run that ended in an exception: nothing is known but that."""
+    return Run(
+        arm=arm, seed=seed, steps=steps_of(setup, arm.budget), final_val_loss=math.nan, wall_s=math.nan,
+        counts=dict.fromkeys(COUNTS, math.nan), curve=(), error=error,
+    )  # fmt: skip
+
+
+def work(blueprint: Blueprint, arm: Arm, seed: int, threads: int) -> Measured:
+    """A sweep trial in a worker process."""
+    torch.set_num_threads(threads)
+    return train(build(blueprint), arm, seed)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A run to be made."""
+
+    case: str
+    contestant: Contestant
+    arm: Arm
+    seed: int
+
+    @property
+    def label(self) -> str:
+        """For progress lines."""
+        return f"{self.case}, {self.arm.name}, lr {self.arm.lr:.3g}, seed {self.seed}"
+
+
+class Bench:
+    """Runs the jobs of a regime, from the store where it has them."""
+
+    def __init__(self, request: Request, prepared: Sequence[Prepared], tell: Tell) -> None:
+        """Args: request: what was asked for.  prepared: its cases.  tell: prints a line of progress."""
+        self.request, self.tell = request, tell
+        self.seeds = seeds_of(request)
+        self.jobs = request.jobs or (min(2, os.cpu_count() or 1) if request.quick else 1)
+        self.store = RunStore(request.out / "runs", fresh=request.fresh)
+        left, runs = {}, 0
+        for p in prepared:
+            num_trials = sum(len(c.grid) for c in p.contestants) * len(p.sweep_seeds)
+            budgets = [*(1.0 for c in p.contestants if c.kind != "plain"), *p.budgets, *tuned_budgets(p)]
+            left[p.case.name] = p.setup.steps * (num_trials / self.jobs + len(self.seeds) * sum(budgets))
+            runs += num_trials + len(self.seeds) * len(budgets)
+        self.countdown = Countdown(left, runs, tell)
+
+    def probe(self, p: Prepared) -> None:
+        """A few steps of every peer: one that cannot run here is left out now, not after hours."""
+        kept = []
+        for c in p.contestants:
+            if c.kind != "peer" or self._has_run(p, c):
+                kept.append(c)
+                continue
+            short = replace(build(c.blueprint), steps=NUM_DISCARDED_STEPS)
+            lr = c.grid[0] if c.grid else p.setup.recipe.lr
+            try:
+                with as_input_error():
+                    run = train(short, Arm(name=c.name, kind=c.kind, lr=lr), 0).run
+            except (InputError, ImportError) as error:
+                p.notes.append(f"{p.case.name}: {c.name} left out: {error}")
+                continue
+            if math.isnan(run.counts["cost_units"]):
+                p.notes.append(f"{p.case.name}: {c.name} left out: {run.error}")
+                continue
+            kept.append(c)
+        p.contestants[:] = kept
+
+    def _has_run(self, p: Prepared, c: Contestant) -> bool:
+        """Whether its first trial is stored."""
+        if not c.grid:
+            return False
+        first = Arm(name=c.name, kind=c.kind, lr=c.grid[0])
+        return self.store.get(identity(build(c.blueprint), first, p.sweep_seeds[0])) is not None
+
+    def sweep(self, p: Prepared) -> dict[str, Any]:
+        """A trial per rate and sweep seed of every arm that has a grid; which rate each arm is to take."""
+        jobs = [
+            Job(p.case.name, c, Arm(name=c.name, kind=c.kind, lr=lr), seed)
+            for c in p.contestants
+            for lr in c.grid
+            for seed in p.sweep_seeds
+        ]
+        trials: dict[str, list[dict[str, Any]]] = {}
+        for job, measured in self._untimed(p, jobs):
+            run = measured.run
+            trial = {
+                "lr": job.arm.lr,
+                "seed": job.seed,
+                "final_val_loss": run.final_val_loss,
+                "cost_units": run.cost_units,
+            }
+            trials.setdefault(job.arm.name, []).append(trial)
+        chosen = {name: best_rate(found, p.setup.recipe.lr) for name, found in trials.items()}
+        grids = {c.name: c.grid for c in p.contestants if len(c.grid) > 1}
+        at_edge = sorted(n for n, grid in grids.items() if chosen[n] in (min(grid), max(grid)))
+        return {"seeds": list(p.sweep_seeds), "chosen": chosen, "at_edge_of_grid": at_edge, "trials": trials}
+
+    def _untimed(self, p: Prepared, jobs: Sequence[Job]) -> Iterator[tuple[Job, Measured]]:
+        """Trials from the store, then the others, in worker processes where there are some."""
+        steps = p.setup.steps / self.jobs
+        missing = []
+        for job in jobs:
+            key = identity(build(job.contestant.blueprint), job.arm, job.seed)
+            stored = self.store.get(key)
+            if stored is None:
+                missing.append((job, key))
+                continue
+            self.countdown.done(job.case, job.label, steps, stored.run, None)
+            yield job, stored
+        if self.jobs == 1 or len(missing) < 2:
+            for job, key in missing:
+                measured, seconds = self._here(p, job)
+                self._keep(key, measured)
+                self.countdown.done(job.case, job.label, steps, measured.run, seconds)
+                yield job, measured
+            return
+        threads = max(1, torch.get_num_threads() // self.jobs)
+        # spawned, not forked: a fork of a process with running thread pools hangs
+        with ProcessPoolExecutor(min(self.jobs, len(missing)), mp_context=get_context("spawn")) as pool:
+            started = time.perf_counter()
+            futures = {pool.submit(work, j.contestant.blueprint, j.arm, j.seed, threads): (j, k) for j, k in missing}
+            try:
+                for future in as_completed(futures):
+                    (job, key), measured = futures[future], future.result()
+                    self._keep(key, measured)
+                    now = time.perf_counter()
+                    self.countdown.done(job.case, job.label, steps, measured.run, now - started)
+                    started = now
+                    yield job, measured
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def judge(self, p: Prepared, chosen: Mapping[str, float]) -> list[Entry]:
+        """All arms from all seeds, one run after the other."""
+        arms = arms_of(p, chosen)
+        found: dict[str, list[Measured]] = {arm.name: [] for arm, _, _ in arms}
+        warm = False
+        for number, seed in enumerate(self.seeds):
+            # the order turns round with every seed, so that a machine that slows down slows all arms
+            for arm, c, _ in arms if number % 2 == 0 else reversed(arms):
+                key = identity(build(c.blueprint), arm, seed, timed_threads=p.threads)
+                job, measured, seconds = Job(p.case.name, c, arm, seed), self.store.get(key), None
+                if measured is None:
+                    if not warm:  # allocators, thread pools and kernels
+                        short = replace(p.setup, steps=NUM_DISCARDED_STEPS)
+                        self._here(p, replace(job, arm=Arm(name="plain", kind="plain", lr=arm.lr)), short)
+                        warm = True
+                    measured, seconds = self._here(p, job)
+                    self._keep(key, measured)
+                # stored under another name where two cases share a run
+                measured = replace(measured, run=replace(measured.run, arm=arm))
+                self.countdown.done(job.case, job.label, p.setup.steps * arm.budget, measured.run, seconds)
+                found[arm.name].append(measured)
+        return [
+            Entry(
+                name=arm.name, kind=kind, weights_only=c.weights_only, runs=tuple(found[arm.name]),
+                trials=len(c.grid) * len(p.sweep_seeds),
+            )
+            for arm, c, kind in arms
+        ]  # fmt: skip
+
+    def _here(self, p: Prepared, job: Job, setup: Setup | None = None) -> tuple[Measured, float]:
+        """A run in this process, and the seconds it took with its validation."""
+        before, started = torch.get_num_threads(), time.perf_counter()
+        torch.set_num_threads(p.threads)
+        try:
+            return train(setup or build(job.contestant.blueprint), job.arm, job.seed), time.perf_counter() - started
+        finally:
+            torch.set_num_threads(before)
+
+    def _keep(self, key: Mapping[str, Any], measured: Measured) -> None:
+        """Store a run; one that an exception ended is tried again next time."""
+        if not math.isnan(measured.run.counts["cost_units"]):
+            self.store.put(key, measured)
+
+
+def run_regime(request: Request, tell: Tell = lambda line: None) -> dict[str, Any]:
+    """Run a regime, write ``<out>/<regime>.json`` after each case, and return the object.
+
+    Args:
+        request: What to run.
+        tell: Prints a line of progress.
+
+    Raises:
+        InputError: a name is wrong, nothing can be run, or another process is writing to the folder.
+    """
+    with as_input_error():
+        regime = regimes.regime_of(request.regime)
+        cases = regimes.select(regime, request.cases, quick=request.quick)
+    with locked(request.out):
+        prepared, skipped = [], []
+        for case in cases:
+            try:
+                prepared.append(prepare(request, case))
+            except InputError as error:
+                if not isinstance(error.__cause__, FileNotFoundError | ModuleNotFoundError):
+                    raise
+                skipped.append(f"{case.name}: skipped: {error}")
+                tell(skipped[-1])
+        if not prepared:
+            raise InputError(f"no case of regime {regime.name!r} can be run: {'; '.join(skipped)}")
+        bench = Bench(request, prepared, tell)
+        result: dict[str, Any] = {
+            "schema": SCHEMA, "benchmark": "regimes", "regime": regime.name, "about": regime.about,
+            "quick": request.quick, "complete": False, "seeds": list(bench.seeds), "skipped": skipped,
+            "settings": settings_of(request, bench),
+            "environment": environment(str(request.options.get("device") or "cpu")), "cases": [], "arms": [],
+        }  # fmt: skip
+        result["commit"] = result["environment"]["commit"]
+        path = request.out / f"{regime.name}.json"
+        for p in prepared:
+            bench.probe(p)
+            sweep = bench.sweep(p)
+            found = rows(p.case.name, bench.judge(p, sweep["chosen"]))
+            result["arms"] += jsonable(found)
+            result["cases"].append(jsonable(about(p, sweep, found)))
+            for note in p.notes:
+                tell(note)
+            write_json(path, result)
+        result["complete"] = True
+        write_json(path, result)
+    return result
+
+
+def about(p: Prepared, sweep: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the result says of a case beside its rows."""
+    tuned = sweep["chosen"]["plain"]
+    return {
+        "case": p.case.name, "task": p.setup.task.describe(), "deterministic": p.setup.task.deterministic,
+        "steps": p.setup.steps, "budgets": list(p.budgets), "rate": p.case.rate, "lr_tuned": tuned,
+        "lr": tuned * (p.case.rate or 1.0), "threads": p.threads, "recipe": asdict(p.setup.recipe),
+        "trainer": asdict(p.setup.config), "sweep": dict(sweep), "best_weights_only_peer": best_weights_only(found),
+        "notes": list(p.notes),
+    }  # fmt: skip
+
+
+def settings_of(request: Request, bench: Bench) -> dict[str, Any]:
+    """What was asked for, without the names of folders."""
+    asked = {f.name: getattr(request, f.name) for f in fields(Request) if f.name != "out"}
+    told: dict[str, Any] = jsonable({**asked, "seeds": list(bench.seeds)})
+    return {**told, "jobs": bench.jobs}

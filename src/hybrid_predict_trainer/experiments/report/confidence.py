@@ -1,0 +1,123 @@
+"""The report's figure on confidence: what was promised of jumps, and how often it came true."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from . import charts as svg
+from .charts import escape
+from .data import Record, Report, Run, list_of, number, table_of
+from .parts import bar_list, figure, legend, shown, table
+
+#: Radius of a point that stands for all outcomes of a figure, in pixels; its area is the share.
+WHOLE_PX = 16.0
+#: What jumps say of the predictor's uncertainty.
+SPREAD = ("epistemic", "aleatoric")
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One bin of a reliability curve, pooled over runs."""
+
+    stated: float
+    kept: float
+    count: int
+
+
+def pooled(curves: Iterable[Sequence[object]]) -> tuple[Point, ...]:
+    """Bins of several runs' curves with the same centre made one, by their counts; what is no bin is left out."""
+    sums: dict[float, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
+    for curve in curves:
+        for found in curve:
+            values = [number(table_of(found).get(key)) for key in ("center", "confidence", "accuracy", "count")]
+            center, stated, kept, count = values
+            if center is None or stated is None or kept is None or not count or count < 1:
+                continue
+            if not (0 <= stated <= 1 and 0 <= kept <= 1):
+                continue
+            for i, value in enumerate((count * stated, count * kept, count)):
+                sums[round(center, 6)][i] += value
+    return tuple(Point(p / n, k / n, round(n)) for _, (p, k, n) in sorted(sums.items()))
+
+
+def pooled_error(points: Sequence[Point]) -> float:
+    """ECE of the pooled curve; NaN without outcomes."""
+    total = sum(p.count for p in points)
+    return sum(p.count * abs(p.kept - p.stated) for p in points) / total if total else math.nan
+
+
+def reliability_chart(curves: Sequence[tuple[str, str, Sequence[Point]]], width: int) -> str:
+    """Share kept against stated probability on the unit square, with the diagonal; a curve is (name, style, points)."""
+    height, top, left = (380 if width > 400 else 320), 28, svg.left_margin([0.0, 1.0])
+    x, y = svg.Scale(0.0, 1.0, left, width - 10), svg.Scale(0.0, 1.0, height - 42, top)
+    out = [svg.axes(x, y, "stated probability", "share that was kept and paid", 4)]
+    out.append(svg.line(x(0.0), y(0.0), x(1.0), y(1.0), "guide"))
+    for name, style, points in curves:
+        total = sum(p.count for p in points)
+        drawn = [(x(p.stated), y(p.kept)) for p in points]
+        if len(drawn) > 1:
+            out.append(svg.element("path", d=svg.path(drawn), class_=f"line {style}"))
+        for p, (a, b) in zip(points, drawn, strict=True):
+            text = f"{name}: stated {p.stated:.2f}, came true {p.kept:.2f}, {p.count} outcomes"
+            radius = max(WHOLE_PX * math.sqrt(p.count / total), 2.0)
+            out.append(svg.element("circle", svg.element("title", svg.escape(text)), cx=a, cy=b, r=radius,
+                                   class_=f"dot {style}"))  # fmt: skip
+    return svg.canvas(width, height, "share that was kept and paid against stated probability", out)
+
+
+def confidence_figure(report: Report) -> str:
+    """Figure 5: reliability curve per arm, and the calibration of every run."""
+    title = "<h2>5. Confidence</h2>"
+    known = [(run, table_of(run.summary.get("calibration"))) for run in report.runs if run.arm != "jump-of-zero"]
+    known = [(run, found) for run, found in known if (number(found.get("num_outcomes")) or 0) > 0]
+    if not known:
+        return f"{title}<p>No outcome of a proposal was recorded, so no probability can be held against one.</p>"
+    curves = []
+    for arm in dict.fromkeys(run.arm for run, _ in known):
+        points = pooled(list_of(found.get("reliability")) for run, found in known if run.arm == arm)
+        if points:
+            curves.append((arm, report.styles.get(arm, "c1").split()[0], points))
+    errors = "; ".join(
+        f"{escape(arm, 60)}: calibration error {pooled_error(p):.3f} over {sum(q.count for q in p)} outcomes"
+        for arm, _, p in curves
+    )
+    caption = (
+        f"Probabilities as stated before the outcome was known, pooled over seeds; the area of a point is its share of "
+        f"the outcomes. {errors}."
+    )
+    keys = legend([*((arm, "line", style) for arm, style, _ in curves), ("stated = came true", "guide", "")])
+    chart = figure("Reliability", caption, lambda w: reliability_chart(curves, w), 470) if curves else ""
+    bars = [
+        (f"{arm}, stated {p.stated:.2f}, came true {p.kept:.2f}", float(p.count), style)
+        for arm, style, points in curves
+        for p in points
+    ]
+    pair = f'<div class="pair">{chart}{bar_list("Outcomes", bars)}</div>' if curves else ""
+    head = ["Run", "Accepted jumps", "Outcomes", "ECE", "by chance", "monotone bins", "Temperature", "Log&nbsp;loss",
+            "raw"]  # fmt: skip
+    spread = any(_mean(run, key) is not None for run, _ in known for key in SPREAD)
+    rows = [_row(run, found, spread=spread) for run, found in known]
+    return (
+        f"{title}{keys if curves else ''}{pair}{table([*head, *(('Epistemic', 'Aleatoric') if spread else ())], rows)}"
+    )
+
+
+def _row(run: Run, found: Record, *, spread: bool) -> list[str]:
+    """One run's calibration, with the spread of its predictor if any run has one."""
+    jumps = run.of("jump")
+    keys = ("ece", "ece_by_chance", "ece_sweep", "temperature", "log_loss", "log_loss_raw")
+    accepted = sum(j.get("accepted") is True for j in jumps)
+    return [
+        escape(run.name, 60), f"{shown(accepted)} of {shown(len(jumps))}", shown(found.get("num_outcomes")),
+        *(shown(found.get(key), 3) for key in keys), *(shown(_mean(run, key), 3) for key in SPREAD if spread),
+    ]  # fmt: skip
+
+
+def _mean(run: Run, key: str) -> float | None:
+    """Mean of a number over jumps that have one above 0: predictors without members say 0."""
+    values = [v for j in run.of("jump") if (v := number(j.get(key)))]
+    return statistics.fmean(values) if values else None

@@ -1,0 +1,128 @@
+"""One run of one arm.  Arms of a comparison share everything here but budget, rate and trainer settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ..predictors import Predictor, build
+from ..records import State, StepResult
+from ..trainer import HybridTrainer
+from ..weights import algebra as weights
+from ..weights.algebra import predicted_parameters
+from .arms.drive import (
+    COUNTS,
+    Arm,
+    Kind,
+    Run,
+    Setup,
+    Validation,
+    Watch,
+    drive,
+    in_steps,
+    recipe_for,
+    recipe_optimizer,
+    recipe_schedule,
+    seeded_model,
+    steps_of,
+    write_json,
+    write_run,
+)
+from .baselines import run_peer
+
+__all__ = [
+    "COUNTS",
+    "Arm",
+    "Kind",
+    "Run",
+    "Setup",
+    "UndoneJumps",
+    "Validation",
+    "Watch",
+    "build_trainer",
+    "in_steps",
+    "run_arm",
+    "steps_of",
+    "write_json",
+    "write_run",
+]
+
+
+def build_trainer(
+    setup: Setup, *, lr: float, steps: int, seed: int, predict: bool,
+    wrap: Callable[[Predictor], Predictor] | None = None,
+) -> HybridTrainer:  # fmt: skip
+    """A fresh model in a trainer, with the recipe's optimizer and a schedule that ends at ``steps``.
+
+    Args:
+        setup: Task, recipe and trainer settings.
+        lr: Peak learning rate.
+        steps: Length of the run on the configured clock.
+        seed: Of the model, of dropout, and of the trainer's control group.
+        predict: False: ``enabled=False``, the plain loop bit for bit.
+        wrap: Put around the predictor, to record what it sees.
+    """
+    model = seeded_model(setup, seed)
+    recipe = recipe_for(setup, lr=lr, steps=steps)
+    optimizer = recipe_optimizer(model, recipe, setup.settings)
+    schedule = recipe_schedule(optimizer, recipe)
+    config = replace(setup.config, enabled=setup.config.enabled and predict, seed=setup.config.seed + seed)
+    predictor = None
+    if wrap is not None:
+        groups = predicted_parameters(model, optimizer)[1]
+        predictor = wrap(build(config, groups.num_groups, groups.num_weights))
+    return HybridTrainer(
+        model, optimizer, config, loss_fn=setup.task.loss_fn, lr_scheduler=schedule, predictor=predictor
+    )
+
+
+class UndoneJumps:
+    """Called after every step of a run: puts accepted jumps back, so that they are paid for and go nowhere.
+
+    The trainer proposes, tests and books as ever; weights and basis are as they were before the jump
+    when the next real step begins.
+    """
+
+    def __init__(self, trainer: HybridTrainer) -> None:
+        """Args: trainer: between steps."""
+        self._run = trainer.run
+        self._saved: tuple[list[torch.Tensor], State] | None = None
+
+    def __call__(self, result: StepResult) -> None:
+        """Undo the step if it was a jump; remember the weights if the next one may be."""
+        run = self._run
+        if result.was_predicted:
+            assert self._saved is not None, "a jump is proposed only where a window has closed"
+            parameters, mark = self._saved
+            weights.copy_(run.parameters, parameters)
+            run.basis.revert(mark)
+            run.writes.record()  # it is no write of the user's
+        elif run.window_just_closed:
+            self._saved = (weights.clone(run.parameters), run.basis.mark())
+
+
+def run_arm(
+    setup: Setup, arm: Arm, seed: int, folder: Path | None = None, watch: Watch | None = None, label: str = ""
+) -> Run:
+    """Train one arm from one seed to the end of its budget.
+
+    Args:
+        setup: What the arms share.
+        arm: What is special about this one.
+        seed: Of model, data order and dropout.
+        folder: Where ``metrics.jsonl``, ``summary.json`` and ``config.toml`` go; None: nowhere.
+        watch: Asked once for something to call after every step.
+        label: What ``watch`` is to call the run.
+    """
+    if arm.kind == "peer":
+        return run_peer(setup, arm, seed, folder=folder, watch=watch, label=label)
+    if arm.kind == "jump-of-zero":  # jumps are put back, nothing else may move the weights: they are the plain run's
+        still = replace(setup.config, max_learned_scale=1.0, min_learned_scale=1.0, lookahead=0.0, smoothing=0.0)
+        setup = replace(setup, config=still)
+    steps = steps_of(setup, arm.budget)
+    trainer = build_trainer(setup, lr=arm.lr, steps=steps, seed=seed, predict=arm.kind != "plain")
+    undo = UndoneJumps(trainer) if arm.kind == "jump-of-zero" else None
+    return drive(trainer, setup, arm, seed, undo=undo, folder=folder, watch=watch, label=label)

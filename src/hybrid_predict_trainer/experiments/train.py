@@ -1,0 +1,300 @@
+"""`hpt train`: one run in a folder of its own, which an interrupted run is resumed from bit for bit.
+
+The folder holds ``run.json`` (what was asked for), ``config.toml``, ``metrics.jsonl``, ``checkpoints/`` and,
+where the run has ended or was stopped, ``summary.json``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from ..config.toml import load, to_toml
+from ..keep import checkpoint
+from ..keep import resume as persistence
+from ..keep.manifest import CONFIG
+from ..records import CheckpointError, DivergenceError, StepResult
+from ..safe_files import UnusableFileError, write_text
+from ..tell.recorder import JsonlSink, jsonable
+from ..trainer import HybridTrainer
+from .arms.environment import environment
+from .arms.options import InputError, as_input_error, build_setup
+from .arms.recording import FOR_EVER, Recorder, recording_settings
+from .run_arm import Setup, Validation, Watch, build_trainer, write_json
+from .run_folder import (
+    Request,
+    agree,
+    agree_checkpoint,
+    agree_config,
+    agree_task,
+    locked,
+    refuse_used,
+    saved_steps,
+    stored,
+    to_store,
+    untrained,
+)
+
+__all__ = ["Request", "Saver", "StopSignal", "locked", "refuse_used", "train"]
+
+#: What to do where a run is in the way.
+IN_USE = "add --resume to continue it, or choose another --out"
+
+
+class StopSignal:
+    """The first SIGINT, SIGTERM or SIGHUP asks for an end after the current step, the second ends the process.
+
+    A hang-up that is ignored stays ignored: that is what ``nohup`` asks for.
+    """
+
+    def __init__(self) -> None:
+        """Nothing has been asked yet."""
+        self.number = 0
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        """Listen, where this is the main thread."""
+        with contextlib.suppress(ValueError):
+            for number in self._numbers():
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    @staticmethod
+    def _numbers() -> list[int]:
+        hang_up = getattr(signal, "SIGHUP", None)  # not everywhere
+        heeded = hang_up is not None and signal.getsignal(hang_up) is not signal.SIG_IGN
+        return [signal.SIGINT, signal.SIGTERM, *([hang_up] if hang_up is not None and heeded else [])]
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        for each in self._previous:
+            signal.signal(each, signal.SIG_DFL)
+
+    def __exit__(self, *error: object) -> None:
+        """Listen no more."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    @property
+    def exit_status(self) -> int:
+        """As shells report a signal; 0 if there was none."""
+        return 128 + self.number if self.number else 0
+
+
+def train(request: Request, out: Path, *, resume: bool, watch: Watch | None = None) -> tuple[dict[str, Any], int]:
+    """Train to the end or to a signal.
+
+    Args:
+        request: What to run; where it is resumed, what the user said again (it has to agree).
+        out: Folder of the run.
+        resume: Continue from the latest intact checkpoint, from the beginning where there is none yet.
+        watch: Watches the steps.
+
+    Returns:
+        The object to print, and the exit status.
+
+    Raises:
+        InputError: the request cannot be met, or is not that of the run to be resumed.
+        CheckpointError: there is nothing intact to resume from, or the last checkpoint cannot be written.
+        DivergenceError: the weights or the validation loss are not finite, or too many steps in a row were not.
+    """
+    if resume:
+        request, setup = _resumed(request, out)
+    else:
+        refuse_used(out, IN_USE)
+        request = replace(request, seed=request.seed or 0)
+        setup = build_setup(request.options)
+    described = setup.task.describe()
+    if request.record:
+        setup = replace(setup, config=recording_settings(setup.config, plain=request.plain))
+    with locked(out):
+        begin = not saved_steps(out)
+        if not resume:
+            refuse_used(out, IN_USE)  # somebody else may have been quicker
+        elif begin and not untrained(out):
+            raise InputError(f"{out}: was trained, but holds no checkpoint any more; choose another --out")
+        elif begin:
+            warnings.warn(f"{out}: has no checkpoint yet: starting from step 0", stacklevel=2)
+        if begin:
+            with as_input_error():
+                if not resume:
+                    write_json(out / "run.json", to_store(request, described))
+                write_text(out / "config.toml", to_toml(setup.config))
+        return _train(setup, request, out, resume=not begin, watch=watch)
+
+
+def _resumed(said: Request, out: Path) -> tuple[Request, Setup]:
+    """The request of the run in ``out``, which whatever is said now must agree with, and what it needs."""
+    then = stored(out)
+    agree(out, said, then)
+    request = then.request
+    options = request.options if then.data_path is None else replace(request.options, data=then.data_path)
+    begun = bool(saved_steps(out))  # else config.toml may be missing: a kill came between
+    with as_input_error():
+        setup = build_setup(options, load(out / "config.toml") if begun else None)
+    agree_config(out, said.options, request.options, setup.config)
+    agree_task(out, then.task, setup.task.describe())
+    return request, setup
+
+
+def _train(
+    setup: Setup, request: Request, out: Path, *, resume: bool, watch: Watch | None
+) -> tuple[dict[str, Any], int]:
+    seed = request.seed or 0
+    trainer = build_trainer(
+        setup, lr=setup.recipe.lr, steps=setup.steps, seed=seed, predict=request.record or not request.plain,
+        wrap=Recorder if request.record else None,
+    )  # fmt: skip
+    if isinstance(trainer.run.predictor, Recorder):
+        trainer.run.predictor.attach(trainer.run.basis)
+        if request.plain:  # watched, and never asked for a jump
+            trainer.force_full_phase(FOR_EVER)
+    folder = out / "checkpoints"
+    data = Position()
+    if resume:
+        latest = checkpoint.latest(folder)
+        agree_checkpoint(out / "config.toml", load(latest / CONFIG), trainer.config)
+        data = Position.of(persistence.load(trainer.run, trainer.metrics, latest))
+    with as_input_error():
+        trainer.metrics.sink = JsonlSink(out / "metrics.jsonl", follow_links=False)
+    validation = Validation(trainer, setup.task, setup.steps, before_s=data.wall_s)
+    note = watch("", trainer, setup.steps) if watch is not None else _silent
+    every = setup.config.checkpoint.save_interval
+    saver = Saver(trainer, folder, data, validation, saved=trainer.current_step if resume else -1)
+
+    def after_step(result: StepResult) -> None:
+        data.num_consumed += result.consumed
+        started = time.perf_counter()
+        note(result)
+        validation.outside_s += time.perf_counter() - started
+        if validation.due():
+            validation.measure()
+        if trainer.current_step % every == 0:
+            saver.attempt()
+
+    with StopSignal() as stop, contextlib.closing(trainer.metrics.sink):
+        if not resume:
+            saver.save()  # a run that is killed early can be resumed too, and a disk that refuses says so now
+        if not _ended(trainer, setup.steps):
+            batches = setup.task.batches(seed, start=data.num_consumed)
+            trainer.fit(
+                batches, total_steps=setup.steps, progress_callback=after_step, should_stop=lambda: stop.number > 0
+            )
+        wall_s = validation.wall_s()
+        failed = saver.attempt()
+        ended = _ended(trainer, setup.steps)
+        val_loss = validation.final() if ended else None
+        result = _result(setup, request, trainer, wall_s, val_loss, ended=ended)
+        trainer.metrics.sink.close()
+        _write_results(trainer, out, result)
+    if val_loss is not None and not math.isfinite(val_loss):
+        raise DivergenceError(f"{out}: training diverged: the validation loss is {val_loss}.  Lower --lr")
+    if failed is not None:
+        raise failed
+    printed = {k: v for k, v in result.items() if k != "divergence_events"}
+    status = 0 if ended else stop.exit_status
+    return {"out": str(out), "checkpoint": str(folder / f"checkpoint_step_{saver.saved}"), **jsonable(printed)}, status
+
+
+def _write_results(trainer: HybridTrainer, out: Path, result: Mapping[str, Any]) -> None:
+    """Summary and recording.
+
+    Raises:
+        CheckpointError: the disk refused.
+    """
+    try:
+        write_json(out / "summary.json", result)
+        if isinstance(trainer.run.predictor, Recorder):
+            trainer.run.predictor.recording.save(out / "recording")
+    except (OSError, UnusableFileError) as error:
+        raise CheckpointError(f"{out}: the results cannot be written: {error}") from error
+
+
+class Saver:
+    """Writes checkpoints of a run.  One that fails in its course is warned of and tried again at the next interval."""
+
+    def __init__(
+        self, trainer: HybridTrainer, folder: Path, data: Position, validation: Validation, *, saved: int
+    ) -> None:
+        """Args: trainer: of the run.  folder: of checkpoints.  data: its position.  validation: knows the wall time.
+
+        saved: step of the newest checkpoint, -1 if there is none.
+        """
+        self.saved = saved
+        self._trainer, self._folder, self._data, self._validation = trainer, folder, data, validation
+        self._failing = False
+
+    def save(self) -> None:
+        """Write one, unless the newest is of this step.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        step = self._trainer.current_step
+        if step == self.saved:
+            return
+        self._data.wall_s = self._validation.wall_s()
+        extra = {"data": asdict(self._data)}
+        persistence.save(self._trainer.run, self._trainer.metrics, self._folder, extra=extra)
+        self.saved = step
+
+    def attempt(self) -> CheckpointError | None:
+        """:meth:`save`, whose failure is returned; said once until one is written again."""
+        try:
+            self.save()
+        except CheckpointError as error:
+            if not self._failing:
+                kept = "there is none yet" if self.saved < 0 else f"the newest is of step {self.saved}"
+                warnings.warn(f"{error}; training goes on, and the next interval tries again ({kept})", stacklevel=2)
+            self._failing = True
+            return error
+        self._failing = False
+        return None
+
+
+def _silent(result: StepResult) -> None:
+    """Nobody watches."""
+
+
+def _ended(trainer: HybridTrainer, steps: int) -> bool:
+    run = trainer.run
+    return run.position >= steps and run.probation is None and run.segment is None
+
+
+@dataclass(slots=True)
+class Position:
+    """Where the run stands in its data: batches used up (a refused proposal's batch is not), seconds so far."""
+
+    num_consumed: int = 0
+    wall_s: float = 0.0
+
+    @classmethod
+    def of(cls, parts: Mapping[str, Any]) -> Position:
+        """From the parts of a checkpoint.
+
+        Raises:
+            CheckpointError: it was not written by ``hpt train``.
+        """
+        try:
+            return cls(**parts["data"])
+        except (KeyError, TypeError):
+            raise CheckpointError("the checkpoint has no data position: it was not written by hpt train") from None
+
+
+def _result(
+    setup: Setup, request: Request, trainer: HybridTrainer, wall_s: float, val_loss: float | None, *, ended: bool
+) -> dict[str, Any]:
+    return {
+        "task": setup.task.name, "seed": request.seed or 0, "arm": "plain" if request.plain else "hybrid",
+        "steps": setup.steps, "lr": setup.recipe.lr, "completed": ended, "final_val_loss": val_loss,
+        "wall_s": wall_s, "environment": environment(setup.settings.device), "task_settings": setup.task.describe(),
+        **trainer.summary(),
+    }  # fmt: skip

@@ -1,0 +1,92 @@
+"""A jump on trial, and what is left of one that is judged in pieces."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..keep.snapshot import Snapshot
+from ..records import Level, PhasePrediction, State
+from ..weights import algebra as weights
+
+
+@dataclass(slots=True)
+class Probation:
+    """A jump on trial: how to take it back, and what it must not be worse than."""
+
+    snapshot: Snapshot
+    basis: State
+    num_schedule_steps: int
+    num_steps_left: int
+    loss_before: float  # smoothed training loss before the jump
+    std_before: float
+    predicted_loss: float
+    fallback_threshold: float  # smoothed loss above which the jump is taken back whatever else
+    claimed: int
+    extended: bool = False  # the prediction error asked for more steps once
+    losses: list[float] = field(default_factory=list)
+    unread: list[Tensor] = field(default_factory=list)  # losses since: an accelerator is asked for them at the end
+    worst_level: Level = Level.NORMAL
+    under_way: Tensor = field(default_factory=lambda: torch.tensor(math.nan))  # loss of the step that is being made
+
+    def read(self) -> None:
+        """Bring the losses to the host."""
+        self.losses += weights.on_host(self.unread).tolist()
+        self.unread = []
+
+
+@dataclass(slots=True)
+class Segment:
+    """What is left of a jump that is checked in several pieces."""
+
+    prediction: PhasePrediction
+    num_left: int
+
+
+def probation_state(p: Probation | None) -> State | None:
+    """Plain containers; its losses are read."""
+    if p is None:
+        return None
+    p.read()
+    return {
+        "snapshot": p.snapshot.state_dict(), "basis": p.basis,
+        "num_schedule_steps": p.num_schedule_steps, "num_steps_left": p.num_steps_left,
+        "loss_before": p.loss_before, "std_before": p.std_before, "predicted_loss": p.predicted_loss,
+        "fallback_threshold": p.fallback_threshold, "extended": p.extended, "claimed": p.claimed,
+        "losses": list(p.losses), "worst_level": int(p.worst_level),
+    }  # fmt: skip
+
+
+def probation_from(state: State | None) -> Probation | None:
+    """Inverse of :func:`probation_state`."""
+    if state is None:
+        return None
+    values = dict(state)
+    values["snapshot"] = Snapshot.from_state_dict(values["snapshot"])
+    values["worst_level"] = Level(values["worst_level"])
+    return Probation(**values)
+
+
+def segment_state(s: Segment | None) -> State | None:
+    """Plain containers."""
+    if s is None:
+        return None
+    p = s.prediction
+    return {
+        "num_left": s.num_left, "coefficients": p.coefficients, "horizon": p.horizon,
+        "predicted_loss": p.predicted_loss, "predicted_reduction": p.predicted_reduction,
+        "confidence": p.confidence, "max_scale": p.max_scale, "alternatives": list(p.alternatives),
+    }  # fmt: skip
+
+
+def segment_from(state: State | None) -> Segment | None:
+    """Inverse of :func:`segment_state`."""
+    if state is None:
+        return None
+    values = dict(state)
+    num_left = values.pop("num_left")
+    values["alternatives"] = tuple(values["alternatives"])
+    return Segment(PhasePrediction(**values), num_left)

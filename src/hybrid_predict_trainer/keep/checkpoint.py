@@ -1,0 +1,442 @@
+"""Checkpoints: a directory that is complete and verified, or is not there.
+
+::
+
+    checkpoint_step_10000/
+        model_weights.safetensors    plain model weights, names as in ``state_dict``
+        <part>_state.safetensors     tensors of every other part that has some
+        training_state.json          step, loss, phase, ... and the JSON tree of every part
+        config.toml                  the configuration in use
+        metrics_history.jsonl        (optional, with other texts)
+        MANIFEST.json                written last: versions, size and SHA-256 of every file, tensors
+
+A checkpoint is built in ``.tmp-checkpoint_step_N-<pid>-<random>`` beside its final place, forced to
+disk and renamed; nothing is ever rewritten in place.  Reading checks names, sizes and hashes before
+it parses anything, and no pickle is involved.  Hashes find damage, not forgery: whoever may write
+the directory may also write a manifest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import re
+import secrets
+import shutil
+import socket
+import stat
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ..notices import warn
+from ..records import CheckpointError, State
+from .manifest import (
+    CHECKPOINT_NAME,
+    CONFIG,
+    FORMAT_VERSION,
+    MALFORMED,
+    MANIFEST,
+    MAX_MANIFEST_BYTES,
+    MAX_STATE_BYTES,
+    PLAIN_FILE,
+    STATE,
+    FileRecord,
+    Manifest,
+    manifest_text,
+    read_document,
+    refusal,
+    sha256_of,
+    tensor_file,
+)
+from .manifest import verify as verify
+from .state_tree import Json, decode, encode, read_tensors, write_tensors
+from .state_tree import TensorSpec as TensorSpec
+from .state_tree import check_compatible as check_compatible
+
+#: A temporary directory is abandoned after a day, whoever made it; arbitrary, far above any save.
+STALE_S = 86_400
+
+#: Tells this process from an earlier one with its pid: in a container every run may be pid 1.
+_PROCESS = secrets.token_hex(4)
+
+_NAME_OR_OLD = re.compile(CHECKPOINT_NAME.pattern + r"(\.old)?")
+_TMP = re.compile(rf"\.tmp-{CHECKPOINT_NAME.pattern}-([0-9]{{1,9}})-([0-9a-f]{{6}})([0-9a-f]{{8}})[0-9a-f]{{8}}")
+_PART = re.compile(r"[a-z][a-z0-9_]{0,63}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedCheckpoint:
+    """A checkpoint in memory; ``summary`` is what ``save`` was given, non-finite numbers as None."""
+
+    step: int
+    parts: dict[str, State]
+    summary: dict[str, Json]
+    config_toml: str
+    manifest: Manifest
+    path: Path
+
+
+def save(
+    directory: str | Path,
+    step: int,
+    parts: Mapping[str, State],
+    *,
+    config_toml: str = "",
+    summary: Mapping[str, Json] | None = None,
+    texts: Mapping[str, str] | None = None,
+    keep_last_n: int | None = None,
+) -> Path:
+    """Commit ``directory/checkpoint_step_{step}``, point ``latest`` at it, drop the oldest.
+
+    Args:
+        directory: holds the checkpoints of one run; created when missing.
+        step: non-negative; a checkpoint of the same step is replaced.
+        parts: part name -> state; the part ``model`` can be loaded as plain weights elsewhere.
+        config_toml: text of ``config.toml``.
+        summary: loss, phase, phase_step, confidence and the like, for people and ``describe``.
+        texts: more text files, file name -> contents, such as ``metrics_history.jsonl``.
+        keep_last_n: how many intact checkpoints to keep, None for all.  What is not a checkpoint of
+            ours, to the last file, is never deleted.
+
+    Raises:
+        CheckpointError: the disk refused; what was written is removed, older checkpoints stand.
+        TypeError: a part holds something that is not plain data (found before anything is written).
+        ValueError: a bad step, name or ``keep_last_n``.
+    """
+    if type(step) is not int or not CHECKPOINT_NAME.fullmatch(f"checkpoint_step_{step}"):
+        raise ValueError(f"step must be an int in 0..10**18, got {step!r}")
+    if keep_last_n is not None and keep_last_n < 1:
+        raise ValueError(f"keep_last_n must be at least 1 or None, got {keep_last_n}")
+    encoded = {part: encode(state) for part, state in parts.items()}
+    contents = _text_files(step, encoded, config_toml, summary or {}, texts or {})
+    target = Path(directory) / f"checkpoint_step_{step}"
+    temporary = _temporary(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(target.parent)
+        temporary.mkdir()
+        _fill(temporary, step, encoded, contents)
+        _commit(temporary, target)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"cannot save checkpoint {target}: {error}; free space or choose another directory "
+            "(older checkpoints are untouched)"
+        ) from error
+    finally:  # also on an interrupt; after the commit nothing is left under this name
+        _discard(temporary)
+    try:  # the checkpoint stands: from here on trouble is worth a warning, not the run
+        _write(temporary, f"{target.name}\n".encode())
+        temporary.replace(target.parent / "latest")
+        _sweep(target.parent)
+        if keep_last_n is not None:
+            _rotate(target, keep_last_n)
+    except OSError as error:
+        _discard(temporary)
+        warn(f"checkpoint {target} is saved, but tidying up failed: {error}", stacklevel=2)
+    return target
+
+
+def load(path: str | Path) -> LoadedCheckpoint:
+    """Read exactly this checkpoint, after verifying it; tensors are on the CPU.
+
+    Raises:
+        CheckpointError: missing, damaged, foreign or of a newer format; nothing falls back.
+    """
+    path = Path(path)
+    manifest = verify(path)
+    document = read_document(path)
+    try:
+        parts = {
+            part: decode(tree, read_tensors(path / tensor_file(part)) if part in manifest.tensors else {})
+            for part, tree in document["trees"].items()
+        }
+        config_toml = (path / CONFIG).read_bytes().decode()  # read_text would change line ends
+    except (*MALFORMED, OSError, SafetensorError) as error:
+        raise refusal(path, f"cannot be read: {error}") from error
+    return LoadedCheckpoint(
+        step=manifest.step,
+        parts=parts,
+        summary={key: value for key, value in document.items() if key not in ("format_version", "trees")},
+        config_toml=config_toml,
+        manifest=manifest,
+        path=path,
+    )
+
+
+def checkpoints(directory: str | Path) -> list[Path]:
+    """All directories named as checkpoints, oldest step first, unverified.
+
+    ``checkpoint_step_N.old`` counts where a save was killed between setting it aside and putting the
+    new one in its place.
+    """
+    directory = Path(directory)
+    found: dict[int, Path] = {}
+    with contextlib.suppress(OSError):
+        for entry in sorted(directory.iterdir(), reverse=True):  # N.old comes before N, which replaces it
+            match = _NAME_OR_OLD.fullmatch(entry.name)
+            if match and entry.is_dir() and not entry.is_symlink():
+                found[int(match[1])] = entry
+    return [found[step] for step in sorted(found)]
+
+
+def latest(directory: str | Path, *, quarantine: bool = False) -> Path:
+    """The checkpoint of the highest step that verifies; damaged ones are skipped with a warning.
+
+    The file ``latest`` is for people and scripts and is not consulted: a kill may leave it behind.
+
+    Args:
+        directory: where ``save`` wrote.
+        quarantine: rename damaged ones to ``*.corrupt``, so that they are not tried again.
+
+    Raises:
+        CheckpointError: none is left.
+    """
+    damaged = 0
+    for path in reversed(checkpoints(directory)):
+        try:
+            verify(path)
+        except CheckpointError as error:
+            damaged += 1
+            warn(f"skipping a checkpoint: {error}", stacklevel=2)
+            if quarantine:
+                with contextlib.suppress(OSError):  # a read-only disk: skipping it is enough
+                    _quarantine(path)
+        else:
+            return path
+    raise CheckpointError(f"no intact checkpoint in {directory} ({damaged} damaged); begin a new run in another folder")
+
+
+#: What a trainer says of its run beside its state; null in checkpoints from before it did.
+DESCRIBED = (
+    "step", "phase", "phase_step", "loss", "confidence", "withdrawn", "num_guard_alarms", "num_guard_restores",
+    "num_failures",
+)  # fmt: skip
+
+
+def describe(path: str | Path) -> dict[str, Json]:
+    """Verify a checkpoint and sum it up for ``hpt inspect``; the result can be written as JSON.
+
+    ``num_parameters`` counts the numbers in the part ``model``, buffers included, tied ones once.
+
+    Raises:
+        CheckpointError: the checkpoint does not verify.
+    """
+    path = Path(path)
+    manifest = verify(path)
+    document = read_document(path)
+    return {
+        "path": str(path),
+        "verified": True,
+        **{key: document.get(key) for key in DESCRIBED},
+        "num_parameters": sum(math.prod(spec.shape) for spec in manifest.tensors.get("model", {}).values()),
+        "total_bytes": sum(record.bytes for record in manifest.files.values()),
+        "part_bytes": {part: manifest.files[tensor_file(part)].bytes for part in manifest.tensors},
+        "file_bytes": {name: record.bytes for name, record in manifest.files.items()},
+        "format_version": manifest.format_version,
+        "library_version": manifest.library_version,
+        "torch_version": manifest.torch_version,
+    }
+
+
+def _text_files(
+    step: int,
+    encoded: Mapping[str, tuple[Json, dict[str, Tensor]]],
+    config_toml: str,
+    summary: Mapping[str, Json],
+    texts: Mapping[str, str],
+) -> dict[str, bytes]:
+    if bad := [part for part in encoded if not _PART.fullmatch(part)]:
+        raise ValueError(f"part names are lower-case words, got {bad[0]!r}")
+    if {"format_version", "trees"} & summary.keys() or summary.get("step", step) != step:
+        raise ValueError("summary may not hold format_version, trees or another step")
+    trees = {part: tree for part, (tree, _) in encoded.items()}
+    document = {"format_version": FORMAT_VERSION, "step": step, **_finite(summary), "trees": trees}
+    contents = {STATE: json.dumps(document, allow_nan=False).encode(), CONFIG: config_toml.encode()}
+    if len(contents[STATE]) > MAX_STATE_BYTES:
+        raise ValueError(f"the states hold over {MAX_STATE_BYTES} bytes besides tensors; use tensors")
+    for name, text in texts.items():
+        taken = {MANIFEST.lower(), *(other.lower() for other in contents)}  # some disks ignore case
+        if not PLAIN_FILE.fullmatch(name) or name.lower() in taken or name.endswith(".safetensors"):
+            raise ValueError(f"{name!r} cannot be the name of a text file in a checkpoint")
+        contents[name] = text.encode()
+    return contents
+
+
+def _finite(value: Json) -> Json:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _fill(
+    temporary: Path,
+    step: int,
+    encoded: Mapping[str, tuple[Json, dict[str, Tensor]]],
+    contents: Mapping[str, bytes],
+) -> None:
+    for name, content in contents.items():
+        _write(temporary / name, content)
+    mode = stat.S_IMODE((temporary / STATE).stat().st_mode)
+    for part, (tree, tensors) in encoded.items():
+        if tensors:
+            path = temporary / tensor_file(part)
+            write_tensors(path, tree, tensors)
+            path.chmod(mode)  # safetensors makes private files whatever the umask
+            _fsync(path)
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        library_version=_library_version(),
+        torch_version=str(torch.__version__),
+        step=step,
+        files={path.name: FileRecord(path.stat().st_size, sha256_of(path)) for path in sorted(temporary.iterdir())},
+        tensors={
+            part: {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
+            for part, (_, tensors) in encoded.items()
+            if tensors
+        },
+    )
+    text = manifest_text(asdict(manifest)).encode()
+    if len(text) > MAX_MANIFEST_BYTES:
+        raise ValueError(f"more tensors than a manifest of {MAX_MANIFEST_BYTES} bytes can list")
+    _write(temporary / MANIFEST, text)
+    _fsync(temporary)
+
+
+def _commit(temporary: Path, target: Path) -> None:
+    old = target.with_name(target.name + ".old")
+    if _is_intact(target):
+        target.rename(old)
+    elif os.path.lexists(target):
+        _quarantine(target)
+    try:
+        temporary.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
+    _fsync(target.parent)
+
+
+def _sweep(directory: Path) -> None:
+    """Finish what a killed save left: unnamed directories go, a set-aside checkpoint comes back."""
+    for path in list(directory.iterdir()):
+        temporary = _TMP.fullmatch(path.name)
+        if temporary and not _may_be_in_use(path, int(temporary[2]), temporary[3], temporary[4]):
+            _discard(path)
+        if path.name.endswith(".old") and _NAME_OR_OLD.fullmatch(path.name):
+            target = path.with_suffix("")
+            if not os.path.lexists(target):
+                path.rename(target)
+            elif _is_intact(path):
+                _delete(path)
+            else:
+                _quarantine(path)
+
+
+def _rotate(newest: Path, keep_last_n: int) -> None:
+    kept = 1  # the one just written, whatever its step
+    for path in reversed(checkpoints(newest.parent)):
+        if path == newest or not _is_intact(path):
+            continue
+        if kept < keep_last_n:
+            kept += 1
+        else:
+            _delete(path)
+
+
+def _delete(checkpoint: Path) -> None:
+    # Renamed first: a kill half-way must not leave half a checkpoint under a checkpoint's name.
+    doomed = _temporary(checkpoint)
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _discard(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def _quarantine(path: Path) -> None:
+    number, aside = 1, path.with_name(f"{path.name}.corrupt")
+    while os.path.lexists(aside):
+        number += 1
+        aside = path.with_name(f"{path.name}.corrupt-{number}")
+    path.rename(aside)
+
+
+def _temporary(target: Path) -> Path:
+    name = target.name.removesuffix(".old")
+    return target.with_name(f".tmp-{name}-{os.getpid()}-{_host()}{_PROCESS}{secrets.token_hex(4)}")
+
+
+def _host() -> str:
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
+
+
+def _may_be_in_use(path: Path, pid: int, host: str, process: str) -> bool:
+    if time.time() - path.lstat().st_mtime > STALE_S:
+        return False
+    if host != _host() or os.name == "nt":  # there, signal 0 is no question but a Ctrl-C
+        return True
+    if pid == os.getpid():
+        return process == _PROCESS
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _is_intact(path: Path) -> bool:
+    """Whether every file is there in its size: cheap, for housekeeping, not for reading."""
+    try:
+        verify(path, hashes=False)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _fsync(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network disks cannot do this to a directory; for a file it is a failure.
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _library_version() -> str:
+    try:
+        return importlib.metadata.version("hybrid-predict-trainer")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"  # run from a source tree

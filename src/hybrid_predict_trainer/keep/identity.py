@@ -1,0 +1,135 @@
+"""What must agree between the run that wrote a checkpoint and the one that reads it, setting by setting."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..cycle.predictor_choice import EXACT, NOISY
+from ..records import CheckpointError, State
+from .optimizer_state import check_names, optimizer_parameters
+
+if TYPE_CHECKING:
+    from ..cycle.state import Run
+
+#: Settings of each predictor that the form of its state depends on.
+STRUCTURAL: dict[str, tuple[str, ...]] = {
+    "secant": ("num_displacements",),
+    "quasi_newton": ("history", "memory_mb"),
+    "linear": ("feature_dim", "num_displacements"),
+    "dmd": ("num_displacements", "delays"),
+    "mlp": ("hidden", "num_displacements", "replay_windows"),
+    "rssm": (
+        "deterministic_dim", "stochastic_dim", "num_categoricals", "ensemble_size", "hidden_dim", "num_displacements",
+        "replay_windows",
+    ),
+}  # fmt: skip
+#: Library state that is empty where a setting switches it off, and the setting.
+SWITCHES = {"scale": "training.max_learned_scale", "lookahead": "training.lookahead"}
+#: Settings that switch all of it off.
+PREDICTING = ("training.enabled", "training.max_predict_steps", "training.confidence_threshold")
+
+
+def identity(run: Run) -> State:
+    """Of the objects that were handed in, and of the settings that the form of the state depends on."""
+    return {
+        "optimizer": type(run.optimizer).__name__,
+        "group_sizes": [len(g["params"]) for g in run.optimizer.param_groups],
+        "parameters": [list(p.shape) for p in optimizer_parameters(run.optimizer)],
+        "scheduler": None if run.lr_scheduler is None else type(run.lr_scheduler).__name__,
+        "scaler": run.grad_scaler is not None,
+        "roles": {
+            name: run.role_groups.roles[g] for name, g in zip(run.role_groups.names, run.role_groups.index, strict=True)
+        },
+        "settings": _structural(run),
+    }
+
+
+def _structural(run: Run) -> dict[str, Any]:
+    table = getattr(run.config.predictor, run.predictor.name, None)
+    names = STRUCTURAL.get(run.predictor.name, ()) if table is not None else ()
+    values = {f"predictor.{run.predictor.name}.{name}": getattr(table, name) for name in names}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+
+def check_identity(run: Run, parts: Mapping[str, State], live: Mapping[str, State], config_toml: str) -> None:
+    """Refuse a checkpoint of a run over other objects or with settings that its state does not fit.
+
+    Raises:
+        CheckpointError: the message names the first object or setting.
+    """
+    saved, now = parts["trainer"]["identity"], live["trainer"]["identity"]
+    if not isinstance(saved, dict):
+        raise CheckpointError("the identity of the run that wrote it cannot be read")
+    for key in ("optimizer", "group_sizes", "parameters", "scheduler", "scaler"):
+        if saved.get(key) != now[key]:
+            raise CheckpointError(f"{key} is {saved.get(key)!r} in the checkpoint and {now[key]!r} in this run")
+    check_names(parts["optimizer"], run.model, run.optimizer)
+    predictor = parts.get("predictor")
+    chosen = (NOISY, EXACT) if run.chooses else (run.predictor.name,)
+    if predictor is not None and predictor["name"] not in chosen:
+        raise CheckpointError(
+            f"it was written with predictor {predictor['name']!r}, this run has {run.predictor.name!r}: "
+            "set predictor.type to match"
+        )
+    settings = _settings(config_toml)
+    same = predictor is not None and predictor["name"] == run.predictor.name
+    if predictor is not None:
+        for key, value in now["settings"].items() if same else ():
+            old = saved.get("settings", {}).get(key, settings.get(key, value))
+            if old != value:
+                raise CheckpointError(f"{key} is {old!r} in the checkpoint and {value!r} in this run: set it to match")
+        for name, role in now["roles"].items():
+            old = saved.get("roles", {}).get(name, role)
+            if old != role:
+                raise CheckpointError(
+                    f"the role of {name} is {old!r} in the checkpoint and {role!r} in this run: give the same roles"
+                )
+    for key, setting in SWITCHES.items():
+        if parts["trainer"]["run"].get(key) == {} and live["trainer"]["run"].get(key):
+            named = [k for k in (setting, *PREDICTING) if k in settings and settings[k] != _value(run, k)]
+            raise CheckpointError(
+                f"{named[0] if named else setting} is switched off in the checkpoint, on in this run: set it to match"
+            )
+
+
+def _settings(config_toml: str) -> dict[str, Any]:
+    """Dotted key -> value of a checkpoint's own configuration; empty if it cannot be read."""
+
+    def flat(table: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for key, value in table.items():
+            if isinstance(value, dict):
+                yield from flat(value, f"{prefix}{key}.")
+            else:
+                yield f"{prefix}{key}", value
+
+    try:
+        return dict(flat(tomllib.loads(config_toml), ""))
+    except (tomllib.TOMLDecodeError, RecursionError):
+        return {}
+
+
+def _value(run: Run, key: str) -> Any:
+    return getattr(run.config, key.partition(".")[2], None)
+
+
+def check_parts(path: Path, parts: Mapping[str, State]) -> None:
+    """Refuse what no trainer wrote.
+
+    Raises:
+        CheckpointError: a part is missing or is no table.
+    """
+    for part in ("model", "optimizer", "trainer"):
+        if not isinstance(parts.get(part), dict):
+            raise CheckpointError(f"{path}: has no part {part!r}: it was not written by a trainer")
+    wanted = {
+        "optimizer": ("state", "groups", "unowned"),
+        "trainer": ("run", "metrics", "scheduler", "scaler", "rng", "identity"),
+        "predictor": ("name", "predictor", "basis"),
+    }
+    for part, keys in wanted.items():
+        for key in keys if part in parts else ():
+            if not isinstance(parts[part], dict) or key not in parts[part]:
+                raise CheckpointError(f"{path}: the part {part!r} lacks {key!r}; use another checkpoint")

@@ -1,0 +1,199 @@
+"""Forward passes that leave no trace, and that can be compared with one another.
+
+Inside, a loss function may be called as often as one likes: modes, buffers (rebound ones included), attributes that a
+forward writes, gradients, grad mode and the random states come back as they were, those of modules that the loss
+function uses besides the model as well.  Between two evaluations :meth:`Isolation.rewind` puts back what the first one
+changed, so that both see the same random numbers and the same carried state.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.utils.hooks import RemovableHandle
+
+from ..weights import offload as host
+from .buffers import same, stateful
+from .rng import rng_state, set_rng_state
+
+#: ``quiet``: dropout and everything else in evaluation, norms with batch statistics in training mode: their running
+#: ones belong to the weights before a jump.  ``training``: as the real steps run.  ``evaluation``: all in evaluation.
+Mode = Literal["quiet", "training", "evaluation"]
+
+#: Attributes of a module that are kept apart from the rest, or that hold nothing of a forward's.
+_OWN = frozenset({"_parameters", "_buffers", "_modules", "training"})
+_CONTAINERS = (list, dict, set, deque)
+
+
+def uses_batch_statistics(model: nn.Module) -> bool:
+    """Whether a norm takes its statistics from the batch in a training step: it needs two samples at least."""
+    return any(isinstance(m, _BatchNorm) and (m.training or m.running_mean is None) for m in model.modules())
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether calls of the model are traced by ``torch.compile``."""
+    return any(
+        type(m).__name__ == "OptimizedModule" or getattr(m, "_compiled_call_impl", None) is not None
+        for m in model.modules()
+    )
+
+
+class _Kept:
+    """What one module holds that a forward may change."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.training = module, module.training
+        self.buffers = dict(module._buffers)
+        self.values = {k: host.copied(b.detach()) for k, b in self.buffers.items() if b is not None}
+        self.attributes = {k: v for k, v in vars(module).items() if k not in _OWN}
+        self.contents = {k: v.copy() for k, v in self.attributes.items() if type(v) in _CONTAINERS}
+        self.tensors = {k: host.copied(v.detach()) for k, v in self.attributes.items() if isinstance(v, Tensor)}
+        self.modules = dict(module._modules)
+
+    def put_back(self, *, values: bool) -> None:
+        """Everything as it was; ``values``: numbers that are changed in place as well."""
+        own = vars(self.module)
+        for key in [k for k in own if k not in self.attributes and k not in _OWN]:
+            del own[key]
+        own.update(self.attributes)
+        for key, content in self.contents.items():
+            live = self.attributes[key]
+            if not _same_items(live, content):
+                live.clear()
+                (live.update if isinstance(live, dict | set) else live.extend)(content)
+        _rebind(self.module._buffers, self.buffers)
+        _rebind(self.module._modules, self.modules)
+        if values:
+            for live, old in self._pairs():
+                host.write(live, old)
+
+    def put_back_changed(self) -> None:
+        """Numbers changed in place: only those that differ are written, and running statistics of norms are left."""
+        if isinstance(self.module, _NormBase):
+            return
+        for live, old in self._pairs():
+            if not same(live, old):
+                host.write(live, old)
+
+    def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for key, old in self.values.items():
+            yield self.buffers[key], old  # type: ignore[misc]
+        for key, old in self.tensors.items():
+            yield self.attributes[key].detach(), old
+
+
+def _same_items(live: Any, old: Any) -> bool:
+    """Whether two containers of one type hold the very same objects."""
+    if len(live) != len(old):
+        return False
+    if isinstance(live, dict):
+        return all(key in live and live[key] is item for key, item in old.items())
+    return live == old if isinstance(live, set) else all(a is b for a, b in zip(live, old, strict=True))
+
+
+def _rebind(live: dict[str, Any], old: dict[str, Any]) -> None:
+    if live.keys() != old.keys() or any(live[k] is not v for k, v in old.items()):
+        live.clear()
+        live.update(old)
+
+
+class Isolation:
+    """One block of evaluations; made by :func:`isolated`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Keep what a forward of ``model`` may change."""
+        self._kept = {m: _Kept(m) for m in model.modules()}
+        self._model = model
+        self._gradients: list[tuple[Tensor, Tensor | None]] = [
+            (p, p.grad) for p in model.parameters() if p.grad is not None
+        ]
+        self._extra = {m: copy.deepcopy(m.get_extra_state()) for m in stateful(model).values()}
+        self._rng = rng_state()
+        self._carries: list[_Kept] | None = None  # modules that carry numbers from forward to forward
+
+    def enter(self, mode: Mode) -> None:
+        """Set the modes of the model's modules; gradients are put aside."""
+        for module, kept in self._kept.items():
+            module.training = kept.training and (
+                mode == "training" or (mode == "quiet" and isinstance(module, _NormBase))
+            )
+        for p, _ in self._gradients:
+            p.grad = None
+
+    def met(self, module: nn.Module, args: Any) -> None:
+        """A module is about to be called: keep what it holds if it is not one of the model's."""
+        if module not in self._kept:
+            for m in module.modules():
+                if m not in self._kept:
+                    self._kept[m] = _Kept(m)
+                    self._gradients += [(p, p.grad) for p in m.parameters(recurse=False)]
+
+    @torch.no_grad()
+    def rewind(self) -> None:
+        """Before the next evaluation: random states and carried state as they were before the first one."""
+        set_rng_state(self._rng)
+        for kept in self._kept.values():
+            training = kept.module.training
+            kept.put_back(values=False)
+            kept.module.training = training
+        if self._carries is None:
+            moved = (k for k in self._kept.values() if not isinstance(k.module, _NormBase))
+            self._carries = [k for k in moved if any(not same(live, old) for live, old in k._pairs())]
+        for kept in self._carries:
+            kept.put_back_changed()
+
+    @torch.no_grad()
+    def leave(self) -> None:
+        """Everything as it was."""
+        for module, kept in self._kept.items():
+            kept.put_back(values=True)  # all of them: without grad mode BatchNorm does not count versions
+            module.training = kept.training
+        for module, state in self._extra.items():
+            if not same(module.get_extra_state(), state):
+                module.set_extra_state(state)
+        for parameter in self._model.parameters():
+            parameter.grad = None
+        for held, grad in self._gradients:
+            held.grad = grad
+        set_rng_state(self._rng)
+
+
+@contextmanager
+def isolated(model: nn.Module, mode: Mode = "quiet") -> Iterator[Isolation]:
+    """A block whose forward passes leave no trace in ``model``, in modules called beside it, or in random states."""
+    isolation = Isolation(model)
+    grad_enabled = torch.is_grad_enabled()
+    hook = None
+    try:  # twice: where leaving is interrupted it is done again
+        try:
+            isolation.enter(mode)
+            if not is_compiled(model):  # a hook on all modules would have everything compiled anew
+                hook = nn.modules.module.register_module_forward_pre_hook(isolation.met)
+            yield isolation
+        finally:
+            _leave(isolation, hook, grad_enabled=grad_enabled)
+    except BaseException:
+        _leave(isolation, hook, grad_enabled=grad_enabled)
+        raise
+
+
+def _leave(isolation: Isolation, hook: RemovableHandle | None, *, grad_enabled: bool) -> None:
+    """Everything as it was before the block; may be done again."""
+    if hook is not None:
+        hook.remove()
+    isolation.leave()
+    torch.set_grad_enabled(grad_enabled)
+
+
+@contextmanager
+def quiet_forward(model: nn.Module) -> Iterator[None]:
+    """Forward passes inside leave no trace: dropout off, norms with their batch statistics, all restored after."""
+    with isolated(model, "quiet"):
+        yield

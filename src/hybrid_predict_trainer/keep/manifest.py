@@ -1,0 +1,176 @@
+"""The manifest of a checkpoint: what it holds, and whether that is still what is there.
+
+Names, kinds, sizes and hashes are checked before anything is parsed.  Hashes find damage, not
+forgery: whoever may write the directory may also write a manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..records import CheckpointError
+from .state_tree import Json, TensorSpec
+
+FORMAT_VERSION = 3
+#: The oldest format that is still read; what it lacks is filled in from the live run (``migration``).
+OLDEST_VERSION = 2
+MANIFEST = "MANIFEST.json"
+STATE = "training_state.json"
+CONFIG = "config.toml"
+
+#: A manifest line per tensor is about 100 bytes; a state tree a few words per parameter group.
+MAX_MANIFEST_BYTES = 2**24
+MAX_STATE_BYTES = 2**28
+
+CHECKPOINT_NAME = re.compile(r"checkpoint_step_(0|[1-9][0-9]{0,17})")
+PLAIN_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
+#: What parsing a document raises that is not what we wrote (RecursionError is a RuntimeError).
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RuntimeError)
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """What the manifest says of a file."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """The contents of a checkpoint directory; ``tensors`` is part -> name -> spec."""
+
+    format_version: int
+    library_version: str
+    torch_version: str
+    step: int
+    files: Mapping[str, FileRecord]
+    tensors: Mapping[str, Mapping[str, TensorSpec]]
+
+
+def verify(path: str | Path, *, hashes: bool = True) -> Manifest:
+    """Check names, kinds and sizes of all files against the manifest, and their SHA-256.
+
+    Raises:
+        CheckpointError: anything differs; the message names the first file that does.
+    """
+    path = Path(path)
+    try:
+        if path.is_symlink():
+            raise refusal(path, "is a symbolic link; give the directory itself")
+        if not path.is_dir():
+            old = path.with_name(path.name + ".old")
+            advice = f"a save was cut short, the one before is {old.name}" if old.is_dir() else "check the path"
+            raise CheckpointError(f"no checkpoint directory at {path}; {advice}")
+        manifest = read_manifest(path)
+        name = CHECKPOINT_NAME.fullmatch(path.name)
+        if name and int(name[1]) != manifest.step:
+            raise refusal(path, f"holds step {manifest.step}; it has been renamed")
+        found = {entry.name for entry in path.iterdir()} - {MANIFEST}
+        if missing := manifest.files.keys() - found:
+            raise refusal(path, f"is incomplete: {min(missing)} is missing")
+        if extra := found - manifest.files.keys():
+            raise refusal(path, f"holds {min(extra)}, which is not in its manifest")
+        for file, record in manifest.files.items():
+            check_file(path / file, record, hashes)
+    except OSError as error:
+        raise refusal(path, f"cannot be read: {error}") from error
+    return manifest
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, as hexadecimal text."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def manifest_text(fields: Mapping[str, Json]) -> str:
+    """Text of a manifest, its own hash included."""
+
+    def dump(fields: Mapping[str, Json]) -> str:
+        return json.dumps(fields, indent=1, sort_keys=True) + "\n"
+
+    return dump({**fields, "sha256": hashlib.sha256(dump(fields).encode()).hexdigest()})
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read and check a manifest; raises CheckpointError."""
+    file = path / MANIFEST
+    if not os.path.lexists(file):
+        raise refusal(path, f"has no {MANIFEST}: it is no checkpoint, or an unfinished one")
+    status = file.lstat()
+    if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_MANIFEST_BYTES:
+        raise refusal(path, f"has a {MANIFEST} that is no file of at most {MAX_MANIFEST_BYTES} bytes")
+    try:
+        raw = file.read_bytes().decode()
+        fields = json.loads(raw)
+        version = fields["format_version"]
+        if type(version) is not int:
+            raise ValueError("format_version is not an int")
+        if version > FORMAT_VERSION:
+            raise refusal(path, f"has format {version}, newer than {FORMAT_VERSION}", "upgrade the library")
+        if version < OLDEST_VERSION:
+            advice = "load it with the version that wrote it"
+            raise refusal(path, f"has format {version}, older than {OLDEST_VERSION}", advice)
+        del fields["sha256"]
+        if manifest_text(fields) != raw:
+            raise ValueError("its text does not match its own SHA-256")
+        manifest = Manifest(
+            **{key: fields[key] for key in ("format_version", "library_version", "torch_version", "step")},
+            files={name: FileRecord(int(f["bytes"]), str(f["sha256"])) for name, f in fields["files"].items()},
+            tensors={
+                part: {name: TensorSpec(t["dtype"], tuple(map(int, t["shape"]))) for name, t in specs.items()}
+                for part, specs in fields["tensors"].items()
+            },
+        )
+        needed = {STATE, CONFIG, *map(tensor_file, manifest.tensors)}
+        if bad := [name for name in manifest.files if not PLAIN_FILE.fullmatch(name) or name == MANIFEST]:
+            raise ValueError(f"{bad[0]!r} is not the name of a plain file")
+        if type(manifest.step) is not int or needed - manifest.files.keys():
+            raise ValueError("it lacks a step or a file")
+    except MALFORMED as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise refusal(path, f"has a damaged {MANIFEST}: {error}") from error
+    return manifest
+
+
+def check_file(path: Path, record: FileRecord, hashes: bool) -> None:
+    """Check one file against its record; raises CheckpointError."""
+    status = path.lstat()
+    if not stat.S_ISREG(status.st_mode):
+        raise refusal(path.parent, f"is refused: {path.name} is a link or not a file")
+    if status.st_size != record.bytes:
+        raise refusal(path.parent, f"is damaged: {path.name} has {status.st_size} bytes, not {record.bytes}")
+    if path.name == STATE and record.bytes > MAX_STATE_BYTES:
+        raise refusal(path.parent, f"is refused: {STATE} is larger than {MAX_STATE_BYTES} bytes")
+    if hashes and sha256_of(path) != record.sha256:
+        raise refusal(path.parent, f"is damaged: the SHA-256 of {path.name} is wrong")
+
+
+def read_document(path: Path) -> dict[str, Json]:
+    """Read ``training_state.json``; raises CheckpointError."""
+    try:
+        document = json.loads((path / STATE).read_bytes())
+        if not isinstance(document["trees"], dict):
+            raise TypeError("trees")
+    except (*MALFORMED, OSError) as error:
+        raise refusal(path, f"has a {STATE} that cannot be read: {error}") from error
+    return dict(document)
+
+
+def refusal(path: Path, why: str, advice: str = "use another checkpoint") -> CheckpointError:
+    """The error for a checkpoint that must not be used, and what to do instead."""
+    return CheckpointError(f"checkpoint {path} {why}; {advice}")
+
+
+def tensor_file(part: str) -> str:
+    """Name of the file that holds a part's tensors."""
+    return "model_weights.safetensors" if part == "model" else f"{part}_state.safetensors"

@@ -1,0 +1,231 @@
+"""A trainer to and from a checkpoint: which parts there are, and in which order they are taken back."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..config.toml import to_toml
+from ..move.schedule import stateful
+from ..records import CheckpointError, State
+from . import checkpoint, failures, model_state, optimizer_state, schema
+from .backup import Backup
+from .identity import check_identity, check_parts, identity
+from .manifest import MALFORMED, refusal
+from .migration import upgraded
+from .optimizer_state import optimizer_parameters
+from .rng import rng_state, set_rng_state
+from .state_tree import check_plain
+
+if TYPE_CHECKING:
+    from ..cycle.state import Run
+    from ..tell.recorder import Metrics
+
+
+def parts(run: Run, metrics: Metrics) -> dict[str, State]:
+    """Everything a bitwise resume needs, by part.
+
+    Raises:
+        CheckpointError: the optimizer holds something whose state cannot be told; the message names it.
+    """
+    model, about = model_state.saved_state(run.model, run.optimizer, run.origin, run.buffers)
+    saved: dict[str, State] = {
+        "model": model,
+        "optimizer": _optimizer_state(run),
+        "trainer": {
+            "run": run.state_dict(),
+            "metrics": metrics.state_dict(),
+            "model": about,
+            "scheduler": None if run.lr_scheduler is None else stateful(run.lr_scheduler).state_dict(),
+            "scaler": None if run.grad_scaler is None else run.grad_scaler.state_dict(),
+            "rng": rng_state(),
+            "identity": identity(run),
+        },
+    }
+    if run.config.checkpoint.include_predictor:
+        saved["predictor"] = {
+            "name": run.predictor.name, "predictor": run.predictor.state_dict(), "basis": run.basis.state_dict(),
+            "observer": run.observer.state_dict(),
+        }  # fmt: skip
+    saved["trainer"]["forms"] = {part: schema.form(state) for part, state in saved.items()}
+    return saved
+
+
+def save(run: Run, metrics: Metrics, directory: Path, extra: dict[str, State] | None = None) -> Path:
+    """Write ``directory/checkpoint_step_N``.
+
+    Args:
+        run: In a consistent state, between steps.
+        metrics: Of that run.
+        directory: Made if missing.
+        extra: More parts, such as a data position.
+
+    Raises:
+        CheckpointError: it could not be written, or holds something that could not be read back.
+    """
+    try:
+        return _written(run, {**parts(run, metrics), **(extra or {})}, directory)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"cannot save a checkpoint: {error}") from error
+
+
+def check_savable(run: Run, metrics: Metrics) -> None:
+    """Find out before training whether a checkpoint of this run could be written.
+
+    Raises:
+        CheckpointError: it could not; the message names what cannot be held.
+    """
+    try:
+        for part, state in parts(run, metrics).items():
+            check_plain({part: state})
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"cannot save a checkpoint: {error}") from error
+
+
+def warn_unless_savable(run: Run, metrics: Metrics) -> None:
+    """Say before training, and not at the first save, that there will be no checkpoints of this run."""
+    try:
+        check_savable(run, metrics)
+    except CheckpointError as error:
+        warnings.warn(f"no checkpoint of this run can be written: {error}", stacklevel=3)
+
+
+def _written(run: Run, saved: dict[str, State], directory: Path) -> Path:
+    return checkpoint.save(
+        directory,
+        run.counters.num_steps,
+        saved,
+        config_toml=to_toml(run.settings),
+        summary={
+            "loss": run.history.loss_ema.mean, "phase": run.phase.value,
+            "phase_step": getattr(run.counters, f"{run.phase.value}_steps"), "confidence": run.stated_confidence,
+            "num_real_steps": run.counters.num_real_steps, "cost_units": run.counters.cost_units,
+            "withdrawn": run.guard.withdrawn, "num_guard_alarms": run.guard.num_alarms,
+            "num_guard_restores": run.guard.num_restored, "num_failures": sum(run.failures.counts.values()),
+        },
+        keep_last_n=run.config.checkpoint.keep_last_n,
+    )  # fmt: skip
+
+
+def load(run: Run, metrics: Metrics, path: Path) -> dict[str, State]:
+    """Take a checkpoint back: all of it, or nothing.
+
+    It is read, decoded and compared with the live objects in full before anything is changed; should one of them refuse
+    its state even so, all of them are put back as they were.
+
+    Returns:
+        All parts, for what the caller added.
+
+    Raises:
+        CheckpointError: missing, damaged, or of another model, optimizer or predictor.  Nothing has been changed.
+    """
+    loaded = checkpoint.load(path)
+    check_parts(path, loaded.parts)
+    if loaded.manifest.format_version >= 3:
+        _check_forms(path, loaded.parts)
+    try:
+        live = parts(run, metrics)
+        found = upgraded(loaded.parts, live, loaded.manifest.format_version)
+        _check(run, found, live, loaded.config_toml)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except (*MALFORMED, IndexError) as error:
+        raise refusal(path, f"holds a state that cannot be read ({type(error).__name__}: {error})") from error
+    del live
+    backup = Backup(run, metrics)
+    try:
+        _apply(run, metrics, found)
+        schema.check_fields([run, metrics])
+        check_savable(run, metrics)  # what was taken back has to be whole: it will be saved again
+    except Exception as error:
+        backup.put_back()
+        why = f"does not fit this run ({type(error).__name__}: {error}); nothing was changed"
+        raise refusal(path, why) from error
+    except BaseException:  # an interrupt
+        backup.put_back()
+        raise
+    return loaded.parts
+
+
+def _check_forms(path: Path, found: dict[str, State]) -> None:
+    """Refuse what has been changed in form since it was written."""
+    own = {key: value for key, value in found["trainer"].items() if key != "forms"}
+    wanted = found["trainer"].get("forms")
+    digests = wanted if isinstance(wanted, dict) else {}
+    for part, digest in {"model": "", "optimizer": "", "trainer": "", **digests}.items():
+        state = own if part == "trainer" else found.get(part)
+        if state is not None and schema.form(state) != digest:
+            raise refusal(path, f"has a part {part!r} whose form is not the one that was written")
+
+
+def _check(run: Run, found: dict[str, State], live: dict[str, State], config_toml: str) -> None:
+    """Compare everything with the live objects; raises CheckpointError."""
+    check_identity(run, found, live, config_toml)
+    own, now = found["trainer"], live["trainer"]
+    model_state.check(run.model, found["model"], own["model"])
+    predictor = found.get("predictor")
+    # another name is that of the other one of a run that chooses
+    if predictor is not None and predictor["name"] == run.predictor.name:
+        run.observer.check_state(predictor.get("observer", {}))
+        schema.check(predictor["basis"], run.basis.state_dict(), ("predictor", "basis"))
+        schema.check(predictor["predictor"], run.predictor.state_dict(), ("predictor", "predictor"))
+    for name in ("run", "metrics", "scaler", "rng"):
+        schema.check(own[name], now[name], (name,), free=failures.TABLES)
+    if type(run.lr_scheduler).__module__.startswith("torch."):
+        schema.check(own["scheduler"], now["scheduler"], ("scheduler",), free=("lr_lambdas",))
+    schema.check(found["optimizer"]["groups"], live["optimizer"]["groups"], ("optimizer", "groups"))
+    optimizer = found["optimizer"]
+    if not isinstance(optimizer["state"], dict) or not isinstance(optimizer.get("rest"), dict | None):
+        raise CheckpointError("the optimizer's state cannot be read")
+    schema.check(found["optimizer"]["unowned"], live["optimizer"]["unowned"], ("optimizer", "unowned"))
+
+
+def _apply(run: Run, metrics: Metrics, found: dict[str, State]) -> None:
+    own, optimizer, predictor = found["trainer"], found["optimizer"], found.get("predictor")
+    model_state.load(run.model, found["model"], own["model"])
+    with torch.no_grad():
+        for live, extra in zip(_unowned(run), optimizer["unowned"], strict=True):
+            live.copy_(extra)
+    optimizer_state.restore(run.model, run.optimizer, optimizer)
+    if run.lr_scheduler is not None:
+        stateful(run.lr_scheduler).load_state_dict(own["scheduler"])
+    if run.grad_scaler is not None:
+        run.grad_scaler.load_state_dict(own["scaler"])
+    if predictor is not None:
+        run.adopt(predictor["name"])
+        run.predictor.load_state_dict(predictor["predictor"])
+        run.basis.load_state_dict(predictor["basis"])
+        run.observer.load_state_dict(predictor.get("observer", {}))
+    run.load_state_dict(own["run"])
+    metrics.load_state_dict(own["metrics"])
+    set_rng_state(own["rng"])
+
+
+def _unowned(run: Run) -> list[Tensor]:
+    """Parameters the optimizer holds but the model does not."""
+    owned = {id(p) for p in run.model.parameters()}
+    return [p for p in optimizer_parameters(run.optimizer) if id(p) not in owned]
+
+
+def _optimizer_state(run: Run) -> State:
+    taken = optimizer_state.taken(run.model, run.optimizer, lambda tensor, _: tensor.detach())
+    return {**taken, "unowned": [p.detach() for p in _unowned(run)]}
+
+
+def memory_usage(run: Run) -> dict[str, int]:
+    """Bytes held beside model and optimizer: ``predictor``, ``corrector``, ``basis_<device>``, ``snapshots``."""
+    snapshots = [run.anchor, run.old_anchor, run.raise_point, run.safe_point]
+    snapshots += [] if run.probation is None else [run.probation.snapshot]
+    return {
+        "predictor": run.predictor.memory_bytes(),
+        "corrector": run.adaptation.memory_bytes(),
+        **({"encoder": run.observer.memory_bytes()} if run.observer.memory_bytes() else {}),
+        **{f"basis_{device}": size for device, size in run.basis.memory_bytes().items()},
+        **({"scale": run.scale.memory_bytes()} if run.scale.memory_bytes() else {}),
+        **({"lookahead": run.lookahead.memory_bytes()} if run.lookahead.memory_bytes() else {}),
+        "snapshots": sum(s.memory_bytes() for s in snapshots if s is not None),
+    }

@@ -1,0 +1,309 @@
+"""Low-pass lookahead: every few real steps part of what the optimizer computed is replaced by what was predicted.
+
+A jump is tested and applied at once.  On one pass over new data the drift of the weights is too small
+against the noise of any test, and a jump along it makes the loss worse at first: it holds the walls of
+the valley too, which the next steps have to come down again.  Spread over many steps the same motion
+helps, because in between the optimizer damps what does not belong to the drift.
+
+Every n steps, with theta_0 the weights after the last application (at first those the run began with) and
+Lambda the sum of the n learning rates,
+
+    s = theta - theta_0                                               displacement that was computed
+    b <- gamma^n b + (1 - gamma^n) s / Lambda                         drift, per unit of learning rate
+    a <- sum gamma'^i <s, Lambda b> / sum gamma'^i |Lambda b|^2, in [0, 1]      the share of the drift that went on
+    theta <- theta_0 + (1 - kappa) s + a (delta kappa + beta_t) Lambda b      ... and part of it predicted.
+
+kappa takes out of s what is not drift (along an unstable direction the weights swing to and fro, and a learning
+rate that suits the rest is too large there), delta puts the drift back.  Lookahead (arXiv 1907.08610) is
+kappa = 1/2, delta = 0: it pays for its calm with half of the drift, and where a run is too short to know its drift
+that is cheap.  beta carries the drift on (EMA-Nesterov, arXiv 2605.25395); beta_t = beta lr / lr_max: the
+schedule's decay takes it out with the rate.  The drift is one per unit of learning rate, because in a decay the
+last seventy steps were longer than the next ones will be.  a is the least-squares prediction of the newest
+displacements from the drift before them: 0.2 to 0.9 in ordinary training, zero or below where the weights have turned a
+corner.  The drift carried on regardless made physics-informed networks on new points end two to six times as high
+(LOG.md).  b starts at zero, so that the first steps are shortened
+by kappa as a longer warm-up would shorten them; correcting that bias was worse in trials.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..records import State
+from ..weights import algebra as weights
+from ..weights.algebra import Tensors
+
+#: Steps between two applications: per step the same motion would cost three times the passes.
+EVERY = 3
+#: gamma per step: the drift of the last seventy steps.
+GAMMA = 0.986
+#: gamma' per application: a is measured over the last ten or so.
+GAMMA_CONTINUED = 0.9
+
+
+class Lookahead(Protocol):
+    """What a run needs of a motion between real steps."""
+
+    @property
+    def num_steps(self) -> int:
+        """Real steps counted since it began; 0: there is no motion, or not yet."""
+        ...
+
+    def before_step(self, parameters: Sequence[Tensor]) -> int:
+        """Before a real step: remember where the run began; returns passes over the weights."""
+        ...
+
+    def after_step(
+        self, parameters: Sequence[Tensor], rate: float, *, pull: float, strength: float,
+        along: Sequence[Tensor] = (), movable: Sequence[bool] = (),
+    ) -> int:  # fmt: skip
+        """Count a real step and move the weights if it is time; returns passes over the weights."""
+        ...
+
+    def begin_anew(self, parameters: Sequence[Tensor], places: Sequence[int]) -> None:
+        """What is known of these parameters is of no use any more: they begin where they are, without a drift."""
+        ...
+
+    def follow(self, parameters: Sequence[Tensor]) -> None:
+        """The weights may have been written to: what they moved since the last application is not known."""
+        ...
+
+    def forget(self) -> None:
+        """This run has no use for it (any more): hold nothing."""
+        ...
+
+    def translate(self, deltas: Sequence[Tensor], scale: float) -> None:
+        """A jump has moved the weights: it is no drift, so the average moves along."""
+        ...
+
+    def memory_bytes(self) -> int:
+        """Bytes held."""
+        ...
+
+    def state_dict(self) -> State:
+        """Everything a resume needs."""
+        ...
+
+    def load_state_dict(self, state: State) -> None:
+        """Inverse of :meth:`state_dict`."""
+        ...
+
+
+class NoLookahead:
+    """The null object."""
+
+    num_steps = 0
+
+    def before_step(self, parameters: Sequence[Tensor]) -> int:
+        """Nothing."""
+        return 0
+
+    def after_step(
+        self, parameters: Sequence[Tensor], rate: float, *, pull: float, strength: float,
+        along: Sequence[Tensor] = (), movable: Sequence[bool] = (),
+    ) -> int:  # fmt: skip
+        """Nothing."""
+        return 0
+
+    def begin_anew(self, parameters: Sequence[Tensor], places: Sequence[int]) -> None:
+        """Nothing."""
+
+    def follow(self, parameters: Sequence[Tensor]) -> None:
+        """Nothing."""
+
+    def forget(self) -> None:
+        """Nothing."""
+
+    def translate(self, deltas: Sequence[Tensor], scale: float) -> None:
+        """Nothing."""
+
+    def memory_bytes(self) -> int:
+        """None."""
+        return 0
+
+    def state_dict(self) -> State:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state: State) -> None:
+        """Nothing."""
+
+
+class DriftLookahead:
+    """The motion towards the drift, and along it."""
+
+    def __init__(
+        self, beta: float, kappa: float = 0.0, delta: float = 1.0, *, every: int = EVERY, gamma: float = GAMMA
+    ) -> None:
+        """Nothing is known of the drift yet.
+
+        Args:
+            beta: share of the drift added.
+            kappa: share of a displacement that is taken out of it.
+            delta: share of that which the drift stands for.
+            every: steps between applications, n.
+            gamma: of the drift's mean, per step.
+        """
+        self.beta, self.kappa, self.delta, self.every, self.gamma = beta, kappa, delta, every, gamma
+        self.num_steps = 0
+        self._rates = 0.0  # Lambda so far
+        self._sums = torch.zeros(2)  # of <s, Lambda b> and of |Lambda b|^2, older ones less
+        self._theta_0: Tensors = []
+        self._b: Tensors = []
+        # of an application that is being written: steps, weights, theta_0, b, earlier weights, sums
+        self._landing: tuple[int, Tensors, Tensors, Tensors, Tensors, Tensor] | None = None
+
+    def before_step(self, parameters: Sequence[Tensor]) -> int:
+        """At the first real step: theta_0."""
+        if self._theta_0:
+            return 0
+        self._theta_0 = [p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for p in parameters]
+        if self.beta > 0 or self.kappa * self.delta > 0:  # of any use
+            self._b = [torch.zeros_like(t) for t in self._theta_0]
+        return 3
+
+    @torch.no_grad()
+    def after_step(
+        self, parameters: Sequence[Tensor], rate: float, *, pull: float, strength: float,
+        along: Sequence[Tensor] = (), movable: Sequence[bool] = (),
+    ) -> int:  # fmt: skip
+        """Every ``every`` steps: update b and move the weights.
+
+        Args:
+            parameters: Moved in place.
+            rate: Learning rate of the step, the learned scale included.
+            pull: kappa_t / kappa, in [0, 1].
+            strength: beta_t / beta, in [0, 1]: the schedule's rate against its peak.
+            along: Copies of earlier weights that are moved by the same, so that what was a step remains one.
+            movable: Which parameters are moved, none given: all.  The others are left bit for bit where they are.
+
+        Returns:
+            Passes over the weights.
+        """
+        if self._landing is not None:
+            return self._land(parameters, along)
+        num_steps, rates = self.num_steps + 1, self._rates + rate
+        if num_steps % self.every:
+            self.num_steps, self._rates = num_steps, rates
+            return 0
+        # without a rate (its group is frozen, or has none) the drift cannot be told, and what is taken out not put back
+        kappa = self.kappa * pull if rates > 0 or not self._b else 0.0
+        share = (self.delta * kappa + self.beta * strength) * rates
+        # built first, then written from what was built: where that is interrupted it can be done again
+        sums = self._summed(parameters, rates) if share and self._b else self._sums
+        moved, theta_0, drift = self._moved(
+            parameters, movable or [True] * len(parameters), kappa, share * went_on(sums) if share else 0.0, rates
+        )
+        earlier = [e.add(m - p) for e, m, p in zip(along, moved, parameters, strict=True)] if along and moved else []
+        self._landing = (num_steps, moved, theta_0, drift, earlier, sums)
+        return self._land(parameters, along)
+
+    def _moved(
+        self, parameters: Sequence[Tensor], movable: Sequence[bool], kappa: float, share: Tensor | float, rates: float
+    ) -> tuple[Tensors, Tensors, Tensors]:
+        """The weights where they are moved, theta_0 and b after an application; nothing is written."""
+        kept = self.gamma**self.every
+        moved, new_theta_0, drift = [], [], []
+        moves_on = isinstance(share, Tensor) or share != 0
+        for i, (theta_0, p) in enumerate(zip(self._theta_0, parameters, strict=True)):
+            s = p.detach().to(theta_0.dtype) - theta_0
+            b = self._b[i] if self._b else None
+            if b is not None and rates > 0:
+                b = b.lerp(s / rates, 1 - kept)
+            target = p.detach()
+            if kappa or (b is not None and moves_on):
+                if not movable[i]:
+                    target = target.clone()
+                elif b is None:
+                    target = theta_0.lerp(p.detach().to(theta_0.dtype), 1 - kappa).to(p.dtype)
+                else:
+                    target = theta_0.add(s, alpha=1 - kappa).add_(_times(b, share)).to(p.dtype)
+                moved.append(target)
+            new_theta_0.append(target.to(theta_0.dtype, copy=not moved))  # as rounded
+            if b is not None:
+                drift.append(b)
+        return moved, new_theta_0, drift
+
+    def _land(self, parameters: Sequence[Tensor], along: Sequence[Tensor]) -> int:
+        """Write what an application has built; may be begun again."""
+        assert self._landing is not None
+        num_steps, moved, theta_0, drift, earlier, sums = self._landing
+        if moved:
+            weights.copy_(parameters, moved)
+        if earlier:
+            weights.copy_(along, earlier)
+        self._sums, self._theta_0, self._b = sums, theta_0, drift
+        self._rates, self.num_steps, self._landing = 0.0, num_steps, None  # last: now it is done
+        return (16 if drift else 4) + (5 if earlier else 0)
+
+    @torch.no_grad()
+    def begin_anew(self, parameters: Sequence[Tensor], places: Sequence[int]) -> None:
+        """theta_0 is where these parameters are, and b is zero."""
+        for i in places if self._theta_0 else ():
+            self._theta_0[i].copy_(parameters[i])
+            if self._b:
+                self._b[i].zero_()
+
+    @torch.no_grad()
+    def follow(self, parameters: Sequence[Tensor]) -> None:
+        """theta_0 is where the parameters are; the drift is kept."""
+        for theta_0, p in zip(self._theta_0, parameters, strict=False):
+            theta_0.copy_(p)
+
+    def _summed(self, parameters: Sequence[Tensor], rates: float) -> Tensor:
+        """The sums that a is made of, (2,), with this displacement; on the weights' device: nobody waits for them."""
+        device = self._b[0].device
+        sums = self._sums.to(device) * GAMMA_CONTINUED
+        for theta_0, b, p in zip(self._theta_0, self._b, parameters, strict=True):
+            s, flat = (p.detach().to(theta_0.dtype) - theta_0).reshape(-1), b.reshape(-1)
+            sums = sums + torch.stack([rates * torch.dot(s, flat), rates**2 * torch.dot(flat, flat)]).to(device)
+        return sums
+
+    def forget(self) -> None:
+        """Let both copies go; what comes later begins anew."""
+        self.num_steps, self._rates, self._theta_0, self._b, self._landing = 0, 0.0, [], [], None
+        self._sums = torch.zeros(2)
+
+    @torch.no_grad()
+    def translate(self, deltas: Sequence[Tensor], scale: float) -> None:
+        """Move theta_0 by ``scale`` times the jump."""
+        # all at once: an interruption finds none of them moved or all
+        self._theta_0 = [
+            t.add(d.to(dtype=t.dtype, device=t.device), alpha=scale)
+            for t, d in zip(self._theta_0, deltas, strict=False)
+        ]
+
+    def memory_bytes(self) -> int:
+        """Two copies of the weights; one where the drift is of no use."""
+        return sum(t.numel() * t.element_size() for t in (*self._theta_0, *self._b))
+
+    def state_dict(self) -> State:
+        """Step count, learning rates since the last application, weights after it, drift."""
+        return {
+            "num_steps": self.num_steps, "rates": self._rates, "sums": self._sums,
+            "theta_0": list(self._theta_0), "b": list(self._b),
+        }  # fmt: skip
+
+    def load_state_dict(self, state: State) -> None:
+        """Inverse of :meth:`state_dict`, with copies."""
+        self.num_steps, self._rates = state["num_steps"], state["rates"]
+        self._sums = state["sums"].clone() if "sums" in state else torch.zeros(2)  # none in format 2
+        self._theta_0, self._b = weights.clone(state["theta_0"]), weights.clone(state["b"])
+
+
+def went_on(sums: Tensor) -> Tensor:
+    """a in [0, 1], shape (): the share of the foretold displacement that was made; 1 where nothing was foretold.
+
+    Args:
+        sums: (2,), of <s, Lambda b> and of |Lambda b|^2.
+    """
+    made, foretold = sums.unbind()
+    return torch.where(foretold > 0, made / foretold, torch.ones_like(made)).clamp(0, 1).nan_to_num(0.0)
+
+
+def _times(b: Tensor, share: Tensor | float) -> Tensor:
+    return b * (share.to(b) if isinstance(share, Tensor) else share)

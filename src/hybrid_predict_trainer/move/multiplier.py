@@ -1,0 +1,258 @@
+"""The learned multiplier m of the learning rate: when it is raised, when a raise is settled, when it goes back.
+
+Pure bookkeeping: cosines and losses come in, advice comes out.  Whoever calls keeps the state of a raise's start and
+puts it back (:mod:`.withdrawal`); measuring and applying are :mod:`.step_scale`'s.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from ..numerics.sequential import Moments, mean, spent, variance
+from ..records import State
+from .edge_test import Edge, locate
+
+#: Factor of one raise in the slow start.  At 2 per 5 to 10 steps a rate that is 10 times too small is made up for in 20
+#: to 40 steps; what that overshoots the early cuts take back, group by group.
+GROWTH = 2.0
+#: Where the rate was below the edge at the start, the edge itself moves: a network trained at it grows flatter.
+#: There m follows, by this factor and to so many times its value at the edge.
+CREEP, ROOM = 1.3, 2.0
+#: Level of one test in the slow start, where a wrong raise is soon seen, and of all later ones together.
+LEVEL, CREEP_LEVEL = 0.05, 0.05
+#: Checks after which a raise is settled, and how many standard errors of the smoothed loss count as worse.
+PATIENCE = 4
+SIGMAS = 2.0
+#: Checks before the first cosine counts.  In the first steps of any training h is as negative at a rate three times too
+#: high as at a tenth of the best one (LOG.md).
+FIRST_CHECKS = 4
+#: Takebacks after which m is 1 for good.  One is enough to end all raises (``learning`` is False from there on), so a
+#: second can only meet what an earlier, settled raise has left: it is a bound that a run hardly ever reaches.
+MAX_TAKEN_BACK = 2
+#: A rate that moves by less than this share between checks does not rise: rounding only, because a warm-up rises by
+#: the less from check to check the longer it is.  Below ``PEAK_SHARE`` of its peak a rate falls.
+STILL, PEAK_SHARE = 1e-9, 0.97
+#: Factor over the largest of the last losses that is no swing any more, where losses are exact.
+EXPLOSION = 4.0
+#: Losses at either end that are compared to see whether the loss has fallen yet.
+NUM_ENDS = 5
+
+
+def orthogonalizes(optimizer: Any) -> bool:
+    """Whether an optimizer makes its steps orthogonal, as Muon and its kin do, or holds one that does.
+
+    Their steps have the same length in every direction, so that h says nothing of how long they should be: Muon at its
+    usual rate on small images was raised to 8 times it and ended 6 % higher (LOG.md).
+    """
+    held = [v for v in vars(optimizer).values() if hasattr(v, "param_groups")]
+    return any("muon" in kind.__name__.lower() for o in (optimizer, *held) for kind in type(o).__mro__)
+
+
+class Advice(StrEnum):
+    """What follows from a check."""
+
+    NOTHING = "nothing"
+    RAISED = "raised"  # m is larger from the next step on: keep the state as it is now
+    SETTLED = "settled"  # the raise stays: its start is needed no more
+    TAKEN_BACK = "taken_back"  # m is what it was: put the kept state back
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """What a check looks at.
+
+    Attributes:
+        lr: The schedule's learning rate, without m.
+        loss: Smoothed training loss, or the smoothed loss that stands for it.
+        noise: Its standard error.
+        newest: Losses of the last steps, newest last.
+        exact: Whether losses have no noise: every batch is the same.
+        allowed: Whether a raise may be made now.
+    """
+
+    lr: float
+    loss: float
+    noise: float
+    newest: Sequence[float]
+    exact: bool = False
+    allowed: bool = True
+
+
+@dataclass(slots=True)
+class Account:
+    """A raise that is not settled yet."""
+
+    checks_left: int
+    value: float  # m before it
+    loss: float  # smoothed, before it
+    ceiling: float  # largest of the last losses before it
+
+
+class Multiplier:
+    """m and what it rests on."""
+
+    def __init__(self, maximum: float) -> None:
+        """Args: maximum: bound on m; 1: no raises."""
+        self.value = 1.0
+        self.cap = maximum
+        self.touched = False  # the edge of stability has been seen
+        self.num_raises = 0
+        self.num_taken_back = 0
+        self.best = math.inf  # lowest smoothed loss
+        self.peak_lr = 0.0
+        self.account: Account | None = None
+        self.learning = False  # the rate does not rise, and there is room to grow
+        self._last_lr = math.nan
+        self._num_checks = 0
+        self._num_tests = 0  # after the edge
+        self._first: list[float] = []  # losses of the first steps
+        self._fallen = False  # the loss has been below them
+
+    # ---- losses -------------------------------------------------------------------------------------
+
+    def watch(self, reading: Reading) -> Advice:
+        """After every real step: where losses are exact a raise that makes the loss rise ends at once."""
+        newest = reading.newest
+        if newest and len(self._first) < NUM_ENDS:
+            self._first.append(newest[-1])
+        if self.value == 1.0 or not reading.exact or len(newest) < 2:
+            return Advice.NOTHING
+        account = self.account
+        ceiling = explosion(newest[:-1]) if account is None else account.ceiling
+        return Advice.NOTHING if newest[-1] <= ceiling else self.take_back()
+
+    def settle(self, reading: Reading) -> Advice:
+        """At a check: judge the open raise by the loss that is left some checks later."""
+        if reading.loss < self.best:
+            self.best = reading.loss
+        account = self.account
+        if account is None:
+            return Advice.NOTHING
+        account.checks_left -= 1
+        if account.checks_left > 0:
+            return Advice.NOTHING
+        limit = min(account.loss, self.best) + SIGMAS * reading.noise
+        if not reading.loss <= limit:  # also when it is not a number
+            return self.take_back()
+        self.account = None
+        return Advice.SETTLED
+
+    def take_back(self, *, for_good: bool = False) -> Advice:
+        """m as it was before the open raise (without one: 1), and never more; 1 for good if it happens again."""
+        before = 1.0 if self.account is None else self.account.value
+        self.num_taken_back += 1
+        if for_good or self.num_taken_back >= MAX_TAKEN_BACK:
+            before = 1.0
+        self.cap = self.value = before
+        self.account = None
+        self.learning = False
+        return Advice.TAKEN_BACK
+
+    def level(self) -> None:
+        """1 from here on, without a word on what m did."""
+        self.value = self.cap = 1.0
+        self.account = None
+        self.learning = False
+
+    def has_fallen(self, reading: Reading) -> bool:
+        """Whether the loss has ever stood below its beginning, by more than chance allows; remembered.
+
+        Under noise it is a test of ``SIGMAS`` standard errors that is made again at every check until it is passed, so
+        over many checks chance passes it more often than at its level.  It only opens the door to raises: each has
+        evidence of its own, which is valid at every look.
+        """
+        if not self._fallen and len(self._first) == NUM_ENDS and len(reading.newest) >= NUM_ENDS:
+            newest = list(reading.newest)[-NUM_ENDS:]
+            error = math.sqrt((variance(self._first) + variance(newest)) / NUM_ENDS)
+            drop = mean(self._first) - mean(newest)
+            self._fallen = drop > 0 if reading.exact else drop > SIGMAS * error
+        return self._fallen
+
+    # ---- raises -------------------------------------------------------------------------------------
+
+    def follow(self, lr: float) -> bool:
+        """Take the schedule's rate at a check; returns whether m may be decided on."""
+        self._num_checks += 1
+        last, self._last_lr = self._last_lr, lr
+        self.peak_lr = max(self.peak_lr, lr)
+        rising = not lr <= last * (1 + STILL)  # at the first check too
+        falling = lr < self.peak_lr * PEAK_SHARE
+        allowed = not rising and not (self.touched and falling) and self._num_checks >= FIRST_CHECKS
+        self.learning = allowed and self.value < self.cap
+        return allowed
+
+    def decide(self, cosines: Moments, reading: Reading) -> tuple[Advice, bool]:
+        """Raise m, call the edge touched, or wait.
+
+        Args:
+            cosines: Moments of h since the last decision.
+            reading: Of this check.
+
+        Returns:
+            The advice, and whether the cosines were decided on and a new test begins.
+        """
+        if not self.touched:
+            edge = locate(cosines, LEVEL)
+            if edge is Edge.SHORT:
+                return self._raise(GROWTH, reading)
+            if edge is not Edge.UNKNOWN:
+                self._touch()
+                return Advice.NOTHING, True
+            return Advice.NOTHING, False
+        edge = locate(cosines, spent(CREEP_LEVEL, self._num_tests + 1), patient=True)
+        if edge is Edge.UNKNOWN:
+            return Advice.NOTHING, False
+        short = edge is Edge.SHORT or edge is Edge.SHORT_IN_NOISE
+        advice, decided = self._raise(CREEP, reading) if short else (Advice.NOTHING, True)
+        self._num_tests += decided
+        return advice, decided
+
+    def _touch(self) -> None:
+        self.touched = True
+        self.cap = min(self.cap, ROOM * self.value)
+
+    def _raise(self, factor: float, reading: Reading) -> tuple[Advice, bool]:
+        if not reading.allowed or not self.has_fallen(reading):
+            return Advice.NOTHING, not reading.allowed  # the evidence stands until the loss has fallen
+        if self.value >= self.cap:
+            return Advice.NOTHING, True
+        first = self.account is None
+        if first:
+            ceiling = max(list(reading.newest)[-NUM_ENDS:])
+            self.account = Account(PATIENCE, self.value, reading.loss, ceiling)
+        self.value = min(self.value * factor, self.cap)
+        self.num_raises += 1
+        self.learning = self.learning and self.value < self.cap
+        return (Advice.RAISED if first else Advice.NOTHING), True
+
+    # ---- state --------------------------------------------------------------------------------------
+
+    _NAMES = (
+        "value", "cap", "touched", "num_raises", "num_taken_back", "best", "peak_lr", "learning",
+        "_last_lr", "_num_checks", "_num_tests", "_fallen",
+    )  # fmt: skip
+
+    def state_dict(self) -> State:
+        """Plain numbers and the open account."""
+        a = self.account
+        state: State = {name.lstrip("_"): getattr(self, name) for name in self._NAMES}
+        account = None if a is None else [a.checks_left, a.value, a.loss, a.ceiling]
+        return {**state, "first": list(self._first), "account": account}
+
+    def load_state_dict(self, state: State) -> None:
+        """Inverse of :meth:`state_dict`."""
+        for name in self._NAMES:
+            setattr(self, name, state[name.lstrip("_")])
+        self._first = [float(v) for v in state["first"]]
+        a = state["account"]
+        self.account = None if a is None else Account(int(a[0]), float(a[1]), float(a[2]), float(a[3]))
+
+
+def explosion(losses: Sequence[float]) -> float:
+    """The loss from which on it is no swing any more; losses may be negative."""
+    largest = max(losses)
+    return largest + (EXPLOSION - 1) * abs(largest)

@@ -1,0 +1,241 @@
+"""What a run remembers of itself: bounded buffers and running statistics of plain numbers."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..records import State
+from ..weights import algebra as weights
+
+LOSS_CAPACITY = 256
+NORM_CAPACITY = 64
+
+
+@dataclass(slots=True)
+class RunningMoments:
+    """Exponential mean and variance with the start-up bias taken out (as Adam does)."""
+
+    decay: float
+    count: int = 0
+    _mean: float = 0.0
+    _square: float = 0.0
+
+    def push(self, value: float) -> None:
+        """Add one finite value."""
+        self.count += 1
+        self._mean = self.decay * self._mean + (1 - self.decay) * value
+        self._square = self.decay * self._square + (1 - self.decay) * value * value
+
+    @property
+    def mean(self) -> float:
+        """Mean; NaN before the first value."""
+        return self._mean / (1 - self.decay**self.count) if self.count else math.nan
+
+    @property
+    def std(self) -> float:
+        """Standard deviation; 0 for a constant."""
+        if not self.count:
+            return math.nan
+        mean = self.mean
+        return math.sqrt(max(0.0, self._square / (1 - self.decay**self.count) - mean * mean))
+
+    def state_dict(self) -> State:
+        """Plain numbers."""
+        return {"decay": self.decay, "count": self.count, "mean": self._mean, "square": self._square}
+
+    def load_state_dict(self, state: State) -> None:
+        """Inverse of :meth:`state_dict`."""
+        self.decay, self.count = state["decay"], state["count"]
+        self._mean, self._square = state["mean"], state["square"]
+
+
+@dataclass(slots=True)
+class Baseline:
+    """Mean, spread and range of a quantity over warm-up (Welford's update)."""
+
+    count: int = 0
+    mean: float = 0.0
+    _m2: float = 0.0
+    low: float = math.inf
+    high: float = -math.inf
+
+    def push(self, value: float) -> None:
+        """Add one finite value."""
+        self.count += 1
+        delta = value - self.mean
+        self.mean += delta / self.count
+        self._m2 += delta * (value - self.mean)
+        self.low, self.high = min(self.low, value), max(self.high, value)
+
+    @property
+    def std(self) -> float:
+        """Sample standard deviation, 0 below two values."""
+        return math.sqrt(self._m2 / (self.count - 1)) if self.count > 1 else 0.0
+
+    def state_dict(self) -> State:
+        """Plain numbers."""
+        return {"count": self.count, "mean": self.mean, "m2": self._m2, "low": self.low, "high": self.high}
+
+    def load_state_dict(self, state: State) -> None:
+        """Inverse of :meth:`state_dict`."""
+        self.count, self.mean, self._m2 = state["count"], state["mean"], state["m2"]
+        self.low, self.high = state["low"], state["high"]
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """Loss and gradient norm of one step, on the host."""
+
+    step: int
+    loss: float
+    gradient_norm: float | None
+
+    @property
+    def finite(self) -> bool:
+        """Whether both numbers are usable."""
+        return math.isfinite(self.loss) and (self.gradient_norm is None or math.isfinite(self.gradient_norm))
+
+    @property
+    def overflowed(self) -> bool:
+        """Whether the loss is a number and its gradient is not."""
+        return math.isfinite(self.loss) and not self.finite
+
+
+class Readout:
+    """Reads losses and norms from the device without making every step wait for it.
+
+    On the CPU a reading is available at once.  On an accelerator scalars queue up and are fetched
+    together every ``interval`` steps: one wait per interval, as a loop that logs has anyway.
+    """
+
+    def __init__(self, interval: int) -> None:
+        """Args: interval: steps between two fetches from an accelerator."""
+        self.interval = interval
+        self._pending: list[tuple[int, Tensor, Tensor | None]] = []
+
+    def push(self, step: int, loss: Tensor, gradient_norm: Tensor | None) -> None:
+        """Queue the scalars of one step."""
+        self._pending.append((step, loss, gradient_norm))
+
+    @property
+    def waiting(self) -> bool:
+        """Whether some scalars have not been read yet."""
+        return bool(self._pending)
+
+    @property
+    def due(self) -> bool:
+        """Whether :meth:`read` would return something without being forced."""
+        return bool(self._pending) and (self._pending[0][1].device.type == "cpu" or len(self._pending) >= self.interval)
+
+    def read(self, *, force: bool = False) -> list[Reading]:
+        """Readings that are due, oldest first."""
+        if not self._pending or not (force or self.due):
+            return []
+        pending, self._pending = self._pending, []
+        if len(pending) == 1:
+            step, loss, norm = pending[0]
+            return [Reading(step, float(loss), None if norm is None else float(norm))]
+        known = [t.detach().float() for _, *pair in pending for t in pair if t is not None]
+        fetched: Iterator[float] = iter(weights.on_host(known).tolist())
+        return [Reading(step, next(fetched), None if norm is None else next(fetched)) for step, _, norm in pending]
+
+
+class History:
+    """Loss and gradient-norm memory of a run; real steps only."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self.losses: deque[float] = deque(maxlen=LOSS_CAPACITY)
+        self.norms: deque[float] = deque(maxlen=NORM_CAPACITY)
+        self.loss_ema = RunningMoments(decay=0.95)
+        self.norm_baseline = Baseline()
+        self.loss_baseline = Baseline()
+        self._window_losses: deque[tuple[int, float]] = deque(maxlen=256)  # (step, mean)
+
+    def push(self, reading: Reading, *, warming_up: bool) -> None:
+        """Add a finite reading; warm-up readings also make the baselines."""
+        self.losses.append(reading.loss)
+        self.loss_ema.push(reading.loss)
+        if reading.gradient_norm is not None:
+            self.norms.append(reading.gradient_norm)
+        if warming_up:
+            self.loss_baseline.push(reading.loss)
+            if reading.gradient_norm is not None:
+                self.norm_baseline.push(reading.gradient_norm)
+
+    @property
+    def loss_ema_stable(self) -> bool:
+        """Whether the smoothed loss is known and no longer exploding: below what warm-up began with."""
+        if self.loss_ema.count < 2 or not math.isfinite(self.loss_ema.mean):
+            return False
+        return self.loss_ema.mean <= self.loss_baseline.high + 1e-12
+
+    def close_window(self, step: int, num_steps: int) -> float:
+        """Trimmed mean loss over the last ``num_steps`` steps, remembered for the slope.
+
+        A fifth is dropped at either end: at a high learning rate the loss has spikes ten times its
+        usual value, which in a plain mean hide any progress.
+        """
+        recent = sorted(list(self.losses)[-num_steps:])
+        cut = len(recent) // 5
+        kept = recent[cut : len(recent) - cut]
+        mean = sum(kept) / len(kept) if kept else math.nan
+        self._window_losses.append((step, mean))
+        return mean
+
+    def mean_norm(self, num_steps: int) -> float:
+        """Mean gradient norm over the last steps (at most the buffer's 64), 0 if none is known."""
+        recent = list(self.norms)[-num_steps:]
+        return sum(recent) / len(recent) if recent else 0.0
+
+    def loss_slope(self) -> float:
+        """Change of the training loss per real step (negative while it falls), 0 if unknown.
+
+        From a least-squares line through the log of the window means of the latter half of the run,
+        times the present loss: the second half because the whole run's slope would be the steep
+        beginning's, the log because a loss that falls over decades has no other common slope, and a
+        long stretch because a high learning rate makes single windows jump up and down.  Progress by
+        accepted jumps is included, which makes the pace of real training look faster and credits
+        smaller: the careful side.
+        """
+        points = list(self._window_losses)
+        points = points[-max(4, len(points) // 2) :]
+        if len(points) < 3:
+            return 0.0
+        if min(loss for _, loss in points) > 0:
+            recent = [math.log(loss) for _, loss in points[-4:]]
+            return slope((s, math.log(v)) for s, v in points) * math.exp(sum(recent) / len(recent))
+        return slope(points)
+
+    def state_dict(self) -> State:
+        """Plain containers."""
+        return {
+            "losses": list(self.losses), "norms": list(self.norms), "loss_ema": self.loss_ema.state_dict(),
+            "norm_baseline": self.norm_baseline.state_dict(), "loss_baseline": self.loss_baseline.state_dict(),
+            "window_losses": [list(pair) for pair in self._window_losses],
+        }  # fmt: skip
+
+    def load_state_dict(self, state: State) -> None:
+        """Inverse of :meth:`state_dict`."""
+        self.losses = deque(state["losses"], maxlen=LOSS_CAPACITY)
+        self.norms = deque(state["norms"], maxlen=NORM_CAPACITY)
+        self.loss_ema.load_state_dict(state["loss_ema"])
+        self.norm_baseline.load_state_dict(state["norm_baseline"])
+        self.loss_baseline.load_state_dict(state["loss_baseline"])
+        self._window_losses = deque(((int(s), float(v)) for s, v in state["window_losses"]), maxlen=256)
+
+
+def slope(points: Iterable[tuple[float, float]]) -> float:
+    """Least-squares slope of (x, y) points, 0 below two distinct x."""
+    pairs = [(x, y) for x, y in points if math.isfinite(y)]
+    if len(pairs) < 2:
+        return 0.0
+    mean_x = sum(x for x, _ in pairs) / len(pairs)
+    mean_y = sum(y for _, y in pairs) / len(pairs)
+    spread = sum((x - mean_x) ** 2 for x, _ in pairs)
+    return sum((x - mean_x) * (y - mean_y) for x, y in pairs) / spread if spread else 0.0

@@ -1,0 +1,5 @@
+"""Physics-informed networks and regression."""
+
+from ...former_names import lookup
+
+__getattr__ = lookup("tasks.equations")

@@ -1,0 +1,221 @@
+"""Which weights may be moved now, and whether somebody else has moved them.
+
+Only what the optimizer trains may be moved by anything else of ours: a parameter that is frozen, has no gradient, has
+left the optimizer or stands in a group with rate 0 is left where it is, bit for bit, from the step it happens on.
+What is remembered of it is of no use any more: when it is trained again, it begins anew.
+
+And weights that change between two steps were changed by the user: best weights loaded back, a projection, an average
+swapped in.  What is remembered of the weights before is wrong then.  Three signs tell, without a pass over the weights:
+the version that every in-place operation counts up, the address (``p.data = ...`` changes it and no version), and a
+sample of values (``p.data.clamp_()`` changes neither).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..records import State
+from .algebra import Tensors
+from .real_views import owner
+
+#: Times that a parameter may stop being trained and come back with a fresh memory: one that comes and goes (an expert
+#: that few batches reach) would never have any, and is left to the optimizer alone.
+MAX_RETURNS = 3
+#: Values per tensor that are compared.
+SAMPLE = 16
+
+
+class Trained:
+    """Which parameters the optimizer trains, step by step."""
+
+    def __init__(self, parameters: Sequence[Tensor], optimizer: Optimizer) -> None:
+        """Nothing was trained yet; all may be moved.
+
+        Args:
+            parameters: Of the run, in its order; the optimizer may hold more.
+            optimizer: Whose groups are asked at every step: they may change.
+        """
+        n = len(parameters)
+        self._parameters, self._optimizer = [owner(p) for p in parameters], optimizer
+        self.movable = [True] * n  # by us, after the step that was looked at last
+        self._trained: list[bool] | None = None  # at the last step that trained anything; None: there was none
+        self._ever = [False] * n
+        self._num_returns = [0] * n
+        self._rates: dict[int, tuple[int, int, bool]] = {}  # rates on a device: id -> address, version, whether not 0
+
+    @property
+    def num_left_alone(self) -> int:
+        """Parameters that only the optimizer moves, or nobody."""
+        return self.movable.count(False)
+
+    def look(self) -> list[int]:
+        """After a backward pass: find out what the optimizer is about to train.
+
+        Returns:
+            Places of the parameters whose memory is of no use any more: trained once and not now, or now again.
+        """
+        rates = self._members()
+        trained = [p.grad is not None and p.requires_grad and rates.get(id(p), False) for p in self._parameters]
+        return self._changed(trained)
+
+    def look_ahead(self) -> list[int]:
+        """Before a step: as :meth:`look`, as far as can be told without gradients."""
+        before = self._trained
+        if before is None:
+            return []
+        rates = self._members()
+        trained = [
+            was and p.requires_grad and rates.get(id(p), False) for was, p in zip(before, self._parameters, strict=True)
+        ]
+        return self._changed(trained)
+
+    def _changed(self, trained: list[bool]) -> list[int]:
+        before = self._trained
+        if trained == before:
+            if not any(self.movable):
+                self._allow(trained)
+            return []
+        if not any(trained):  # a rate that is 0 for all, or a loss of other weights: a pause, nothing is forgotten
+            self.movable = trained
+            return []
+        changed = []
+        for i, now in enumerate(trained):
+            if before is not None and now != before[i] and self._ever[i]:
+                changed.append(i)
+                self._num_returns[i] += now
+            self._ever[i] = self._ever[i] or now
+        self._trained = trained
+        self._allow(trained)
+        return [i for i in changed if self._num_returns[i] <= MAX_RETURNS]
+
+    def _allow(self, trained: list[bool]) -> None:
+        self.movable = [now and n <= MAX_RETURNS for now, n in zip(trained, self._num_returns, strict=True)]
+
+    def _members(self) -> dict[int, bool]:
+        """id of every parameter of the optimizer -> whether its group has a rate."""
+        found: dict[int, bool] = {}
+        for group in self._optimizer.param_groups:
+            rate = group.get("lr", 1.0)
+            moves = self._read(rate) if isinstance(rate, Tensor) else rate != 0
+            for p in group["params"]:
+                found[id(p)] = moves
+        return found
+
+    def _read(self, rate: Tensor) -> bool:
+        """Whether a rate that is a tensor differs from 0; a device is asked when the rate has changed."""
+        sign = (rate.data_ptr(), rate._version)
+        known = self._rates.get(id(rate))
+        if known is None or known[:2] != sign or rate.device.type == "cpu":
+            known = self._rates[id(rate)] = (*sign, bool(rate != 0))
+        return known[2]
+
+    # ---- lists of tensors, one per parameter --------------------------------------------------------
+
+    def only(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Of one tensor per parameter those whose parameter may be moved."""
+        if all(self.movable):
+            return tensors
+        return [t for t, may in zip(tensors, self.movable, strict=True) if may]
+
+    def masked(self, deltas: Tensors) -> Tensors:
+        """A move with zeros where nothing may be moved."""
+        if all(self.movable):
+            return deltas
+        return [d if may else torch.zeros_like(d) for d, may in zip(deltas, self.movable, strict=True)]
+
+    # ---- state ----------------------------------------------------------------------------------------
+
+    def state_dict(self) -> State:
+        """Who is trained, was ever, and how often it came back."""
+        return {
+            "movable": list(self.movable), "trained": None if self._trained is None else list(self._trained),
+            "ever": list(self._ever), "num_returns": list(self._num_returns),
+        }  # fmt: skip
+
+    def load_state_dict(self, state: State) -> None:
+        """Inverse of :meth:`state_dict`."""
+        self.movable, self._ever = [bool(v) for v in state["movable"]], [bool(v) for v in state["ever"]]
+        self._trained = None if state["trained"] is None else [bool(v) for v in state["trained"]]
+        self._num_returns = [int(v) for v in state["num_returns"]]
+
+
+class Write(IntEnum):
+    """What has become of the weights since they were recorded."""
+
+    NONE = 0
+    #: Every parameter was written to, and the sample is as before: an average was swapped in and out again.
+    SWAPPED = 1
+    #: Some were written to, the sample is as before: perhaps changed in few places.
+    TOUCHED = 2
+    #: They are others.
+    CHANGED = 3
+
+
+class Writes:
+    """Notices what is written to weights between two steps of a run."""
+
+    def __init__(self, parameters: Sequence[Tensor], every: int = 1) -> None:
+        """Nothing is recorded yet.
+
+        Args:
+            parameters: All that are watched.
+            every: Looks per comparison of values where neither version nor address has changed: on an accelerator
+                the comparison waits for the device.
+        """
+        self._parameters, self._every = [owner(p) for p in parameters], every
+        self._signs: list[tuple[int, int]] | None = None  # version and address
+        self._views: list[list[Tensor]] = []  # samples that share the weights' memory, by dtype and device
+        self._sample: Tensors = []
+        self._num_looks = 0
+
+    @torch.no_grad()
+    def record(self) -> None:
+        """The weights are as the run left them."""
+        signs = [(p._version, p.data_ptr()) for p in self._parameters]
+        if self._signs is None or any(a[1] != b[1] for a, b in zip(signs, self._signs, strict=True)):
+            self._views = _views(self._parameters)
+        self._signs, self._sample = signs, [torch.cat(views) for views in self._views]
+
+    @torch.no_grad()
+    def look(self) -> Write:
+        """Before a step: what has been written since :meth:`record`."""
+        self._num_looks += 1
+        if self._signs is None:
+            return Write.NONE
+        num_touched, moved = 0, False
+        for p, (version, address) in zip(self._parameters, self._signs, strict=True):
+            elsewhere = p.data_ptr() != address
+            num_touched += elsewhere or p._version != version
+            moved = moved or elsewhere
+        if not num_touched and self._num_looks % self._every:
+            return Write.NONE
+        views = _views(self._parameters) if moved else self._views
+        if any(not _same(torch.cat(now), old) for now, old in zip(views, self._sample, strict=True)):
+            return Write.CHANGED
+        if num_touched == len(self._parameters):
+            return Write.SWAPPED
+        return Write.TOUCHED if num_touched else Write.NONE
+
+
+def _views(parameters: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Up to ``SAMPLE`` values of each tensor, spread over its memory, as views; those of one kind together."""
+    found: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for p in parameters:
+        if type(p.data) is not Tensor or p.numel() == 0:  # a subclass says itself what its values are
+            continue
+        last = sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True))
+        step = max(p.numel() // SAMPLE, 1) if last + 1 == p.numel() else last + 1  # with gaps: the first value alone
+        count = min(SAMPLE, p.numel()) if last + 1 == p.numel() else 1
+        view = p.detach().as_strided((count,), (step,), p.storage_offset())
+        found.setdefault((p.dtype, p.device), []).append(view)
+    return list(found.values())
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Bit for bit: NaN is NaN."""
+    return a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
