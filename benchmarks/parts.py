@@ -15,7 +15,7 @@ from hybrid_predict_trainer.experiments.arms.environment import environment
 from hybrid_predict_trainer.experiments.arms.options import InputError, as_input_error, check_device
 from hybrid_predict_trainer.experiments.bench import accelerator, acceptance, stack
 from hybrid_predict_trainer.records import ConfigError
-from hybrid_predict_trainer.tell.recorder import jsonable
+from hybrid_predict_trainer.tell.sinks import jsonable
 
 Shown = tuple[Any, str]
 

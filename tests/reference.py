@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hybrid_predict_trainer.records import BasisSpec
-from hybrid_predict_trainer.weights.algebra import Groups
+from hybrid_predict_trainer.weights.parameters import Groups
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:

@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 
 from hybrid_predict_trainer import HybridTrainerConfig
-from hybrid_predict_trainer.judge.ledger import STEP_UNITS, Account
+from hybrid_predict_trainer.cost import STEP_UNITS
 from hybrid_predict_trainer.propose.confidence import Evidence
 from hybrid_predict_trainer.propose.feedback import Adaptation, pays
-from hybrid_predict_trainer.records import BasisSpec
+from hybrid_predict_trainer.records import Account, BasisSpec
 
 WINDOW = 10
 

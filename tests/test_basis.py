@@ -14,6 +14,7 @@ from cases import assert_same, loss_fn, make_batches, make_model
 from hybrid_predict_trainer.observe.basis import Basis
 from hybrid_predict_trainer.records import BasisSpec
 from hybrid_predict_trainer.weights import algebra as weights
+from hybrid_predict_trainer.weights.parameters import Groups, predicted_parameters
 from hybrid_predict_trainer.weights.products import squared_norms
 from reference import DenseBasis, flat
 
@@ -33,7 +34,7 @@ class Bench:
     def __init__(self, spec: BasisSpec, *, model: str = "mlp", dtype: str = "param", offload: bool = False) -> None:
         self.model = make_model(model)
         self.optimizer = torch.optim.Adam([p for p in self.model.parameters() if p.requires_grad], lr=0.02)
-        self.parameters, self.groups = weights.predicted_parameters(self.model, self.optimizer)
+        self.parameters, self.groups = predicted_parameters(self.model, self.optimizer)
         self.basis = Basis(self.parameters, self.groups, spec, dtype=dtype, offload=offload)
         self.dense = DenseBasis(self.parameters, self.groups, spec, WINDOW)
         self.batches = iter(make_batches(200))
@@ -266,7 +267,7 @@ def test_bfloat16_weights_are_summed_wide(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(module, "FLOAT64_BELOW", 1)
     p = nn.Parameter(torch.full((4,), 1.0, dtype=torch.bfloat16))
-    groups = weights.Groups(("p",), (0,), ("other",), (4,))
+    groups = Groups(("p",), (0,), ("other",), (4,))
     basis = Basis([p], groups, SPECS["ring"])
     for value in (1.0, 1.0 + 2**-7, 1.0):
         with torch.no_grad():
@@ -297,7 +298,7 @@ def test_zero_coefficients_move_nothing() -> None:
 def test_missing_gradients() -> None:
     """A parameter the loss does not use has no gradient; it counts as zero."""
     p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
-    groups = weights.Groups(("p", "q"), (0, 0), ("other",), (5,))
+    groups = Groups(("p", "q"), (0, 0), ("other",), (5,))
     basis = Basis([p, q], groups, SPECS["gradient"])
     for _ in range(2):
         p.grad = torch.full((2,), 2.0)

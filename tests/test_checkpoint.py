@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from cases import config, setup
-from hybrid_predict_trainer.keep import checkpoint, manifest, state_tree
+from hybrid_predict_trainer.keep import checkpoint, housekeeping, manifest, state_tree
 from hybrid_predict_trainer.keep.failures import Place
 from hybrid_predict_trainer.records import CheckpointError, State
 
@@ -107,7 +107,7 @@ def leftovers(directory: Path) -> list[str]:
 
 
 def names(directory: Path) -> list[str]:
-    return [path.name.removeprefix("checkpoint_step_") for path in checkpoint.checkpoints(directory)]
+    return [path.name.removeprefix("checkpoint_step_") for path in housekeeping.checkpoints(directory)]
 
 
 # ---------------------------------------------------------------- state trees
@@ -401,7 +401,7 @@ def test_save_and_load_give_everything_back(tmp_path: Path) -> None:
     assert (loaded.step, loaded.path) == (7, path)
     assert loaded.summary == {**summary, "loss": None, "step": 7}
     assert (path.parent / "latest").read_text() == "checkpoint_step_7\n"
-    assert checkpoint.latest(path.parent) == path
+    assert housekeeping.latest(path.parent) == path
     document = json.loads((path / "training_state.json").read_text())
     assert {k: document[k] for k in ("step", "phase", "phase_step")} == {
         "step": 7,
@@ -566,7 +566,7 @@ def test_a_missing_path_is_said_plainly(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"checkpoint_step_3\.old"):
         checkpoint.load(tmp_path / "checkpoint_step_3")
     with pytest.raises(CheckpointError, match="no intact checkpoint in"):
-        checkpoint.latest(tmp_path / "nowhere")
+        housekeeping.latest(tmp_path / "nowhere")
 
 
 def test_a_newer_format_is_refused_with_advice(small: Path) -> None:
@@ -623,7 +623,7 @@ def test_links_are_refused_and_never_followed(small: Path) -> None:
     link = small.with_name("checkpoint_step_9")
     link.symlink_to(small)
     damaged(link, "symbolic link")
-    assert checkpoint.latest(small.parent) == small
+    assert housekeeping.latest(small.parent) == small
 
 
 class Payload:
@@ -687,15 +687,15 @@ def test_latest_falls_back_and_an_explicit_load_does_not(tmp_path: Path) -> None
     (third / "config.toml").write_text("x")
     (second / "MANIFEST.json").unlink()
     with pytest.warns(UserWarning, match="skipping a checkpoint"):
-        assert checkpoint.latest(tmp_path) == first
+        assert housekeeping.latest(tmp_path) == first
     assert third.exists()
     with pytest.raises(CheckpointError, match="checkpoint_step_11"):
         checkpoint.load(third)
     with pytest.warns(UserWarning, match="skipping"):
-        assert checkpoint.latest(tmp_path, quarantine=True) == first
+        assert housekeeping.latest(tmp_path, quarantine=True) == first
     assert names(tmp_path) == ["9"]
     assert third.with_name("checkpoint_step_11.corrupt").is_dir()
-    assert checkpoint.latest(tmp_path) == first  # and no warning any more
+    assert housekeeping.latest(tmp_path) == first  # and no warning any more
 
 
 def test_rotation_keeps_n_intact_and_touches_nothing_else(tmp_path: Path) -> None:
@@ -738,7 +738,7 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
 def test_stale_temporary_directories_are_swept(tmp_path: Path) -> None:
     child = subprocess.Popen(["true"])
     child.wait()
-    prefix, host, mine = ".tmp-checkpoint_step_4-", checkpoint._host(), checkpoint._PROCESS
+    prefix, host, mine = ".tmp-checkpoint_step_4-", housekeeping._host(), housekeeping._PROCESS
     stays = {
         f"{prefix}{child.pid}-{host}{'0' * 16}": False,
         f"{prefix}{os.getppid()}-{host}{'0' * 16}": True,
@@ -791,17 +791,17 @@ def test_an_error_at_any_call_keeps_a_good_checkpoint(
             return real(*args, **options)
 
         step, value = (1 if again else 2 + fail_at), 2.0 + fail_at
-        before = value_of(checkpoint.latest(tmp_path))
+        before = value_of(housekeeping.latest(tmp_path))
         monkeypatch.setattr(os, function, failing)
         try:
             checkpoint.save(tmp_path, step, small_parts(value))
         except CheckpointError as error:
             assert "No space left" in str(error)  # noqa: PT017
             failed_saves += 1
-            assert value_of(checkpoint.latest(tmp_path)) in (before, value)
+            assert value_of(housekeeping.latest(tmp_path)) in (before, value)
             assert function == "fsync" or leftovers(tmp_path) == [], "the old one is not back in place"
         except UserWarning:  # warnings are errors here: saved, not tidied up
-            assert value_of(checkpoint.latest(tmp_path)) == value
+            assert value_of(housekeeping.latest(tmp_path)) == value
         monkeypatch.setattr(os, function, real)
         assert not [name for name in leftovers(tmp_path) if name.startswith(".tmp")]
         if calls <= fail_at:
@@ -876,19 +876,19 @@ def scenario(root, steps, new_step, keep):
             checkpoint.save(run, new_step, small_parts(100.0), keep_last_n=keep)
             os._exit(0)
         status = os.waitpid(pid, 0)[1]
-        value = value_of(checkpoint.latest(run))
+        value = value_of(housekeeping.latest(run))
         assert value in (float(steps[-1]), 100.0), (kill_at, value)
-        for path in checkpoint.checkpoints(run):
+        for path in housekeeping.checkpoints(run):
             checkpoint.verify(path)
         if status == 0:
             assert value == 100.0
             return kill_at
         assert os.WIFSIGNALED(status), status
-        before = {path.name.removesuffix(".old") for path in checkpoint.checkpoints(run)}
+        before = {path.name.removesuffix(".old") for path in housekeeping.checkpoints(run)}
         checkpoint.save(run, 50, small_parts(50.0))
-        assert before < {path.name for path in checkpoint.checkpoints(run)}, kill_at
+        assert before < {path.name for path in housekeeping.checkpoints(run)}, kill_at
         assert leftovers(run) == [], (kill_at, leftovers(run))
-        assert value_of(checkpoint.latest(run)) == 50.0
+        assert value_of(housekeeping.latest(run)) == 50.0
         shutil.rmtree(run)
 
 root = Path(sys.argv[1])

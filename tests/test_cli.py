@@ -19,6 +19,7 @@ from hybrid_predict_trainer.cli import hpt as cli
 from hybrid_predict_trainer.cli import progress
 from hybrid_predict_trainer.experiments import train as single
 from hybrid_predict_trainer.experiments.bench import overhead
+from hybrid_predict_trainer.keep.stop_signal import StopSignal
 from hybrid_predict_trainer.records import DivergenceError
 
 #: A small language model whose trainer proposes (and is mostly refused) all the time.
@@ -338,7 +339,7 @@ def test_a_killed_process_leaves_what_it_resumes_from(tmp_path: Path, capsys: py
 
 def test_handlers_are_put_back() -> None:
     before = signal.getsignal(signal.SIGINT)
-    with single.StopSignal() as stop:
+    with StopSignal() as stop:
         assert signal.getsignal(signal.SIGINT) != before
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.exit_status == 130

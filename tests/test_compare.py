@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from hybrid_predict_trainer.config.settings import HybridTrainerConfig
+from hybrid_predict_trainer.cost import STEP_UNITS
 from hybrid_predict_trainer.experiments import run_arm as arms
 from hybrid_predict_trainer.experiments.arms.options import Options, build_setup
 from hybrid_predict_trainer.experiments.compare import run as compare
@@ -23,8 +24,8 @@ from hybrid_predict_trainer.experiments.compare.equal_loss import (
 )
 from hybrid_predict_trainer.experiments.report import text as table
 from hybrid_predict_trainer.experiments.run_arm import Arm, Run, Setup, run_arm
-from hybrid_predict_trainer.judge.ledger import STEP_UNITS
 from hybrid_predict_trainer.tasks import build_optimizer, build_scheduler, with_steps
+from hybrid_predict_trainer.tell.sinks import jsonable
 
 BUDGETS = (0.5, 1.0, 2.0, 4.0)
 EAGER = ("predictor.window=3", "training.full_steps=3", "gate.overhead_budget=1.0", "gate.max_backoff=2")
@@ -273,12 +274,12 @@ def test_the_verdict_says_what_was_found(loss: float, seeds: int, accepted: floa
     arm_list, runs = made_up_runs(loss, seeds, accepted)
     found = compare.summarize("made-up", range(seeds), arm_list, runs)
     assert found["verdict"].startswith(words) or words in found["verdict"]
-    assert table.comparison(compare.jsonable(found))
+    assert table.comparison(jsonable(found))
 
 
 def test_a_diverged_hybrid_run_gives_null_and_the_reason() -> None:
     arm_list, runs = made_up_runs(math.nan)
-    found = compare.jsonable(compare.summarize("made-up", range(3), arm_list, runs))
+    found = jsonable(compare.summarize("made-up", range(3), arm_list, runs))
     assert found["speedup_at_equal_loss"] is None
     assert found["ci95"] is None
     assert "not finite" in found["speedup_reason"]

@@ -15,13 +15,15 @@ from cases import Fake, Setup, assert_same, config, difference, full_batch, make
 from hybrid_predict_trainer import CheckpointError, HybridTrainer, HybridTrainerConfig
 from hybrid_predict_trainer.cost import Counters
 from hybrid_predict_trainer.judge.ledger import Ledger
+from hybrid_predict_trainer.numerics.running import Baseline, RunningMoments
 from hybrid_predict_trainer.observe.divergence import Monitor
-from hybrid_predict_trainer.observe.history import Baseline, History, Reading, RunningMoments
+from hybrid_predict_trainer.observe.history import History, Reading
 from hybrid_predict_trainer.predictors import PREDICTORS
 from hybrid_predict_trainer.propose import proposal as proposals
 from hybrid_predict_trainer.propose.confidence import TrackRecord
 from hybrid_predict_trainer.records import Level, Phase, StepResult
-from hybrid_predict_trainer.tell.recorder import Metrics, NullSink
+from hybrid_predict_trainer.tell.recorder import Metrics
+from hybrid_predict_trainer.tell.sinks import NullSink
 
 NUM_STEPS = 44
 DATA = {"exact": full_batch, "noisy": make_batches}

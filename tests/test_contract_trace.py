@@ -30,8 +30,8 @@ from cases import (
     steps_until,
 )
 from hybrid_predict_trainer import HybridTrainer
+from hybrid_predict_trainer.cycle import correct_step, predict_step
 from hybrid_predict_trainer.cycle import learning as cycle
-from hybrid_predict_trainer.cycle import real_step as executors
 from hybrid_predict_trainer.judge import gate
 from hybrid_predict_trainer.propose import proposal as proposals_module
 from hybrid_predict_trainer.records import Phase, Reason, StepResult, Verdict
@@ -73,7 +73,7 @@ def price_of_gold(patch: pytest.MonkeyPatch) -> None:
 
 
 def always_control(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(executors, "_is_control", lambda run: True)
+    patch.setattr(predict_step, "_is_control", lambda run: True)
 
 
 def looks_promising(patch: pytest.MonkeyPatch) -> None:
@@ -274,7 +274,7 @@ def accepting(patch: pytest.MonkeyPatch) -> None:
 
 
 def degraded(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(executors, "probation_passes", lambda probation, sigma: False)
+    patch.setattr(correct_step, "probation_passes", lambda probation, sigma: False)
 
 
 ROLLBACKS = {"poison": 100.0, "nan": float("nan"), "judged": 0.0}
@@ -443,10 +443,10 @@ def test_jump_steps_count_one_batch_and_no_backward() -> None:
 def test_control_group_is_a_random_share(monkeypatch: pytest.MonkeyPatch) -> None:
     seed_all(0)
     trainer = setup().trainer(config(gate__control_fraction=0.3, correct_steps=0), predictor=Fake())
-    draws = [executors._is_control(trainer.run) for _ in range(2000)]
+    draws = [predict_step._is_control(trainer.run) for _ in range(2000)]
     assert 0.26 < sum(draws) / len(draws) < 0.34
     never = setup().trainer(config(gate__control_fraction=0.0), predictor=Fake())
-    assert not any(executors._is_control(never.run) for _ in range(100))
+    assert not any(predict_step._is_control(never.run) for _ in range(100))
 
 
 def test_faulty_predictor_table_is_used() -> None:

@@ -28,6 +28,7 @@ from hybrid_predict_trainer.records import BasisSpec, Phase, Reason, State, Verd
 from hybrid_predict_trainer.tasks import TaskSettings, base, make_task
 from hybrid_predict_trainer.weights import algebra as weights
 from hybrid_predict_trainer.weights import offload as host
+from hybrid_predict_trainer.weights.parameters import predicted_parameters
 from hybrid_predict_trainer.weights.products import paired_dots, squared_norms
 from pretended import DEVICE, Accelerator
 
@@ -63,7 +64,7 @@ def test_scalars_of_several_devices_come_to_the_host_together() -> None:
 def test_nothing_is_widened_on_a_device_without_float64(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights, "WITHOUT_FLOAT64", frozenset({"meta"}))
     model = with_gradients(device_model())
-    parameters, groups = weights.predicted_parameters(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    parameters, groups = predicted_parameters(model, torch.optim.SGD(model.parameters(), lr=0.1))
     spec = BasisSpec(num_displacements=2, lag=True, optimizer=True, gradient=True, curvature=True)
     basis = Basis(parameters, groups, spec, dtype=dtype)
     with Accelerator() as accelerator:
@@ -134,7 +135,7 @@ def test_what_is_kept_on_the_host_is_added_a_step_later_and_no_different(dtype: 
     """Between devices of the same machine: the path of an accelerator, with the bits of the usual one."""
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1)).to(dtype)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    parameters, groups = weights.predicted_parameters(model, optimizer)
+    parameters, groups = predicted_parameters(model, optimizer)
     spec = BasisSpec(num_displacements=3, lag=True, optimizer=True, gradient=True, curvature=True)
     plain, sent = Basis(parameters, groups, spec), Basis(parameters, groups, spec)
     sent._offloaded = True
@@ -163,7 +164,7 @@ def test_what_is_kept_on_the_host_is_added_a_step_later_and_no_different(dtype: 
 
 def test_basis_of_an_accelerator_on_the_host() -> None:
     model = with_gradients(device_model())
-    parameters, groups = weights.predicted_parameters(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    parameters, groups = predicted_parameters(model, torch.optim.SGD(model.parameters(), lr=0.1))
     basis = Basis(parameters, groups, BasisSpec(num_displacements=2, lag=True, gradient=True), offload=True)
     with Accelerator():
         for step in range(6):

@@ -28,7 +28,7 @@ from hybrid_predict_trainer.move.lr_multiplier import LearnedScale
 from hybrid_predict_trainer.move.multiplier import GROWTH, Advice, Multiplier, Reading
 from hybrid_predict_trainer.move.unit_scale import UnitScale
 from hybrid_predict_trainer.tasks import TaskSettings, make_task
-from hybrid_predict_trainer.weights.algebra import Groups
+from hybrid_predict_trainer.weights.parameters import Groups
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 
 from hybrid_predict_trainer.move.edge_test import MAX_COSINES, SURE, VISIBLE, Edge, locate, step_cosines
 from hybrid_predict_trainer.numerics.sequential import Moments
-from hybrid_predict_trainer.weights.algebra import Groups
+from hybrid_predict_trainer.weights.parameters import Groups
 
 # ---------------------------------------------------------------- the statistic
 

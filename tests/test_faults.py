@@ -32,7 +32,7 @@ from cases import (
     steps_until,
 )
 from hybrid_predict_trainer import DivergenceError, GateConfig, HybridTrainer, HybridTrainerConfig
-from hybrid_predict_trainer.judge.ledger import STEP_UNITS
+from hybrid_predict_trainer.cost import STEP_UNITS
 from hybrid_predict_trainer.observe.history import Readout
 from hybrid_predict_trainer.records import BasisSpec, Level, Phase, PhasePrediction, Reason
 
@@ -387,9 +387,9 @@ def test_late_nan_for_ever_ends_clearly(late: Callable) -> None:
 
 def test_rolled_back_jump_is_not_brought_back_by_an_anchor(late: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     """The anchor taken on probation holds weights after the jump: it must not outlive a rollback."""
-    from hybrid_predict_trainer.cycle import real_step as executors
+    from hybrid_predict_trainer.cycle import correct_step
 
-    monkeypatch.setattr(executors, "probation_passes", lambda probation, sigma: False)
+    monkeypatch.setattr(correct_step, "probation_passes", lambda probation, sigma: False)
     made = trapped(model="batchnorm")  # with dropout losses are noisy, and this jump is not accepted
     trainer = late(made, config(predictor__window=8, divergence__check_interval_steps=6), Fake(-0.05))
     [clean, *_] = batches = full_batch(60)
@@ -716,9 +716,9 @@ def test_grad_scaler_does_not_step_on_an_explosion() -> None:
 
 
 def test_scaler_is_rolled_back_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hybrid_predict_trainer.cycle import real_step as executors
+    from hybrid_predict_trainer.cycle import correct_step
 
-    monkeypatch.setattr(executors, "probation_passes", lambda probation, sigma: False)
+    monkeypatch.setattr(correct_step, "probation_passes", lambda probation, sigma: False)
     made = setup("mlp", "adam")
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=2)
     trainer = made.trainer(config(), predictor=Fake(), grad_scaler=scaler)

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from hybrid_predict_trainer.judge import gate
+from hybrid_predict_trainer.numerics import quantiles
 from hybrid_predict_trainer.propose.confidence import TrackRecord
+from hybrid_predict_trainer.propose.proposal import within_radius
 from hybrid_predict_trainer.records import Reason, Verdict
 
 # ---------------------------------------------------------------- statistics
@@ -24,16 +26,16 @@ from hybrid_predict_trainer.records import Reason, Verdict
 @pytest.mark.parametrize("level", [0.01, 0.025, 0.05, 0.1, 0.25, 0.5])
 def test_t_quantile(level: float, freedom: int) -> None:
     tolerance = 1e-3 if level == 0.05 and freedom <= 30 else 0.025
-    assert gate.t_quantile(level, freedom) == pytest.approx(stats.t.isf(level, freedom), rel=tolerance, abs=1e-6)
+    assert quantiles.t_quantile(level, freedom) == pytest.approx(stats.t.isf(level, freedom), rel=tolerance, abs=1e-6)
 
 
 def test_t_quantile_without_freedom_is_infinite() -> None:
-    assert gate.t_quantile(0.05, 0) == math.inf
+    assert quantiles.t_quantile(0.05, 0) == math.inf
 
 
 @pytest.mark.parametrize("level", [1e-6, 0.001, 0.025, 0.05, 0.5, 0.9])
 def test_normal_quantile(level: float) -> None:
-    assert gate.normal_quantile(level) == pytest.approx(stats.norm.isf(level), abs=1e-9)
+    assert quantiles.normal_quantile(level) == pytest.approx(stats.norm.isf(level), abs=1e-9)
 
 
 @given(
@@ -43,19 +45,19 @@ def test_normal_quantile(level: float) -> None:
 @settings(max_examples=60, deadline=None)
 def test_upper_bound_is_the_paired_t_interval(differences: list[float], level: float) -> None:
     interval = stats.ttest_1samp(differences, 0.0, alternative="less").confidence_interval(1 - level)
-    assert gate.upper_bound(differences, level) == pytest.approx(
+    assert quantiles.upper_bound(differences, level) == pytest.approx(
         interval.high, rel=0.01, abs=1e-3 * np.ptp(differences)
     )
 
 
 @pytest.mark.parametrize("values", [[], [-5.0]])
 def test_one_pair_proves_nothing(values: list[float]) -> None:
-    assert gate.upper_bound(values, 0.05) == math.inf
+    assert quantiles.upper_bound(values, 0.05) == math.inf
 
 
 def test_upper_bound_covers_at_its_level() -> None:
     generator = np.random.default_rng(0)
-    misses = sum(gate.upper_bound(list(generator.normal(0.0, 1.0, 6)), 0.05) < 0 for _ in range(4000))
+    misses = sum(quantiles.upper_bound(list(generator.normal(0.0, 1.0, 6)), 0.05) < 0 for _ in range(4000))
     assert misses / 4000 == pytest.approx(0.05, abs=0.012)
 
 
@@ -100,7 +102,7 @@ def test_parabola_table(scales: Sequence[float], losses: Sequence[float], wanted
     ],
 )
 def test_trust_radius(jump: list[float], span: list[float], rho: float, inside: bool) -> None:
-    assert gate.within_radius(jump, span, rho) is inside
+    assert within_radius(jump, span, rho) is inside
 
 
 @pytest.mark.parametrize(

@@ -10,16 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrid_predict_trainer.observe.history import (
-    LOSS_CAPACITY,
-    NORM_CAPACITY,
-    Baseline,
-    History,
-    Reading,
-    Readout,
-    RunningMoments,
-    slope,
-)
+from hybrid_predict_trainer.numerics.running import Baseline, RunningMoments, slope
+from hybrid_predict_trainer.observe.history import LOSS_CAPACITY, NORM_CAPACITY, History, Reading, Readout
 from reference import ema_moments, trimmed_mean
 
 NUMBERS = st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=60)

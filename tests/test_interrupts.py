@@ -15,7 +15,7 @@ import torch
 
 import hybrid_predict_trainer
 from hybrid_predict_trainer import HybridTrainer, HybridTrainerConfig, Phase, StepResult, with_values
-from hybrid_predict_trainer.cycle import real_step as executors
+from hybrid_predict_trainer.cycle import correct_step
 from hybrid_predict_trainer.cycle.transaction import Memento
 from hybrid_predict_trainer.move import lookahead
 from hybrid_predict_trainer.move.lr_multiplier import LearnedScale
@@ -175,7 +175,7 @@ def test_an_interrupted_step_leaves_the_run_whole(kind: str, monkeypatch: pytest
     trainer = built(**settings)
     data = batches(1, 0.0) * 120 if exact else batches(120, 0.3)
     if kind == "rolled back":
-        monkeypatch.setattr(executors, "probation_passes", lambda probation, sigma: False)
+        monkeypatch.setattr(correct_step, "probation_passes", lambda probation, sigma: False)
     i = before(trainer, data, wanted)
     later, start, modes = data[i + 1 : i + 9], weights_of(trainer), [m.training for m in trainer.run.model.modules()]
     whole = in_a_fork(lambda: stepped(trainer, data[i], later, -1))

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from cases import Fake, config, full_batch, make_batches, setup
 from hybrid_predict_trainer import GateConfig
-from hybrid_predict_trainer.cost import Counters
-from hybrid_predict_trainer.cycle import real_step as executors
-from hybrid_predict_trainer.judge.ledger import BACKWARD_UNITS, FORWARD_UNITS, STEP_UNITS, UPDATE_UNITS, Account, Ledger
-from hybrid_predict_trainer.records import Phase
+from hybrid_predict_trainer.cost import BACKWARD_UNITS, FORWARD_UNITS, STEP_UNITS, UPDATE_UNITS, Counters
+from hybrid_predict_trainer.cycle import predict_step
+from hybrid_predict_trainer.judge.ledger import Ledger
+from hybrid_predict_trainer.records import Account, Phase
 
 
 def account(**changes: Any) -> Account:
@@ -320,7 +320,7 @@ def test_a_run_keeps_to_its_budget(budget: float) -> None:
 
 def test_every_jump_has_an_account(monkeypatch: pytest.MonkeyPatch) -> None:
     draws = iter([False, True] * 100)
-    monkeypatch.setattr(executors, "_is_control", lambda run: next(draws))
+    monkeypatch.setattr(predict_step, "_is_control", lambda run: next(draws))
     trainer = setup("mlp", "adam").trainer(config(), predictor=Fake())
     results = [trainer.step(batch) for batch in full_batch(80)]
     jumps = [

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from cases import Fake, config, full_batch, make_batches, setup
 from hybrid_predict_trainer.records import Phase, Reason, StepResult
 from hybrid_predict_trainer.tell import recorder as metrics
-from hybrid_predict_trainer.tell.recorder import JsonlSink, NullSink, jsonable
+from hybrid_predict_trainer.tell.sinks import JsonlSink, NullSink, jsonable
 
 
 def strict(text: str) -> Any:

@@ -27,7 +27,7 @@ from hybrid_predict_trainer.observe.window_encoder import (
     observer_for,
 )
 from hybrid_predict_trainer.records import BasisSpec, Window
-from hybrid_predict_trainer.weights import algebra as weights
+from hybrid_predict_trainer.weights.parameters import predicted_parameters
 
 SPEC = BasisSpec(num_displacements=3, lag=True)
 
@@ -50,7 +50,7 @@ def observed(**settings: Any) -> tuple[StateObserver, Basis, list[Window]]:
     """An observer on a small model's basis, and windows to complete."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 1))
-    parameters, groups = weights.predicted_parameters(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    parameters, groups = predicted_parameters(model, torch.optim.SGD(model.parameters(), lr=1.0))
     basis = Basis(parameters, groups, SPEC)
     for p in parameters:
         p.grad = torch.zeros_like(p)
@@ -70,7 +70,7 @@ def observed(**settings: Any) -> tuple[StateObserver, Basis, list[Window]]:
 
 def test_null_unless_asked_for() -> None:
     model = setup().model
-    parameters, groups = weights.predicted_parameters(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    parameters, groups = predicted_parameters(model, torch.optim.SGD(model.parameters(), lr=1.0))
     for settings, predictor, wanted in (
         ({}, Fake(), NullObserver), ({}, Wanting(), StateObserver), ({"health": 3}, Fake(), StateObserver),
         ({"kfac": True}, Fake(), StateObserver), ({"low_rank": 2}, Fake(), StateObserver),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hybrid_predict_trainer.config.settings import HybridTrainerConfig
+from hybrid_predict_trainer.cost import PASS_UNITS, STEP_UNITS
 from hybrid_predict_trainer.experiments.baselines import PEERS, optimizers, peer_of, peers_for, run_peer, wnn
 from hybrid_predict_trainer.experiments.baselines.flops import (
     forward_flops,
@@ -25,7 +26,6 @@ from hybrid_predict_trainer.experiments.baselines.flops import (
 from hybrid_predict_trainer.experiments.baselines.outer import snoo_step_
 from hybrid_predict_trainer.experiments.baselines.warmup import long_warmup
 from hybrid_predict_trainer.experiments.run_arm import COUNTS, Arm, Run, Setup, run_arm
-from hybrid_predict_trainer.judge.ledger import PASS_UNITS, STEP_UNITS
 from hybrid_predict_trainer.tasks import TaskDefaults, TaskSettings
 
 STEPS = 40

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from hybrid_predict_trainer.cost import PASS_UNITS, STEP_UNITS
 from hybrid_predict_trainer.experiments.arms.options import Options, build_setup
 from hybrid_predict_trainer.experiments.baselines import lbfgs
 from hybrid_predict_trainer.experiments.run_arm import Arm, run_arm
-from hybrid_predict_trainer.judge.ledger import PASS_UNITS, STEP_UNITS
 
 START = (-1.2, 1.0)
 

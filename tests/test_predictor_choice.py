@@ -12,8 +12,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from cases import assert_same, config, full_batch, make_batches, seed_all, setup
 from hybrid_predict_trainer import ConfigError, HybridTrainerConfig, preset_config
+from hybrid_predict_trainer.config.settings import EXACT, NOISY
 from hybrid_predict_trainer.config.toml import loads, to_toml, with_values
-from hybrid_predict_trainer.cycle.predictor_choice import BACK_AFTER, EXACT, NOISY, settings_for
+from hybrid_predict_trainer.cycle.predictor_choice import BACK_AFTER, settings_for
 from hybrid_predict_trainer.predictors import build
 
 SECANT = {"predictor_type": "secant"}

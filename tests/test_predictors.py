@@ -18,12 +18,13 @@ from cases import Fake, config, full_batch, make_batches, setup
 from hybrid_predict_trainer import ConfigError, HybridTrainerConfig, LinearConfig, SecantConfig
 from hybrid_predict_trainer.numerics.ridge import OnlineRidge, SelectedRidge, solve_ridge, solve_ridges
 from hybrid_predict_trainer.observe.basis import Basis
+from hybrid_predict_trainer.observe.window import window_from_state, window_state
 from hybrid_predict_trainer.predictors import PREDICTORS, Heuristic, Hold, Linear, Predictor, Secant, build
-from hybrid_predict_trainer.predictors._common import linear_loss_trajectory, window_from_state, window_state
+from hybrid_predict_trainer.predictors._common import linear_loss_trajectory
 from hybrid_predict_trainer.predictors.linear import relative_error
 from hybrid_predict_trainer.predictors.secant import damped_step, decay_factor, orthonormaliser, quadratic_model
 from hybrid_predict_trainer.records import BasisSpec, Products, Window
-from hybrid_predict_trainer.weights import algebra as weights
+from hybrid_predict_trainer.weights.parameters import Groups
 
 D = torch.float64
 
@@ -70,7 +71,7 @@ class Quadratic:
         self.H = q @ torch.diag(torch.tensor(eigenvalues, dtype=D)) @ q.T
         self.minimum = torch.randn(size, generator=generator, dtype=D)
         self.x = nn.Parameter(torch.zeros(size, dtype=D))
-        self.basis = Basis([self.x], weights.Groups(("x",), (0,), ("other",), (size,)), spec)
+        self.basis = Basis([self.x], Groups(("x",), (0,), ("other",), (size,)), spec)
         self.steps, self.lr = steps, lr
 
     def loss(self, x: Tensor) -> float:
@@ -337,7 +338,7 @@ class Recurrence:
         self.noise = noise
         self.velocity = torch.tensor([1.0, 0.2], dtype=D)
         self.x = nn.Parameter(torch.zeros(2, dtype=D))
-        self.basis = Basis([self.x], weights.Groups(("x",), (0,), ("other",), (2,)), spec)
+        self.basis = Basis([self.x], Groups(("x",), (0,), ("other",), (2,)), spec)
         self.count = 0
 
     def window(self) -> Window:
@@ -414,7 +415,7 @@ def test_linear_follows_the_learning_rate() -> None:
     def run(plan: list[float]) -> tuple[Linear, Basis]:
         predictor = Linear(LinearConfig(), 1)
         x = nn.Parameter(torch.zeros(2, dtype=D))
-        basis = Basis([x], weights.Groups(("x",), (0,), ("other",), (2,)), predictor.spec)
+        basis = Basis([x], Groups(("x",), (0,), ("other",), (2,)), predictor.spec)
         for i, rate in enumerate(plan[:-1]):
             x.grad = torch.ones(2, dtype=D)
             for _ in range(4):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cases import Fake, config, full_batch, make_batches, seed_all
 from hybrid_predict_trainer import HybridTrainer
 from hybrid_predict_trainer.predictors import Predictor
-from hybrid_predict_trainer.weights.algebra import predicted_parameters
+from hybrid_predict_trainer.weights.parameters import predicted_parameters
 from hybrid_predict_trainer.weights.real_views import RealView, owner
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from hybrid_predict_trainer.cost import STEP_UNITS
 from hybrid_predict_trainer.experiments.arms import countdown
 from hybrid_predict_trainer.experiments.arms.options import InputError, Options
 from hybrid_predict_trainer.experiments.baselines import PEERS
@@ -22,7 +23,6 @@ from hybrid_predict_trainer.experiments.regimes.cache import Measured, RunStore,
 from hybrid_predict_trainer.experiments.regimes.cases import Request, arms_of, prepare
 from hybrid_predict_trainer.experiments.regimes.summary import Entry
 from hybrid_predict_trainer.experiments.run_arm import COUNTS, Arm, Run, Setup
-from hybrid_predict_trainer.judge.ledger import STEP_UNITS
 from hybrid_predict_trainer.predictors import PREDICTORS
 from hybrid_predict_trainer.tasks import TASKS
 

@@ -22,10 +22,10 @@ from hybrid_predict_trainer import safe_files
 from hybrid_predict_trainer.cli import hpt as cli
 from hybrid_predict_trainer.cli import progress
 from hybrid_predict_trainer.experiments import run_folder
-from hybrid_predict_trainer.experiments import train as single
 from hybrid_predict_trainer.experiments.arms.options import InputError
 from hybrid_predict_trainer.experiments.compare import run as compare
-from hybrid_predict_trainer.keep import checkpoint
+from hybrid_predict_trainer.keep import checkpoint, housekeeping
+from hybrid_predict_trainer.keep.stop_signal import StopSignal
 
 TINY = ["--task", "pinn-poisson", "--batch-size", "16"]
 TEXT = "the quick brown fox jumps over a lazy dog " * 400
@@ -264,7 +264,7 @@ def test_a_save_that_fails_warns_once_is_tried_again_and_training_goes_on(
     assert "the newest is of step 2" in warned[0]
     assert "the newest is of step 10" in warned[1]
     assert asked == [0, 2, 4, 6, 8, 10, 12, 14, 15]
-    assert checkpoint.latest(tmp_path / "run" / "checkpoints").name == "checkpoint_step_15"
+    assert housekeeping.latest(tmp_path / "run" / "checkpoints").name == "checkpoint_step_15"
 
 
 def test_only_a_failure_at_the_end_is_status_3(
@@ -308,7 +308,7 @@ def test_a_hang_up_leaves_a_checkpoint(
     monkeypatch.setattr(cli.Progress, "__call__", call)
     status, _, _ = run(capsys, "train", *TINY, "--steps", "30", "--out", tmp_path / "run")
     assert status == 129
-    assert checkpoint.latest(tmp_path / "run" / "checkpoints").name == "checkpoint_step_5"
+    assert housekeeping.latest(tmp_path / "run" / "checkpoints").name == "checkpoint_step_5"
     monkeypatch.undo()
     assert run(capsys, "train", "--resume", "--out", tmp_path / "run")[0] == 0
 
@@ -316,7 +316,7 @@ def test_a_hang_up_leaves_a_checkpoint(
 def test_a_hang_up_that_is_ignored_stays_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with single.StopSignal() as stop:
+        with StopSignal() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
             assert stop.number == 0
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN

@@ -18,7 +18,7 @@ from hybrid_predict_trainer.move.lr_multiplier import CHECK_STEPS, MEASURED_AT_E
 from hybrid_predict_trainer.move.multiplier import FIRST_CHECKS, GROWTH, PATIENCE, ROOM, Advice, Reading
 from hybrid_predict_trainer.move.unit_scale import UnitScale
 from hybrid_predict_trainer.numerics.sequential import Moments
-from hybrid_predict_trainer.weights.algebra import Groups
+from hybrid_predict_trainer.weights.parameters import Groups
 
 ONE = Groups(("p0",), (0,), ("g0",), (1,))
 

@@ -16,9 +16,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hybrid_predict_trainer import HybridTrainer, HybridTrainerConfig
-from hybrid_predict_trainer.judge.ledger import Account
-from hybrid_predict_trainer.records import DivergenceError
-from hybrid_predict_trainer.tell.recorder import jsonable
+from hybrid_predict_trainer.records import Account, DivergenceError
+from hybrid_predict_trainer.tell.sinks import jsonable
 from hybrid_predict_trainer.tell.summary import correlation, histogram, mean
 
 MAX = float(np.finfo(np.float64).max)

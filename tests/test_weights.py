@@ -11,6 +11,7 @@ from torch import nn
 from cases import make_model
 from hybrid_predict_trainer import ConfigError
 from hybrid_predict_trainer.weights import algebra as weights
+from hybrid_predict_trainer.weights.parameters import ROLES, predicted_parameters, role_of, untrained
 
 # names as in the common architectures
 NAMES = {
@@ -38,7 +39,7 @@ NAMES = {
 
 @pytest.mark.parametrize("name", NAMES)
 def test_roles_by_name(name: str) -> None:
-    assert weights.role_of(name, torch.zeros(2, 2), nn.Linear(2, 2)) == NAMES[name]
+    assert role_of(name, torch.zeros(2, 2), nn.Linear(2, 2)) == NAMES[name]
 
 
 @pytest.mark.parametrize(
@@ -47,17 +48,17 @@ def test_roles_by_name(name: str) -> None:
      (torch.zeros(()), nn.Identity(), "norm_bias"), (torch.zeros(2, 2, 3, 3), nn.Conv2d(2, 2, 3), "other")],
 )  # fmt: skip
 def test_roles_by_type(parameter: torch.Tensor, module: nn.Module, role: str) -> None:
-    assert weights.role_of("lm_head.weight" if role == "embedding" else "x", parameter, module) == role
+    assert role_of("lm_head.weight" if role == "embedding" else "x", parameter, module) == role
 
 
 def test_groups_partition_the_parameters() -> None:
     model = nn.Sequential(nn.Embedding(7, 4), nn.TransformerEncoderLayer(4, 2, 8), nn.Linear(4, 7))
-    parameters, groups = weights.predicted_parameters(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    parameters, groups = predicted_parameters(model, torch.optim.SGD(model.parameters(), lr=0.1))
     assert [id(p) for p in parameters] == [id(p) for p in model.parameters()]
     assert groups.names == tuple(n for n, _ in model.named_parameters())
     assert sum(groups.sizes) == sum(p.numel() for p in model.parameters())
     assert sorted(set(groups.index)) == list(range(groups.num_groups))
-    order = [weights.ROLES.index(r) for r in groups.roles]
+    order = [ROLES.index(r) for r in groups.roles]
     assert order == sorted(order)
     for g, role in enumerate(groups.roles):
         assert groups.sizes[g] == sum(p.numel() for p, i in zip(parameters, groups.index, strict=True) if i == g), role
@@ -68,14 +69,14 @@ def test_what_the_optimizer_holds_is_predicted() -> None:
     model = make_model("tied")
     own = nn.Parameter(torch.zeros(3))
     optimizer = torch.optim.SGD([{"params": list(model.parameters())[:1]}, {"params": [own]}], lr=0.1)
-    parameters, groups = weights.predicted_parameters(model, optimizer)
+    parameters, groups = predicted_parameters(model, optimizer)
     assert [id(p) for p in parameters] == [id(model.first.weight), id(own)]
     assert groups.names == ("first.weight", "optimizer.1")
 
 
 def test_frozen_parameters_are_not_predicted() -> None:
     model = make_model("frozen")
-    parameters, groups = weights.predicted_parameters(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    parameters, groups = predicted_parameters(model, torch.optim.SGD(model.parameters(), lr=0.1))
     assert "0.weight" not in groups.names
     assert all(p.requires_grad for p in parameters)
 
@@ -83,10 +84,10 @@ def test_frozen_parameters_are_not_predicted() -> None:
 def test_overrides() -> None:
     model = make_model("mlp")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    _, groups = weights.predicted_parameters(model, optimizer, {"0.weight": "my role", "2.weight": "head"})
+    _, groups = predicted_parameters(model, optimizer, {"0.weight": "my role", "2.weight": "head"})
     assert groups.roles == ("head", "norm_bias", "my role")
     with pytest.raises(ConfigError, match=r"no parameter '0\.weigth'"):
-        weights.predicted_parameters(model, optimizer, {"0.weigth": "head"})
+        predicted_parameters(model, optimizer, {"0.weigth": "head"})
 
 
 # ---------------------------------------------------------------- algebra
@@ -164,26 +165,26 @@ def test_a_network_with_even_gains_is_untrained(gain: float) -> None:
     model = Normed()
     nn.init.constant_(model.norm.weight, gain)
     names, parameters = zip(*model.named_parameters(), strict=True)
-    assert weights.untrained(parameters, names)
+    assert untrained(parameters, names)
     with torch.no_grad():
         model.norm.weight[2] += 1e-6
-    assert not weights.untrained(parameters, names)
+    assert not untrained(parameters, names)
 
 
 def test_one_that_does_not_tell_is_taken_for_trained() -> None:
     for model in (nn.Linear(3, 3), nn.LayerNorm(1)):
         names, parameters = zip(*model.named_parameters(), strict=True)
-        assert not weights.untrained(parameters, names)
+        assert not untrained(parameters, names)
 
 
 def test_half_precision_gains_do_not_tell() -> None:
     """A step of a thousandth from one is rounded away: trained or not, they are all alike."""
     model = Normed().to(torch.bfloat16)
     names, parameters = zip(*model.named_parameters(), strict=True)
-    assert not weights.untrained(parameters, names)
+    assert not untrained(parameters, names)
 
 
 def test_recurrent_biases_are_biases() -> None:
     model = nn.ModuleDict({"rnn": nn.GRU(3, 3), "norm": nn.LayerNorm(3)})
     names, parameters = zip(*model.named_parameters(), strict=True)
-    assert weights.untrained(parameters, names)
+    assert untrained(parameters, names)

@@ -24,14 +24,21 @@ MODULES: dict[str, tuple[str, ...]] = {
     "basis": ("observe.basis",),
     "batches": ("observe.batches",),
     "bench": ("cli.bench",),
-    "calibration": ("propose.confidence",),
-    "checkpoint": ("keep.checkpoint",),
+    "calibration": ("propose.confidence", "numerics.calibration"),
+    "checkpoint": ("keep.checkpoint", "keep.housekeeping"),
     "corrector": ("propose.corrector",),
     "counters": ("cost",),
     "divergence": ("observe.divergence",),
     "early_cuts": ("move.group_warmup",),
     "encoder": ("observe.encoder",),
-    "executors": ("cycle.real_step",),
+    "executors": (
+        "cycle.real_step",
+        "cycle.predict_step",
+        "cycle.correct_step",
+        "cycle.loop",
+        "judge.probation",
+        "records",
+    ),
     "experiments.accelerator": ("experiments.bench.accelerator",),
     "experiments.acceptance": ("experiments.bench.acceptance",),
     "experiments.costs": ("experiments.bench.costs",),
@@ -65,34 +72,34 @@ MODULES: dict[str, tuple[str, ...]] = {
     "experiments.report_parts": ("experiments.report.parts",),
     "experiments.runs": ("experiments.arms.drive",),
     "experiments.setup": ("experiments.arms.options",),
-    "experiments.single": ("experiments.train",),
+    "experiments.single": ("experiments.train", "keep.stop_signal"),
     "experiments.stack": ("experiments.bench.stack",),
     "experiments.step_cosines": ("experiments.bench.step_cosines",),
     "experiments.svg": ("experiments.report.charts",),
     "experiments.table": ("experiments.report.text",),
     "experiments.trajectories": ("experiments.bench.trajectories",),
     "features": ("observe.loss_features",),
-    "gate": ("judge.gate",),
+    "gate": ("judge.gate", "numerics.quantiles", "propose.proposal"),
     "health": ("observe.gradient_health",),
-    "history": ("observe.history",),
+    "history": ("observe.history", "numerics.running"),
     "host": ("weights.offload",),
     "inner_products": ("weights.products",),
     "kfac": ("observe.kfac",),
-    "ledger": ("judge.ledger",),
+    "ledger": ("judge.ledger", "cost", "records"),
     "lookahead": ("move.lookahead",),
     "manifest": ("keep.manifest",),
-    "metrics": ("tell.recorder",),
+    "metrics": ("tell.recorder", "tell.sinks", "tell.figures"),
     "observer": ("observe.window_encoder",),
     "persistence": ("keep.resume",),
     "phases": ("cycle.phases",),
     "predictors.ridge": ("numerics.ridge",),
     "presets": ("config.presets",),
     "progress": ("cli.progress",),
-    "proposals": ("propose.proposal",),
+    "proposals": ("propose.proposal", "judge.candidates", "judge.budget", "cycle.predict_step"),
     "residuals": ("propose.residuals",),
     "responses": ("cycle.alarms",),
-    "run": ("cycle.state",),
-    "snapshot": ("keep.snapshot",),
+    "run": ("cycle.state", "judge.probation", "propose.segments", "records"),
+    "snapshot": ("keep.snapshot", "keep.object_state", "weights.parameters", "keep.rng", "keep.buffers"),
     "state_tree": ("keep.state_tree",),
     "step_scale": ("move.lr_multiplier",),
     "streaming": ("numerics.streaming",),
@@ -116,7 +123,7 @@ MODULES: dict[str, tuple[str, ...]] = {
 }
 #: Packages that bear the name of a former module: what they do not have themselves is looked up there.
 PACKAGES: dict[str, tuple[str, ...]] = {
-    "cycle": ("cycle.learning",),
+    "cycle": ("cycle.learning", "cycle.inputs", "cycle.alarms"),
     "experiments.arms": ("experiments.run_arm",),
     "experiments.compare": ("experiments.compare.run",),
     "experiments.regimes": ("experiments.regimes.catalogue",),
@@ -125,7 +132,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "tasks.images": ("tasks.images.data",),
     "tasks.language": ("tasks.language.batches",),
     "tasks.sentences": ("tasks.sentences.data",),
-    "weights": ("weights.algebra",),
+    "weights": ("weights.algebra", "weights.parameters"),
 }
 
 
@@ -194,12 +201,16 @@ def lookup(package: str) -> Callable[[str], Any]:
         package: Its name inside this one.
     """
 
+    said: set[str] = set()
+
     def get(name: str) -> Any:
         if not name.startswith("__") and name not in ("_path", "path"):
             for home in PACKAGES[package]:
                 module = importlib.import_module(f"{PACKAGE}.{home}")
                 if hasattr(module, name):
-                    _warn(f"{package}.{name}", [f"{home}.{name}"])
+                    if name not in said:  # an import statement asks twice
+                        said.add(name)
+                        _warn(f"{package}.{name}", [f"{home}.{name}"])
                     return getattr(module, name)
         raise AttributeError(f"module {PACKAGE}.{package} has no attribute {name!r}")
 

@@ -356,3 +356,46 @@ class EpochResult:
 def zeros_like_coefficients(num_groups: int, num_columns: int) -> Tensor:
     """Coefficients (G, K) of the jump that goes nowhere."""
     return torch.zeros(num_groups, num_columns, dtype=torch.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """One approved jump, applied or skipped as a control."""
+
+    step: int  # real steps when it was approved
+    due: int  # real steps when it is settled
+    skipped: bool
+    horizon: int
+    loss: float  # averaged training loss before
+    pace: float  # share of the loss that a real step takes off
+    usual: float  # ratio of the loss over a window without a jump, lately
+    gain: float  # share of the loss that the gate proved the jump takes off
+    price: float = 0.0  # of the proposal, in units
+    left: float = math.nan  # share still there when settled
+    credited: float = 0.0  # steps
+
+    @property
+    def known(self) -> bool:
+        """Whether it has been settled with finite numbers."""
+        return math.isfinite(self.left) and math.isfinite(self.gain)
+
+
+@dataclass(slots=True)
+class Execution:
+    """What one executor did, for the monitor and the record."""
+
+    loss: Tensor
+    gradient_norm: Tensor | None = None
+    skipped: bool = False
+    searching: bool = False  # skipped because a gradient scaler is looking for its scale
+    verdict: Verdict | None = None
+    prediction: PhasePrediction | None = None
+    applied: Tensor | None = None  # (G, K) coefficients of the accepted jump, its scale included
+    consumed: bool = True  # False: the batch may be used again, nothing was learnt from it
+    kept: bool | None = None  # verdict of a finished probation
+    probation: tuple[float, float] | None = None  # (loss before, loss after) of a finished probation
+    forwards: float = 0.0
+    backwards: int = 0
+    claimed: int = 0
+    prediction_ms: float = 0.0
+    alarm: Alarm = field(default_factory=Alarm)  # of the loss on probation against the predicted one

@@ -15,9 +15,11 @@ from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from .config.settings import HybridTrainerConfig
+from .cost import STEP_UNITS
 from .cycle import outside
 from .cycle.alarms import force_full
-from .cycle.learning import describe, enter, judge_lookahead, monitor, observe, rescale, settle_readings, signals
+from .cycle.inputs import signals
+from .cycle.learning import describe, enter, judge_lookahead, monitor, observe, rescale, settle_readings
 from .cycle.passes import Rounds, Tally, goes_round, has_ended, replaying
 from .cycle.predictor_choice import choose_by_losses
 from .cycle.real_step import run_plain
@@ -26,15 +28,16 @@ from .cycle.transaction import execute, interrupted
 from .cycle.withdrawal import compare_with_anchor
 from .distributed.processes import refuse_distributed, refuse_several_processes
 from .judge.evaluation import check_exactness
-from .judge.ledger import STEP_UNITS
 from .judge.validation import ValFn, Validation
 from .keep import resume as persistence
 from .keep.finiteness import trained_weights_finite, whereabouts
-from .keep.optimizer_state import optimizer_parameters
 from .predictors import Predictor
 from .records import ConfigError, DivergenceError, EpochResult, Phase, StepResult
-from .tell.recorder import JsonlSink, Metrics, NullSink, Sink, statistics
+from .tell.figures import statistics
+from .tell.recorder import Metrics
+from .tell.sinks import JsonlSink, NullSink, Sink
 from .weights.offload import own_defaults
+from .weights.parameters import optimizer_parameters
 
 
 def default_loss(model: nn.Module, batch: Any) -> Tensor:

@@ -32,11 +32,11 @@ from ..experiments.report.page import write_report
 from ..experiments.report.text import short_value
 from ..experiments.run_arm import Run, in_steps, write_json
 from ..experiments.run_folder import MAX_TEXT, encodable, locked, refuse_used
-from ..keep import checkpoint
+from ..keep import checkpoint, housekeeping
 from ..predictors import PREDICTORS
 from ..records import CheckpointError, ConfigError, DivergenceError
 from ..tasks import TASKS
-from ..tell.recorder import jsonable
+from ..tell.sinks import jsonable
 from . import bench
 from .progress import Progress
 
@@ -254,8 +254,8 @@ def run_inspect(args: argparse.Namespace) -> int:
     if not path.is_dir():
         raise InputError(f"{path}: no such folder")
     inner = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    if checkpoint.checkpoints(inner):
-        path = checkpoint.latest(inner)
+    if housekeeping.checkpoints(inner):
+        path = housekeeping.latest(inner)
     elif not any(path.glob("*.safetensors")) and not any(path.glob("*.json")):
         raise InputError(f"{path}: is no checkpoint and holds none")
     found = checkpoint.describe(path)

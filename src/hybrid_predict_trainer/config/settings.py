@@ -427,3 +427,6 @@ class HybridTrainerConfig:
     def never_predicts(self) -> bool:
         """Whether these settings rule out every jump, so that nothing need be observed."""
         return not self.enabled or self.max_predict_steps == 0 or self.confidence_threshold >= 1.0
+
+
+AUTO, NOISY, EXACT = "auto", "secant", "quasi_newton"

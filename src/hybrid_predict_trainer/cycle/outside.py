@@ -11,9 +11,10 @@ from collections.abc import Sequence
 import torch
 
 from ..keep.failures import Place
-from ..keep.snapshot import Snapshot, named_parameters
+from ..keep.snapshot import Snapshot
 from ..notices import warn
 from ..weights import real_views
+from ..weights.parameters import named_parameters
 from ..weights.real_views import owner
 from ..weights.trained import Write
 from .motions import end_motions

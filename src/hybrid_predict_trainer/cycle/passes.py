@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..records import ConfigError, EpochResult, Phase
-from ..tell.recorder import statistics
+from ..tell.figures import statistics
 from ..weights import algebra as weights
 from .state import Run
 

@@ -11,7 +11,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from ..config.presets import PRESETS
-from ..config.settings import HybridTrainerConfig
+from ..config.settings import EXACT, NOISY, HybridTrainerConfig
 from ..config.toml import valid_keys, with_values
 from ..keep.failures import Place
 from ..observe.basis import Basis
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-AUTO, NOISY, EXACT = "auto", "secant", "quasi_newton"
 
 #: Batches in a row that are not the one before, after which a run no longer counts as full-batch training.
 BACK_AFTER = 20

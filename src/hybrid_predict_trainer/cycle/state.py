@@ -9,26 +9,27 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..config.settings import HybridTrainerConfig
+from ..config.settings import AUTO, NOISY, HybridTrainerConfig
 from ..cost import Counters
 from ..judge.exactness import Exactness
 from ..judge.guard import Guard
 from ..judge.ledger import Ledger
-from ..judge.probation import Probation, Segment, probation_from, probation_state, segment_from, segment_state
+from ..judge.probation import Probation, probation_from, probation_state
 from ..judge.switchback import Switchback
 from ..judge.validation import Validation
 from ..keep.buffers import BufferGuard
 from ..keep.failures import Failures, Place, name_of
 from ..keep.loss_modules import with_modules_beside
 from ..keep.model_state import Origin
-from ..keep.snapshot import HasState, Snapshot, snapshot_from, snapshot_state
+from ..keep.object_state import HasState, stateful
+from ..keep.snapshot import Snapshot, snapshot_from, snapshot_state
 from ..move.group_warmup import is_inside_a_block
 from ..move.lookahead import DriftLookahead, Lookahead, NoLookahead
 from ..move.lr_multiplier import CHECK_STEPS, LearnedScale
 from ..move.multiplier import orthogonalizes
 from ..move.optimizer_memory import left_alone
 from ..move.overflow import ScaleSearch
-from ..move.schedule import LrSchedule, stateful
+from ..move.schedule import LrSchedule
 from ..move.unit_scale import StepScale, UnitScale
 from ..observe.basis import Basis
 from ..observe.divergence import Monitor
@@ -36,20 +37,21 @@ from ..observe.history import History, Readout
 from ..observe.loss_features import loss_features
 from ..observe.recurrence import Recurrence
 from ..observe.same_batch import SameBatch
+from ..observe.window import window_from_state, window_state
 from ..observe.window_encoder import Observer
 from ..predictors import Predictor
-from ..predictors._common import window_from_state, window_state
 from ..propose.corrector import Correction
 from ..propose.feedback import Adaptation
+from ..propose.segments import Segment, segment_from, segment_state
 from ..propose.time_budget import TimeBudget
 from ..records import Phase, State, Window
-from ..weights import algebra as weights
 from ..weights import offload as host
 from ..weights import real_views
 from ..weights.algebra import Tensors
+from ..weights.parameters import predicted_parameters, untrained
 from ..weights.trained import Trained, Writes
 from .phases import Controller
-from .predictor_choice import AUTO, NOISY, bind, choose, settings_for
+from .predictor_choice import bind, choose, settings_for
 
 #: More real steps than any run has.
 NEVER = 1 << 60
@@ -69,7 +71,7 @@ class Run:
         self.model, self.optimizer, self.config = model, optimizer, config
         self.loss_fn, self.grad_scaler = loss_fn, grad_scaler
         self.schedule = LrSchedule(lr_scheduler, config.lr_interval)
-        self.parameters, self.groups = weights.predicted_parameters(model, optimizer, roles)
+        self.parameters, self.groups = predicted_parameters(model, optimizer, roles)
         self.views = [p for p in self.parameters if isinstance(p, real_views.RealView)]
         self.on_cpu = all(p.device.type == "cpu" for p in self.parameters)
         self.trained = Trained(self.parameters, optimizer)
@@ -102,7 +104,7 @@ class Run:
             steps = CHECK_STEPS if self.on_cpu else max(CHECK_STEPS, config.divergence.check_interval_steps)
             self.scale = LearnedScale(
                 self.groups, 1.0 if orthogonalizes(optimizer) else config.max_learned_scale, least, steps,
-                untrained=weights.untrained(self.parameters, self.groups.names),
+                untrained=untrained(self.parameters, self.groups.names),
                 control_fraction=config.gate.control_fraction, generator=self.generator,
             )  # fmt: skip
         self.lookahead: Lookahead = NoLookahead()

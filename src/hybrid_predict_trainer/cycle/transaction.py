@@ -22,10 +22,12 @@ import torch
 from torch import Tensor
 
 from ..keep.failures import Place
-from ..records import Decision, Phase, Reason, Verdict
+from ..records import Decision, Execution, Phase, Reason, Verdict
 from ..weights import algebra as weights
+from .correct_step import conclude
+from .loop import EXECUTORS
 from .motions import look_ahead
-from .real_step import EXECUTORS, Execution, conclude, count_real
+from .real_step import count_real
 from .state import Run
 
 #: What an attribute holds that is changed in place.

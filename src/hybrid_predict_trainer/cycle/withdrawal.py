@@ -13,11 +13,12 @@ import torch
 
 from ..judge.evaluation import attempt, losses_of
 from ..judge.guard import Request
-from ..keep.snapshot import Snapshot, named_parameters
+from ..keep.snapshot import Snapshot
 from ..move.multiplier import Advice
 from ..move.schedule import copied, set_value
 from ..notices import warn
 from ..weights import algebra as weights
+from ..weights.parameters import named_parameters
 from .motions import end_motions
 from .outside import forget_weights
 from .state import Run

@@ -12,7 +12,7 @@ from ..predictors import Predictor, build
 from ..records import State, StepResult
 from ..trainer import HybridTrainer
 from ..weights import algebra as weights
-from ..weights.algebra import predicted_parameters
+from ..weights.parameters import predicted_parameters
 from .arms.drive import (
     COUNTS,
     Arm,

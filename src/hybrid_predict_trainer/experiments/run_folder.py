@@ -14,9 +14,9 @@ from typing import Any
 
 from ..config.settings import HybridTrainerConfig
 from ..config.toml import differences
-from ..keep import checkpoint
+from ..keep import housekeeping
 from ..safe_files import open_append, read_json_object, refuse_links
-from ..tell.recorder import jsonable
+from ..tell.sinks import jsonable
 from .arms.options import RANGES, InputError, Options, as_input_error, given_config
 from .report.text import short_value
 
@@ -314,4 +314,4 @@ def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def saved_steps(out: Path) -> Sequence[Path]:
     """Checkpoints of the run, oldest first, unverified."""
-    return checkpoint.checkpoints(out / "checkpoints")
+    return housekeeping.checkpoints(out / "checkpoints")

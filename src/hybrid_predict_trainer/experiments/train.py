@@ -8,22 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import math
-import signal
 import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from ..config.toml import load, to_toml
-from ..keep import checkpoint
+from ..keep import housekeeping
 from ..keep import resume as persistence
 from ..keep.manifest import CONFIG
+from ..keep.stop_signal import StopSignal
 from ..records import CheckpointError, DivergenceError, StepResult
 from ..safe_files import UnusableFileError, write_text
-from ..tell.recorder import JsonlSink, jsonable
+from ..tell.sinks import JsonlSink, jsonable
 from ..trainer import HybridTrainer
 from .arms.environment import environment
 from .arms.options import InputError, as_input_error, build_setup
@@ -47,46 +46,6 @@ __all__ = ["Request", "Saver", "StopSignal", "locked", "refuse_used", "train"]
 
 #: What to do where a run is in the way.
 IN_USE = "add --resume to continue it, or choose another --out"
-
-
-class StopSignal:
-    """The first SIGINT, SIGTERM or SIGHUP asks for an end after the current step, the second ends the process.
-
-    A hang-up that is ignored stays ignored: that is what ``nohup`` asks for.
-    """
-
-    def __init__(self) -> None:
-        """Nothing has been asked yet."""
-        self.number = 0
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignal:
-        """Listen, where this is the main thread."""
-        with contextlib.suppress(ValueError):
-            for number in self._numbers():
-                self._previous[number] = signal.signal(number, self._note)
-        return self
-
-    @staticmethod
-    def _numbers() -> list[int]:
-        hang_up = getattr(signal, "SIGHUP", None)  # not everywhere
-        heeded = hang_up is not None and signal.getsignal(hang_up) is not signal.SIG_IGN
-        return [signal.SIGINT, signal.SIGTERM, *([hang_up] if hang_up is not None and heeded else [])]
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
-        for each in self._previous:
-            signal.signal(each, signal.SIG_DFL)
-
-    def __exit__(self, *error: object) -> None:
-        """Listen no more."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    @property
-    def exit_status(self) -> int:
-        """As shells report a signal; 0 if there was none."""
-        return 128 + self.number if self.number else 0
 
 
 def train(request: Request, out: Path, *, resume: bool, watch: Watch | None = None) -> tuple[dict[str, Any], int]:
@@ -160,7 +119,7 @@ def _train(
     folder = out / "checkpoints"
     data = Position()
     if resume:
-        latest = checkpoint.latest(folder)
+        latest = housekeeping.latest(folder)
         agree_checkpoint(out / "config.toml", load(latest / CONFIG), trainer.config)
         data = Position.of(persistence.load(trainer.run, trainer.metrics, latest))
     with as_input_error():

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
+from ..cost import FORWARD_UNITS
 from ..keep.failures import Place
 from ..keep.isolation import Isolation, Mode, is_compiled, isolated, uses_batch_statistics
 from ..keep.loss_modules import modules_beside
@@ -23,7 +24,6 @@ from ..notices import warn
 from ..observe import batches
 from ..records import Reason
 from .exactness import Agreement, measure
-from .ledger import FORWARD_UNITS
 
 if TYPE_CHECKING:
     from ..cycle.state import Run

@@ -18,22 +18,13 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from ..config.settings import GateConfig
-from ..records import State
-from .gate import t_quantile
-
-#: Cost of one optimizer step in forwards: forward 1, backward 2, update 0.1 (specification).
-FORWARD_UNITS = 1.0
-BACKWARD_UNITS = 2.0
-UPDATE_UNITS = 0.1
-STEP_UNITS = FORWARD_UNITS + BACKWARD_UNITS + UPDATE_UNITS
-#: One pass over the weights (reading or writing every weight once) in forwards: an estimate for batches of
-#: some 2,000 tokens (an update of seven passes at the specification's 0.1 would make it 0.014).  What it is on a given
-#: machine shows in the wall-clock beside the cost.
-PASS_UNITS = 0.002
+from ..cost import STEP_UNITS
+from ..numerics.quantiles import t_quantile
+from ..records import Account, State
 
 #: Persistence before anything is known, as mean and standard deviation of a normal prior.  With noisy
 #: losses most of a gate gain is progress that the next steps would have made anyway; with exact ones most stays.
@@ -42,28 +33,6 @@ PRIOR_NOISY = (0.1, 0.1)
 
 #: Windows without a jump that say what is usual.
 NUM_FREE_WINDOWS = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Account:
-    """One approved jump, applied or skipped as a control."""
-
-    step: int  # real steps when it was approved
-    due: int  # real steps when it is settled
-    skipped: bool
-    horizon: int
-    loss: float  # averaged training loss before
-    pace: float  # share of the loss that a real step takes off
-    usual: float  # ratio of the loss over a window without a jump, lately
-    gain: float  # share of the loss that the gate proved the jump takes off
-    price: float = 0.0  # of the proposal, in units
-    left: float = math.nan  # share still there when settled
-    credited: float = 0.0  # steps
-
-    @property
-    def known(self) -> bool:
-        """Whether it has been settled with finite numbers."""
-        return math.isfinite(self.left) and math.isfinite(self.gain)
 
 
 class Ledger:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..keep.snapshot import Snapshot
-from ..records import Level, PhasePrediction, State
+from ..records import Level, State
 from ..weights import algebra as weights
 
 
@@ -38,14 +38,6 @@ class Probation:
         self.unread = []
 
 
-@dataclass(slots=True)
-class Segment:
-    """What is left of a jump that is checked in several pieces."""
-
-    prediction: PhasePrediction
-    num_left: int
-
-
 def probation_state(p: Probation | None) -> State | None:
     """Plain containers; its losses are read."""
     if p is None:
@@ -70,23 +62,15 @@ def probation_from(state: State | None) -> Probation | None:
     return Probation(**values)
 
 
-def segment_state(s: Segment | None) -> State | None:
-    """Plain containers."""
-    if s is None:
-        return None
-    p = s.prediction
-    return {
-        "num_left": s.num_left, "coefficients": p.coefficients, "horizon": p.horizon,
-        "predicted_loss": p.predicted_loss, "predicted_reduction": p.predicted_reduction,
-        "confidence": p.confidence, "max_scale": p.max_scale, "alternatives": list(p.alternatives),
-    }  # fmt: skip
+def probation_passes(probation: Probation, sigma: float) -> bool:
+    """Whether the smoothed loss on probation is no worse than before the jump.
 
-
-def segment_from(state: State | None) -> Segment | None:
-    """Inverse of :func:`segment_state`."""
-    if state is None:
-        return None
-    values = dict(state)
-    num_left = values.pop("num_left")
-    values["alternatives"] = tuple(values["alternatives"])
-    return Segment(PhasePrediction(**values), num_left)
+    Degraded means: more than ``sigma`` standard errors above the smoothed loss before, above the
+    fallback threshold, or a critical alarm on the way.
+    """
+    if probation.worst_level >= Level.CRITICAL or not probation.losses:
+        return False
+    n = len(probation.losses)
+    after = sum(probation.losses) / n
+    tolerance = sigma * max(probation.std_before, 1e-6 * abs(probation.loss_before)) / math.sqrt(n)
+    return after <= min(probation.loss_before + tolerance, max(probation.fallback_threshold, probation.loss_before))

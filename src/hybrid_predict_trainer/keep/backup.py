@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 from ..weights import offload as host
+from ..weights.parameters import named_parameters, parameter_names
 from ..weights.trained import Write
 from . import optimizer_state
 from .buffers import Buffers
 from .object_state import Capture, OpaqueStateError, Restore
 from .object_state import Path as Place
-from .optimizer_state import parameter_names
 from .rng import rng_state, set_rng_state
-from .snapshot import named_parameters
 
 if TYPE_CHECKING:
     from ..cycle.state import Run

@@ -18,19 +18,13 @@ the directory may also write a manifest.
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import hashlib
 import importlib.metadata
 import json
 import math
 import os
 import re
-import secrets
-import shutil
-import socket
 import stat
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,6 +35,7 @@ from torch import Tensor
 
 from ..notices import warn
 from ..records import CheckpointError, State
+from .housekeeping import _discard, _is_intact, _quarantine, _rotate, _sweep, _temporary
 from .manifest import (
     CHECKPOINT_NAME,
     CONFIG,
@@ -64,14 +59,6 @@ from .state_tree import Json, decode, encode, read_tensors, write_tensors
 from .state_tree import TensorSpec as TensorSpec
 from .state_tree import check_compatible as check_compatible
 
-#: A temporary directory is abandoned after a day, whoever made it; arbitrary, far above any save.
-STALE_S = 86_400
-
-#: Tells this process from an earlier one with its pid: in a container every run may be pid 1.
-_PROCESS = secrets.token_hex(4)
-
-_NAME_OR_OLD = re.compile(CHECKPOINT_NAME.pattern + r"(\.old)?")
-_TMP = re.compile(rf"\.tmp-{CHECKPOINT_NAME.pattern}-([0-9]{{1,9}})-([0-9a-f]{{6}})([0-9a-f]{{8}})[0-9a-f]{{8}}")
 _PART = re.compile(r"[a-z][a-z0-9_]{0,63}")
 
 
@@ -172,49 +159,6 @@ def load(path: str | Path) -> LoadedCheckpoint:
         manifest=manifest,
         path=path,
     )
-
-
-def checkpoints(directory: str | Path) -> list[Path]:
-    """All directories named as checkpoints, oldest step first, unverified.
-
-    ``checkpoint_step_N.old`` counts where a save was killed between setting it aside and putting the
-    new one in its place.
-    """
-    directory = Path(directory)
-    found: dict[int, Path] = {}
-    with contextlib.suppress(OSError):
-        for entry in sorted(directory.iterdir(), reverse=True):  # N.old comes before N, which replaces it
-            match = _NAME_OR_OLD.fullmatch(entry.name)
-            if match and entry.is_dir() and not entry.is_symlink():
-                found[int(match[1])] = entry
-    return [found[step] for step in sorted(found)]
-
-
-def latest(directory: str | Path, *, quarantine: bool = False) -> Path:
-    """The checkpoint of the highest step that verifies; damaged ones are skipped with a warning.
-
-    The file ``latest`` is for people and scripts and is not consulted: a kill may leave it behind.
-
-    Args:
-        directory: where ``save`` wrote.
-        quarantine: rename damaged ones to ``*.corrupt``, so that they are not tried again.
-
-    Raises:
-        CheckpointError: none is left.
-    """
-    damaged = 0
-    for path in reversed(checkpoints(directory)):
-        try:
-            verify(path)
-        except CheckpointError as error:
-            damaged += 1
-            warn(f"skipping a checkpoint: {error}", stacklevel=2)
-            if quarantine:
-                with contextlib.suppress(OSError):  # a read-only disk: skipping it is enough
-                    _quarantine(path)
-        else:
-            return path
-    raise CheckpointError(f"no intact checkpoint in {directory} ({damaged} damaged); begin a new run in another folder")
 
 
 #: What a trainer says of its run beside its state; null in checkpoints from before it did.
@@ -328,90 +272,6 @@ def _commit(temporary: Path, target: Path) -> None:
             old.rename(target)
         raise
     _fsync(target.parent)
-
-
-def _sweep(directory: Path) -> None:
-    """Finish what a killed save left: unnamed directories go, a set-aside checkpoint comes back."""
-    for path in list(directory.iterdir()):
-        temporary = _TMP.fullmatch(path.name)
-        if temporary and not _may_be_in_use(path, int(temporary[2]), temporary[3], temporary[4]):
-            _discard(path)
-        if path.name.endswith(".old") and _NAME_OR_OLD.fullmatch(path.name):
-            target = path.with_suffix("")
-            if not os.path.lexists(target):
-                path.rename(target)
-            elif _is_intact(path):
-                _delete(path)
-            else:
-                _quarantine(path)
-
-
-def _rotate(newest: Path, keep_last_n: int) -> None:
-    kept = 1  # the one just written, whatever its step
-    for path in reversed(checkpoints(newest.parent)):
-        if path == newest or not _is_intact(path):
-            continue
-        if kept < keep_last_n:
-            kept += 1
-        else:
-            _delete(path)
-
-
-def _delete(checkpoint: Path) -> None:
-    # Renamed first: a kill half-way must not leave half a checkpoint under a checkpoint's name.
-    doomed = _temporary(checkpoint)
-    checkpoint.rename(doomed)
-    shutil.rmtree(doomed)
-
-
-def _discard(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)
-
-
-def _quarantine(path: Path) -> None:
-    number, aside = 1, path.with_name(f"{path.name}.corrupt")
-    while os.path.lexists(aside):
-        number += 1
-        aside = path.with_name(f"{path.name}.corrupt-{number}")
-    path.rename(aside)
-
-
-def _temporary(target: Path) -> Path:
-    name = target.name.removesuffix(".old")
-    return target.with_name(f".tmp-{name}-{os.getpid()}-{_host()}{_PROCESS}{secrets.token_hex(4)}")
-
-
-def _host() -> str:
-    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
-
-
-def _may_be_in_use(path: Path, pid: int, host: str, process: str) -> bool:
-    if time.time() - path.lstat().st_mtime > STALE_S:
-        return False
-    if host != _host() or os.name == "nt":  # there, signal 0 is no question but a Ctrl-C
-        return True
-    if pid == os.getpid():
-        return process == _PROCESS
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-def _is_intact(path: Path) -> bool:
-    """Whether every file is there in its size: cheap, for housekeeping, not for reading."""
-    try:
-        verify(path, hashes=False)
-    except CheckpointError:
-        return False
-    return True
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .optimizer_state import optimizer_parameters
+from ..weights.parameters import optimizer_parameters
 
 
 def trained_weights_finite(optimizer: Optimizer) -> bool:

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..cycle.predictor_choice import EXACT, NOISY
+from ..config.settings import EXACT, NOISY
 from ..records import CheckpointError, State
-from .optimizer_state import check_names, optimizer_parameters
+from ..weights.parameters import optimizer_parameters
+from .optimizer_state import check_names
 
 if TYPE_CHECKING:
     from ..cycle.state import Run

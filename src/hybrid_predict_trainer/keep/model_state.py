@@ -18,9 +18,9 @@ from torch.optim import Optimizer
 
 from ..records import CheckpointError, State
 from ..weights import offload as host
+from ..weights.parameters import optimizer_parameters
 from .buffers import BufferGuard, Place, places, put
 from .object_state import Capture, Restore
-from .optimizer_state import optimizer_parameters
 from .state_tree import Mark, TensorSpec, check_compatible
 
 #: Numbers of a frozen tensor that its fingerprint reads, evenly spaced; all of them in smaller ones.

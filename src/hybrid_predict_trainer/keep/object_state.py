@@ -41,7 +41,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import PosixPath, PurePosixPath, PureWindowsPath, WindowsPath
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -445,3 +445,45 @@ def _remove(value: Any, name: str) -> None:
 
 def _is_slot(value: Any, name: str) -> bool:
     return isinstance(vars(type(value)).get(name), types.MemberDescriptorType)
+
+
+class PlainState:
+    """State of a scheduler that has no ``state_dict``: its attributes that are plain values."""
+
+    def __init__(self, scheduler: Any) -> None:
+        """Bind to it."""
+        self.scheduler = scheduler
+
+    def state_dict(self) -> dict[str, Any]:
+        """Numbers, strings, tensors, and lists and dicts of them."""
+        return {name: value for name, value in vars(self.scheduler).items() if _is_plain(value)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Inverse of :meth:`state_dict`."""
+        vars(self.scheduler).update(state_dict)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, bool | int | float | str | Tensor)
+
+
+def stateful(scheduler: Any) -> HasState:
+    """The scheduler, or a view of it that has a state."""
+    if hasattr(scheduler, "state_dict") and hasattr(scheduler, "load_state_dict"):
+        known: HasState = scheduler
+        return known
+    return PlainState(scheduler)
+
+
+class HasState(Protocol):
+    """Anything with a state: learning-rate schedulers, gradient scalers, sampler objects."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> object:
+        """Take the state back."""

@@ -20,21 +20,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..records import CheckpointError, State
+from ..weights.parameters import optimizer_parameters, parameter_names
 from .object_state import Capture, OpaqueStateError, Path, Restore, attributes
 from .state_tree import Mark, is_dense
-
-
-def optimizer_parameters(optimizer: Optimizer) -> list[Tensor]:
-    """Parameters in group order, as ``optimizer.state_dict`` numbers them."""
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def parameter_names(model: nn.Module, optimizer: Optimizer) -> dict[int, str]:
-    """``id`` -> name, of the model's parameters and then of those only the optimizer holds."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    for i, p in enumerate(q for q in optimizer_parameters(optimizer) if id(q) not in names):
-        names.setdefault(id(p), f"optimizer:{i}")
-    return names
 
 
 @torch.no_grad()

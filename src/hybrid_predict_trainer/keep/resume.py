@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from ..config.toml import to_toml
-from ..move.schedule import stateful
 from ..records import CheckpointError, State
+from ..weights.parameters import optimizer_parameters
 from . import checkpoint, failures, model_state, optimizer_state, schema
 from .backup import Backup
 from .identity import check_identity, check_parts, identity
 from .manifest import MALFORMED, refusal
 from .migration import upgraded
-from .optimizer_state import optimizer_parameters
+from .object_state import stateful
 from .rng import rng_state, set_rng_state
 from .state_tree import check_plain
 

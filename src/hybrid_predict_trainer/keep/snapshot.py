@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,20 +13,15 @@ from torch.optim import Optimizer
 
 from ..records import State
 from ..weights import offload as host
+from ..weights.parameters import (
+    all_parameters,
+    named_parameters,
+    trained_parameters,
+)
 from . import optimizer_state
 from .buffers import Buffers, places
-from .optimizer_state import optimizer_parameters, parameter_names
+from .object_state import HasState
 from .rng import rng_state, set_rng_state
-
-
-class HasState(Protocol):
-    """Anything with a state: learning-rate schedulers, gradient scalers, sampler objects."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state."""
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> object:
-        """Take the state back."""
 
 
 def paired(value: Any, other: Any, leaf: Callable[[Tensor, Any], Tensor]) -> Any:
@@ -158,23 +153,6 @@ class Snapshot:
             values["optimizer"] = {"state": values.pop("optimizer_state"), "groups": values.pop("optimizer_groups")}
             values["names"] = None
         return cls(**values)
-
-
-def all_parameters(model: nn.Module, optimizer: Optimizer) -> list[Tensor]:
-    """Parameters of the model, then those only the optimizer holds."""
-    return list(named_parameters(model, optimizer).values())
-
-
-def named_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Name -> parameter, of the model and then of those only the optimizer holds."""
-    names = parameter_names(model, optimizer)
-    return {names[id(p)]: p for p in [*model.parameters(), *optimizer_parameters(optimizer)]}
-
-
-def trained_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Name -> parameter, of those that require a gradient or that the optimizer holds."""
-    held = set(map(id, optimizer_parameters(optimizer)))
-    return {n: p for n, p in named_parameters(model, optimizer).items() if p.requires_grad or id(p) in held}
 
 
 def _beside(saved: Tensor, live: Any) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..numerics.sequential import Moments, mean_interval
 from ..weights import algebra as weights
-from ..weights.algebra import Groups
+from ..weights.parameters import Groups
 
 #: |mean| / spread of h from which on the sign shows in single steps.  Measured: 2.5 to 8 at a tenth of the tuned rate
 #: with batches of 64 images or 2,048 tokens, 1.0 to 1.7 with batches of 8 to 16 whatever the rate.

@@ -49,7 +49,8 @@ from ..judge.switchback import NUM_LOSSES, Switchback
 from ..numerics.sequential import Moments
 from ..records import State
 from ..weights import algebra as weights
-from ..weights.algebra import Groups, Tensors
+from ..weights.algebra import Tensors
+from ..weights.parameters import Groups
 from .edge_test import step_cosines
 from .group_warmup import EarlyCuts
 from .multiplier import Advice, Multiplier, Reading

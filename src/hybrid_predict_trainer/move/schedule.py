@@ -22,7 +22,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ConstantLR, ExponentialLR, LambdaLR, LinearLR, MultiStepLR, StepLR
 
 from ..config.settings import Interval
-from ..keep.snapshot import HasState
 from ..notices import warn
 from ..records import State
 
@@ -276,35 +275,3 @@ def _put_back(rates: Sequence[tuple[dict[str, Any], Any, Any]]) -> None:
         if isinstance(live, Tensor) and copied is not None:
             live.detach().copy_(copied)
         group["lr"] = live
-
-
-class PlainState:
-    """State of a scheduler that has no ``state_dict``: its attributes that are plain values."""
-
-    def __init__(self, scheduler: Any) -> None:
-        """Bind to it."""
-        self.scheduler = scheduler
-
-    def state_dict(self) -> dict[str, Any]:
-        """Numbers, strings, tensors, and lists and dicts of them."""
-        return {name: value for name, value in vars(self.scheduler).items() if _is_plain(value)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Inverse of :meth:`state_dict`."""
-        vars(self.scheduler).update(state_dict)
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return all(_is_plain(item) for item in value)
-    return value is None or isinstance(value, bool | int | float | str | Tensor)
-
-
-def stateful(scheduler: Any) -> HasState:
-    """The scheduler, or a view of it that has a state."""
-    if hasattr(scheduler, "state_dict") and hasattr(scheduler, "load_state_dict"):
-        known: HasState = scheduler
-        return known
-    return PlainState(scheduler)

@@ -29,7 +29,8 @@ from torch import Tensor
 from ..records import BasisSpec, Hindsight, Products, State
 from ..weights import algebra as weights
 from ..weights import offload as host
-from ..weights.algebra import Groups, Tensors
+from ..weights.algebra import Tensors
+from ..weights.parameters import Groups
 from ..weights.products import paired_dots, row_dots, squared_norms, weighted_sum
 
 #: Below this many weights sums and columns are kept in float64: late in a deterministic run a

@@ -4,87 +4,17 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..numerics.running import Baseline, RunningMoments, slope
 from ..records import State
 from ..weights import algebra as weights
 
 LOSS_CAPACITY = 256
 NORM_CAPACITY = 64
-
-
-@dataclass(slots=True)
-class RunningMoments:
-    """Exponential mean and variance with the start-up bias taken out (as Adam does)."""
-
-    decay: float
-    count: int = 0
-    _mean: float = 0.0
-    _square: float = 0.0
-
-    def push(self, value: float) -> None:
-        """Add one finite value."""
-        self.count += 1
-        self._mean = self.decay * self._mean + (1 - self.decay) * value
-        self._square = self.decay * self._square + (1 - self.decay) * value * value
-
-    @property
-    def mean(self) -> float:
-        """Mean; NaN before the first value."""
-        return self._mean / (1 - self.decay**self.count) if self.count else math.nan
-
-    @property
-    def std(self) -> float:
-        """Standard deviation; 0 for a constant."""
-        if not self.count:
-            return math.nan
-        mean = self.mean
-        return math.sqrt(max(0.0, self._square / (1 - self.decay**self.count) - mean * mean))
-
-    def state_dict(self) -> State:
-        """Plain numbers."""
-        return {"decay": self.decay, "count": self.count, "mean": self._mean, "square": self._square}
-
-    def load_state_dict(self, state: State) -> None:
-        """Inverse of :meth:`state_dict`."""
-        self.decay, self.count = state["decay"], state["count"]
-        self._mean, self._square = state["mean"], state["square"]
-
-
-@dataclass(slots=True)
-class Baseline:
-    """Mean, spread and range of a quantity over warm-up (Welford's update)."""
-
-    count: int = 0
-    mean: float = 0.0
-    _m2: float = 0.0
-    low: float = math.inf
-    high: float = -math.inf
-
-    def push(self, value: float) -> None:
-        """Add one finite value."""
-        self.count += 1
-        delta = value - self.mean
-        self.mean += delta / self.count
-        self._m2 += delta * (value - self.mean)
-        self.low, self.high = min(self.low, value), max(self.high, value)
-
-    @property
-    def std(self) -> float:
-        """Sample standard deviation, 0 below two values."""
-        return math.sqrt(self._m2 / (self.count - 1)) if self.count > 1 else 0.0
-
-    def state_dict(self) -> State:
-        """Plain numbers."""
-        return {"count": self.count, "mean": self.mean, "m2": self._m2, "low": self.low, "high": self.high}
-
-    def load_state_dict(self, state: State) -> None:
-        """Inverse of :meth:`state_dict`."""
-        self.count, self.mean, self._m2 = state["count"], state["mean"], state["m2"]
-        self.low, self.high = state["low"], state["high"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,14 +158,3 @@ class History:
         self.norm_baseline.load_state_dict(state["norm_baseline"])
         self.loss_baseline.load_state_dict(state["loss_baseline"])
         self._window_losses = deque(((int(s), float(v)) for s, v in state["window_losses"]), maxlen=256)
-
-
-def slope(points: Iterable[tuple[float, float]]) -> float:
-    """Least-squares slope of (x, y) points, 0 below two distinct x."""
-    pairs = [(x, y) for x, y in points if math.isfinite(y)]
-    if len(pairs) < 2:
-        return 0.0
-    mean_x = sum(x for x, _ in pairs) / len(pairs)
-    mean_y = sum(y for _, y in pairs) / len(pairs)
-    spread = sum((x - mean_x) ** 2 for x, _ in pairs)
-    return sum((x - mean_x) * (y - mean_y) for x, y in pairs) / spread if spread else 0.0

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from ..config.settings import EncoderConfig
-from ..judge.ledger import PASS_UNITS
+from ..cost import PASS_UNITS
 from ..numerics.streaming import CountSketch, LowRankFactors, StreamingPca
 from ..records import BasisSpec, CheckpointError, State, Window
-from ..weights.algebra import Groups
+from ..weights.parameters import Groups
 from . import gradient_health as health
 from .basis import Basis
 from .encoder import Encoder

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ..observe.encoder import Encoder
+from ..observe.window import window_from_state, window_state
 from ..records import BasisSpec, State, Window
-from ._common import window_from_state, window_state
 from ._frame import MAX_AHEAD, Frame, drift_rates, known_targets
 
 #: Targets beyond this multiple of the last displacement are outliers (a step on a spike).

@@ -35,8 +35,9 @@ import torch
 from torch import Tensor
 
 from ..config.settings import DmdConfig
+from ..observe.window import window_from_state, window_state
 from ..records import BasisSpec, Hindsight, PhasePrediction, State, Window, zeros_like_coefficients
-from ._common import TRAJECTORY_POINTS, linear_loss_trajectory, window_from_state, window_state
+from ._common import TRAJECTORY_POINTS, linear_loss_trajectory
 from ._learned import changed_loss, log_change
 from .secant import orthonormaliser
 

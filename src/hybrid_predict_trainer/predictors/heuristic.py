@@ -8,8 +8,9 @@ Adam it is wrong by construction (an Adam step does not depend on ||g||): it is 
 
 from __future__ import annotations
 
+from ..observe.window import window_from_state, window_state
 from ..records import BasisSpec, PhasePrediction, State, Window, zeros_like_coefficients
-from ._common import linear_loss_trajectory, window_from_state, window_state
+from ._common import linear_loss_trajectory
 
 
 class Heuristic:

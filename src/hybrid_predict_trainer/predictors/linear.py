@@ -29,8 +29,9 @@ from torch import Tensor
 
 from ..config.settings import LinearConfig
 from ..numerics.ridge import SelectedRidge, solve_ridges
+from ..observe.window import window_from_state, window_state
 from ..records import BasisSpec, Hindsight, PhasePrediction, State, Window
-from ._common import TRAJECTORY_POINTS, window_from_state, window_state
+from ._common import TRAJECTORY_POINTS
 
 #: Weight of the all-groups solution against one group's own data.
 SHRINKAGE = 0.5

@@ -41,8 +41,9 @@ from torch import Tensor
 
 from ..config.settings import HybridTrainerConfig, QuasiNewtonConfig
 from ..observe.basis import FLOAT64_BELOW
+from ..observe.window import window_from_state, window_state
 from ..records import BasisSpec, PhasePrediction, Products, State, Window, zeros_like_coefficients
-from ._common import linear_loss_trajectory, window_from_state, window_state
+from ._common import linear_loss_trajectory
 
 #: s'y has to exceed this share of |s| |y|: a pair with less has no curvature a step could trust.
 MIN_CURVATURE = 1e-10

@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 
 from ..config.settings import SecantConfig
+from ..observe.window import window_from_state, window_state
 from ..records import BasisSpec, PhasePrediction, State, Window, zeros_like_coefficients
-from ._common import TRAJECTORY_POINTS, window_from_state, window_state
+from ._common import TRAJECTORY_POINTS
 
 
 def orthonormaliser(gram: Tensor, tolerance: float) -> Tensor:

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from ..config.settings import HybridTrainerConfig
-from ..judge.ledger import STEP_UNITS, Account
+from ..cost import STEP_UNITS
 from ..keep.failures import Failures, Place
 from ..observe.loss_features import NUM_LOSS_FEATURES
-from ..records import BasisSpec, Hindsight, PhasePrediction, State, Window
+from ..records import Account, BasisSpec, Hindsight, PhasePrediction, State, Window
 from .confidence import Confidence, Evidence, TrackRecord
 from .corrector import Corrector, NoCorrection, ResidualCorrector
 from .horizon import Bandit, Choice, LinUCB, context_features, horizons, reward

@@ -6,110 +6,28 @@ not end a run: it is switched off, said once, and the summary carries ``metrics_
 
 from __future__ import annotations
 
-import json
-import math
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from ..keep.failures import Failures, Place
-from ..notices import warn
-from ..observe.history import RunningMoments
+from ..numerics.running import RunningMoments
 from ..predictors import Paced
 from ..records import Alarm, Decision, Phase, Reason, State, StepResult
-from ..safe_files import open_append
 from ..weights import algebra as weights
-from .summary import correlation, histogram, mean
+from .figures import histograms, statistics
+from .sinks import SCHEMA, NullSink, Sink, jsonable
+from .summary import correlation, mean
 
 if TYPE_CHECKING:
-    from ..cycle.real_step import Execution
     from ..cycle.state import Run
+    from ..records import Execution
 
-SCHEMA = 1
 
 #: Jumps and windows whose times and errors enter the averages: the last ones, or a long run's memory would grow.
 KEPT = 1000
-
-
-def jsonable(value: Any) -> Any:
-    """Plain JSON value; a number that is not finite becomes null (JSON has no NaN)."""
-    if isinstance(value, bool) or value is None or isinstance(value, str | int):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(k): jsonable(v) for k, v in value.items()}
-    if isinstance(value, tuple | list):
-        return [jsonable(v) for v in value]
-    return jsonable(value.tolist() if hasattr(value, "tolist") else str(value))
-
-
-class Sink(Protocol):
-    """Where records go."""
-
-    incomplete: bool
-
-    def write(self, record: Mapping[str, Any]) -> None:
-        """Take one record."""
-
-    def close(self) -> None:
-        """Nothing more will come."""
-
-
-class NullSink:
-    """Records go nowhere."""
-
-    incomplete = False
-
-    def write(self, record: Mapping[str, Any]) -> None:
-        """Drop it."""
-
-    def close(self) -> None:
-        """Nothing to do."""
-
-
-class JsonlSink:
-    """Appends one line per record and flushes it, so that a killed run loses at most one line."""
-
-    def __init__(self, path: str | Path, *, follow_links: bool = True) -> None:
-        """Open for appending; the folder is made if needed.
-
-        Args:
-            path: Of the file.
-            follow_links: False: refuse symbolic links and whatever is no regular file, in a folder of others' say.
-
-        Raises:
-            UnusableFileError: what stands there is refused.
-        """
-        self.incomplete = False
-        self._path = Path(path)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        if follow_links:
-            self._file = self._path.open("a", encoding="utf-8")
-        else:
-            self._file = os.fdopen(open_append(self._path), "a", encoding="utf-8")
-
-    def write(self, record: Mapping[str, Any]) -> None:
-        """Write a line; after a failure write no more."""
-        if self.incomplete:
-            return
-        try:
-            self._file.write(json.dumps(jsonable(record), allow_nan=False, separators=(",", ":")) + "\n")
-            self._file.flush()
-        except OSError as error:
-            self.incomplete = True
-            warn(f"{self._path}: {error.strerror}; metrics are no longer written, training goes on", stacklevel=2)
-
-    def close(self) -> None:
-        """Close the file."""
-        try:
-            self._file.close()
-        except OSError:
-            self.incomplete = True
 
 
 class Metrics:
@@ -389,45 +307,3 @@ class Metrics:
         self.step_ms.load_state_dict(state["step_ms"])
         self.total_ms, self.overhead_ms = state["total_ms"], state["overhead_ms"]
         self._last_phase = Phase(state["last_phase"])
-
-
-def histograms(run: Run) -> dict[str, Any]:
-    """Counts and edges of the last losses (256) and gradient norms (64)."""
-    bins = run.config.metrics.histogram_bins
-    return {
-        name: histogram(v, bins) for name, v in (("loss", run.history.losses), ("gradient_norm", run.history.norms))
-    }
-
-
-def statistics(run: Run) -> dict[str, Any]:
-    """Counts of a run, JSON-able."""
-    c = run.counters
-    return {
-        "predictor": run.predictor.name, "exact_losses": run.deterministic,
-        "num_steps": c.num_steps, "num_real_steps": c.num_real_steps, "num_skipped_steps": c.num_skipped_steps,
-        "num_claimed_steps": c.num_claimed_steps, "num_credited_steps": run.ledger.num_credited_steps,
-        "num_forward": c.num_forward, "num_backward": c.num_backward,
-        "num_jumps_proposed": c.num_jumps_proposed, "num_jumps_accepted": c.num_jumps_accepted,
-        "num_controls": c.num_controls, "num_rollbacks": c.num_rollbacks,
-        "num_predictor_failures": run.num_predictor_failures, **_failures(run),
-        "num_divergence_events": c.num_divergence_events,
-        "num_outside_writes": c.num_outside_writes, "num_left_alone": run.trained.num_left_alone,
-        "hands_off": run.hands_off,
-        "learned_scale": run.scale.learned, "num_raises_taken_back": run.scale.taken_back,
-        "num_guard_alarms": run.guard.num_alarms, "num_guard_restores": run.guard.num_restored,
-        "withdrawn": run.guard.withdrawn, "num_early_cuts": run.scale.num_cuts,
-        "lookahead_effect": run.switchback.effect, "lookahead_switched_off": run.switchback.switched_off,
-        "cost_units": c.cost_units, "backward_reduction_pct": c.backward_reduction_pct,
-        **_steps_gained(run),
-    }  # fmt: skip
-
-
-def _failures(run: Run) -> dict[str, int]:
-    return {f"num_{place}_failures": n for place, n in run.failures.counts.items() if place is not Place.PREDICTOR}
-
-
-def _steps_gained(run: Run) -> dict[str, Any]:
-    try:
-        return {k: jsonable(v) for k, v in run.ledger.steps_gained().items()}
-    except (ArithmeticError, ValueError) as error:  # losses at the edge of what floats hold
-        return {"steps_gained": None, "steps_gained_ci95": None, "reason": f"not known: {error}"}

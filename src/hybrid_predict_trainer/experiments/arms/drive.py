@@ -17,11 +17,11 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ...config.settings import HybridTrainerConfig
 from ...config.toml import to_toml
-from ...judge.ledger import STEP_UNITS
+from ...cost import STEP_UNITS
 from ...records import DivergenceError, StepResult
 from ...safe_files import write_text
 from ...tasks import Task, TaskDefaults, TaskSettings, build_optimizer, build_scheduler, with_steps
-from ...tell.recorder import JsonlSink, jsonable
+from ...tell.sinks import JsonlSink, jsonable
 from ...trainer import HybridTrainer
 
 Kind = Literal["plain", "hybrid", "jump-of-zero", "peer"]

@@ -24,8 +24,8 @@ from torch import Tensor
 from ...config.settings import HybridTrainerConfig, PredictorConfig
 from ...keep.state_tree import decode, encode, read_tensors, write_tensors
 from ...observe.basis import Basis
+from ...observe.window import window_from_state, window_state
 from ...predictors import Paced, Predictor
-from ...predictors._common import window_from_state, window_state
 from ...predictors._frame import MAX_AHEAD
 from ...records import BasisSpec, CheckpointError, ConfigError, Hindsight, PhasePrediction, Products, State, Window
 from ...safe_files import read_json, write_text

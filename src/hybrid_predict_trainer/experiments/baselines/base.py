@@ -16,8 +16,8 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ...cost import FORWARD_UNITS, PASS_UNITS
 from ...cycle.state import Run as TrainerRun
-from ...judge.ledger import FORWARD_UNITS, PASS_UNITS
 from ...tasks import TaskDefaults, TaskSettings
 from ...trainer import HybridTrainer
 from ...weights import algebra as weights

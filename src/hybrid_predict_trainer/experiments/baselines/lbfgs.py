@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS
 
-from ...judge.ledger import BACKWARD_UNITS, FORWARD_UNITS, PASS_UNITS, STEP_UNITS, UPDATE_UNITS
+from ...cost import BACKWARD_UNITS, FORWARD_UNITS, PASS_UNITS, STEP_UNITS, UPDATE_UNITS
 from ...tasks import TaskDefaults
 from ...weights import algebra as weights
 from ..arms.drive import COUNTS, NUM_VALIDATIONS, Run, seeded_model, steps_of, summary_of, write_json

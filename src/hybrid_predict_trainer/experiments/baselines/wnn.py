@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ...judge.ledger import FORWARD_UNITS, PASS_UNITS, STEP_UNITS
+from ...cost import FORWARD_UNITS, PASS_UNITS, STEP_UNITS
 from ...records import DivergenceError
 from ...tasks.base import data_dir
 from ...weights import algebra as weights

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ...tell.recorder import jsonable
+from ...tell.sinks import jsonable
 from ..arms.drive import wait_for
 from ..arms.environment import environment
 from ..arms.options import as_input_error

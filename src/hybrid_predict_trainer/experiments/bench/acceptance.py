@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...tell.recorder import jsonable
+from ...tell.sinks import jsonable
 from ..arms.options import InputError
 from ..statistics import log_interval, t_quantile
 

@@ -27,7 +27,8 @@ from ...records import PhasePrediction, State, Window
 from ...tasks import Batch, Task, TaskSettings, build_optimizer, make_task
 from ...trainer import HybridTrainer
 from ...weights import algebra as weights
-from ...weights.algebra import Tensors, predicted_parameters
+from ...weights.algebra import Tensors
+from ...weights.parameters import predicted_parameters
 from ..report.text import aligned
 
 Row = dict[str, Any]

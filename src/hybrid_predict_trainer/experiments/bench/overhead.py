@@ -24,7 +24,7 @@ from ...config.toml import with_values
 from ...move.group_warmup import RECOVERY_STEPS
 from ...records import Phase
 from ...tasks import Batch, Task, TaskSettings, build_optimizer, build_scheduler, make_task
-from ...tell.recorder import JsonlSink
+from ...tell.sinks import JsonlSink
 from ...trainer import HybridTrainer
 from ..arms.drive import wait_for_device
 from ..arms.environment import environment

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from ...config.settings import HybridTrainerConfig
 from ...config.toml import with_values
+from ...numerics.calibration import calibration_error, reliability_curve
 from ...predictors import Predictor, build
-from ...propose.confidence import calibration_error, reliability_curve
 from ...records import BasisSpec
 from ...tasks.base import DATA_DIR_VARIABLE
 from .. import train as single

@@ -22,7 +22,7 @@ from torch import nn
 
 from ...records import DivergenceError
 from ...tasks import Batch
-from ...tell.recorder import jsonable
+from ...tell.sinks import jsonable
 from ...trainer import HybridTrainer
 from ..arms.drive import wait_for_device
 from ..arms.environment import environment

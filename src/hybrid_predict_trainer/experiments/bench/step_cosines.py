@@ -18,6 +18,7 @@ import torch
 from ...move.edge_test import step_cosines
 from ...tasks import TaskSettings, build_optimizer, build_scheduler, make_task, with_steps
 from ...weights import algebra as weights
+from ...weights.parameters import predicted_parameters
 from ..report.text import aligned
 
 #: Multiples of the task's own rate.
@@ -57,7 +58,7 @@ def cosines(task_name: str, preset: str | None, steps: int, multiple: float, see
     model = task.build_model(seed)
     optimizer = build_optimizer(model, recipe)
     schedule = build_scheduler(optimizer, recipe.schedule, steps, recipe.warmup_steps, recipe.decay_frac)
-    parameters, groups = weights.predicted_parameters(model, optimizer)
+    parameters, groups = predicted_parameters(model, optimizer)
     before: list[torch.Tensor] = []
     found = Trace(roles=groups.roles, of_all=[], of_group=[])
     for batch, _ in zip(task.batches(seed), range(steps), strict=False):

@@ -21,7 +21,7 @@ from ...observe.history import History, Reading
 from ...observe.loss_features import loss_features
 from ...observe.window_encoder import observer_for
 from ...records import BasisSpec, Window
-from ...weights.algebra import predicted_parameters
+from ...weights.parameters import predicted_parameters
 
 Schedule = Callable[[int], float]  # step -> learning rate
 

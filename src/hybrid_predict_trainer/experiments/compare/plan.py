@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...safe_files import read_json_object
-from ...tell.recorder import jsonable
+from ...tell.sinks import jsonable
 from ..arms.options import InputError, Options, as_input_error, build_setup
 from ..run_arm import Setup
 from ..run_folder import MAX_RUN_JSON_BYTES, absolute, agree_plan, of_type

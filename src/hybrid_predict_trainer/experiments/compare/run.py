@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ...tell.recorder import jsonable
+from ...tell.sinks import jsonable
 from ..arms.environment import environment
 from ..regimes.cache import Measured, RunStore, identity
 from ..report.page import write_report

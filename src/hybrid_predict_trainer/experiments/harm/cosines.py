@@ -15,6 +15,7 @@ import torch
 
 from ...move.edge_test import step_cosines
 from ...weights import algebra as weights
+from ...weights.parameters import predicted_parameters
 from ..report.text import aligned
 from .runs import Parts
 from .settings import Setting, select
@@ -28,7 +29,7 @@ def cosines(setting: Setting, multiple: float, seed: int = 0) -> tuple[float, li
     """Run the bare loop at a multiple of its rate; returns the final loss and h of every step but the first."""
     setting = replace(setting, lr=setting.lr * multiple)
     parts = Parts.build(setting, seed, "plain")
-    parameters, groups = weights.predicted_parameters(parts.model, parts.optimizer)
+    parameters, groups = predicted_parameters(parts.model, parts.optimizer)
     before: list[torch.Tensor] = []
     found: list[float] = []
     for batch, _ in zip(parts.batches, range(setting.steps), strict=False):

@@ -16,7 +16,7 @@ from torch import nn
 
 from ...config.settings import HybridTrainerConfig
 from ...config.toml import with_values
-from ...judge.ledger import STEP_UNITS
+from ...cost import STEP_UNITS
 from ...records import DivergenceError
 from ...trainer import HybridTrainer
 from .models import build_model

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ...safe_files import read_json, write_text
-from ...tell.recorder import jsonable
+from ...tell.sinks import jsonable
 from ..regimes.cache import code_of, digest
 from .runs import Arm, Result
 from .settings import Setting

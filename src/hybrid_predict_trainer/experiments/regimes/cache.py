@@ -20,7 +20,7 @@ import torch
 from ... import __version__
 from ...config.toml import to_toml
 from ...safe_files import read_json, write_text
-from ...tell.recorder import jsonable
+from ...tell.sinks import jsonable
 from ..arms.environment import cpu_model
 from ..run_arm import Arm, Run, Setup
 

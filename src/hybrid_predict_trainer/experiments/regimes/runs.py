@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ...records import DivergenceError
-from ...tell.recorder import jsonable
+from ...tell.sinks import jsonable
 from ...trainer import HybridTrainer
 from ..arms.countdown import Countdown, Tell
 from ..arms.environment import environment

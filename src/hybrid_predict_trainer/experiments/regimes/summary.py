@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...judge.ledger import STEP_UNITS
+from ...cost import STEP_UNITS
 from ..compare.equal_loss import Kind, Point, Speedup, over_seeds, seed_speedup
 from ..compare.run import ROUNDING
 from ..report import charts as svg

@@ -1,0 +1,100 @@
+"""A real step on probation, and what comes of it: the jump is kept, tried longer, or taken back."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from ..cost import STEP_UNITS
+from ..judge.probation import Probation, probation_passes
+from ..observe.divergence import prediction_error
+from ..records import Action, Alarm, Decision, Execution, Level
+from .real_step import run_full
+from .state import Run
+
+
+def run_correct(run: Run, batch: Any, decision: Decision) -> Execution:
+    """A real step on probation; :func:`conclude` says what comes of it."""
+    assert run.probation is not None, "CORRECT without a jump on probation"
+    return run_full(run, batch, decision)
+
+
+def conclude(run: Run, execution: Execution) -> None:
+    """After a step on probation: the last one keeps the jump or takes it back."""
+    probation = run.probation
+    if probation is None:  # another set of weights is trained from this step on: there is no way back
+        return
+    probation.num_steps_left -= 1
+    if execution.skipped and not execution.searching:
+        probation.worst_level = Level.CRITICAL
+    elif not execution.skipped:
+        probation.unread.append(execution.loss)
+    if probation.num_steps_left > 0 and probation.worst_level < Level.CRITICAL:
+        return
+    probation.read()
+    after = sum(probation.losses) / len(probation.losses) if probation.losses else math.inf
+    execution.alarm = probation_alarm(run, probation, after)
+    if _extended(run, probation, execution.alarm, after):
+        return
+    execution.probation = (probation.loss_before, after)
+    execution.kept = probation_passes(probation, run.config.divergence_threshold)
+    if execution.kept:
+        run.monitor.num_rollbacks = 0
+        run.adaptation.note_outcome(True)
+        run.horizon = min(2 * run.horizon, max(run.config.max_predict_steps, 1))
+    else:
+        _roll_back(run, probation)
+    run.probation = None
+
+
+def probation_alarm(run: Run, probation: Probation, after: float) -> Alarm:
+    """Prediction error of the smoothed loss on probation; from a warning on the next horizon is halved."""
+    d = run.config.divergence
+    alarm = prediction_error(
+        after, probation.predicted_loss, d.prediction_error_caution, d.prediction_error_threshold,
+        d.prediction_error_critical, noise=probation.std_before / math.sqrt(max(len(probation.losses), 1)),
+    )  # fmt: skip
+    return replace(alarm, action=Action.REDUCE_HORIZON) if alarm.level >= Level.WARNING else alarm
+
+
+def _extended(run: Run, probation: Probation, alarm: Alarm, after: float) -> bool:
+    """Whether a jump in doubt gets as many steps again, once; one beyond doubt is marked critical.
+
+    Twice the predicted loss is critical only if nothing is left of the gain: a jump to a hundredth of
+    the loss that bounces to a tenth was still a good one.
+    """
+    if after <= probation.loss_before or alarm.level < Level.WARNING:
+        return False
+    if alarm.level is Level.CRITICAL:
+        probation.worst_level = Level.CRITICAL
+        return False
+    if probation.extended:
+        return False
+    probation.extended, probation.num_steps_left = True, run.config.correct_steps
+    return True
+
+
+def _roll_back(run: Run, probation: Probation) -> None:
+    """Everything as it was before the jump, bit for bit; the steps since are lost and paid for."""
+    c = run.counters
+    run.restore(probation.snapshot)
+    run.switchback.note_jump()
+    run.basis.revert(probation.basis)
+    run.scale.forget()
+    run.drop_anchor()  # it holds weights after the jump
+    run.num_schedule_steps = probation.num_schedule_steps
+    run.lr_integral = 0.0
+    for account in run.ledger.cancel_account():
+        run.adaptation.note_taken_back(account, len(probation.losses), run.config.predictor.window)
+    run.ledger.note_verdict(False)
+    run.ledger.spend(len(probation.losses) * STEP_UNITS)
+    run.adaptation.note_outcome(False)
+    run.monitor.num_rollbacks += 1
+    if run.monitor.num_rollbacks > run.config.divergence.max_rollbacks:
+        run.ledger.switched_off = True  # it keeps failing: plain training from here
+    run.horizon = max(run.horizon // 2, run.config.min_predict_steps)
+    c.num_claimed_steps -= probation.claimed
+    c.num_rollbacks += 1
+    c.num_passes += 8
+    run.step_scheduler()  # the steps on probation were spent, the claimed ones were not made

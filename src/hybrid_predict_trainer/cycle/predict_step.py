@@ -1,0 +1,173 @@
+"""A predicted step is a transaction: propose, judge, then apply or leave everything as it was."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..judge.candidates import judge
+from ..judge.probation import Probation
+from ..keep.failures import Place
+from ..propose.proposal import propose
+from ..propose.segments import Segment
+from ..records import Account, Decision, Execution, PhasePrediction, Reason, Verdict
+from ..weights import algebra as weights
+from ..weights import offload as host
+from ..weights.algebra import Tensors
+
+if TYPE_CHECKING:
+    from .state import Run
+
+
+Accept = Callable[[PhasePrediction, list[Tensors], Tensors, Verdict], Verdict]
+
+
+def transact(
+    run: Run, batch: Any, decision: Decision, segment: Segment | None, accept: Accept
+) -> tuple[PhasePrediction | None, Verdict]:
+    """Propose, judge, and let ``accept`` move the weights.
+
+    Whatever raises on the way is a refusal, and everything is as it was before; so it is where the program is
+    interrupted, which is passed on.
+
+    Args:
+        run: Between two real steps.
+        batch: Judged on.
+        decision: To predict.
+        segment: What is left of a jump in pieces.
+        accept: Applies an accepted jump; may still refuse it.
+    """
+    prediction: PhasePrediction | None = None
+    saved: Tensors = []
+    done = False
+    try:
+        with host.own_defaults():
+            prediction, deltas, verdict = propose(run, decision, segment)
+        if verdict is None and prediction is not None:
+            saved = run.held = weights.clone(run.parameters)
+            verdict = judge(run, batch, prediction, deltas, saved)
+            weights.copy_(run.parameters, saved)
+            run.counters.num_passes += 4
+            verdict = accept(prediction, deltas, saved, verdict)
+        assert verdict is not None
+        done = True
+        return prediction, verdict
+    except Exception as error:
+        run.failures.note(Place.GATE, error)
+        forwards = 1.0 if saved else 0.0
+        return None, Verdict(accepted=False, reason=Reason.CANNOT_EVALUATE, num_forward=forwards)
+    finally:
+        if saved and not done:
+            weights.copy_(run.parameters, saved)
+
+
+def run_predict(run: Run, batch: Any, decision: Decision) -> Execution:
+    """Propose, judge, then apply the accepted multiple of the jump or nothing at all."""
+    started = time.perf_counter()
+    c = run.counters
+    c.num_jumps_proposed += 1
+    run.num_windows_since_proposal = 0
+    run.num_real_steps_since_predict = 0
+    before_units = c.extra_units
+    execution = Execution(torch.tensor(math.nan, device="cpu"))
+
+    def accept(prediction: PhasePrediction, deltas: list[Tensors], saved: Tensors, verdict: Verdict) -> Verdict:
+        if verdict.accepted and _is_control(run):
+            verdict = replace(verdict, accepted=False, reason=Reason.CONTROL_SKIP)
+            c.num_controls += 1
+        if verdict.accepted:
+            execution.applied = _accept(run, prediction, deltas, saved, verdict, decision.fallback_threshold)
+            execution.claimed = prediction.horizon
+        return verdict
+
+    prediction, verdict = transact(run, batch, decision, run.segment, accept)
+    loss = verdict.loss_after if verdict.accepted else verdict.loss_before
+    execution.loss = torch.tensor(loss, device="cpu")
+    execution.verdict, execution.prediction = verdict, prediction
+    execution.consumed = verdict.accepted
+    execution.forwards = verdict.num_forward
+    c.num_forward += verdict.num_forward
+    spent = c.extra_units - before_units
+    run.ledger.spend(spent)
+    approved = verdict.accepted or verdict.reason is Reason.CONTROL_SKIP
+    if approved and prediction is not None:
+        _book(run, verdict, prediction, spent)
+    if verdict.reason is not Reason.CONTROL_SKIP:
+        # a way back is no progress: the base optimizer gets some steps to leave a place where nothing else helps
+        run.ledger.note_verdict(verdict.accepted and verdict.reason is not Reason.WAY_BACK)
+    run.refused = not approved or verdict.reason is Reason.WAY_BACK
+    if not approved:
+        run.adaptation.note_refusal(spent, run.config.predictor.window)
+    _next_segment(run, prediction, verdict)
+    if not approved or (verdict.accepted and run.probation is None):
+        run.adaptation.note_outcome(verdict.accepted)
+    execution.prediction_ms = 1e3 * (time.perf_counter() - started)
+    return execution
+
+
+def _is_control(run: Run) -> bool:
+    """Skip a random share of approved jumps; the draw is from the run's own generator."""
+    return float(torch.rand((), generator=run.generator, device="cpu")) < run.config.gate.control_fraction
+
+
+def _book(run: Run, verdict: Verdict, prediction: PhasePrediction, price: float) -> None:
+    """Open the ledger's account for an approved jump, applied or skipped."""
+    step = run.counters.num_real_steps
+    run.adaptation.note_approval(step)
+    run.ledger.open_account(
+        Account(
+            step=step,
+            due=step + max(run.config.predictor.window, run.config.correct_steps),
+            skipped=not verdict.accepted,
+            horizon=prediction.horizon,
+            loss=run.window_loss,
+            pace=-run.loss_slope / abs(run.window_loss or 1.0),
+            usual=run.ledger.usual_ratio,
+            gain=-verdict.upper_bound / abs(verdict.loss_before or 1.0),
+            price=price,
+        )
+    )
+
+
+def _accept(
+    run: Run, prediction: PhasePrediction, deltas: Sequence[Tensors], saved: Tensors, verdict: Verdict, fallback: float
+) -> Tensor:
+    """Move the weights by the recorded vector, and start probation."""
+    c = run.counters
+    delta = deltas[verdict.candidate]
+    if run.config.correct_steps > 0 and run.probation is None:
+        run.probation = Probation(
+            snapshot=run.take_snapshot(), basis=run.basis.mark(), num_schedule_steps=run.num_schedule_steps,
+            num_steps_left=run.config.correct_steps,
+            loss_before=run.history.loss_ema.mean, std_before=run.history.loss_ema.std,
+            predicted_loss=max(prediction.predicted_loss, verdict.loss_after), fallback_threshold=fallback,
+            claimed=prediction.horizon,
+        )  # fmt: skip
+        c.num_passes += 8  # weights and two moments, read and written
+    elif run.probation is not None:
+        run.probation.claimed += prediction.horizon
+    only = run.trained.only
+    weights.move_(only(run.parameters), only(saved), only(delta), verdict.scale)
+    run.basis.translate(delta, verdict.scale)
+    run.lookahead.translate(delta, verdict.scale)
+    run.switchback.note_jump()
+    run.scale.forget()
+    run.lr_integral = 0.0
+    c.num_jumps_accepted += 1
+    c.num_claimed_steps += prediction.horizon
+    candidates = [prediction.coefficients, *prediction.alternatives]
+    return candidates[verdict.candidate] * verdict.scale
+
+
+def _next_segment(run: Run, prediction: PhasePrediction | None, verdict: Verdict) -> None:
+    if not verdict.accepted or prediction is None or prediction.first_fit or run.config.segments == 1:
+        run.segment = None
+        return
+    left = run.segment.num_left if run.segment is not None else run.config.segments
+    run.segment = Segment(prediction, left - 1) if left > 1 else None

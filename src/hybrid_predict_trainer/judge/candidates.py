@@ -1,0 +1,81 @@
+"""Losses at x + a d: weights and random states are left as they were."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from ..keep.failures import Place
+from ..keep.isolation import Isolation
+from ..propose.proposal import _combined
+from ..records import Origin, PhasePrediction, Reason, Verdict
+from ..weights import algebra as weights
+from ..weights import offload as host
+from ..weights.algebra import Tensors
+from . import gate
+from .budget import price
+from .evaluation import attempt, losses_of, objection, pieces_of
+from .gate import Part
+
+if TYPE_CHECKING:
+    from ..cycle.state import Run
+
+
+def judge(run: Run, batch: Any, prediction: PhasePrediction, deltas: list[Tensors], saved: Tensors) -> Verdict:
+    """Measure losses at x + a d and let the gate decide."""
+    exact, only = run.deterministic, run.trained.only
+    pieces, spent = None if exact else pieces_of(run, batch), 0.0
+    if not exact:
+        failed = run.failures.counts[Place.PIECES]
+        reason, spent = (Reason.CANNOT_CUT, 0.0) if pieces is None else objection(run, batch)
+        if reason is Reason.CANNOT_CUT and run.failures.counts[Place.PIECES] == failed:  # nothing was raised
+            run.failures.note(Place.PIECES, reason.value, quiet=True)
+        if reason is not None:
+            return Verdict(accepted=False, reason=reason, num_forward=spent)
+    length, judged, split = pieces or ([batch], [batch], False)
+    parts: dict[Part, list[Any]] = {"whole": [batch], "length": length, "judge": judged}
+    kind = Origin.CURRENT if exact else Origin.AVERAGE
+    if run.config.gate.judge_at != "auto":
+        kind = Origin(run.config.gate.judge_at)
+    origin = saved if kind is Origin.CURRENT else run.basis.average()
+
+    def make(candidate: int) -> None:
+        while len(deltas) <= candidate:
+            with host.own_defaults():
+                deltas.append(_combined(run, prediction.alternatives[len(deltas) - 1]))
+            run.counters.num_passes += run.basis.num_filled
+
+    def work(isolation: Isolation) -> Verdict:
+        def evaluate(candidate: int, scale: float, part: Part) -> list[float]:
+            make(candidate)
+            weights.move_(only(run.parameters), only(origin), only(deltas[candidate]), scale)
+            run.counters.num_passes += 3
+            return losses_of(run, parts[part], isolation)
+
+        if exact:
+            return _judge_exactly(run, evaluate, prediction, len(deltas))
+        settings = run.config.gate
+        return gate.judge_noisy(
+            evaluate, max_scale=min(prediction.max_scale, 2.0), level=settings.significance, price=price(run),
+            split=split,
+            predicted_reduction=prediction.predicted_reduction, min_ratio=settings.min_reduction_ratio,
+        )  # fmt: skip
+
+    verdict = attempt(run, work)
+    if verdict.accepted:
+        make(verdict.candidate)
+    return replace(verdict, origin=kind, num_forward=verdict.num_forward + spent)
+
+
+def _judge_exactly(run: Run, evaluate: gate.Evaluate, prediction: PhasePrediction, num_deltas: int) -> Verdict:
+    num_candidates = 1 + len(prediction.alternatives) if prediction.first_fit else num_deltas
+    # with windows of one step the origin's loss is the one the last real step had at x, under the same conditions
+    measured = run.exactness.agreed is True and run.exactness.noise == 0
+    known = measured and prediction.first_fit and run.window is not None and run.window.num_steps == 1
+    verdict = gate.judge_exact(
+        evaluate, num_candidates - prediction.way_back, known_before=run.window_loss if known else None,
+        way_back=num_candidates - 1 if known and prediction.way_back else None, max_scale=prediction.max_scale,
+        predicted_reduction=prediction.predicted_reduction, min_ratio=run.config.gate.min_reduction_ratio,
+        first_fit=prediction.first_fit,
+    )  # fmt: skip
+    return gate.beyond_noise(verdict, run.exactness.noise)

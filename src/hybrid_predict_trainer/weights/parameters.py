@@ -1,0 +1,177 @@
+"""Which parameters are predicted, their groups by role, the order of the optimizer."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..records import ConfigError
+from .algebra import Tensors, on_host
+from .real_views import RealView
+
+#: Roles in the order of the coefficient rows; ``other`` takes what no rule names.
+ROLES = (
+    "embedding", "attention_q", "attention_k", "attention_v", "attention_qkv", "attention_out",
+    "mlp_up", "mlp_down", "head", "norm_bias", "other",
+)  # fmt: skip
+
+
+# First match wins.  Names cover GPT-2 (c_attn, c_proj, c_fc), Llama (q_proj, gate_proj, w1..w3),
+# BERT (query, key, value) and nn.TransformerEncoder (in_proj, linear1, linear2).
+_NAME_RULES = tuple(
+    (role, re.compile(pattern))
+    for role, pattern in (
+        ("attention_qkv", r"(c_attn|in_proj|qkv)"),
+        ("attention_q", r"(^|[._])(q|wq|q_proj|query)([._]|$)"),
+        ("attention_k", r"(^|[._])(k|wk|k_proj|key)([._]|$)"),
+        ("attention_v", r"(^|[._])(v|wv|v_proj|value)([._]|$)"),
+        ("attention_out", r"(attn|attention)[\w.]*(out|c_proj|o_proj|dense)|(^|[._])(o_proj|wo|out_proj)([._]|$)"),
+        ("mlp_up", r"(up_proj|gate_proj|c_fc|fc1|linear1|intermediate|(^|[._])(w1|w3)([._]|$))"),
+        ("mlp_down", r"(down_proj|mlp[\w.]*c_proj|fc2|linear2|(^|[._])w2([._]|$)|output\.dense)"),
+        ("head", r"(lm_head|(^|[._])head([._]|$)|classifier|unembed)"),
+    )
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """Parameters that are predicted, and the row of coefficients each belongs to."""
+
+    names: tuple[str, ...]  # one per parameter
+    index: tuple[int, ...]  # group of each parameter
+    roles: tuple[str, ...]  # G role names
+    sizes: tuple[int, ...]  # number of weights per group
+
+    @property
+    def num_groups(self) -> int:
+        """G."""
+        return len(self.roles)
+
+    @property
+    def num_weights(self) -> int:
+        """Of all groups."""
+        return sum(self.sizes)
+
+    def pooled(self) -> Groups:
+        """The same parameters in one group."""
+        return Groups(self.names, (0,) * len(self.index), ("all",), (self.num_weights,))
+
+
+def role_of(name: str, parameter: Tensor, module: nn.Module) -> str:
+    """Role of one parameter from its qualified name and the type of the module that holds it."""
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if parameter.dim() < 2:
+        return "norm_bias"
+    for role, pattern in _NAME_RULES:
+        if pattern.search(name):
+            return role
+    return "other"
+
+
+def predicted_parameters(
+    model: nn.Module, optimizer: Optimizer, roles: dict[str, str] | None = None
+) -> tuple[Tensors, Groups]:
+    """Parameters the optimizer moves that can be predicted, with their groups.
+
+    Taken from ``optimizer.param_groups``, not from the model: that is what really moves (frozen,
+    tied and sharded parameters fall out right).  Integer parameters are left alone, complex ones are given as their
+    real views.
+
+    Args:
+        model: Supplies the names.
+        optimizer: Supplies the parameters.
+        roles: Overrides, qualified parameter name -> role name of the user's choice.
+
+    Raises:
+        ConfigError: nothing to train, or an override names an unknown parameter.
+    """
+    owner: dict[int, tuple[str, nn.Module]] = {}
+    for prefix, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            owner.setdefault(id(parameter), (f"{prefix}.{leaf}" if prefix else leaf, module))
+    overrides = roles or {}
+    unknown = sorted(set(overrides) - {name for name, _ in owner.values()})
+    if unknown:
+        raise ConfigError(f"roles: the model has no parameter {unknown[0]!r}")
+
+    parameters: Tensors = []
+    names: list[str] = []
+    found: list[str] = []
+    seen: set[int] = set()
+    for position, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        if id(parameter) in seen or not parameter.requires_grad:
+            continue
+        seen.add(id(parameter))
+        name, module = owner.get(id(parameter), (f"optimizer.{position}", nn.Identity()))
+        if not (parameter.is_floating_point() or parameter.is_complex()):
+            warnings.warn(f"parameter {name} has dtype {parameter.dtype} and is not predicted", stacklevel=2)
+            continue
+        parameters.append(RealView.of(parameter) if parameter.is_complex() else parameter)
+        names.append(name)
+        found.append(overrides.get(name) or role_of(name, parameter, module))
+    if not parameters:
+        raise ConfigError("the optimizer holds no trainable floating-point or complex parameter")
+    present = [role for role in ROLES if role in found] + sorted(set(found) - set(ROLES))
+    index = tuple(present.index(role) for role in found)
+    sizes = [0] * len(present)
+    for g, parameter in zip(index, parameters, strict=True):
+        sizes[g] += parameter.numel()
+    return parameters, Groups(tuple(names), index, tuple(present), tuple(sizes))
+
+
+def untrained(parameters: Sequence[Tensor], names: Sequence[str]) -> bool:
+    """Whether a network is as it was drawn: no gain of its norms differs from the others of the same norm.
+
+    Gains begin at one (or zero) and differ after the first optimizer step; biases may be drawn at random, so they
+    say nothing.  A network without gains is taken for a trained one, and so is one whose gains are in half precision,
+    where small steps are rounded away.
+
+    Args:
+        parameters: That are trained.
+        names: Qualified, one per parameter.
+    """
+    gains = [
+        p.detach()
+        for p, name in zip(parameters, names, strict=True)
+        if p.dim() == 1 and p.numel() > 1 and "bias" not in name.rpartition(".")[2]
+    ]
+    if not gains or any(g.dtype in (torch.bfloat16, torch.float16) for g in gains):
+        return False
+    return bool(on_host([(g == g[0]).all() for g in gains]).all())
+
+
+def optimizer_parameters(optimizer: Optimizer) -> list[Tensor]:
+    """Parameters in group order, as ``optimizer.state_dict`` numbers them."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def parameter_names(model: nn.Module, optimizer: Optimizer) -> dict[int, str]:
+    """``id`` -> name, of the model's parameters and then of those only the optimizer holds."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    for i, p in enumerate(q for q in optimizer_parameters(optimizer) if id(q) not in names):
+        names.setdefault(id(p), f"optimizer:{i}")
+    return names
+
+
+def all_parameters(model: nn.Module, optimizer: Optimizer) -> list[Tensor]:
+    """Parameters of the model, then those only the optimizer holds."""
+    return list(named_parameters(model, optimizer).values())
+
+
+def named_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Name -> parameter, of the model and then of those only the optimizer holds."""
+    names = parameter_names(model, optimizer)
+    return {names[id(p)]: p for p in [*model.parameters(), *optimizer_parameters(optimizer)]}
+
+
+def trained_parameters(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Name -> parameter, of those that require a gradient or that the optimizer holds."""
+    held = set(map(id, optimizer_parameters(optimizer)))
+    return {n: p for n, p in named_parameters(model, optimizer).items() if p.requires_grad or id(p) in held}
