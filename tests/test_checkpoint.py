@@ -852,7 +852,7 @@ KILLER = """
 import os, shutil, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from test_checkpoint import checkpoint, leftovers, small_parts, value_of
+from test_checkpoint import checkpoint, housekeeping, leftovers, small_parts, value_of
 
 CALLS = ("mkdir", "chmod", "fsync", "rename", "replace", "unlink", "rmdir")
 
