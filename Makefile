@@ -32,7 +32,7 @@ demo: $(STAMP)
 	@echo "open $(OUT)/pinn-poisson/report.html and $(OUT)/language/report.html"
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 golden: $(STAMP)
 	$(if $(AGAINST),,$(error say AGAINST=path, a checkout of an earlier build: git worktree add path commit))
