@@ -191,3 +191,21 @@ def test_a_sample_estimates_inner_products() -> None:
     spread = torch.tensor(estimates).std()
     assert float(torch.tensor(estimates).mean()) == pytest.approx(exact, abs=4 * float(spread) / 60**0.5)
     assert float(spread) < 0.3 * size
+
+
+def test_factors_that_were_interrupted_at_first_begin_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrices = [torch.randn(5, 4), torch.randn(3), torch.randn(4, 6)]
+    factors, calls, qr = LowRankFactors(2), [0], torch.linalg.qr
+
+    def interrupted(M: torch.Tensor) -> object:
+        calls[0] += 1
+        if calls[0] == 2:
+            raise KeyboardInterrupt
+        return qr(M)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.linalg, "qr", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            factors.observe(matrices)
+    assert len(factors.observe(matrices)) == 3
+    assert factors.energies().shape == (3, 3)

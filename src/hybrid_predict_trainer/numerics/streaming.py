@@ -240,15 +240,11 @@ class LowRankFactors:
 
         Vectors are kept whole: P is the vector as a column, Q is 1.
         """
-        first = not self._Q
+        if not self._Q:
+            self._begin(tensors)
         factors = []
         for i, tensor in enumerate(tensors):
             M = tensor.detach().float().reshape(len(tensor), -1) if tensor.dim() > 1 else tensor.float().reshape(-1, 1)
-            R = min(self.rank, *M.shape)
-            if first:
-                start = torch.randn(M.shape[1], R, generator=self._generator).to(M.device)
-                self._Q.append(torch.linalg.qr(start)[0])
-                self._error.append(torch.zeros_like(M) if self.feedback else M.new_zeros(0))
             if self.feedback:
                 M = M + self._error[i].to(M.device)  # in host memory after a resume
             P, Q = power_iteration(M, self._Q[i].to(M.device))
@@ -257,6 +253,17 @@ class LowRankFactors:
                 self._error[i] = M - P @ Q.mT
             factors.append((P, Q))
         return factors
+
+    def _begin(self, tensors: Sequence[Tensor]) -> None:
+        """First factors, of all tensors or, where that is interrupted, of none."""
+        starts, errors = [], []
+        for tensor in tensors:
+            m, n = (len(tensor), tensor[0].numel()) if tensor.dim() > 1 else (len(tensor), 1)
+            start = torch.randn(n, min(self.rank, m, n), generator=self._generator).to(tensor.device)
+            starts.append(torch.linalg.qr(start)[0])
+            errors.append(torch.zeros((m, n) if self.feedback else (0,), device=tensor.device))
+        self._error = errors
+        self._Q = starts  # the last: whoever has these has begun
 
     @torch.no_grad()
     def energies(self) -> Tensor:
