@@ -1,8 +1,9 @@
-"""One function per phase: the only place where weights are moved or restored.
+"""A real step in four stations, which any loop can drive.
 
-``real_step`` is the plain loop with observation between backward and optimizer step.
-``run_predict`` is a transaction: propose, judge, then either the recorded vector is applied or
-everything is as it was.
+``begin`` -> (forward and backward, by whoever owns the loop) -> ``after_backward`` -> ``step_optimizer`` -> ``end``.
+
+:func:`run_full` is one such driver: it calls the stations in a row.  A loop that owns forward, backward and the
+optimizer's step calls them from hooks.
 """
 
 from __future__ import annotations
@@ -37,45 +38,111 @@ def run_plain(run: Run, batch: Any, decision: Decision) -> Execution:
     return Execution(loss.detach(), forwards=1, backwards=1)
 
 
+class RealStep:
+    """One real step, observed; the stations are called in the order in which they stand here.
+
+    Attributes:
+        loss: Of the step, without a graph; NaN before :meth:`after_backward`.
+        norm: Global norm of the gradients before clipping; None before :meth:`after_backward`.
+        usable: Whether loss and gradients let this step touch the weights.
+    """
+
+    def __init__(self, run: Run) -> None:
+        """Nothing has begun.
+
+        Args:
+            run: Between two steps.
+        """
+        self.run = run
+        self.loss = torch.tensor(math.nan, device="cpu")
+        self.norm: Tensor | None = None
+        self.usable = True
+        self.observed = self.last = False  # in an open window; its last step
+        self._passes: float = 0.0
+        self._rate = 0.0  # of the optimizer's step
+
+    def begin(self) -> None:
+        """Before the forward: keep what a step that cannot be used has to put back."""
+        run = self.run
+        if run.on_cpu:
+            run.buffers.before()
+        else:  # no step is skipped before it is taken: the anchor has the buffers too
+            _keep_anchor(run)
+        self.observed = run.observing and run.num_rest_steps == 0
+        self.last = self.observed and run.basis.num_steps + 1 >= run.config.predictor.window
+
+    def after_backward(self, loss: Tensor) -> bool:
+        """Gradients are complete, unscaled and not clipped: look at them.
+
+        Args:
+            loss: Of the step, shape ().
+
+        Returns:
+            Whether the step may touch the weights; if not, the optimizer must not step.
+        """
+        run = self.run
+        self.loss = loss.detach()
+        # with those that are not predicted (complex ones)
+        self.norm = weights.global_norm(weights.gradients(optimizer_parameters(run.optimizer)))
+        self.usable = _usable(run, self.loss, self.norm)
+        run.observer.after_backward(run.history, usable=self.usable)
+        if not self.usable:
+            return False
+        run.buffers.after()
+        run.scale_search.found()
+        outside.note_training(run)
+        if run.num_rest_steps > 0:
+            run.num_rest_steps -= 1
+        elif self.observed:
+            run.watch_step(last=self.last)
+            run.lr_integral += run.learning_rate
+        return True
+
+    def before_step(self) -> None:
+        """Gradients are clipped, the optimizer is about to step: multiplier and lookahead keep what they need."""
+        run = self.run
+        self._passes = before_optimizer(run)
+        self._rate = run.learning_rate
+        if run.probation is not None:
+            run.probation.under_way = self.loss
+
+    def step_optimizer(self) -> None:
+        """The optimizer's own step, for drivers that own it."""
+        self.before_step()
+        _optimizer_step(self.run)
+
+    def end(self) -> Execution:
+        """The optimizer has stepped: multiplier and lookahead do their part, and the step is counted."""
+        run = self.run
+        passes = self._passes + after_optimizer(run, self._rate)
+        run.counters.num_passes += passes
+        run.ledger.observe(passes * PASS_UNITS)
+        count_real(run)
+        return Execution(self.loss, self.norm, forwards=1, backwards=1)
+
+    def skip(self) -> Execution:
+        """Instead of ``step_optimizer`` and ``end`` where the step cannot be used."""
+        assert self.norm is not None, "skip() before after_backward()"
+        return _skip(self.run, self.loss, self.norm)
+
+
 def run_full(run: Run, batch: Any, decision: Decision) -> Execution:
-    """One real step, observed."""
-    if run.on_cpu:
-        run.buffers.before()
-    else:  # no step is skipped before it is taken: the anchor has the buffers too
-        _keep_anchor(run)
+    """One real step with forward and backward of its own: the stations in a row."""
+    step = RealStep(run)
+    step.begin()
     run.optimizer.zero_grad(set_to_none=True)
-    observed = run.observing and run.num_rest_steps == 0
-    last = observed and run.basis.num_steps + 1 >= run.config.predictor.window
-    with run.observer.watching(last=last):
+    with run.observer.watching(last=step.last):
         loss = checked_loss(run.loss_fn(run.model, batch))
         run.observer.before_backward()
         _backward(run, loss)
-    trained = optimizer_parameters(run.optimizer)  # with those that are not predicted (complex ones)
-    norm = weights.global_norm(weights.gradients(trained))
-    usable = _usable(run, loss.detach(), norm)
-    run.observer.after_backward(run.history, usable=usable)
-    if not usable:
-        return _skip(run, loss, norm)
-    run.buffers.after()
-    run.scale_search.found()
-    outside.note_training(run)
-    if run.num_rest_steps > 0:
-        run.num_rest_steps -= 1
-    elif observed:
-        run.watch_step(last=last)
-        run.lr_integral += run.learning_rate
+    if not step.after_backward(loss):
+        return step.skip()
     if run.config.gradient_clip_norm > 0:
-        torch.nn.utils.clip_grads_with_norm_(trained, run.config.gradient_clip_norm, norm)
-    passes = before_optimizer(run)
-    rate = run.learning_rate
-    if run.probation is not None:
-        run.probation.under_way = loss.detach()
-    _optimizer_step(run)
-    passes += after_optimizer(run, rate)
-    run.counters.num_passes += passes
-    run.ledger.observe(passes * PASS_UNITS)
-    count_real(run)
-    return Execution(loss.detach(), norm, forwards=1, backwards=1)
+        assert step.norm is not None
+        trained = optimizer_parameters(run.optimizer)
+        torch.nn.utils.clip_grads_with_norm_(trained, run.config.gradient_clip_norm, step.norm)
+    step.step_optimizer()
+    return step.end()
 
 
 def checked_loss(loss: Any) -> Tensor:
@@ -140,7 +207,7 @@ def _skip(run: Run, loss: Tensor, norm: Tensor) -> Execution:
     run.scale.forget()
     if run.grad_scaler is not None:
         run.grad_scaler.update()  # shrinks its scale if it saw an overflow; the optimizer is not stepped
-    searching = run.scale_search.look(overflowed=math.isfinite(float(loss.detach())) and not math.isfinite(float(norm)))
+    searching = run.scale_search.look(overflowed=math.isfinite(float(loss)) and not math.isfinite(float(norm)))
     run.optimizer.zero_grad(set_to_none=True)
     c = run.counters
     c.num_attempted_steps += 1
@@ -148,7 +215,7 @@ def _skip(run: Run, loss: Tensor, norm: Tensor) -> Execution:
     c.num_forward += 1
     c.num_backward += 1
     run.step_scheduler()
-    return Execution(loss.detach(), norm, skipped=True, searching=searching, forwards=1, backwards=1)
+    return Execution(loss, norm, skipped=True, searching=searching, forwards=1, backwards=1)
 
 
 def _keep_anchor(run: Run) -> None:
@@ -176,9 +243,3 @@ def settle_anchor(run: Run, *, finite: bool) -> None:
         run.num_schedule_steps = run.anchor_schedule_steps
         run.step_scheduler()  # the lost steps were spent
     run.drop_anchor()
-
-
-# ---- predicted steps ------------------------------------------------------------------------------
-
-
-# ---- correction -------------------------------------------------------------------------------------
