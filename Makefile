@@ -7,13 +7,14 @@ OUT ?= demo-results
 
 REGIMES := pinn epochs finetune lm lm-lowlr lm-muon
 
-.PHONY: demo test golden check bench regimes harm harm-quick clean help
+.PHONY: coverage demo test golden check bench regimes harm harm-quick clean help
 
 help:
 	@echo "make demo   train a language model and a physics-informed network plainly and with predicted phases"
 	@echo "make test   run the tests"
 	@echo "make golden AGAINST=path  short runs with the checkout there and with this one: the same to the last bit?"
 	@echo "make check  ruff, mypy, import order"
+	@echo "make coverage  how much of encoder, monitor, gate, phases, dynamics and bandit their tests run"
 	@echo "make bench  measure the overhead of a full step"
 	@echo "make harm-quick  is ordinary training never made worse?  The short set (two minutes)"
 	@echo "make harm  the same, all settings (an hour)"
@@ -37,6 +38,17 @@ test: $(STAMP)
 golden: $(STAMP)
 	$(if $(AGAINST),,$(error say AGAINST=path, a checkout of an earlier build: git worktree add path commit))
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.golden --against "$(AGAINST)"
+
+# Statements of the parts that decide, held by their own tests: encoder, monitor and gate, phases, dynamics and bandit.
+COVERED := encoder observer divergence monitor_healthy gate phases bandit rssm contract_trace
+coverage: $(STAMP)
+	$(BIN)/python -m coverage run -m pytest $(COVERED:%=tests/test_%.py)
+	$(BIN)/python -m coverage report --fail-under=95 --include='*/observe/encoder.py,*/observe/window_encoder.py'
+	$(BIN)/python -m coverage report --fail-under=95 --include='*/observe/divergence.py'
+	$(BIN)/python -m coverage report --fail-under=95 --include='*/judge/gate.py'
+	$(BIN)/python -m coverage report --fail-under=100 --include='*/cycle/phases.py'
+	$(BIN)/python -m coverage report --fail-under=90 --include='*/predictors/rssm*.py'
+	$(BIN)/python -m coverage report --fail-under=90 --include='*/propose/horizon.py'
 
 check: $(STAMP)
 	$(BIN)/ruff check

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 
 import pytest
@@ -110,13 +109,3 @@ def test_standardised_and_round_trip() -> None:
     window = windows(61)[-1]
     assert torch.equal(encoder.observe(window), resumed.observe(window))
     assert torch.equal(encoder.standardise(encodings), resumed.standardise(encodings))
-
-
-def test_cheap() -> None:
-    encoder, stream = Encoder(11, SPEC), windows(40, num_groups=11)
-    times = []
-    for window in stream:
-        began = time.perf_counter()
-        encoder.observe(window)
-        times.append(1e3 * (time.perf_counter() - began))
-    assert sorted(times)[len(times) // 4] < 2, "a millisecond is the target; twice that on a busy machine"

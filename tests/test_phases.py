@@ -84,6 +84,7 @@ CASES: dict[str, tuple[dict, Phase, Reason]] = {
     "waiting": ({"num_windows_to_wait": 1}, F, Reason.BACKING_OFF),
     "budget": ({"affordable": False}, F, Reason.OVER_BUDGET),
     "promises too little": ({"promising": False}, F, Reason.NOT_PROMISING),
+    "the bandit would rather not": ({"horizon": 0}, F, Reason.WAITING),
     "budget holds while exploring": ({"affordable": False, "num_outcomes": 0}, F, Reason.OVER_BUDGET),
     "after a refusal": ({"phase": P}, F, Reason.WINDOW_OPEN),
     "after correction": ({"phase": C}, F, Reason.WINDOW_OPEN),

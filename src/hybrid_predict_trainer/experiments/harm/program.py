@@ -22,7 +22,7 @@ from ..regimes.cache import code_of
 from .runs import ARMS, Arm, Result, run
 from .settings import Setting, select
 from .store import Store
-from .table import Trio, judge, overall
+from .table import Trio, judge, needs_other_orders, overall
 
 #: What a step of ours is taken to last, in plain ones, for the estimate of the time left.
 OURS_SLOWER = 2.0
@@ -91,7 +91,11 @@ def run_table(request: Request, tell: Callable[[str], None]) -> dict[str, Any]:
         if request.report and not request.out.is_dir():
             raise ValueError(f"{request.out}: no such folder; run 'hpt bench harm --out {request.out}' first")
         if not request.report:
-            _run_missing(request, chosen, store, tell)
+            first = tuple(arm for arm in request.arms if arm != "other-order")
+            _run_missing(request, chosen, first, store, tell)
+            close = [s for s in chosen if needs_other_orders(s, _trios(s, request.seeds, store))]
+            if close and "other-order" in request.arms:
+                _run_missing(request, close, ("other-order",), store, tell)
         rows = [judge(s, _trios(s, request.seeds, store)) for s in chosen]
         found = overall(rows)
     return {
@@ -124,7 +128,7 @@ def _trios(setting: Setting, seeds: int | None, store: Store) -> list[Trio]:
 
 
 def _run_missing(
-    request: Request, chosen: Sequence[Setting], store: Store, tell: Callable[[str], None]
+    request: Request, chosen: Sequence[Setting], arms: Sequence[Arm], store: Store, tell: Callable[[str], None]
 ) -> None:  # fmt: skip
     wanted = [
         Job(setting=s, seed=seed, arm=arm, changes=tuple(assignments(request.set).items()))
@@ -132,7 +136,7 @@ def _run_missing(
         for s in chosen
         if seed in _seeds(s, request.seeds)
         for arm in _arms(s)
-        if arm in request.arms
+        if arm in arms
     ]
     jobs = [job for job in wanted if store.get(job.setting, job.seed, job.arm) is None]
     if len(jobs) < len(wanted):
