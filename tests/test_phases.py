@@ -115,7 +115,7 @@ def test_decisions(name: str) -> None:
 def test_every_signal_matters() -> None:
     """Each field is changed by some case of the table, or handed through."""
     used = {key for changes, _, _ in CASES.values() for key in changes}
-    assert {f.name for f in fields(Signals)} - used == {"horizon", "fallback_threshold"}
+    assert {f.name for f in fields(Signals)} - used == {"fallback_threshold"}
 
 
 @given(
