@@ -13,7 +13,7 @@ import torch
 
 from cases import Fake, Setup, assert_same, config, difference, full_batch, make_batches, seed_all, setup
 from hybrid_predict_trainer import CheckpointError, HybridTrainer, HybridTrainerConfig
-from hybrid_predict_trainer.cost import Counters
+from hybrid_predict_trainer.cost import CostMeter
 from hybrid_predict_trainer.judge.ledger import Ledger
 from hybrid_predict_trainer.numerics.running import Baseline, RunningMoments
 from hybrid_predict_trainer.observe.divergence import Monitor
@@ -271,7 +271,7 @@ COMPONENTS: dict[str, Callable[[], Any]] = {
     "baseline": lambda: Baseline(2, 3.0, 4.0, 5.0, 6.0),
     "history": _history,
     "record": TrackRecord,
-    "counters": Counters,
+    "meter": CostMeter,
     "monitor": lambda: Monitor(HybridTrainerConfig().divergence, 3.0),
     "ledger": lambda: Ledger(HybridTrainerConfig().gate),
     "metrics": lambda: Metrics(NullSink(), log_interval=1),
@@ -327,7 +327,7 @@ def test_every_field_of_the_run_is_saved() -> None:
         "predictor", "basis", "controller", "observing", "readout", "buffers", "last_batch", "batch_free",
         "stated_confidence", "correction", "observer", "window_seconds",
         "old_anchor", "held", "closing", "hands_off", "writes", "settings", "role_groups", "chooses", "time", "origin",
-        "views",
+        "views", "meter",
     }  # fmt: skip
     assert set(vars(run)) - saved - rebuilt == set()
 

@@ -298,12 +298,12 @@ def test_rolled_back_jump_restores_everything(
     for batch in poisoned(DATA[data](60), trainer, ROLLBACKS[how]):
         if trainer.run.probation is None:
             before = built.everything()
-            claimed.append(trainer.run.counters.num_claimed_steps)
+            claimed.append(trainer.run.meter.num_claimed_steps)
             first = flat(trainer.run.parameters)
         result = trainer.step(batch)
         if result.phase is Phase.CORRECT and trainer.run.probation is None:
             rolled_back += 1
-            assert trainer.run.counters.num_claimed_steps == claimed[-1]
+            assert trainer.run.meter.num_claimed_steps == claimed[-1]
             assert torch.equal(flat(trainer.run.parameters), first)
             now = built.everything()
             if how != "nan" or result.skipped:
@@ -345,7 +345,7 @@ def test_schedule_catches_up_after_a_rollback(monkeypatch: pytest.MonkeyPatch) -
     assert built.scheduler is not None
     assert built.scheduler.last_epoch == trainer.run.position
     trainer.step(batches[0])
-    assert built.scheduler.last_epoch == trainer.run.position == trainer.run.counters.num_attempted_steps
+    assert built.scheduler.last_epoch == trainer.run.position == trainer.run.meter.num_attempted_steps
 
 
 # ---------------------------------------------------------------- accepted

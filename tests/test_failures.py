@@ -173,7 +173,7 @@ def test_what_raises_in_a_step_is_one_warning(
     assert {p: n for p, n in counts.items() if n} == {place: wanted}
     assert len(said) == 1
     assert "it broke" in said[0]
-    assert trainer.run.counters.num_real_steps == NUM_STEPS
+    assert trainer.run.meter.num_real_steps == NUM_STEPS
     # a hook is called for every layer, and a proposal under way is carried to its end
     assert mode == "once" or failing.num_calls <= 2 * MAX_FAILURES, "after three times nobody asks"
     moves = settings.get("max_learned_scale", 1.0) > 1
@@ -197,7 +197,7 @@ def test_what_fails_in_going_over_to_another_predictor(monkeypatch: pytest.Monke
     run = trainer.run
     assert run.predictor is before
     assert (run.basis.spec, run.config.predictor_type) == (before.spec, "secant")
-    assert run.counters.num_real_steps > NUM_STEPS / 2
+    assert run.meter.num_real_steps > NUM_STEPS / 2
 
 
 # ---------------------------------------------------------------- batches that cannot be looked at

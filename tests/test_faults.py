@@ -150,7 +150,7 @@ def test_adversary_costs_little(scale: float, data: str) -> None:
     assert loss <= 1.1 * baseline + 1e-3
     spent = trainer.run.ledger.spent_units - trainer.run.ledger.returned_units
     assert spent <= 0.011 * steps * STEP_UNITS + 5 * STEP_UNITS, "one proposal over the budget at most"
-    assert counts["cost_units"] <= 1.02 * STEP_UNITS * trainer.run.counters.num_attempted_steps + 5 * STEP_UNITS
+    assert counts["cost_units"] <= 1.02 * STEP_UNITS * trainer.run.meter.num_attempted_steps + 5 * STEP_UNITS
 
 
 # ---------------------------------------------------------------- not finite
@@ -397,11 +397,11 @@ def test_rolled_back_jump_is_not_brought_back_by_an_anchor(late: Callable, monke
     for batch in batches:
         if trainer.run.probation is None:
             before = made.everything()["parameters"]
-        rollbacks = trainer.run.counters.num_rollbacks
+        rollbacks = trainer.run.meter.num_rollbacks
         trainer.step(batch)
-        if trainer.run.counters.num_rollbacks > rollbacks:
+        if trainer.run.meter.num_rollbacks > rollbacks:
             break
-    assert trainer.run.counters.num_rollbacks == 1
+    assert trainer.run.meter.num_rollbacks == 1
     bad = poison(clean, "nan_loss")
     while trainer.run.anchor is not None or not trainer.statistics()["num_skipped_steps"]:
         trainer.step(bad)
@@ -727,9 +727,9 @@ def test_scaler_is_rolled_back_too(monkeypatch: pytest.MonkeyPatch) -> None:
         if trainer.run.probation is None:
             before = scaler.state_dict()
         trainer.step(batch)
-        if trainer.run.counters.num_rollbacks:
+        if trainer.run.meter.num_rollbacks:
             break
-    assert trainer.run.counters.num_rollbacks == 1
+    assert trainer.run.meter.num_rollbacks == 1
     assert scaler.state_dict() == before
 
 

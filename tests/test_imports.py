@@ -256,7 +256,7 @@ def test_importing_is_light_and_silent() -> None:
 # ---------------------------------------------------------------- former names
 
 FORMER_NAMES = (
-    "executors.probation_passes", "run.Run", "snapshot.optimizer_parameters",
+    "counters.Counters", "executors.probation_passes", "run.Run", "snapshot.optimizer_parameters",
     "ledger.PASS_UNITS", "metrics.NullSink", "checkpoint.latest", "persistence.parts", "toml_io.with_values",
     "batches.tensors", "step_scale.LearnedScale", "weights.role_of", "cycle.signals", "tasks.mlp.TanhMLP",
     "tasks.equations.PROBLEMS", "tasks.optim.build_optimizer", "experiments.single.StopSignal",

@@ -217,7 +217,7 @@ def test_a_step_interrupted_before_its_cut_is_shortened_once(late: bool, monkeyp
                 trainer.step(data[3])
         else:
             trainer.step(data[3])
-        ends.append((weights_of(trainer), scale.num_steps, trainer.run.counters.num_real_steps))
+        ends.append((weights_of(trainer), scale.num_steps, trainer.run.meter.num_real_steps))
     assert ends[0] == ends[1]
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cases import Fake, config, full_batch, make_batches, setup
 from hybrid_predict_trainer import GateConfig
-from hybrid_predict_trainer.cost import BACKWARD_UNITS, FORWARD_UNITS, STEP_UNITS, UPDATE_UNITS, Counters
+from hybrid_predict_trainer.cost import BACKWARD_UNITS, FORWARD_UNITS, STEP_UNITS, UPDATE_UNITS, CostMeter
 from hybrid_predict_trainer.cycle import predict_step
 from hybrid_predict_trainer.judge.ledger import Ledger
 from hybrid_predict_trainer.records import Account, Phase
@@ -284,23 +284,23 @@ def test_costs_of_a_step() -> None:
     ("clock", "wanted"), [("cost", 100 + math.floor(31 / 3.1 + 1e-9)), ("credited", 107), ("claimed", 180)]
 )
 def test_clocks(clock: Any, wanted: int) -> None:
-    counters = Counters(num_attempted_steps=100, num_forward=131, num_claimed_steps=80)
+    counters = CostMeter(num_attempted_steps=100, num_forward=131, num_claimed_steps=80)
     assert counters.position(clock, 7.9) == wanted
 
 
 @given(st.integers(0, 10**7), st.integers(0, 1000))
 def test_the_cost_clock_of_a_plain_run_counts_steps(steps: int, extra: int) -> None:
     """Not by a float quotient, which would be one off now and then."""
-    counters = Counters(num_attempted_steps=steps, num_forward=float(steps), num_backward=steps)
+    counters = CostMeter(num_attempted_steps=steps, num_forward=float(steps), num_backward=steps)
     assert counters.cost_steps == steps == counters.position("cost", 0.0)
     assert counters.cost_units == pytest.approx(STEP_UNITS * steps)
-    counters.num_forward += 3.1 * extra
+    counters.add_forwards(3.1 * extra)
     assert counters.cost_steps == steps + extra
 
 
 def test_backward_reduction() -> None:
-    assert Counters().backward_reduction_pct == 0.0
-    assert Counters(num_backward=20, num_claimed_steps=80).backward_reduction_pct == 80.0
+    assert CostMeter().backward_reduction_pct == 0.0
+    assert CostMeter(num_backward=20, num_claimed_steps=80).backward_reduction_pct == 80.0
 
 
 # ---------------------------------------------------------------- in a run
@@ -314,8 +314,8 @@ def test_a_run_keeps_to_its_budget(budget: float) -> None:
     trainer.fit(make_batches(500))
     assert trainer.statistics()["num_jumps_accepted"] == 0
     ledger = trainer.run.ledger
-    assert 0 < ledger.spent_units <= budget * trainer.run.counters.cost_units + 5
-    assert trainer.run.counters.extra_units == pytest.approx(ledger.spent_units, rel=0.05)
+    assert 0 < ledger.spent_units <= budget * trainer.run.meter.cost_units + 5
+    assert trainer.run.meter.extra_units == pytest.approx(ledger.spent_units, rel=0.05)
 
 
 def test_every_jump_has_an_account(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,9 +329,9 @@ def test_every_jump_has_an_account(monkeypatch: pytest.MonkeyPatch) -> None:
         if r.phase is Phase.PREDICT and r.verdict is not None and r.verdict.loss_after < r.verdict.loss_before
     ]
     booked = [*trainer.run.ledger.settled, *trainer.run.ledger.open]
-    assert len(booked) == len(jumps) - trainer.run.counters.num_rollbacks
+    assert len(booked) == len(jumps) - trainer.run.meter.num_rollbacks
     assert {a.skipped for a in booked} == {True, False}
-    assert trainer.run.counters.num_controls == sum(a.skipped for a in booked)
+    assert trainer.run.meter.num_controls == sum(a.skipped for a in booked)
 
 
 def test_speedup_is_one_without_prediction() -> None:

@@ -223,7 +223,7 @@ def test_factors_cost_what_they_cost() -> None:
     """Watching is charged: the counters of a run with factors are higher by the observer's passes per window."""
     bare, full = trained(12, Fake()), trained(12, Fake(), encoder__kfac=True, encoder__low_rank=2)
     assert full.run.observer.passes > 0
-    difference = full.run.counters.num_passes - bare.run.counters.num_passes
+    difference = full.run.meter.num_passes - bare.run.meter.num_passes
     assert difference == pytest.approx(full.run.num_windows * full.run.observer.passes)
 
 

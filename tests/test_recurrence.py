@@ -330,7 +330,7 @@ def test_on_the_word_of_a_validation_loss_data_that_come_round_are_raised() -> N
     assert 2 <= asked <= 2 * trainer.run.scale.multiplier.num_raises + 150 / LEAST_STEPS
     free = runner(held_out, num=140, val_cost=0.0)
     values(free, BATCHES, total_steps=150)
-    difference = trainer.run.counters.num_forward - free.run.counters.num_forward
+    difference = trainer.run.meter.num_forward - free.run.meter.num_forward
     assert difference == 4.0 * asked
     assert trainer.statistics()["cost_units"] - free.statistics()["cost_units"] == difference
 

@@ -227,7 +227,7 @@ def test_a_run_asks_it_and_one_without_the_motion_has_no_trial() -> None:
     run = trainer.run
     for batch in make_batches(BLOCK_STEPS * (NUM_FREE_BLOCKS + 14)):
         trainer.step(batch)
-    assert run.switchback.num_blocks == run.counters.num_real_steps // BLOCK_STEPS
+    assert run.switchback.num_blocks == run.meter.num_real_steps // BLOCK_STEPS
     assert run.switchback._changes[False]
     assert trainer.statistics()["lookahead_switched_off"] is False
     still = setup("mlp", "sgd", "flat").trainer(config(explore_outcomes=0))

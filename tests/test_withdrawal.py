@@ -197,10 +197,10 @@ def test_a_comparison_leaves_no_trace(model: str, monkeypatch: pytest.MonkeyPatc
     batches = make_batches(450)
     monkeypatch.setattr("hybrid_predict_trainer.judge.guard.Guard.compare", lambda self, a, b: Request.NOTHING)
     ruin(trainer, batches, until=lambda: trainer.run.guard.comparing)
-    before, forwards = made.everything(), trainer.run.counters.num_forward
+    before, forwards = made.everything(), trainer.run.meter.num_forward
     withdrawal.compare_with_anchor(trainer.run, batches[0])
     assert_same(made.everything(), before)
-    assert trainer.run.counters.num_forward == forwards + 2
+    assert trainer.run.meter.num_forward == forwards + 2
     trainer.step(batches[1])
     assert trainer.run.scale.value == 1.0  # all motions rest
     assert trainer.run.scale.learned > 1

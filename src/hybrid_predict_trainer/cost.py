@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, field, fields
 
 from .config.settings import Clock
-from .records import State
+from .records import Phase, State
 
 #: Cost of one optimizer step in forwards: forward 1, backward 2, update 0.1 (specification).
 FORWARD_UNITS = 1.0
@@ -20,8 +20,11 @@ PASS_UNITS = 0.002
 
 
 @dataclass(slots=True)
-class Counters:
-    """Plain counts; every figure in summaries is computed from these."""
+class CostMeter:
+    """What a run did and what it cost: plain counts, from which every figure of a summary is computed.
+
+    Nobody else writes them: who did something says so by one of the methods.
+    """
 
     num_steps: int = 0  # calls of step()
     num_attempted_steps: int = 0  # forward and backward computed
@@ -37,10 +40,70 @@ class Counters:
     num_rollbacks: int = 0
     num_divergence_events: int = 0
     num_outside_writes: int = 0  # times that somebody else had changed the weights between two steps
-    warmup_steps: int = 0  # steps by phase
-    full_steps: int = 0
-    predict_steps: int = 0
-    correct_steps: int = 0
+    steps_by_phase: dict[Phase, int] = field(default_factory=lambda: dict.fromkeys(Phase, 0))
+
+    # ---- what happens ------------------------------------------------------------------------------
+
+    def begin_step(self, phase: Phase) -> None:
+        """A step of a phase begins."""
+        self.num_steps += 1
+        self.steps_by_phase[phase] += 1
+
+    def real_step(self) -> None:
+        """Forward and backward were computed, and the weights have moved."""
+        self._attempted()
+        self.num_real_steps += 1
+
+    def skipped(self) -> None:
+        """Forward and backward were computed, and the step was left out."""
+        self._attempted()
+        self.num_skipped_steps += 1
+
+    def _attempted(self) -> None:
+        self.num_attempted_steps += 1
+        self.num_forward += 1
+        self.num_backward += 1
+
+    def lost(self, num_steps: int) -> None:
+        """The last so many real steps were taken back: they were spent and count as skipped."""
+        self.num_skipped_steps += num_steps
+        self.num_real_steps -= num_steps
+
+    def add_forwards(self, num_forwards: float) -> None:
+        """Forwards beside those of real steps, in full batches."""
+        self.num_forward += num_forwards
+
+    def add_passes(self, num_passes: float) -> None:
+        """Passes over the weights beside the optimizer's own."""
+        self.num_passes += num_passes
+
+    def proposed(self) -> None:
+        """A jump was proposed."""
+        self.num_jumps_proposed += 1
+
+    def jump(self, horizon: int) -> None:
+        """A jump that claims to be worth ``horizon`` steps was applied."""
+        self.num_jumps_accepted += 1
+        self.num_claimed_steps += horizon
+
+    def jump_undone(self, horizon: int) -> None:
+        """A jump was taken back, and what it claimed with it."""
+        self.num_claimed_steps -= horizon
+        self.num_rollbacks += 1
+
+    def control(self) -> None:
+        """An approved jump was not applied, for the comparison."""
+        self.num_controls += 1
+
+    def divergence_event(self) -> None:
+        """An alarm was raised."""
+        self.num_divergence_events += 1
+
+    def outside_write(self) -> None:
+        """Somebody else had changed the weights."""
+        self.num_outside_writes += 1
+
+    # ---- what it comes to ----------------------------------------------------------------------------
 
     @property
     def extra_units(self) -> float:
@@ -76,10 +139,17 @@ class Counters:
         return self.num_attempted_steps + self.num_claimed_steps
 
     def state_dict(self) -> State:
-        """Plain numbers."""
-        return asdict(self)
+        """Plain numbers; those by phase as ``<phase>_steps``."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "steps_by_phase"}
+        return plain | {_key(phase): n for phase, n in self.steps_by_phase.items()}
 
     def load_state_dict(self, state: State) -> None:
         """Inverse of :meth:`state_dict`."""
         for f in fields(self):
-            setattr(self, f.name, state[f.name])
+            if f.name != "steps_by_phase":
+                setattr(self, f.name, state[f.name])
+        self.steps_by_phase = {phase: state[_key(phase)] for phase in Phase}
+
+
+def _key(phase: Phase) -> str:
+    return f"{phase.value}_steps"

@@ -136,6 +136,35 @@ PACKAGES: dict[str, tuple[str, ...]] = {
 }
 
 
+#: Attributes that ``trainer.run`` had -> where they are today.
+ATTRIBUTES: dict[str, str] = {
+    "counters": "meter",
+}
+_said_attributes: set[str] = set()
+
+
+def place_of(name: str) -> str:
+    """Where an attribute of ``trainer.run`` is today; a former name is said once.
+
+    Raises:
+        AttributeError: it never was one.
+    """
+    if name not in ATTRIBUTES:
+        raise AttributeError(f"the state of a run has no attribute {name!r}")
+    if name not in _said_attributes:
+        _said_attributes.add(name)
+        warnings.warn(
+            f"run.{name} is now run.{ATTRIBUTES[name]}; the former name goes with the next minor version",
+            DeprecationWarning,
+            stacklevel=4,
+        )
+    return ATTRIBUTES[name]
+
+
+#: Former name of a definition -> today's.
+NAMES: dict[str, str] = {"Counters": "CostMeter"}
+
+
 def _warn(former: str, homes: Sequence[str]) -> None:
     warnings.warn(
         f"{PACKAGE}.{former} is now {' and '.join(f'{PACKAGE}.{home}' for home in homes)}; the former name goes with "
@@ -156,8 +185,9 @@ class FormerModule(ModuleType):
         """Of the first home that has it."""
         if not name.startswith("__"):
             for home in _homes(MODULES[self.__name__.removeprefix(f"{PACKAGE}.")]):
-                if hasattr(home, name):
-                    return getattr(home, name)
+                for known in (name, NAMES.get(name, name)):
+                    if hasattr(home, known):
+                        return getattr(home, known)
         raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -304,7 +304,7 @@ class HybridTrainer:
     @property
     def backward_reduction(self) -> float:
         """Percentage of backward passes avoided if every claimed step were a real one (a diagnostic)."""
-        return self.run.counters.backward_reduction_pct
+        return self.run.meter.backward_reduction_pct
 
     @property
     def speedup_factor(self) -> float:
@@ -313,14 +313,14 @@ class HybridTrainer:
         Credited steps are what the ledger's persistence and the loss slope support.  It is the run's
         own estimate; the measured figure needs a baseline (``hpt compare``).
         """
-        c = self.run.counters
+        c = self.run.meter
         cost = c.cost_units / STEP_UNITS
         return (c.num_attempted_steps + self.run.ledger.num_credited_steps) / cost if cost else 1.0
 
     @property
     def current_step(self) -> int:
         """Calls of :meth:`step` so far."""
-        return self.run.counters.num_steps
+        return self.run.meter.num_steps
 
     def current_confidence(self) -> float:
         """Probability that the next jump is kept, in [0, 1]."""

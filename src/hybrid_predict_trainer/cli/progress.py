@@ -54,7 +54,7 @@ class Progress:
 
     def line(self, result: StepResult, now: float) -> str:
         """Phase, step, loss, jumps, speed, time left."""
-        c, position = self._trainer.run.counters, min(self._trainer.run.position, self._total)
+        c, position = self._trainer.run.meter, min(self._trainer.run.position, self._total)
         rate = (position - self._first) / max(now - self._started, 1e-9)
         left = f"{(self._total - position) / rate:.0f} s left" if rate > 0 else "? left"
         filled = WIDTH * position // max(self._total, 1)

@@ -77,7 +77,6 @@ def _extended(run: Run, probation: Probation, alarm: Alarm, after: float) -> boo
 
 def _roll_back(run: Run, probation: Probation) -> None:
     """Everything as it was before the jump, bit for bit; the steps since are lost and paid for."""
-    c = run.counters
     run.restore(probation.snapshot)
     run.switchback.note_jump()
     run.basis.revert(probation.basis)
@@ -94,7 +93,6 @@ def _roll_back(run: Run, probation: Probation) -> None:
     if run.monitor.num_rollbacks > run.config.divergence.max_rollbacks:
         run.ledger.switched_off = True  # it keeps failing: plain training from here
     run.horizon = max(run.horizon // 2, run.config.min_predict_steps)
-    c.num_claimed_steps -= probation.claimed
-    c.num_rollbacks += 1
-    c.num_passes += 8
+    run.meter.jump_undone(probation.claimed)
+    run.meter.add_passes(8)
     run.step_scheduler()  # the steps on probation were spent, the claimed ones were not made

@@ -31,7 +31,7 @@ def signals(run: Run) -> Signals:
     probation = run.probation
     return Signals(
         phase=run.phase,
-        num_real_steps=run.counters.num_attempted_steps,
+        num_real_steps=run.meter.num_attempted_steps,
         num_real_steps_since_predict=run.num_real_steps_since_predict,
         loss_ema_stable=run.history.loss_ema_stable,
         baseline_known=run.history.norm_baseline.count > 0,
@@ -118,6 +118,6 @@ def predictor_ready(run: Run) -> bool:
 def affordable(run: Run) -> bool:
     """Whether the budget allows a proposal, what the rest of a planned run will cost to watch included."""
     usual = USUAL_PRICE_EXACT if run.deterministic else USUAL_PRICE_NOISY
-    left = max(run.ledger.planned_units - run.counters.cost_units, 0.0)
-    to_watch = left * run.ledger.watched_units / max(run.counters.cost_units, 1.0)
-    return run.ledger.affordable(usual, run.counters.cost_units, reserve=to_watch)
+    left = max(run.ledger.planned_units - run.meter.cost_units, 0.0)
+    to_watch = left * run.ledger.watched_units / max(run.meter.cost_units, 1.0)
+    return run.ledger.affordable(usual, run.meter.cost_units, reserve=to_watch)

@@ -37,9 +37,7 @@ def enter(run: Run, decision: Decision) -> None:
     if decision.phase is not Phase.PREDICT:
         run.segment = None  # what is left of a jump in pieces is not continued later
     run.window_just_closed = False
-    run.counters.num_steps += 1
-    name = f"{decision.phase.value}_steps"
-    setattr(run.counters, name, getattr(run.counters, name) + 1)
+    run.meter.begin_step(decision.phase)
 
 
 def monitor(run: Run, metrics: Metrics, execution: Execution) -> Alarm:
@@ -52,7 +50,7 @@ def monitor(run: Run, metrics: Metrics, execution: Execution) -> Alarm:
         return Alarm()
     if execution.searching:  # the scaler has left the step out
         return Alarm()
-    run.readout.push(run.counters.num_attempted_steps, execution.loss, execution.gradient_norm)
+    run.readout.push(run.meter.num_attempted_steps, execution.loss, execution.gradient_norm)
     window_full = run.observing and run.basis.num_steps >= run.config.predictor.window
     alarm = read(run, metrics, force=window_full)
     if alarm.action is Action.ABORT and rescue(run):
@@ -130,7 +128,7 @@ def _look(run: Run) -> None:
     follow_advice(run, validated(run, run.scale.check(reading)))
     if not run.readout.waiting and reading.newest:
         moving = run.moving and run.probation is None
-        step = run.counters.num_real_steps
+        step = run.meter.num_real_steps
         follow_request(run, run.guard.watch(reading.newest[-1], step, exact=reading.exact, moving=moving))
     run.scale.rest(run.guard.comparing)
 
@@ -143,7 +141,7 @@ def blind(run: Run) -> bool:
 
 def validated(run: Run, advice: Advice) -> Advice:
     """Where data come round again the validation loss has the last word on a raise, if there is one."""
-    validation, step = run.validation, run.counters.num_real_steps
+    validation, step = run.validation, run.meter.num_real_steps
     if validation is None or validation.failed or not run.recurrence.recurs or run.scale.learned == 1:
         return advice
     if advice is Advice.RAISED:
@@ -163,8 +161,8 @@ def validated(run: Run, advice: Advice) -> Advice:
 
 
 def _ask(run: Run, validation: Validation) -> float:
-    run.counters.num_forward += validation.cost
-    return validation.ask(run.model, run.counters.num_real_steps)
+    run.meter.add_forwards(validation.cost)
+    return validation.ask(run.model, run.meter.num_real_steps)
 
 
 def judge_lookahead(run: Run, execution: Execution) -> None:
@@ -207,7 +205,7 @@ def observe(run: Run, metrics: Metrics, execution: Execution, began: float) -> N
     learn(run, window)
     updated = time.perf_counter()
     run.ledger.note_window(window.loss / loss_before if loss_before else math.nan, jumped=window.jumped)
-    settled = run.ledger.settle(run.counters.num_real_steps, window.loss)
+    settled = run.ledger.settle(run.meter.num_real_steps, window.loss)
     for account in settled:
         run.adaptation.note_settled(account, window.num_steps, exact=run.deterministic)
     metrics.note_outcomes(run, settled)
@@ -216,7 +214,7 @@ def observe(run: Run, metrics: Metrics, execution: Execution, began: float) -> N
     products = 1 if spec.differences else 1 + spec.curvature + len(spec.extras)  # vectors times all columns
     passes: float = 6 * window.num_steps + 10 + products * run.basis.num_filled
     passes += run.observer.passes
-    run.counters.num_passes += passes
+    run.meter.add_passes(passes)
     run.ledger.observe(passes * PASS_UNITS)
     run.window_just_closed = True
     run.buffers.forget()
@@ -256,7 +254,7 @@ def describe(run: Run, decision: Decision, execution: Execution, alarm: Alarm, s
         prediction_error=error,
         confidence=run.stated_confidence,
         step_time_ms=1e3 * (time.perf_counter() - started),
-        step=run.counters.num_steps,
+        step=run.meter.num_steps,
         reason=(verdict.reason if verdict is not None else decision.reason).value,
         gradient_norm_tensor=execution.gradient_norm,
         skipped=execution.skipped,

@@ -67,8 +67,8 @@ def note_unseen(run: Run, error: Exception) -> None:
 
 def note_changed(run: Run) -> None:
     """The weights are others than the run left: everything that remembers the old ones begins anew."""
-    run.counters.num_outside_writes += 1
-    if run.counters.num_outside_writes == 1:
+    run.meter.outside_write()
+    if run.meter.num_outside_writes == 1:
         warn(
             "weights were changed between two steps by something else than this trainer: what was learnt from those "
             f"before is dropped; after {MAX_WRITES} times the lookahead ends, if every step is followed by such a "
@@ -78,7 +78,7 @@ def note_changed(run: Run) -> None:
     forget_weights(run)
     run.lookahead.forget()
     _drop_points(run)
-    if run.counters.num_outside_writes >= MAX_WRITES:
+    if run.meter.num_outside_writes >= MAX_WRITES:
         run.switchback.switched_off = True
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..records import ConfigError, EpochResult, Phase
+from ..records import ConfigError, EpochResult
 from ..tell.figures import statistics
 from ..weights import algebra as weights
 from .state import Run
@@ -138,4 +138,4 @@ class Tally:
 
 def phase_counts(run: Run) -> dict[str, int]:
     """Steps by phase so far."""
-    return {phase.value: getattr(run.counters, f"{phase.value}_steps") for phase in Phase}
+    return {phase.value: n for phase, n in run.meter.steps_by_phase.items()}

@@ -53,7 +53,7 @@ def transact(
             saved = run.held = weights.clone(run.parameters)
             verdict = judge(run, batch, prediction, deltas, saved)
             weights.copy_(run.parameters, saved)
-            run.counters.num_passes += 4
+            run.meter.add_passes(4)
             verdict = accept(prediction, deltas, saved, verdict)
         assert verdict is not None
         done = True
@@ -70,8 +70,8 @@ def transact(
 def run_predict(run: Run, batch: Any, decision: Decision) -> Execution:
     """Propose, judge, then apply the accepted multiple of the jump or nothing at all."""
     started = time.perf_counter()
-    c = run.counters
-    c.num_jumps_proposed += 1
+    c = run.meter
+    c.proposed()
     run.num_windows_since_proposal = 0
     run.num_real_steps_since_predict = 0
     before_units = c.extra_units
@@ -80,7 +80,7 @@ def run_predict(run: Run, batch: Any, decision: Decision) -> Execution:
     def accept(prediction: PhasePrediction, deltas: list[Tensors], saved: Tensors, verdict: Verdict) -> Verdict:
         if verdict.accepted and _is_control(run):
             verdict = replace(verdict, accepted=False, reason=Reason.CONTROL_SKIP)
-            c.num_controls += 1
+            c.control()
         if verdict.accepted:
             execution.applied = _accept(run, prediction, deltas, saved, verdict, decision.fallback_threshold)
             execution.claimed = prediction.horizon
@@ -92,7 +92,7 @@ def run_predict(run: Run, batch: Any, decision: Decision) -> Execution:
     execution.verdict, execution.prediction = verdict, prediction
     execution.consumed = verdict.accepted
     execution.forwards = verdict.num_forward
-    c.num_forward += verdict.num_forward
+    c.add_forwards(verdict.num_forward)
     spent = c.extra_units - before_units
     run.ledger.spend(spent)
     approved = verdict.accepted or verdict.reason is Reason.CONTROL_SKIP
@@ -118,7 +118,7 @@ def _is_control(run: Run) -> bool:
 
 def _book(run: Run, verdict: Verdict, prediction: PhasePrediction, price: float) -> None:
     """Open the ledger's account for an approved jump, applied or skipped."""
-    step = run.counters.num_real_steps
+    step = run.meter.num_real_steps
     run.adaptation.note_approval(step)
     run.ledger.open_account(
         Account(
@@ -139,7 +139,7 @@ def _accept(
     run: Run, prediction: PhasePrediction, deltas: Sequence[Tensors], saved: Tensors, verdict: Verdict, fallback: float
 ) -> Tensor:
     """Move the weights by the recorded vector, and start probation."""
-    c = run.counters
+    c = run.meter
     delta = deltas[verdict.candidate]
     if run.config.correct_steps > 0 and run.probation is None:
         run.probation = Probation(
@@ -149,7 +149,7 @@ def _accept(
             predicted_loss=max(prediction.predicted_loss, verdict.loss_after), fallback_threshold=fallback,
             claimed=prediction.horizon,
         )  # fmt: skip
-        c.num_passes += 8  # weights and two moments, read and written
+        c.add_passes(8)  # weights and two moments, read and written
     elif run.probation is not None:
         run.probation.claimed += prediction.horizon
     only = run.trained.only
@@ -159,8 +159,7 @@ def _accept(
     run.switchback.note_jump()
     run.scale.forget()
     run.lr_integral = 0.0
-    c.num_jumps_accepted += 1
-    c.num_claimed_steps += prediction.horizon
+    c.jump(prediction.horizon)
     candidates = [prediction.coefficients, *prediction.alternatives]
     return candidates[verdict.candidate] * verdict.scale
 

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+#: Whose predictors are held to their counted costs, not to the clock.
+PACKAGE = __name__.partition(".")[0]
+
 
 #: Batches in a row that are not the one before, after which a run no longer counts as full-batch training.
 BACK_AFTER = 20
@@ -66,7 +69,7 @@ def bind(run: Run, config: HybridTrainerConfig, predictor: Predictor | None = No
     run.config = config
     groups = run.role_groups
     run.predictor = predictor if predictor is not None else build(config, groups.num_groups, groups.num_weights)
-    own = type(run.predictor).__module__.startswith(f"{__package__}.")
+    own = type(run.predictor).__module__.startswith(f"{PACKAGE}.")
     run.time = TimeBudget(own=own, paced=isinstance(run.predictor, Paced))
     run.groups = groups.pooled() if run.predictor.spec.pooled else groups
     run.basis = Basis(

@@ -115,7 +115,7 @@ class RealStep:
         """The optimizer has stepped: multiplier and lookahead do their part, and the step is counted."""
         run = self.run
         passes = self._passes + after_optimizer(run, self._rate)
-        run.counters.num_passes += passes
+        run.meter.add_passes(passes)
         run.ledger.observe(passes * PASS_UNITS)
         count_real(run)
         return Execution(self.loss, self.norm, forwards=1, backwards=1)
@@ -179,11 +179,7 @@ def _optimizer_step(run: Run) -> None:
 
 def count_real(run: Run) -> None:
     """Count a real step, and bring the schedule to the clock."""
-    c = run.counters
-    c.num_attempted_steps += 1
-    c.num_real_steps += 1
-    c.num_forward += 1
-    c.num_backward += 1
+    run.meter.real_step()
     run.num_real_steps_since_predict += 1
     run.num_forced_full_steps = max(0, run.num_forced_full_steps - 1)
     run.step_scheduler()
@@ -209,11 +205,7 @@ def _skip(run: Run, loss: Tensor, norm: Tensor) -> Execution:
         run.grad_scaler.update()  # shrinks its scale if it saw an overflow; the optimizer is not stepped
     searching = run.scale_search.look(overflowed=math.isfinite(float(loss)) and not math.isfinite(float(norm)))
     run.optimizer.zero_grad(set_to_none=True)
-    c = run.counters
-    c.num_attempted_steps += 1
-    c.num_skipped_steps += 1
-    c.num_forward += 1
-    c.num_backward += 1
+    run.meter.skipped()
     run.step_scheduler()
     return Execution(loss, norm, skipped=True, searching=searching, forwards=1, backwards=1)
 
@@ -222,7 +214,7 @@ def _keep_anchor(run: Run) -> None:
     """Accelerators: an exact copy at the start of every reading interval."""
     if run.anchor is None:
         run.set_anchor()
-        run.counters.num_passes += 6
+        run.meter.add_passes(6)
 
 
 def settle_anchor(run: Run, *, finite: bool) -> None:
@@ -237,9 +229,7 @@ def settle_anchor(run: Run, *, finite: bool) -> None:
         run.basis.restart_window()
         run.scale.forget()
         run.lr_integral = 0.0
-        c = run.counters
-        c.num_skipped_steps += c.num_real_steps - run.anchor_real_steps
-        c.num_real_steps = run.anchor_real_steps
+        run.meter.lost(run.meter.num_real_steps - run.anchor_real_steps)
         run.num_schedule_steps = run.anchor_schedule_steps
         run.step_scheduler()  # the lost steps were spent
     run.drop_anchor()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .. import former_names
 from ..config.settings import AUTO, NOISY, HybridTrainerConfig
-from ..cost import Counters
+from ..cost import CostMeter
 from ..judge.exactness import Exactness
 from ..judge.guard import Guard
 from ..judge.ledger import Ledger
@@ -119,7 +121,7 @@ class Run:
         self.scale_search = ScaleSearch(grad_scaler)
         self.monitor = Monitor(config.divergence, config.divergence_threshold)
         self.ledger = Ledger(config.gate)
-        self.counters = Counters()
+        self.meter = CostMeter()
         self.buffers = BufferGuard(with_modules_beside(loss_fn, model))
         self.origin = Origin.of(model, optimizer, config.checkpoint.include_frozen)
 
@@ -155,6 +157,24 @@ class Run:
         self.needs_grad_mode = False  # the loss function differentiates inside (PINNs)
         self.quiet_fails = False  # the loss can be had in the modes of training only
         self.loss_writes: bool | None = None  # the loss function writes into its batch; None: nobody looked yet
+
+    # ---- former names ---------------------------------------------------------------------------
+
+    if not TYPE_CHECKING:  # the type checker is to know none of them
+
+        def __getattr__(self, name: str) -> Any:
+            """A former attribute, from the owner that has it today."""
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return operator.attrgetter(former_names.place_of(name))(self)
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            """Set an attribute; a former one where it is today."""
+            if name in former_names.ATTRIBUTES:
+                owner, _, last = former_names.place_of(name).rpartition(".")
+                setattr(operator.attrgetter(owner)(self) if owner else self, last, value)
+            else:
+                super().__setattr__(name, value)
 
     # ---- small readings -------------------------------------------------------------------------
 
@@ -193,7 +213,7 @@ class Run:
     def moving(self) -> bool:
         """Whether anything of this library has a hand in the weights or in their rate."""
         drifting = self.lookahead.num_steps > 0 and not self.switchback.switched_off
-        return drifting or self.scale.learned > 1 or self.scale.shortening or self.counters.num_jumps_accepted > 0
+        return drifting or self.scale.learned > 1 or self.scale.shortening or self.meter.num_jumps_accepted > 0
 
     @property
     def watches_data(self) -> bool:
@@ -240,7 +260,7 @@ class Run:
     @property
     def position(self) -> int:
         """Of the schedule and the end of the run, in steps of the configured clock."""
-        return self.counters.position(self.config.clock, self.ledger.num_credited_steps)
+        return self.meter.position(self.config.clock, self.ledger.num_credited_steps)
 
     def take_snapshot(self) -> Snapshot:
         """Exact copy of model, optimizer, scheduler, scaler and RNG."""
@@ -252,7 +272,7 @@ class Run:
     def set_anchor(self) -> None:
         """Take the anchor here, in the memory of the last one."""
         self.anchor, self.old_anchor = self._snapshot(self.old_anchor), None
-        self.anchor_real_steps, self.anchor_schedule_steps = self.counters.num_real_steps, self.num_schedule_steps
+        self.anchor_real_steps, self.anchor_schedule_steps = self.meter.num_real_steps, self.num_schedule_steps
 
     def drop_anchor(self) -> None:
         """There is none any more."""
@@ -328,7 +348,7 @@ class Run:
         self.closing = True
         hindsight = self.basis.close_window()
         self.closing = False
-        step = self.counters.num_real_steps
+        step = self.meter.num_real_steps
         self.window_loss = self.history.close_window(step, num_steps)
         self.loss_slope = self.history.loss_slope()
         window = Window(
@@ -379,7 +399,7 @@ class Run:
             "predictor": self.predictor.name,
             "phase": self.phase.value,
             "scalars": {name: getattr(self, name) for name in self._SCALARS},
-            "counters": self.counters.state_dict(),
+            "counters": self.meter.state_dict(),
             "history": self.history.state_dict(),
             "monitor": self.monitor.state_dict(),
             "ledger": self.ledger.state_dict(),
@@ -412,7 +432,7 @@ class Run:
         self.phase = Phase(state["phase"])
         for name in self._SCALARS:
             setattr(self, name, state["scalars"][name])
-        self.counters.load_state_dict(state["counters"])
+        self.meter.load_state_dict(state["counters"])
         self.history.load_state_dict(state["history"])
         self.monitor.load_state_dict(state["monitor"])
         self.ledger.load_state_dict(state["ledger"])

@@ -75,7 +75,7 @@ def books(run: Run) -> Memento:
     """What a run remembers of its jumps: counts, ledger, adaptation, probation, and the run's own numbers."""
     a = run.adaptation
     return Memento([
-        run, run.counters, run.ledger, run.monitor, run.switchback, run.probation, run.segment, a, a.record,
+        run, run.meter, run.ledger, run.monitor, run.switchback, run.probation, run.segment, a, a.record,
         a.confidence, a.bandit,
     ])  # fmt: skip
 
@@ -120,12 +120,12 @@ def _proposal(run: Run, batch: Any, decision: Decision) -> Execution:
 
 def _real(run: Run, batch: Any, decision: Decision, executor: Callable[[Run, Any, Decision], Execution]) -> Execution:
     """Carried to its end and counted if its weights have moved."""
-    versions, num_attempted = _versions(run.parameters), run.counters.num_attempted_steps
+    versions, num_attempted = _versions(run.parameters), run.meter.num_attempted_steps
     done = run.scale.num_steps, run.lookahead.num_steps
     try:
         return executor(run, batch, decision)
     except BaseException:
-        if _versions(run.parameters) != versions and run.counters.num_attempted_steps == num_attempted:
+        if _versions(run.parameters) != versions and run.meter.num_attempted_steps == num_attempted:
             _finish(run, *done)
         raise
 

@@ -31,7 +31,7 @@ SCHEDULED = ("lr", "initial_lr", "momentum", "betas", "weight_decay")
 
 def keep(run: Run, into: Snapshot | None = None) -> Snapshot:
     """Copy what training has changed, in the memory of a copy that is needed no more."""
-    run.counters.num_passes += COPY_PASSES
+    run.meter.add_passes(COPY_PASSES)
     offload = run.config.predictor.offload
     return Snapshot.take(run.model, run.optimizer, [run.lookahead], offload=offload, into=into)
 
@@ -43,7 +43,7 @@ def put_back(run: Run, kept: Snapshot) -> None:
     for group, values in zip(run.optimizer.param_groups, settings, strict=True):
         for key, value in values.items():
             set_value(group, key, group.get(key), value)
-    run.counters.num_passes += COPY_PASSES
+    run.meter.add_passes(COPY_PASSES)
     forget_weights(run)
     run.drop_anchor()  # it holds the weights that did harm
 
@@ -94,7 +94,7 @@ def compare_with_anchor(run: Run, batch: Any) -> None:
     except Exception:  # whatever cannot be evaluated cannot accuse; the motions end all the same
         follow_request(run, run.guard.withdraw())
         return
-    run.counters.num_forward += 2
+    run.meter.add_forwards(2)
     follow_request(run, run.guard.compare(present, anchor))
 
 
@@ -108,7 +108,7 @@ def _loss_at(run: Run, kept: Snapshot, batch: Any) -> float:
     pairs = [(found[n], saved) for n, saved in zip(kept.names or (), kept.parameters, strict=False) if n in found]
     live, saved = [p for p, _ in pairs], [s for _, s in pairs]
     present = weights.clone(live)
-    run.counters.num_passes += SWAP_PASSES
+    run.meter.add_passes(SWAP_PASSES)
     try:
         weights.copy_(live, saved)
         return _loss(run, batch)

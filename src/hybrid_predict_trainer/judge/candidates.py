@@ -43,13 +43,13 @@ def judge(run: Run, batch: Any, prediction: PhasePrediction, deltas: list[Tensor
         while len(deltas) <= candidate:
             with host.own_defaults():
                 deltas.append(_combined(run, prediction.alternatives[len(deltas) - 1]))
-            run.counters.num_passes += run.basis.num_filled
+            run.meter.add_passes(run.basis.num_filled)
 
     def work(isolation: Isolation) -> Verdict:
         def evaluate(candidate: int, scale: float, part: Part) -> list[float]:
             make(candidate)
             weights.move_(only(run.parameters), only(origin), only(deltas[candidate]), scale)
-            run.counters.num_passes += 3
+            run.meter.add_passes(3)
             return losses_of(run, parts[part], isolation)
 
         if exact:

@@ -107,7 +107,7 @@ def check_exactness(run: Run, batch: Any) -> float:
     asked = run.exactness.agreed is None if setting == "always" else run.same_batch
     if not asked or run.failures.exhausted(Place.GATE):
         return 0.0
-    if not run.exactness.due(run.counters.num_attempted_steps, run.model):
+    if not run.exactness.due(run.meter.num_attempted_steps, run.model):
         return 0.0
     try:
         with _isolated(run, "training") as isolation:
@@ -115,8 +115,8 @@ def check_exactness(run: Run, batch: Any) -> float:
     except Exception as error:
         run.failures.note(Place.GATE, error)
         agreement = Agreement(exact=False)
-    run.exactness.note(agreement, run.counters.num_attempted_steps, run.model)
-    run.counters.num_forward += agreement.num_forward
+    run.exactness.note(agreement, run.meter.num_attempted_steps, run.model)
+    run.meter.add_forwards(agreement.num_forward)
     run.ledger.observe(agreement.num_forward * FORWARD_UNITS)
     if setting == "always" and not agreement.exact:
         warn(

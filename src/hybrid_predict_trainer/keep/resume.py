@@ -97,13 +97,13 @@ def warn_unless_savable(run: Run, metrics: Metrics) -> None:
 def _written(run: Run, saved: dict[str, State], directory: Path) -> Path:
     return checkpoint.save(
         directory,
-        run.counters.num_steps,
+        run.meter.num_steps,
         saved,
         config_toml=to_toml(run.settings),
         summary={
             "loss": run.history.loss_ema.mean, "phase": run.phase.value,
-            "phase_step": getattr(run.counters, f"{run.phase.value}_steps"), "confidence": run.stated_confidence,
-            "num_real_steps": run.counters.num_real_steps, "cost_units": run.counters.cost_units,
+            "phase_step": run.meter.steps_by_phase[run.phase], "confidence": run.stated_confidence,
+            "num_real_steps": run.meter.num_real_steps, "cost_units": run.meter.cost_units,
             "withdrawn": run.guard.withdrawn, "num_guard_alarms": run.guard.num_alarms,
             "num_guard_restores": run.guard.num_restored, "num_failures": sum(run.failures.counts.values()),
         },

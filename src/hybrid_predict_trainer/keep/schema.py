@@ -26,6 +26,8 @@ Path = tuple[object, ...]
 LOOSE = ("optimizer", "scheduler", "scaler")
 
 
+#: Whose objects are looked into.
+PACKAGE = __name__.partition(".")[0]
 #: Declared types of fields that are checked, and what they may hold.
 DECLARED: dict[str, tuple[type, ...]] = {
     "int": (int, np.integer), "float": (int, float, np.number), "bool": (bool, np.bool_), "str": (str,),
@@ -163,7 +165,7 @@ def check_fields(value: Any, path: Path = ("run",), seen: set[int] | None = None
         items = list(value.items())
     elif isinstance(value, list | tuple | deque):
         items = list(enumerate(value))
-    elif type(value).__module__.startswith(__package__):
+    elif type(value).__module__.partition(".")[0] == PACKAGE:
         items = list((attributes(value) or {}).items())
         if dataclasses.is_dataclass(value):
             _check_record(value, path)

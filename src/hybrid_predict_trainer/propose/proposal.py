@@ -41,7 +41,7 @@ def propose(
     except Exception as error:  # whatever a predictor raises must not end a run
         run.note_predictor_failure(error)
         return None, [], Verdict(accepted=False, reason=Reason.PREDICTOR_FAILED)
-    run.counters.num_passes += len(candidates) * run.basis.num_filled
+    run.meter.add_passes(len(candidates) * run.basis.num_filled)
     if not all(weights.all_finite(d) for d in deltas):
         return prediction, [], Verdict(accepted=False, reason=Reason.NOT_FINITE)
     lengths = [weights.per_tensor_rms(d) for d in deltas]

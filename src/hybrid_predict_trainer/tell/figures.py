@@ -22,7 +22,7 @@ def histograms(run: Run) -> dict[str, Any]:
 
 def statistics(run: Run) -> dict[str, Any]:
     """Counts of a run, JSON-able."""
-    c = run.counters
+    c = run.meter
     return {
         "predictor": run.predictor.name, "exact_losses": run.deterministic,
         "num_steps": c.num_steps, "num_real_steps": c.num_real_steps, "num_skipped_steps": c.num_skipped_steps,

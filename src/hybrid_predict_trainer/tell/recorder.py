@@ -89,7 +89,7 @@ class Metrics:
 
     def _step(self, run: Run, decision: Decision, result: StepResult) -> None:
         """Queue the record of one step; on an accelerator its scalars are fetched together, later."""
-        c = run.counters
+        c = run.meter
         record = {
             "schema": SCHEMA, "event": "step", "step": c.num_steps, "phase": result.phase,
             "lr": run.learning_rate, "cost_units": c.cost_units, "num_real_steps": c.num_real_steps,
@@ -125,7 +125,7 @@ class Metrics:
             run,
             "jump",
             {
-                "cost_units": run.counters.cost_units, "accepted": verdict.accepted, "reason": verdict.reason,
+                "cost_units": run.meter.cost_units, "accepted": verdict.accepted, "reason": verdict.reason,
                 "horizon": decision.horizon, "scale": verdict.scale, "candidate": verdict.candidate,
                 "origin": verdict.origin, "loss_before": verdict.loss_before, "loss_after": verdict.loss_after,
                 "predicted_loss": None if prediction is None else prediction.predicted_loss,
@@ -157,10 +157,10 @@ class Metrics:
     def note_alarm(self, run: Run, alarm: Alarm) -> None:
         """Record a divergence alarm of any level above normal."""
         event = {
-            "step": run.counters.num_steps, "severity": alarm.level.name.lower(), "signal": alarm.signal,
+            "step": run.meter.num_steps, "severity": alarm.level.name.lower(), "signal": alarm.signal,
             "action": alarm.action.value, "value": alarm.value, "threshold": alarm.threshold,
         }  # fmt: skip
-        run.counters.num_divergence_events += 1
+        run.meter.divergence_event()
         if len(self.divergence_events) < 1000:
             self.divergence_events.append({**event, "recovery_successful": None})
         self._write(run, "divergence", {**event, "level": event["severity"]})
@@ -196,7 +196,7 @@ class Metrics:
 
     def validation(self, run: Run, val_loss: float, wall_s: float) -> None:
         """Record a validation loss measured outside the run's cost."""
-        c = run.counters
+        c = run.meter
         self._write(
             run, "validation",
             {"cost_units": c.cost_units, "num_real_steps": c.num_real_steps, "wall_s": wall_s, "val_loss": val_loss},
@@ -204,7 +204,7 @@ class Metrics:
 
     def _write(self, run: Run, event: str, values: Mapping[str, Any]) -> None:
         self.flush()  # records stay in order
-        self._emit({"schema": SCHEMA, "event": event, "step": run.counters.num_steps, **values})
+        self._emit({"schema": SCHEMA, "event": event, "step": run.meter.num_steps, **values})
 
     def _emit(self, record: Mapping[str, Any]) -> None:
         """Hand a record to the sink, unless it failed too often."""
@@ -240,11 +240,10 @@ class Metrics:
 
     def _figures(self, run: Run) -> dict[str, Callable[[], Any]]:
         """Parts of the summary, each by itself; those of the observer stand beside the others."""
-        c = run.counters
+        c = run.meter
         return {
             "training_summary": lambda: {
-                "total_steps": c.num_steps, "warmup_steps": c.warmup_steps, "full_steps": c.full_steps,
-                "predict_steps": c.predict_steps, "correct_steps": c.correct_steps,
+                "total_steps": c.num_steps, **{f"{phase}_steps": n for phase, n in c.steps_by_phase.items()},
                 "backward_reduction_pct": c.backward_reduction_pct, "wall_clock_speedup": None,
                 "final_loss": jsonable(run.history.loss_ema.mean), "baseline_loss_estimate": None, "loss_gap_pct": None,
             },

@@ -138,7 +138,7 @@ class Validation:
 
     def due(self) -> bool:
         """Whether the cost has passed the next mark."""
-        return self._trainer.run.counters.cost_steps >= self._next
+        return self._trainer.run.meter.cost_steps >= self._next
 
     def measure(self) -> float:
         """Validate now and record it."""
@@ -148,7 +148,7 @@ class Validation:
         with self._at():
             loss = self._task.evaluate(run.model)
         self._trainer.metrics.validation(run, loss, wall_s)
-        self.curve.append((run.counters.cost_units, loss))
+        self.curve.append((run.meter.cost_units, loss))
         while self.due():
             self._next += self._every
         self.outside_s += time.perf_counter() - started
@@ -157,7 +157,7 @@ class Validation:
     def final(self) -> float:
         """Loss of the model as it is, measured unless the last step did so."""
         last = self.curve[-1] if self.curve else None
-        return last[1] if last and last[0] == self._trainer.run.counters.cost_units else self.measure()
+        return last[1] if last and last[0] == self._trainer.run.meter.cost_units else self.measure()
 
 
 def wait_for(device: torch.device) -> None:

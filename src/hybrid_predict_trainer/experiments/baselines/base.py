@@ -102,11 +102,11 @@ class Session:
 
     def charge_passes(self, num_passes: float) -> None:
         """Book passes over the weights."""
-        self.run.counters.num_passes += num_passes
+        self.run.meter.add_passes(num_passes)
 
     def charge_forwards(self, num_forwards: float) -> None:
         """Book work that is not a forward at the price of so many forwards."""
-        self.run.counters.num_passes += num_forwards * FORWARD_UNITS / PASS_UNITS
+        self.run.meter.add_passes(num_forwards * FORWARD_UNITS / PASS_UNITS)
 
     @contextmanager
     def swapped(self, other: list[Tensor]) -> Iterator[None]:

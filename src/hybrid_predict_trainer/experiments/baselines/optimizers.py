@@ -48,7 +48,7 @@ def lookahead(session: Session) -> Hooks:
     every = int(session.values["every"])
 
     def after_step() -> None:
-        if session.run.counters.num_real_steps % every == 0:
+        if session.run.meter.num_real_steps % every == 0:
             session.charge_passes(4)  # reads and writes fast and slow weights
 
     return Hooks(after_step=after_step)
@@ -136,7 +136,7 @@ def soap(session: Session) -> Hooks:
     first = soap_first_flops(shapes, max_dim) / unit
 
     def after_step() -> None:
-        number = run.counters.num_real_steps
+        number = run.meter.num_real_steps
         if number == 1:  # it only looks at the first gradient
             session.charge_forwards(step / 4 + first)
         else:

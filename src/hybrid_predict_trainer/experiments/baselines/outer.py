@@ -50,7 +50,7 @@ def snoo(session: Session) -> Hooks:
     w_old, b = weights.clone(w), [torch.zeros_like(p) for p in w]
 
     def after_step() -> None:
-        if session.run.counters.num_real_steps % every == 0:
+        if session.run.meter.num_real_steps % every == 0:
             snoo_step_(w, w_old, b, eta=eta, mu=mu)
             session.charge_passes(6)  # reads and writes of w, w_old and b
 

@@ -25,12 +25,12 @@ def block_warmup(session: Session) -> Hooks:
     before: Tensors = []
 
     def before_step() -> None:
-        if run.counters.num_real_steps < num_steps:
+        if run.meter.num_real_steps < num_steps:
             before[:] = weights.clone(run.parameters)
 
     def after_step() -> None:
         if before:
-            share = run.counters.num_real_steps / num_steps
+            share = run.meter.num_real_steps / num_steps
             shorten(run.parameters, before, run.groups.index, [share if block else 1.0 for block in inside])
             session.charge_passes(5)  # a copy; read both, write one
             before.clear()

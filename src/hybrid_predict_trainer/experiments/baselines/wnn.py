@@ -170,14 +170,14 @@ def wnn_plus(session: Session) -> Hooks:
     horizons = iter(planned.ahead)
 
     def after_step() -> None:
-        if run.counters.num_real_steps % planned.spacing:
+        if run.meter.num_real_steps % planned.spacing:
             return
         states.append(weights.clone(run.parameters))
         session.charge_passes(2)
         if len(states) < NUM_STATES:
             return
         k = next(horizons, 1)
-        if run.counters.cost_units + price <= budget:  # a budget is not to be overdrawn by its last forecast
+        if run.meter.cost_units + price <= budget:  # a budget is not to be overdrawn by its last forecast
             move(model, run.parameters, states, kinds, k)
             session.charge_forwards(price / FORWARD_UNITS)
         states.clear()

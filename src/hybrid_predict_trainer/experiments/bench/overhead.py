@@ -176,7 +176,7 @@ def bring_up(trainer: HybridTrainer, bare: BareLoop | None, batches: Iterator[Ba
     """Step until the trainer is in the FULL phase with all it will ever hold, and has let the blocks go."""
     run = trainer.run
     for _ in range(MAX_PREPARING_STEPS):
-        settled = run.num_windows >= MIN_WINDOWS and run.counters.num_real_steps >= RECOVERY_STEPS
+        settled = run.num_windows >= MIN_WINDOWS and run.meter.num_real_steps >= RECOVERY_STEPS
         if run.phase is Phase.FULL and settled:
             return
         batch = next(batches)

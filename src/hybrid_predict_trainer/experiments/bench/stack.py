@@ -283,7 +283,7 @@ def equal_loss_of(name: str, finished: Finished) -> dict[str, Any]:
 
 def jumps_of(name: str, finished: Finished) -> dict[str, int]:
     """Jumps over all seeds."""
-    counters = [runs[_of(name, runs)].trainer.run.counters for _, runs, _ in finished]
+    counters = [runs[_of(name, runs)].trainer.run.meter for _, runs, _ in finished]
     return {
         "num_jumps_proposed": sum(c.num_jumps_proposed for c in counters),
         "num_jumps_accepted": sum(c.num_jumps_accepted for c in counters),

@@ -193,7 +193,7 @@ def _ours(setting: Setting, parts: Parts, seed: int, changes: Mapping[str, Any])
             error = f"{type(raised).__name__}: {' '.join(str(raised).split())}"
         seconds = time.perf_counter() - began - clock.away
         said = list(dict.fromkeys(" ".join(str(w.message).split()) for w in caught))[:5]
-    cost = trainer.run.counters.cost_units / STEP_UNITS
+    cost = trainer.run.meter.cost_units / STEP_UNITS
     ratio = seconds / setting.steps / (clock.plain_seconds / clock.num_plain) if clock.num_plain else None
     rest: dict[str, Any] = {"cost": cost, "seconds": seconds, "time_ratio": ratio, "notes": _notes(trainer, said)}
     if error is not None:
