@@ -132,7 +132,7 @@ def test_what_raises_in_the_middle_is_put_back(
     owner, method = {
         "run": (type(run), "load_state_dict"), "metrics": (type(live.metrics), "load_state_dict"),
         "basis": (type(run.basis), "load_state_dict"), "optimizer": (persistence.optimizer_state, "restore"),
-        "scheduler": (type(run.lr_scheduler), "load_state_dict"), "savable": (persistence, "check_savable"),
+        "scheduler": (type(run.schedule.scheduler), "load_state_dict"), "savable": (persistence, "check_savable"),
     }[name]  # fmt: skip
     real = getattr(owner, method)
     calls = iter([fails])

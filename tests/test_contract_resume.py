@@ -327,7 +327,7 @@ def test_every_field_of_the_run_is_saved() -> None:
         "predictor", "basis", "controller", "observing", "readout", "buffers", "last_batch", "batch_free",
         "stated_confidence", "correction", "observer", "window_seconds",
         "old_anchor", "held", "closing", "hands_off", "writes", "settings", "role_groups", "chooses", "time", "origin",
-        "views", "meter",
+        "views", "meter", "phases", "rollback",
     }  # fmt: skip
     assert set(vars(run)) - saved - rebuilt == set()
 

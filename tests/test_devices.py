@@ -216,8 +216,8 @@ def test_anchors_share_one_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         trainer.step(batch)
     for batch in batches[3:]:
         trainer.step(batch)
-        if trainer.run.anchor is not None:
-            seen.append(pointers_of(trainer.run.anchor))
+        if trainer.run.rollback.point is not None:
+            seen.append(pointers_of(trainer.run.rollback.point))
         assert trainer.memory_usage()["snapshots"] > 0, "held between two anchors too"
     assert len(seen) == 6
     assert seen.count(seen[0]) == 6
@@ -329,7 +329,7 @@ def test_training_goes_on_from_a_checkpoint_in_host_memory(offload: bool) -> Non
     with Accelerator():
         for batch in batches[:10]:
             first.step(batch)
-        assert first.run.anchor is not None
+        assert first.run.rollback.point is not None
         again.run.basis.load_state_dict(on_host(first.run.basis.state_dict()))
         again.run.observer.load_state_dict(on_host(first.run.observer.state_dict()))
         again.run.load_state_dict(on_host(first.run.state_dict()))

@@ -342,7 +342,7 @@ def test_late_reading_is_the_plain_loop(late: Callable) -> None:
     epoch = trainer.fit(batches)
     assert epoch.num_jumps_proposed >= 2
     assert_same(ours.everything(), plain.everything())
-    assert trainer.run.anchor is None
+    assert trainer.run.rollback.point is None
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -356,7 +356,7 @@ def test_late_nan_goes_back_to_the_anchor(kind: str, late: Callable) -> None:
     for index, batch in enumerate(batches[:20]):
         states.append(made.everything())
         trainer.step(poison(batch, kind) if index == bad else batch)
-        if index > bad and trainer.run.anchor is None:
+        if index > bad and trainer.run.rollback.point is None:
             break
         if index >= bad and trainer.statistics()["num_skipped_steps"]:
             break
@@ -403,7 +403,7 @@ def test_rolled_back_jump_is_not_brought_back_by_an_anchor(late: Callable, monke
             break
     assert trainer.run.meter.num_rollbacks == 1
     bad = poison(clean, "nan_loss")
-    while trainer.run.anchor is not None or not trainer.statistics()["num_skipped_steps"]:
+    while trainer.run.rollback.point is not None or not trainer.statistics()["num_skipped_steps"]:
         trainer.step(bad)
     assert_same(made.everything()["parameters"], before)
 

@@ -16,7 +16,7 @@ import torch
 import hybrid_predict_trainer
 from hybrid_predict_trainer import HybridTrainer, HybridTrainerConfig, Phase, StepResult, with_values
 from hybrid_predict_trainer.cycle import correct_step
-from hybrid_predict_trainer.cycle.transaction import Memento
+from hybrid_predict_trainer.keep.memento import Memento
 from hybrid_predict_trainer.move import lookahead
 from hybrid_predict_trainer.move.lr_multiplier import LearnedScale
 from hybrid_predict_trainer.propose.confidence import Confidence, Evidence
@@ -112,11 +112,11 @@ def stepped(trainer: HybridTrainer, batch: Batch, later: list[Batch], line: int)
     found: dict[str, Any] = {
         "raised": raised, "num_lines": count, "where": where, "weights": weights_of(trainer),
         "modes": [m.training for m in run.model.modules()], "grad": torch.is_grad_enabled(),
-        "rates": [g["lr"] for g in run.optimizer.param_groups] == run.lr_scheduler.get_last_lr(),
+        "rates": [g["lr"] for g in run.optimizer.param_groups] == run.schedule.scheduler.get_last_lr(),
     }  # fmt: skip
     found["losses"] = [trainer.step(b).loss for b in later]
-    found["schedule"] = run.lr_scheduler.last_epoch - run.num_schedule_steps
-    found["behind"] = run.probation is None and run.num_schedule_steps < run.position - 1
+    found["schedule"] = run.schedule.scheduler.last_epoch - run.schedule.num_steps
+    found["behind"] = run.probation is None and run.schedule.num_steps < run.position - 1
     found["lengths"] = len({len(run.adaptation.confidence.state_dict()[k]) for k in ("evidence", "kept", "stated")})
     return found
 

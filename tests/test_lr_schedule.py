@@ -139,8 +139,8 @@ def test_recovery_lowers_a_factor_beside_the_schedule(name: str, tmp_path: Path)
     assert trainer.run.learning_rate == 0.5 * want[22]
     own = trainer.run.optimizer.param_groups[0]
     assert float(own["lr"]) == want[22], "between steps the groups hold the schedule's own rate"
-    if hasattr(trainer.run.lr_scheduler, "get_last_lr"):
-        assert trainer.run.lr_scheduler.get_last_lr() == [want[22]]
+    if hasattr(trainer.run.schedule.scheduler, "get_last_lr"):
+        assert trainer.run.schedule.scheduler.get_last_lr() == [want[22]]
 
     path = trainer.save_checkpoint(tmp_path)
     resumed, later = made(schedule)
@@ -156,11 +156,11 @@ def test_a_rollback_takes_the_schedule_back_and_not_the_factor(name: str) -> Non
     run, batches = trainer.run, data(12)
     for batch in batches[:4]:
         trainer.step(batch)
-    snapshot, position = run.take_snapshot(), run.num_schedule_steps
+    snapshot, position = run.take_snapshot(), run.schedule.num_steps
     for batch in [*batches[4:6], *[bad()] * 5]:
         trainer.step(batch)
     run.restore(snapshot)
-    run.num_schedule_steps = position
+    run.schedule.num_steps = position
     want = planned(TABLE[name], 14)
     assert float(run.optimizer.param_groups[0]["lr"]) == want[4]
     run.step_scheduler()
@@ -208,7 +208,7 @@ def test_off_and_on_follow_the_schedule_as_a_plain_loop_does(name: str) -> None:
 @pytest.mark.parametrize("name", [n for n in TABLE if n != "only step()"])
 def test_a_schedule_that_is_stepped_outside_is_named_and_not_stepped_twice(name: str) -> None:
     trainer, _ = made(TABLE[name])
-    scheduler = trainer.run.lr_scheduler
+    scheduler = trainer.run.schedule.scheduler
 
     def loop() -> None:
         for batch in data(20):
@@ -230,16 +230,16 @@ def test_a_schedule_stepped_per_epoch_as_well_keeps_to_the_clock() -> None:
         for i, batch in enumerate(data(16), start=1):
             trainer.step(batch)
             if i % 5 == 0:
-                trainer.run.lr_scheduler.step()
+                trainer.run.schedule.scheduler.step()
 
     with pytest.warns(UserWarning, match="lr_interval"):
         loop()
-    assert trainer.run.lr_scheduler.last_epoch == 16
+    assert trainer.run.schedule.scheduler.last_epoch == 16
 
 
 def test_a_state_that_is_loaded_is_no_step() -> None:
     trainer, _ = made(TABLE["ExponentialLR"])
-    scheduler = trainer.run.lr_scheduler
+    scheduler = trainer.run.schedule.scheduler
     for batch in data(5):
         trainer.step(batch)
     state = copy.deepcopy(scheduler.state_dict())
@@ -287,7 +287,7 @@ def test_a_run_in_epochs_resumes_in_the_middle_of_one(tmp_path: Path) -> None:
         else:
             trainer.fit(batches, total_steps=24)
         trainer.fit(batches, total_steps=26)
-        found.append((before + rates, trainer.run.lr_scheduler.last_epoch))
+        found.append((before + rates, trainer.run.schedule.scheduler.last_epoch))
     assert found[0] == found[1] == found[2]
     assert found[0][1] == 6
 
@@ -310,12 +310,12 @@ def test_a_rollback_does_not_lose_the_end_of_an_epoch() -> None:
     trainer, _ = made(TABLE["ExponentialLR"], lr_interval="epoch")
     run = trainer.run
     trainer.train_epoch(data(3))
-    snapshot, position = run.take_snapshot(), run.num_schedule_steps
+    snapshot, position = run.take_snapshot(), run.schedule.num_steps
     trainer.train_epoch(data(3))
     run.restore(snapshot)
-    run.num_schedule_steps = position
+    run.schedule.num_steps = position
     trainer.step(data(1)[0])
-    assert (run.lr_scheduler.last_epoch, run.num_schedule_steps) == (2, 2)
+    assert (run.schedule.scheduler.last_epoch, run.schedule.num_steps) == (2, 2)
 
 
 def test_an_interval_that_does_not_exist_is_refused() -> None:
@@ -370,7 +370,7 @@ def test_steps_beyond_the_planned_end_are_made_at_the_last_rate(name: str, monke
     assert min(rates) > 0
     assert set(rates[10:]) == {rates[9]}
     assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
-    assert trainer.run.lr_scheduler.last_epoch == 13
+    assert trainer.run.schedule.scheduler.last_epoch == 13
 
 
 def test_a_schedule_that_begins_at_zero_is_followed() -> None:

@@ -71,7 +71,7 @@ def _freeze(case: Case) -> None:
 
 def _remove(case: Case) -> None:
     del case.optimizer.param_groups[0]
-    case.trainer.run.lr_scheduler = None
+    case.trainer.run.schedule.scheduler = None
 
 
 def _unuse(case: Case) -> None:
@@ -80,11 +80,11 @@ def _unuse(case: Case) -> None:
 
 def _stop_rate(case: Case) -> None:
     case.optimizer.param_groups[0]["lr"] = 0.0
-    case.trainer.run.lr_scheduler.base_lrs[0] = 0.0
+    case.trainer.run.schedule.scheduler.base_lrs[0] = 0.0
 
 
 def _tensor_rate(case: Case) -> None:
-    case.trainer.run.lr_scheduler = None
+    case.trainer.run.schedule.scheduler = None
     case.optimizer.param_groups[0]["lr"] = torch.tensor(0.0)
 
 
@@ -163,7 +163,7 @@ def test_new_groups_are_left_to_the_optimizer_alone() -> None:
     for batch in make_batches(30):
         case.trainer.step(batch)
     added = nn.Parameter(torch.zeros(3))
-    case.trainer.run.lr_scheduler = None
+    case.trainer.run.schedule.scheduler = None
     case.optimizer.add_param_group({"params": [added], "lr": 0.0})
     for batch in make_batches(30):
         case.trainer.step(batch)
@@ -348,7 +348,7 @@ def test_a_reload_is_not_undone(how: Callable[..., None], settings: str) -> None
     how(case.model, best)
     distance = float((case.held[0] - best["0.weight"]).norm())
     assert distance == 0
-    case.trainer.run.lr_scheduler = None
+    case.trainer.run.schedule.scheduler = None
     for group in case.optimizer.param_groups:
         group["lr"] = 1e-12
     run = case.trainer.run

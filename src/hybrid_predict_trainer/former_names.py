@@ -139,6 +139,18 @@ PACKAGES: dict[str, tuple[str, ...]] = {
 #: Attributes that ``trainer.run`` had -> where they are today.
 ATTRIBUTES: dict[str, str] = {
     "counters": "meter",
+    "lr_scheduler": "schedule.scheduler",
+    "num_schedule_steps": "schedule.num_steps",
+    "peak_rate": "schedule.peak",
+    "phase": "phases.current",
+    "controller": "phases.controller",
+    "num_forced_full_steps": "phases.num_forced_full_steps",
+    "forced_by_alarm": "phases.forced_by_alarm",
+    "num_real_steps_since_predict": "phases.num_real_steps_since_predict",
+    "anchor": "rollback.point",
+    "old_anchor": "rollback.spare",
+    "anchor_real_steps": "rollback.num_real_steps",
+    "anchor_schedule_steps": "rollback.num_schedule_steps",
 }
 _said_attributes: set[str] = set()
 

@@ -17,7 +17,6 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from .config.settings import HybridTrainerConfig
 from .cost import STEP_UNITS
 from .cycle import outside
-from .cycle.alarms import force_full
 from .cycle.inputs import signals
 from .cycle.learning import describe, enter, judge_lookahead, monitor, observe, rescale, settle_readings
 from .cycle.passes import Rounds, Tally, goes_round, has_ended, replaying
@@ -161,11 +160,11 @@ class HybridTrainer:
         run = self.run
         with own_defaults():
             outside.notice(run)
-            decision = run.controller.decide(signals(run))
+            decision = run.phases.controller.decide(signals(run))
         enter(run, decision)
         began = time.perf_counter()
         run.note_batch(batch)
-        run.schedule.in_epoch = True
+        run.schedule.begin_step()
         measured = check_exactness(run, batch)
         run.ledger.exact = run.deterministic
         if decision.phase is not Phase.PREDICT:
@@ -234,7 +233,7 @@ class HybridTrainer:
         stopped = False
         if total_steps is not None:
             run.ledger.planned_units = total_steps * STEP_UNITS
-        run.schedule.end = total_steps
+        run.schedule.plan(total_steps)
         passes = Rounds(loader, self._end_pass, endless=total_steps is not None)
         if goes_round(loader, total_steps, run.position) or self._seen_before(loader):
             run.recurrence.announce()
@@ -252,7 +251,7 @@ class HybridTrainer:
                 if stopped or has_ended(run, total_steps):
                     break
         finally:
-            run.schedule.end = None
+            run.schedule.plan(None)
         if passes.at_end:
             self._end_pass()
         settle_readings(self.run, self.metrics)
@@ -343,7 +342,7 @@ class HybridTrainer:
         """
         if steps < 0:
             raise ValueError(f"force_full_phase needs a number of steps >= 0, got {steps}")
-        force_full(self.run, steps, by_alarm=False)
+        self.run.phases.force_full(steps, by_alarm=False)
 
     def memory_usage(self) -> dict[str, int]:
         """Bytes held by predictor, basis and snapshots."""

@@ -6,13 +6,6 @@ from ..records import Action, Alarm, Level
 from .state import Run
 from .withdrawal import follow_advice
 
-
-def force_full(run: Run, num_steps: int, *, by_alarm: bool) -> None:
-    """No proposals for the next real steps."""
-    run.num_forced_full_steps = max(run.num_forced_full_steps, num_steps)
-    run.forced_by_alarm = by_alarm
-
-
 #: Critical steps in a row after which the same learning rate is not tried again.
 RETRY_AFTER = 5
 
@@ -32,4 +25,4 @@ def respond(run: Run, alarm: Alarm) -> None:
     elif run.deterministic and alarm.level < Level.CRITICAL:
         pass  # the gate measures every jump exactly, whatever the base optimizer does in between
     elif alarm.action in (Action.FORCE_FULL, Action.SKIP_STEP, Action.ROLLBACK, Action.CORRECT):
-        force_full(run, settings.recovery_full_steps or 2 * run.config.full_steps, by_alarm=True)
+        run.phases.force_full(settings.recovery_full_steps or 2 * run.config.full_steps, by_alarm=True)

@@ -81,8 +81,8 @@ def _roll_back(run: Run, probation: Probation) -> None:
     run.switchback.note_jump()
     run.basis.revert(probation.basis)
     run.scale.forget()
-    run.drop_anchor()  # it holds weights after the jump
-    run.num_schedule_steps = probation.num_schedule_steps
+    run.rollback.drop()  # it holds weights after the jump
+    run.schedule.go_back(probation.num_schedule_steps)
     run.lr_integral = 0.0
     for account in run.ledger.cancel_account():
         run.adaptation.note_taken_back(account, len(probation.losses), run.config.predictor.window)

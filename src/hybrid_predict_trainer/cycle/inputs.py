@@ -21,18 +21,18 @@ USUAL_PRICE_EXACT, USUAL_PRICE_NOISY = 5.0, 2.5
 
 def signals(run: Run) -> Signals:
     """Everything the controller may look at."""
-    due = run.window_just_closed and run.phase is Phase.FULL and run.num_forced_full_steps == 0
+    due = run.window_just_closed and run.phases.current is Phase.FULL and run.phases.num_forced_full_steps == 0
     # where losses are exact a test says at once what a proposal is worth: a closed window is enough
     num_full_steps = 0 if run.deterministic else run.config.full_steps
-    due = due and run.num_real_steps_since_predict >= num_full_steps and run.ledger.wait_windows == 0
+    due = due and run.phases.num_real_steps_since_predict >= num_full_steps and run.ledger.wait_windows == 0
     due = due and predictor_ready(run) and affordable(run)
     horizon = min(run.horizon, max(run.config.max_predict_steps, 1))
     prospect = consider(run, horizon) if due else None
     probation = run.probation
     return Signals(
-        phase=run.phase,
+        phase=run.phases.current,
         num_real_steps=run.meter.num_attempted_steps,
-        num_real_steps_since_predict=run.num_real_steps_since_predict,
+        num_real_steps_since_predict=run.phases.num_real_steps_since_predict,
         loss_ema_stable=run.history.loss_ema_stable,
         baseline_known=run.history.norm_baseline.count > 0,
         window_just_closed=run.window_just_closed,
@@ -46,8 +46,8 @@ def signals(run: Run) -> Signals:
         num_windows_to_wait=run.ledger.wait_windows,
         switched_off=run.ledger.switched_off or run.guard.comparing,
         num_full_steps_due=num_full_steps,
-        num_forced_full_steps=run.num_forced_full_steps,
-        forced_by_alarm=run.forced_by_alarm,
+        num_forced_full_steps=run.phases.num_forced_full_steps,
+        forced_by_alarm=run.phases.forced_by_alarm,
         num_probation_steps=0 if probation is None or run.segment is not None else probation.num_steps_left,
         num_segments_left=0 if run.segment is None else run.segment.num_left,
         fallback_threshold=2 * run.window_loss,

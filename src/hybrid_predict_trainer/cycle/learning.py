@@ -19,7 +19,6 @@ from ..records import Action, Alarm, Decision, DivergenceError, Execution, Level
 from ..tell.recorder import Metrics
 from .alarms import respond
 from .motions import note_motion_failure
-from .phases import validate_transition
 from .real_step import settle_anchor
 from .state import Run
 from .withdrawal import follow_advice, follow_request, rescue
@@ -31,9 +30,7 @@ def enter(run: Run, decision: Decision) -> None:
     Raises:
         IllegalTransitionError: the controller asked for one that is not in the table.
     """
-    if decision.phase is not run.phase:
-        validate_transition(run.phase, decision.phase)
-    run.phase = decision.phase
+    run.phases.enter(decision.phase)
     if decision.phase is not Phase.PREDICT:
         run.segment = None  # what is left of a jump in pieces is not continued later
     run.window_just_closed = False
@@ -46,7 +43,7 @@ def monitor(run: Run, metrics: Metrics, execution: Execution) -> Alarm:
     Raises:
         DivergenceError: too many steps in a row were not finite.
     """
-    if not run.config.enabled or run.phase is Phase.PREDICT:
+    if not run.config.enabled or run.phases.current is Phase.PREDICT:
         return Alarm()
     if execution.searching:  # the scaler has left the step out
         return Alarm()
@@ -85,7 +82,7 @@ def settle_readings(run: Run, metrics: Metrics) -> None:
 
 
 def _check(run: Run, metrics: Metrics, reading: Reading) -> Alarm:
-    warming_up = run.phase is Phase.WARMUP
+    warming_up = run.phases.current is Phase.WARMUP
     if not run.on_cpu and run.scale_search.look(overflowed=reading.overflowed):
         return Alarm()
     alarm = run.monitor.check(reading, run.history, warming_up=warming_up, exact=run.deterministic)
@@ -188,7 +185,7 @@ def observe(run: Run, metrics: Metrics, execution: Execution, began: float) -> N
         execution: The step.
         began: When the step began, by ``time.perf_counter``.
     """
-    if not run.observing or run.phase is Phase.PREDICT:
+    if not run.observing or run.phases.current is Phase.PREDICT:
         return
     started = time.perf_counter()
     run.window_seconds += started - began

@@ -45,7 +45,7 @@ def look_ahead(run: Run, rate: float) -> int:
     if run.switchback.switched_off or (run.deterministic and run.lookahead.num_steps <= 1):
         run.lookahead.forget()  # of the first batch nobody could tell that all are the same
         return 0
-    rising, peak = rate > run.peak_rate, max(rate, run.peak_rate)
+    rising, peak = rate > run.schedule.peak, max(rate, run.schedule.peak)
     lengthened = run.scale.growing if run.config.drift > 0 else run.scale.value > 1
     pull = 0.0 if lengthened or run.deterministic else 1.0
     strength = 0.0 if rising or run.deterministic or peak <= 0 else rate / peak
@@ -57,7 +57,7 @@ def look_ahead(run: Run, rate: float) -> int:
         run.parameters, rate * run.scale.value, pull=pull, strength=strength, along=run.scale.held,
         movable=run.trained.movable,
     )  # fmt: skip
-    run.peak_rate = peak  # not before: an interrupted application is done again with the same numbers
+    run.schedule.note_peak(rate)  # not before: an interrupted application is done again with the same numbers
     return passes
 
 

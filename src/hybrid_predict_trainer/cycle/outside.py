@@ -113,7 +113,7 @@ def note_trained(run: Run, places: Sequence[int]) -> None:
         return
     forget_weights(run)
     run.lookahead.begin_anew(run.parameters, places)
-    for point in (run.anchor, run.raise_point, run.safe_point):
+    for point in (run.rollback.point, run.raise_point, run.safe_point):
         if point is not None:
             _keep_in_place(run, point, places)
 
@@ -131,7 +131,7 @@ def forget_weights(run: Run) -> None:
 
 def _drop_points(run: Run) -> None:
     """Copies of the weights from before: nobody may go back to them."""
-    run.drop_anchor()
+    run.rollback.drop()
     run.raise_point = run.safe_point = None
     run.guard.forget_anchor()
 

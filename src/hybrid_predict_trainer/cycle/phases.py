@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ..config.settings import HybridTrainerConfig
-from ..records import Decision, HybridError, Phase, Reason
+from ..records import Decision, HybridError, Phase, Reason, State
 
 LEGAL: dict[Phase, frozenset[Phase]] = {
     Phase.WARMUP: frozenset({Phase.WARMUP, Phase.FULL}),
@@ -160,3 +160,63 @@ def controller_for(config: HybridTrainerConfig) -> Controller:
     return (
         NeverPredict(config.warmup_steps if config.enabled else 0) if config.never_predicts else PhaseController(config)
     )
+
+
+class PhaseState:
+    """Where a run is in its cycle.
+
+    Attributes:
+        current: The phase of the step under way, or of the last one.
+        controller: Says which one comes next.
+        num_forced_full_steps: Real steps still to come without a proposal.
+        forced_by_alarm: An alarm asked for them, not the user.
+        num_real_steps_since_predict: Real steps since the last proposal.
+    """
+
+    def __init__(self, controller: Controller) -> None:
+        """A run begins with its warm-up."""
+        self.current = Phase.WARMUP
+        self.controller = controller
+        self.num_forced_full_steps = 0
+        self.forced_by_alarm = False
+        self.num_real_steps_since_predict = 0
+
+    def follow(self, controller: Controller) -> None:
+        """Ask another controller from here on."""
+        self.controller = controller
+
+    def enter(self, phase: Phase) -> None:
+        """Go over to a phase.
+
+        Raises:
+            IllegalTransitionError: it is not in the table.
+        """
+        if phase is not self.current:
+            validate_transition(self.current, phase)
+        self.current = phase
+
+    def force_full(self, num_steps: int, *, by_alarm: bool) -> None:
+        """No proposals for the next real steps."""
+        self.num_forced_full_steps = max(self.num_forced_full_steps, num_steps)
+        self.forced_by_alarm = by_alarm
+
+    def count_proposal(self) -> None:
+        """A proposal is being made."""
+        self.num_real_steps_since_predict = 0
+
+    def count_real_step(self) -> None:
+        """A real step was taken."""
+        self.num_real_steps_since_predict += 1
+        self.num_forced_full_steps = max(0, self.num_forced_full_steps - 1)
+
+    _COUNTS = ("num_forced_full_steps", "forced_by_alarm", "num_real_steps_since_predict")
+
+    def state_dict(self) -> State:
+        """Plain numbers."""
+        return {"current": self.current.value, **{name: getattr(self, name) for name in self._COUNTS}}
+
+    def load_state_dict(self, state: State) -> None:
+        """Inverse of :meth:`state_dict`."""
+        self.current = Phase(state["current"])
+        for name in self._COUNTS:
+            setattr(self, name, state[name])

@@ -73,7 +73,7 @@ def run_predict(run: Run, batch: Any, decision: Decision) -> Execution:
     c = run.meter
     c.proposed()
     run.num_windows_since_proposal = 0
-    run.num_real_steps_since_predict = 0
+    run.phases.count_proposal()
     before_units = c.extra_units
     execution = Execution(torch.tensor(math.nan, device="cpu"))
 
@@ -143,7 +143,7 @@ def _accept(
     delta = deltas[verdict.candidate]
     if run.config.correct_steps > 0 and run.probation is None:
         run.probation = Probation(
-            snapshot=run.take_snapshot(), basis=run.basis.mark(), num_schedule_steps=run.num_schedule_steps,
+            snapshot=run.take_snapshot(), basis=run.basis.mark(), num_schedule_steps=run.schedule.num_steps,
             num_steps_left=run.config.correct_steps,
             loss_before=run.history.loss_ema.mean, std_before=run.history.loss_ema.std,
             predicted_loss=max(prediction.predicted_loss, verdict.loss_after), fallback_threshold=fallback,

@@ -76,7 +76,7 @@ def bind(run: Run, config: HybridTrainerConfig, predictor: Predictor | None = No
         run.parameters, run.groups, run.predictor.spec,
         dtype=config.predictor.basis_dtype, offload=config.predictor.offload,
     )  # fmt: skip
-    run.controller = controller_for(config)
+    run.phases.follow(controller_for(config))
     run.observing = not config.never_predicts and run.hands_off is None
     observer: Observer = NullObserver()
     if run.observing:
@@ -92,7 +92,7 @@ def bind(run: Run, config: HybridTrainerConfig, predictor: Predictor | None = No
 
 #: What :func:`bind` sets.
 _BOUND = (
-    "config", "predictor", "time", "groups", "basis", "controller", "observing", "observer", "adaptation", "horizon",
+    "config", "predictor", "time", "groups", "basis", "observing", "observer", "adaptation", "horizon",
 )  # fmt: skip
 
 

@@ -180,8 +180,7 @@ def _optimizer_step(run: Run) -> None:
 def count_real(run: Run) -> None:
     """Count a real step, and bring the schedule to the clock."""
     run.meter.real_step()
-    run.num_real_steps_since_predict += 1
-    run.num_forced_full_steps = max(0, run.num_forced_full_steps - 1)
+    run.phases.count_real_step()
     run.step_scheduler()
 
 
@@ -194,7 +193,7 @@ def _usable(run: Run, loss: Tensor, norm: Tensor) -> bool:
     baseline = run.history.norm_baseline.mean
     limit = run.config.divergence.critical_multiplier * baseline
     # where every batch is the same a step that is skipped for its gradient is skipped for ever
-    return run.deterministic or run.phase is Phase.WARMUP or not baseline > 0 or float(norm) <= limit
+    return run.deterministic or run.phases.current is Phase.WARMUP or not baseline > 0 or float(norm) <= limit
 
 
 def _skip(run: Run, loss: Tensor, norm: Tensor) -> Execution:
@@ -212,24 +211,24 @@ def _skip(run: Run, loss: Tensor, norm: Tensor) -> Execution:
 
 def _keep_anchor(run: Run) -> None:
     """Accelerators: an exact copy at the start of every reading interval."""
-    if run.anchor is None:
-        run.set_anchor()
+    if run.rollback.point is None:
+        run.rollback.take(run.snapshot_into, run.meter.num_real_steps, run.schedule.num_steps)
         run.meter.add_passes(6)
 
 
 def settle_anchor(run: Run, *, finite: bool) -> None:
     """The interval's readings are in: go back to its start if any was not finite."""
-    if run.anchor is not None and not finite:
+    if run.rollback.point is not None and not finite:
         # the scaler keeps what it learnt: with the scale that overflowed the interval would be lost again, for ever
         scaler = None if run.grad_scaler is None else copy.deepcopy(run.grad_scaler.state_dict())
-        run.restore(run.anchor, rng=False)
+        run.restore(run.rollback.point, rng=False)
         run.switchback.note_jump()
         if run.grad_scaler is not None:
             run.grad_scaler.load_state_dict(scaler)
         run.basis.restart_window()
         run.scale.forget()
         run.lr_integral = 0.0
-        run.meter.lost(run.meter.num_real_steps - run.anchor_real_steps)
-        run.num_schedule_steps = run.anchor_schedule_steps
+        run.meter.lost(run.meter.num_real_steps - run.rollback.num_real_steps)
+        run.schedule.go_back(run.rollback.num_schedule_steps)
         run.step_scheduler()  # the lost steps were spent
-    run.drop_anchor()
+    run.rollback.drop()

@@ -24,6 +24,7 @@ from ..keep.failures import Failures, Place, name_of
 from ..keep.loss_modules import with_modules_beside
 from ..keep.model_state import Origin
 from ..keep.object_state import HasState, stateful
+from ..keep.rollback import RollbackPoint
 from ..keep.snapshot import Snapshot, snapshot_from, snapshot_state
 from ..move.group_warmup import is_inside_a_block
 from ..move.lookahead import DriftLookahead, Lookahead, NoLookahead
@@ -52,7 +53,7 @@ from ..weights import real_views
 from ..weights.algebra import Tensors
 from ..weights.parameters import predicted_parameters, untrained
 from ..weights.trained import Trained, Writes
-from .phases import Controller
+from .phases import PhaseState, controller_for
 from .predictor_choice import bind, choose, settings_for
 
 #: More real steps than any run has.
@@ -84,10 +85,10 @@ class Run:
         self.settings = config  # the user's; ``config`` is what they come to where the predictor is chosen
         self.chooses = config.predictor_type == AUTO and predictor is None and not config.never_predicts
         self.failures = Failures()
+        self.phases = PhaseState(controller_for(config))
         self.predictor: Predictor
         self.time: TimeBudget
         self.basis: Basis
-        self.controller: Controller
         self.observing: bool
         self.observer: Observer
         self.adaptation: Adaptation
@@ -115,7 +116,6 @@ class Run:
         if annealed and self.observing and suited and (config.lookahead > 0 or config.smoothing > 0):
             self.lookahead = DriftLookahead(config.lookahead, config.smoothing, config.drift)
         self.switchback = Switchback(config.gate.control_fraction)
-        self.peak_rate = 0.0  # highest learning rate so far
         self.history = History()
         self.readout = Readout(config.divergence.check_interval_steps)
         self.scale_search = ScaleSearch(grad_scaler)
@@ -127,14 +127,10 @@ class Run:
 
         self.stated_confidence = 0.5  # of the last proposal considered
         self.refused = False  # since the last window
-        self.phase = Phase.WARMUP
         self.window_just_closed = False
         self.num_windows = 0
         self.num_windows_since_proposal = 0
-        self.num_real_steps_since_predict = 0
         self.num_rest_steps = 0  # real steps still to pass before the next window is observed
-        self.num_forced_full_steps = 0
-        self.forced_by_alarm = False
         self.lr_integral = 0.0  # over the open window
         self.window_seconds = 0.0  # wall time of its real steps; NaN: not all of them were timed
         self.loss_slope = 0.0
@@ -145,9 +141,7 @@ class Run:
         self.segment: Segment | None = None
         self.closing = False  # the window is being closed
         self.held: Tensors = []  # the weights while a proposal is judged
-        self.anchor: Snapshot | None = None  # for non-finite steps seen late
-        self.old_anchor: Snapshot | None = None  # the last one: only its memory is of use
-        self.anchor_real_steps = self.anchor_schedule_steps = 0  # where it was taken
+        self.rollback = RollbackPoint()
         self.raise_point: Snapshot | None = None  # the start of a raise of the multiplier that is not settled yet
         self.safe_point: Snapshot | None = None  # the guard's anchor
         self.data = SameBatch()
@@ -181,33 +175,14 @@ class Run:
     @property
     def others(self) -> list[HasState]:
         """What a snapshot holds beside model and optimizer: scheduler and scaler where given, lookahead and scale."""
-        schedule = [] if self.lr_scheduler is None else [stateful(self.lr_scheduler)]
+        schedule = [] if self.schedule.scheduler is None else [stateful(self.schedule.scheduler)]
         scaler = [] if self.grad_scaler is None else [self.grad_scaler]
         return [*schedule, *scaler, self.lookahead, self.scale]
 
     @property
-    def lr_scheduler(self) -> Any:
-        """The caller's schedule, or None."""
-        return self.schedule.scheduler
-
-    @lr_scheduler.setter
-    def lr_scheduler(self, scheduler: Any) -> None:
-        self.schedule.scheduler = scheduler
-
-    @property
-    def num_schedule_steps(self) -> int:
-        """Steps of the schedule that are accounted for."""
-        return self.schedule.num_steps
-
-    @num_schedule_steps.setter
-    def num_schedule_steps(self, num_steps: int) -> None:
-        self.schedule.num_steps = num_steps
-
-    @property
     def learning_rate(self) -> float:
         """Of the first group that has one: the schedule's, times what recovery has lowered it by."""
-        rate = self.optimizer.param_groups[0].get("lr")
-        return 0.0 if rate is None else self.schedule.factor * float(rate)
+        return self.schedule.rate(self.optimizer)
 
     @property
     def moving(self) -> bool:
@@ -264,20 +239,11 @@ class Run:
 
     def take_snapshot(self) -> Snapshot:
         """Exact copy of model, optimizer, scheduler, scaler and RNG."""
-        return self._snapshot(None)
+        return self.snapshot_into(None)
 
-    def _snapshot(self, into: Snapshot | None) -> Snapshot:
+    def snapshot_into(self, into: Snapshot | None) -> Snapshot:
+        """The same, in the memory of a copy that is needed no more."""
         return Snapshot.take(self.model, self.optimizer, self.others, offload=self.config.predictor.offload, into=into)
-
-    def set_anchor(self) -> None:
-        """Take the anchor here, in the memory of the last one."""
-        self.anchor, self.old_anchor = self._snapshot(self.old_anchor), None
-        self.anchor_real_steps, self.anchor_schedule_steps = self.meter.num_real_steps, self.num_schedule_steps
-
-    def drop_anchor(self) -> None:
-        """There is none any more."""
-        if self.anchor is not None:
-            self.anchor, self.old_anchor = None, self.anchor
 
     def restore(self, snapshot: Snapshot, *, rng: bool = True) -> None:
         """The one call that puts a snapshot back."""
@@ -397,8 +363,8 @@ class Run:
         """What the library itself remembers (model, optimizer and schedule are saved beside it)."""
         return {
             "predictor": self.predictor.name,
-            "phase": self.phase.value,
-            "scalars": {name: getattr(self, name) for name in self._SCALARS},
+            "phase": self.phases.current.value,
+            "scalars": {name: operator.attrgetter(_place(name))(self) for name in self._SCALARS},
             "counters": self.meter.state_dict(),
             "history": self.history.state_dict(),
             "monitor": self.monitor.state_dict(),
@@ -413,7 +379,7 @@ class Run:
             "generator": self.generator.get_state(),
             "probation": probation_state(self.probation),
             "segment": segment_state(self.segment),
-            "anchor": snapshot_state(self.anchor),
+            "anchor": snapshot_state(self.rollback.point),
             "guard": self.guard.state_dict(),
             "recurrence": self.recurrence.state_dict(),
             "validation": None if self.validation is None else self.validation.state_dict(),
@@ -429,9 +395,10 @@ class Run:
     def load_state_dict(self, state: State) -> None:
         """Inverse of :meth:`state_dict`; the predictor's own state is taken back beside it, after :meth:`adopt`."""
         self.adopt(state["predictor"])
-        self.phase = Phase(state["phase"])
+        self.phases.current = Phase(state["phase"])
         for name in self._SCALARS:
-            setattr(self, name, state["scalars"][name])
+            owner, _, last = _place(name).rpartition(".")
+            setattr(operator.attrgetter(owner)(self) if owner else self, last, state["scalars"][name])
         self.meter.load_state_dict(state["counters"])
         self.history.load_state_dict(state["history"])
         self.monitor.load_state_dict(state["monitor"])
@@ -447,20 +414,23 @@ class Run:
         self.probation = probation_from(state["probation"])
         self.segment = segment_from(state["segment"])
         self.window_seconds = float("nan")
-        self.anchor = snapshot_from(state["anchor"])
+        self.rollback.point, self.rollback.spare = snapshot_from(state["anchor"]), None
         self.guard.load_state_dict(state["guard"])
         self.recurrence.load_state_dict(state["recurrence"])
         if self.validation is not None and state["validation"] is not None:
             self.validation.load_state_dict(state["validation"])
         self.raise_point = snapshot_from(state["raise_point"])
         self.safe_point = snapshot_from(state["safe_point"])
-        self.old_anchor = None
         self.data.load_state_dict(state["data"])
         self.exactness.load_state_dict(state["exactness"])
         self.failures.load_state_dict(state["failures"])
         self.cuts = dict(state["cuts"])
         self.trained.load_state_dict(state["trained"])
         self.writes.record()
+
+
+def _place(name: str) -> str:
+    return former_names.ATTRIBUTES.get(name, name)
 
 
 def _placed(state: State, parameters: Sequence[Tensor]) -> State:

@@ -12,16 +12,14 @@ What is undone or redone writes absolute values, so that it may be begun again w
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterable
-from itertools import chain
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..keep.failures import Place
+from ..keep.memento import Memento
 from ..records import Decision, Execution, Phase, Reason, Verdict
 from ..weights import algebra as weights
 from .correct_step import conclude
@@ -30,52 +28,12 @@ from .motions import look_ahead
 from .real_step import count_real
 from .state import Run
 
-#: What an attribute holds that is changed in place.
-_CONTAINERS = frozenset({list, dict, set, deque, np.ndarray})
-
-
-class Memento:
-    """Attributes of objects as they were: containers and arrays by content, everything else by reference.
-
-    Tensors that are written in place are not among what it can bring back.
-    """
-
-    def __init__(self, objects: Iterable[Any]) -> None:
-        """Remember; a few microseconds an object, because every proposal does it.
-
-        Args:
-            objects: With a ``__dict__`` or dataclass slots; None is passed over.
-        """
-        held = [o for o in objects if o is not None]
-        self._attributes = [(vars(o), vars(o).copy()) for o in held if hasattr(o, "__dict__")]
-        self._slots = [(o, {n: getattr(o, n) for n in o.__slots__}) for o in held if not hasattr(o, "__dict__")]
-        values = chain.from_iterable(kept.values() for _, kept in (*self._attributes, *self._slots))
-        self._contents = [(value, value.copy()) for value in values if type(value) in _CONTAINERS]
-
-    def restore(self) -> None:
-        """Every attribute as it was; may be called any number of times."""
-        for live, kept in self._attributes:
-            live.update(kept)
-        for holder, kept in self._slots:
-            for name, value in kept.items():
-                setattr(holder, name, value)
-        for value, content in self._contents:
-            _refill(value, content)
-
-
-def _refill(live: Any, content: Any) -> None:
-    if isinstance(live, np.ndarray):
-        live[...] = content
-        return
-    live.clear()
-    (live.update if isinstance(live, dict | set) else live.extend)(content)
-
 
 def books(run: Run) -> Memento:
     """What a run remembers of its jumps: counts, ledger, adaptation, probation, and the run's own numbers."""
     a = run.adaptation
     return Memento([
-        run, run.meter, run.ledger, run.monitor, run.switchback, run.probation, run.segment, a, a.record,
+        run, run.meter, run.phases, run.ledger, run.monitor, run.switchback, run.probation, run.segment, a, a.record,
         a.confidence, a.bandit,
     ])  # fmt: skip
 

@@ -45,7 +45,7 @@ def put_back(run: Run, kept: Snapshot) -> None:
             set_value(group, key, group.get(key), value)
     run.meter.add_passes(COPY_PASSES)
     forget_weights(run)
-    run.drop_anchor()  # it holds the weights that did harm
+    run.rollback.drop()  # it holds the weights that did harm
 
 
 def follow_advice(run: Run, advice: Advice) -> None:

@@ -39,7 +39,7 @@ def identity(run: Run) -> State:
         "optimizer": type(run.optimizer).__name__,
         "group_sizes": [len(g["params"]) for g in run.optimizer.param_groups],
         "parameters": [list(p.shape) for p in optimizer_parameters(run.optimizer)],
-        "scheduler": None if run.lr_scheduler is None else type(run.lr_scheduler).__name__,
+        "scheduler": None if run.schedule.scheduler is None else type(run.schedule.scheduler).__name__,
         "scaler": run.grad_scaler is not None,
         "roles": {
             name: run.role_groups.roles[g] for name, g in zip(run.role_groups.names, run.role_groups.index, strict=True)

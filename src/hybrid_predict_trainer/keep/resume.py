@@ -40,7 +40,7 @@ def parts(run: Run, metrics: Metrics) -> dict[str, State]:
             "run": run.state_dict(),
             "metrics": metrics.state_dict(),
             "model": about,
-            "scheduler": None if run.lr_scheduler is None else stateful(run.lr_scheduler).state_dict(),
+            "scheduler": None if run.schedule.scheduler is None else stateful(run.schedule.scheduler).state_dict(),
             "scaler": None if run.grad_scaler is None else run.grad_scaler.state_dict(),
             "rng": rng_state(),
             "identity": identity(run),
@@ -101,8 +101,8 @@ def _written(run: Run, saved: dict[str, State], directory: Path) -> Path:
         saved,
         config_toml=to_toml(run.settings),
         summary={
-            "loss": run.history.loss_ema.mean, "phase": run.phase.value,
-            "phase_step": run.meter.steps_by_phase[run.phase], "confidence": run.stated_confidence,
+            "loss": run.history.loss_ema.mean, "phase": run.phases.current.value,
+            "phase_step": run.meter.steps_by_phase[run.phases.current], "confidence": run.stated_confidence,
             "num_real_steps": run.meter.num_real_steps, "cost_units": run.meter.cost_units,
             "withdrawn": run.guard.withdrawn, "num_guard_alarms": run.guard.num_alarms,
             "num_guard_restores": run.guard.num_restored, "num_failures": sum(run.failures.counts.values()),
@@ -175,7 +175,7 @@ def _check(run: Run, found: dict[str, State], live: dict[str, State], config_tom
         schema.check(predictor["predictor"], run.predictor.state_dict(), ("predictor", "predictor"))
     for name in ("run", "metrics", "scaler", "rng"):
         schema.check(own[name], now[name], (name,), free=failures.TABLES)
-    if type(run.lr_scheduler).__module__.startswith("torch."):
+    if type(run.schedule.scheduler).__module__.startswith("torch."):
         schema.check(own["scheduler"], now["scheduler"], ("scheduler",), free=("lr_lambdas",))
     schema.check(found["optimizer"]["groups"], live["optimizer"]["groups"], ("optimizer", "groups"))
     optimizer = found["optimizer"]
@@ -191,8 +191,8 @@ def _apply(run: Run, metrics: Metrics, found: dict[str, State]) -> None:
         for live, extra in zip(_unowned(run), optimizer["unowned"], strict=True):
             live.copy_(extra)
     optimizer_state.restore(run.model, run.optimizer, optimizer)
-    if run.lr_scheduler is not None:
-        stateful(run.lr_scheduler).load_state_dict(own["scheduler"])
+    if run.schedule.scheduler is not None:
+        stateful(run.schedule.scheduler).load_state_dict(own["scheduler"])
     if run.grad_scaler is not None:
         run.grad_scaler.load_state_dict(own["scaler"])
     if predictor is not None:
@@ -218,7 +218,7 @@ def _optimizer_state(run: Run) -> State:
 
 def memory_usage(run: Run) -> dict[str, int]:
     """Bytes held beside model and optimizer: ``predictor``, ``corrector``, ``basis_<device>``, ``snapshots``."""
-    snapshots = [run.anchor, run.old_anchor, run.raise_point, run.safe_point]
+    snapshots = [run.raise_point, run.safe_point]
     snapshots += [] if run.probation is None else [run.probation.snapshot]
     return {
         "predictor": run.predictor.memory_bytes(),
@@ -227,5 +227,5 @@ def memory_usage(run: Run) -> dict[str, int]:
         **{f"basis_{device}": size for device, size in run.basis.memory_bytes().items()},
         **({"scale": run.scale.memory_bytes()} if run.scale.memory_bytes() else {}),
         **({"lookahead": run.lookahead.memory_bytes()} if run.lookahead.memory_bytes() else {}),
-        "snapshots": sum(s.memory_bytes() for s in snapshots if s is not None),
+        "snapshots": run.rollback.memory_bytes() + sum(s.memory_bytes() for s in snapshots if s is not None),
     }

@@ -48,6 +48,7 @@ class LrSchedule:
         num_epochs: Passes over the data that have ended.
         in_epoch: Whether there was a step since.
         end: Position on the clock at which a planned run ends, None while there is no plan.
+        peak: Highest rate that the optimizer has stepped with.
     """
 
     def __init__(self, scheduler: Any, interval: Interval = "step") -> None:
@@ -58,17 +59,41 @@ class LrSchedule:
         self.num_epochs = 0
         self.in_epoch = False
         self.end: int | None = None
+        self.peak = 0.0
         self._seen = count_of(scheduler)  # the schedule's own count when it was last looked at
         self._under_way = False  # a step of ours has begun, and perhaps was interrupted
         self._rates: list[Any] = []  # the schedule's, of the last real step before the planned end
         self._annealing: tuple[int, bool] | None = None  # (last step looked at, answer)
         self._warned = self._doubted = False  # each is said once
 
+    # ---- what happens -----------------------------------------------------------------------------
+
+    def plan(self, end: int | None) -> None:
+        """A run to a planned end begins (None: it is over)."""
+        self.end = end
+
+    def begin_step(self) -> None:
+        """A step of the present pass over the data."""
+        self.in_epoch = True
+
+    def go_back(self, num_steps: int) -> None:
+        """The schedule's state of so many steps was put back."""
+        self.num_steps = num_steps
+
+    def note_peak(self, rate: float) -> None:
+        """The optimizer has stepped with this rate."""
+        self.peak = max(rate, self.peak)
+
     # ---- rates ------------------------------------------------------------------------------------
 
     def lower(self, factor: float) -> None:
         """Multiply every rate from here on by ``factor``."""
         self.factor *= factor
+
+    def rate(self, optimizer: Optimizer) -> float:
+        """Of the first group that has one: the schedule's, times what recovery has lowered it by."""
+        rate = optimizer.param_groups[0].get("lr")
+        return 0.0 if rate is None else self.factor * float(rate)
 
     @contextmanager
     def applied(self, optimizer: Optimizer, position: int) -> Iterator[None]:

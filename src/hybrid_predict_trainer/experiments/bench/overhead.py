@@ -177,7 +177,7 @@ def bring_up(trainer: HybridTrainer, bare: BareLoop | None, batches: Iterator[Ba
     run = trainer.run
     for _ in range(MAX_PREPARING_STEPS):
         settled = run.num_windows >= MIN_WINDOWS and run.meter.num_real_steps >= RECOVERY_STEPS
-        if run.phase is Phase.FULL and settled:
+        if run.phases.current is Phase.FULL and settled:
             return
         batch = next(batches)
         trainer.step(batch)

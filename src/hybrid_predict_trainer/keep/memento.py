@@ -1,0 +1,50 @@
+"""Attributes of objects as they were, for what must leave no trace when it fails or is interrupted."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from itertools import chain
+from typing import Any
+
+import numpy as np
+
+#: What an attribute holds that is changed in place.
+_CONTAINERS = frozenset({list, dict, set, deque, np.ndarray})
+
+
+class Memento:
+    """Attributes of objects as they were: containers and arrays by content, everything else by reference.
+
+    Tensors that are written in place are not among what it can bring back.
+    """
+
+    def __init__(self, objects: Iterable[Any]) -> None:
+        """Remember; a few microseconds an object, because every proposal does it.
+
+        Args:
+            objects: With a ``__dict__`` or dataclass slots; None is passed over.
+        """
+        held = [o for o in objects if o is not None]
+        self._attributes = [(vars(o), vars(o).copy()) for o in held if hasattr(o, "__dict__")]
+        self._slots = [(o, {n: getattr(o, n) for n in o.__slots__}) for o in held if not hasattr(o, "__dict__")]
+        values = chain.from_iterable(kept.values() for _, kept in (*self._attributes, *self._slots))
+        self._contents = [(value, value.copy()) for value in values if type(value) in _CONTAINERS]
+
+    def restore(self) -> None:
+        """Every attribute as it was; may be called any number of times."""
+        for live, kept in self._attributes:
+            live.update(kept)
+        for holder, kept in self._slots:
+            for name, value in kept.items():
+                setattr(holder, name, value)
+        for value, content in self._contents:
+            _refill(value, content)
+
+
+def _refill(live: Any, content: Any) -> None:
+    if isinstance(live, np.ndarray):
+        live[...] = content
+        return
+    live.clear()
+    (live.update if isinstance(live, dict | set) else live.extend)(content)
