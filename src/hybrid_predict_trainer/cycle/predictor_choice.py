@@ -20,6 +20,7 @@ from ..observe.window_encoder import NullObserver, Observer, observer_for
 from ..predictors import Paced, Predictor, build
 from ..propose.feedback import Adaptation
 from ..propose.time_budget import TimeBudget
+from ..version import PACKAGE
 from .phases import controller_for
 
 if TYPE_CHECKING:
