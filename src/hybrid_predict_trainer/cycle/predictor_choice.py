@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: Whose predictors are held to their counted costs, not to the clock.
-PACKAGE = __name__.partition(".")[0]
-
 
 #: Batches in a row that are not the one before, after which a run no longer counts as full-batch training.
 BACK_AFTER = 20

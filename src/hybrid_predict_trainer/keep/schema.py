@@ -17,6 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from ..records import CheckpointError
+from ..version import PACKAGE
 from .object_state import attributes
 from .state_tree import Mark, describe_path
 
@@ -26,8 +27,6 @@ Path = tuple[object, ...]
 LOOSE = ("optimizer", "scheduler", "scaler")
 
 
-#: Whose objects are looked into.
-PACKAGE = __name__.partition(".")[0]
 #: Declared types of fields that are checked, and what they may hold.
 DECLARED: dict[str, tuple[type, ...]] = {
     "int": (int, np.integer), "float": (int, float, np.number), "bool": (bool, np.bool_), "str": (str,),
