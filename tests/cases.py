@@ -21,6 +21,13 @@ from hybrid_predict_trainer.records import BasisSpec, Phase, PhasePrediction, St
 
 WIDTH = 6
 
+
+def put_into_subject(trainer: HybridTrainer, **values: Any) -> None:
+    """Other values of what is trained, which nothing outside a test ever changes."""
+    for name, value in values.items():
+        object.__setattr__(trainer.run.subject, name, value)
+
+
 # ---------------------------------------------------------------- models
 
 

@@ -128,5 +128,5 @@ def test_where_raises_are_made(data: str, scheduler: str, raised: bool, name: st
     highest = 1.0
     for batch in batches:
         trainer.step(batch)
-        highest = max(highest, trainer.run.scale.learned)
+        highest = max(highest, trainer.run.optimizer_step.scale.learned)
     assert (highest > 1) is (raised and name != "muon")

@@ -123,7 +123,7 @@ def test_what_raises_in_the_middle_is_put_back(
     for batch in batches[:13]:
         live.step(batch)
     path, before = first.save_checkpoint(tmp_path), state_of(live)
-    wanted = [copy.deepcopy(live.run.model.state_dict())]
+    wanted = [copy.deepcopy(live.run.subject.model.state_dict())]
 
     def fails(*args: Any, **kwargs: Any) -> None:
         raise error
@@ -131,7 +131,7 @@ def test_what_raises_in_the_middle_is_put_back(
     run = live.run
     owner, method = {
         "run": (type(run), "load_state_dict"), "metrics": (type(live.metrics), "load_state_dict"),
-        "basis": (type(run.basis), "load_state_dict"), "optimizer": (persistence.optimizer_state, "restore"),
+        "basis": (type(run.windows.basis), "load_state_dict"), "optimizer": (persistence.optimizer_state, "restore"),
         "scheduler": (type(run.schedule.scheduler), "load_state_dict"), "savable": (persistence, "check_savable"),
     }[name]  # fmt: skip
     real = getattr(owner, method)
@@ -141,7 +141,7 @@ def test_what_raises_in_the_middle_is_put_back(
         live.load_checkpoint(path)
     monkeypatch.undo()
     assert_same(state_of(live), before)
-    assert_same(dict(live.run.model.state_dict()), dict(wanted[0]))
+    assert_same(dict(live.run.subject.model.state_dict()), dict(wanted[0]))
     assert [live.step(batch).loss for batch in batches[13:20]] == losses
 
 
@@ -202,7 +202,7 @@ def test_modules_keep_their_modes(tmp_path: Path) -> None:
     trainer = made()
     trainer.step(full_batch(1, 32)[0])
     path = trainer.save_checkpoint(tmp_path)
-    assert isinstance(trainer.run.model, nn.Module)
-    trainer.run.model.eval()
+    assert isinstance(trainer.run.subject.model, nn.Module)
+    trainer.run.subject.model.eval()
     trainer.load_checkpoint(path)
-    assert not trainer.run.model.training
+    assert not trainer.run.subject.model.training

@@ -447,8 +447,8 @@ def test_describe_sums_up_as_json(tmp_path: Path) -> None:
 def test_describe_tells_of_a_run_that_was_withdrawn(tmp_path: Path) -> None:
     made = setup()
     trainer = made.trainer(config())
-    trainer.run.guard.num_alarms = 1
-    trainer.run.guard.withdraw()
+    trainer.run.safety.guard.num_alarms = 1
+    trainer.run.safety.guard.withdraw()
     with pytest.warns(UserWarning, match="no room"):
         trainer.run.failures.note(Place.GATE, MemoryError("no room"))
     told = checkpoint.describe(trainer.save_checkpoint(tmp_path))

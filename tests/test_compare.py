@@ -185,7 +185,7 @@ def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 def test_the_plain_arm_is_the_plain_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     built, setup = last_trainer(monkeypatch), tiny(schedule="linear")
     run = run_arm(setup, Arm(name="plain@0.5", kind="plain", lr=setup.recipe.lr, budget=0.5), seed=3)
-    assert equal(list(built[0].run.model.parameters()), plain_weights(setup, 45, 45, seed=3))
+    assert equal(list(built[0].run.subject.model.parameters()), plain_weights(setup, 45, 45, seed=3))
     assert run.steps == 45
     assert run.cost_units == pytest.approx(45 * STEP_UNITS)
     assert run.counts["num_jumps_proposed"] == 0
@@ -201,7 +201,7 @@ def test_a_jump_of_zero_is_paid_for_and_moves_nothing(monkeypatch: pytest.Monkey
     assert counts["num_forward"] > counts["num_real_steps"] + 3 * counts["num_jumps_accepted"]
     assert run.cost_units > STEP_UNITS * counts["num_real_steps"]
     expected = plain_weights(setup, int(counts["num_real_steps"]), setup.steps, seed=0)
-    assert equal(list(built[0].run.model.parameters()), expected)
+    assert equal(list(built[0].run.subject.model.parameters()), expected)
 
 
 def test_the_hybrid_arm_does_move(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,7 +209,7 @@ def test_the_hybrid_arm_does_move(monkeypatch: pytest.MonkeyPatch) -> None:
     run = run_arm(setup, Arm(name="hybrid", kind="hybrid", lr=setup.recipe.lr), seed=0)
     assert run.counts["num_jumps_accepted"] > 0
     expected = plain_weights(setup, int(run.counts["num_real_steps"]), setup.steps, seed=0)
-    assert not equal(list(built[0].run.model.parameters()), expected)
+    assert not equal(list(built[0].run.subject.model.parameters()), expected)
 
 
 def test_a_run_ends_where_its_budget_is_spent() -> None:

@@ -62,7 +62,7 @@ def test_every_optimizer(optimizer: str, off: str) -> None:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_model_and_optimizer_observed(optimizer: str, model: str) -> None:
     trainer = check((model, optimizer), *OFF["never_affordable"])
-    assert trainer.run.num_windows == NUM_STEPS // 3, "the run must have been observed"
+    assert trainer.run.windows.num_closed == NUM_STEPS // 3, "the run must have been observed"
 
 
 @pytest.mark.parametrize("off", OFF)
@@ -88,14 +88,14 @@ def test_full_batch(off: str) -> None:
 def test_every_predictor_observes_without_a_trace(predictor: str, storage: str) -> None:
     changes = {"predictor__offload": True} if storage == "offload" else {"predictor__basis_dtype": storage}
     trainer = check(("dropout", "momentum"), {"predictor_type": predictor, **changes, **OFF["never_affordable"][0]})
-    assert trainer.run.num_windows >= 2
+    assert trainer.run.windows.num_closed >= 2
 
 
 def test_a_disabled_run_remembers_nothing() -> None:
     trainer = check(("mlp", "adam"), {"enabled": False})
     assert trainer.memory_usage() == {
         "predictor": 0,
-        "corrector": trainer.run.adaptation.memory_bytes(),
+        "corrector": trainer.run.proposer.feedback.memory_bytes(),
         "snapshots": 0,
     }
 
@@ -108,13 +108,13 @@ ENCODER = {"encoder__low_rank": 2, "encoder__kfac": True, "encoder__health": 1}
 @pytest.mark.parametrize("model", MODELS)
 def test_all_of_the_encoder_leaves_no_trace(model: str, off: str) -> None:
     trainer = check((model, "adamw"), {**OFF[off][0], **ENCODER}, OFF[off][1])
-    assert all(not m._forward_hooks and not m._backward_hooks for m in trainer.run.model.modules())
-    assert bool(trainer.run.observer.summary()) is trainer.run.observing
+    assert all(not m._forward_hooks and not m._backward_hooks for m in trainer.run.subject.model.modules())
+    assert bool(trainer.run.windows.observer.summary()) is trainer.run.windows.observing
 
 
 def test_the_default_keeps_nothing_of_the_encoder() -> None:
     for changes in ({}, {"enabled": False, **ENCODER}, {"max_predict_steps": 0, **ENCODER}):
-        observer = setup().trainer(config(**changes)).run.observer
+        observer = setup().trainer(config(**changes)).run.windows.observer
         assert isinstance(observer, NullObserver)
         assert observer.memory_bytes() == 0
 

@@ -142,7 +142,7 @@ def test_refused_jump_leaves_no_trace(data: str, name: str, monkeypatch: pytest.
         before = built.everything()
     assert seen >= (1 if name in FAILING else 2)  # one that fails is not asked often
     assert trainer.statistics()["num_jumps_accepted"] == 0
-    assert trainer.run.probation is None
+    assert trainer.run.judge.probation is None
 
 
 @pytest.mark.parametrize(("data", "name"), CASES, ids=[f"{d}-{n}" for d, n in CASES])
@@ -252,7 +252,7 @@ def test_evaluation_mode_stays() -> None:
 def poisoned(batches: Iterable[Any], trainer: HybridTrainer, level: float) -> Iterator[Any]:
     """Targets shifted by ``level`` while a jump is on probation."""
     for x, y in batches:
-        yield (x, y + level) if trainer.run.probation is not None else (x, y)
+        yield (x, y + level) if trainer.run.judge.probation is not None else (x, y)
 
 
 def accepting(patch: pytest.MonkeyPatch) -> None:
@@ -296,15 +296,15 @@ def test_rolled_back_jump_restores_everything(
     before, rolled_back = built.everything(), 0
     first = None
     for batch in poisoned(DATA[data](60), trainer, ROLLBACKS[how]):
-        if trainer.run.probation is None:
+        if trainer.run.judge.probation is None:
             before = built.everything()
             claimed.append(trainer.run.meter.num_claimed_steps)
-            first = flat(trainer.run.parameters)
+            first = flat(trainer.run.subject.parameters)
         result = trainer.step(batch)
-        if result.phase is Phase.CORRECT and trainer.run.probation is None:
+        if result.phase is Phase.CORRECT and trainer.run.judge.probation is None:
             rolled_back += 1
             assert trainer.run.meter.num_claimed_steps == claimed[-1]
-            assert torch.equal(flat(trainer.run.parameters), first)
+            assert torch.equal(flat(trainer.run.subject.parameters), first)
             now = built.everything()
             if how != "nan" or result.skipped:
                 assert_same({**now, "scheduler": 0, "groups": 0}, {**before, "scheduler": 0, "groups": 0})
@@ -318,20 +318,20 @@ def test_rolled_back_jump_restores_everything(
     counts = trainer.statistics()
     assert counts["num_rollbacks"] == rolled_back
     assert counts["num_claimed_steps"] == 0
-    assert trainer.run.ledger.num_credited_steps == 0
-    assert not [a for a in trainer.run.ledger.open if not a.skipped], "a jump that was taken back has no account"
+    assert trainer.run.judge.ledger.num_credited_steps == 0
+    assert not [a for a in trainer.run.judge.ledger.open if not a.skipped], "a jump that was taken back has no account"
 
 
 def test_rollback_shrinks_the_horizon_and_keeping_grows_it(monkeypatch: pytest.MonkeyPatch) -> None:
     accepting(monkeypatch)
     batches = make_batches(60)
     trainer = setup().trainer(config(divergence_threshold=100.0), predictor=Fake())
-    start = trainer.run.horizon
-    steps_until(trainer, batches, lambda r: r.phase is Phase.CORRECT and trainer.run.probation is None)
-    assert trainer.run.horizon == min(2 * start, 20)
+    start = trainer.run.proposer.horizon
+    steps_until(trainer, batches, lambda r: r.phase is Phase.CORRECT and trainer.run.judge.probation is None)
+    assert trainer.run.proposer.horizon == min(2 * start, 20)
     degraded(monkeypatch)
-    steps_until(trainer, batches, lambda r: r.phase is Phase.CORRECT and trainer.run.probation is None)
-    assert trainer.run.horizon == min(2 * start, 20) // 2
+    steps_until(trainer, batches, lambda r: r.phase is Phase.CORRECT and trainer.run.judge.probation is None)
+    assert trainer.run.proposer.horizon == min(2 * start, 20) // 2
 
 
 def test_schedule_catches_up_after_a_rollback(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -364,11 +364,11 @@ def test_accepted_jump_is_the_recorded_vector(name: str, segments: int, tmp_path
         config(metrics__path=str(tmp_path / "m.jsonl"), segments=segments, correct_steps=2, full_steps=3, **changes),
         predictor=PREDICTORS[name] and PREDICTORS[name](),
     )
-    trainer.run.basis.accumulate, dense = _recorded(trainer)
+    trainer.run.windows.basis.accumulate, dense = _recorded(trainer)
     moved = 0
     for batch in full_batch(80):
         dense.close_if_full()
-        before = flat(trainer.run.parameters)
+        before = flat(trainer.run.subject.parameters)
         state = everything(built.model, built.optimizer)
         result = trainer.step(batch)
         if result.was_predicted:
@@ -377,7 +377,7 @@ def test_accepted_jump_is_the_recorded_vector(name: str, segments: int, tmp_path
             assert record["scale"] == result.verdict.scale > 0
             coefficients = torch.tensor(record["coefficients"], dtype=torch.float64)
             wanted = dense.combine(coefficients)
-            found = flat(trainer.run.parameters) - before
+            found = flat(trainer.run.subject.parameters) - before
             assert wanted.norm() > 0
             assert (found - wanted).norm() <= 1e-6 * before.norm()
             assert torch.dot(found, wanted) > 0.99 * found.norm() * wanted.norm()
@@ -398,8 +398,10 @@ def _last_jump(path: Path) -> dict[str, Any]:
 def _recorded(trainer: HybridTrainer) -> tuple[Callable[[], None], DenseBasis]:
     """The basis' own accumulate, with a dense reference fed beside it."""
     run = trainer.run
-    dense = DenseBasis(run.parameters, run.groups, run.predictor.spec, run.config.predictor.window)
-    original = run.basis.accumulate
+    dense = DenseBasis(
+        run.subject.parameters, run.windows.groups, run.proposer.predictor.spec, run.config.predictor.window
+    )
+    original = run.windows.basis.accumulate
 
     def accumulate() -> None:
         original()

@@ -163,7 +163,7 @@ def test_corrects_a_biased_forecast_of_a_real_run_and_its_loss():
     predictor = Timid()
     trainer = made_setup.trainer(config(gate__overhead_budget_exact=0.0, predictor__window=5), predictor=predictor)
     run = trainer.run
-    corrector = ResidualCorrector(predictor.spec, run.groups.num_groups, 32, max_magnitude=2.0)
+    corrector = ResidualCorrector(predictor.spec, run.windows.groups.num_groups, 32, max_magnitude=2.0)
     windows, raw, left = [], [], []
     observe = predictor.observe
     predictor.observe = lambda window: (windows.append(window), observe(window))[1]
@@ -194,14 +194,16 @@ def test_a_correction_moves_every_predicted_tensor():
     for batch in make_batches(20):
         trainer.step(batch)
     run = trainer.run
-    corrector = ResidualCorrector(run.predictor.spec, run.groups.num_groups, F)
-    shape = (run.groups.num_groups, run.predictor.spec.num_columns)
+    corrector = ResidualCorrector(run.proposer.predictor.spec, run.windows.groups.num_groups, F)
+    shape = (run.windows.groups.num_groups, run.proposer.predictor.spec.num_columns)
     corrector.observe(Residual(features=torch.ones(F), coefficients=torch.ones(shape), loss=0.0, horizon=3))
-    jump = run.predictor.predict(3)
-    deltas = run.basis.combine(corrector.correct(jump, torch.ones(F), run.basis.products().BB).coefficients)
-    assert [d.shape for d in deltas] == [p.shape for p in run.parameters]
+    jump = run.proposer.predictor.predict(3)
+    deltas = run.windows.basis.combine(
+        corrector.correct(jump, torch.ones(F), run.windows.basis.products().BB).coefficients
+    )
+    assert [d.shape for d in deltas] == [p.shape for p in run.subject.parameters]
     assert all(float(d.norm()) > 0 for d in deltas)
-    whole = math.sqrt(sum(float(d.double().square().sum()) for d in run.basis.combine(jump.coefficients)))
+    whole = math.sqrt(sum(float(d.double().square().sum()) for d in run.windows.basis.combine(jump.coefficients)))
     length = math.sqrt(sum(float(d.double().square().sum()) for d in deltas))
     assert length == pytest.approx(0.2 * whole, rel=1e-4)  # the bound in coefficients is one in weights
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from cases import Fake, assert_same, config, loss_fn, make_batches, setup
+from cases import Fake, assert_same, config, loss_fn, make_batches, put_into_subject, setup
 from hybrid_predict_trainer import HybridTrainer
 from hybrid_predict_trainer.cycle.real_step import settle_anchor
 from hybrid_predict_trainer.experiments.arms.drive import wait_for_device
@@ -210,7 +210,7 @@ def test_anchors_share_one_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Readout, "due", property(lambda self: len(self._pending) >= self.interval))
     made = setup("norm_dropout", "adam", "lambda")
     trainer = made.trainer(config(divergence__check_interval_steps=3, predictor__window=50), predictor=Fake())
-    trainer.run.on_cpu = False
+    put_into_subject(trainer, on_cpu=False)
     batches, seen = make_batches(12), []
     for batch in batches[:3]:
         trainer.step(batch)
@@ -330,14 +330,14 @@ def test_training_goes_on_from_a_checkpoint_in_host_memory(offload: bool) -> Non
         for batch in batches[:10]:
             first.step(batch)
         assert first.run.rollback.point is not None
-        again.run.basis.load_state_dict(on_host(first.run.basis.state_dict()))
-        again.run.observer.load_state_dict(on_host(first.run.observer.state_dict()))
+        again.run.windows.basis.load_state_dict(on_host(first.run.windows.basis.state_dict()))
+        again.run.windows.observer.load_state_dict(on_host(first.run.windows.observer.state_dict()))
         again.run.load_state_dict(on_host(first.run.state_dict()))
         settle_anchor(again.run, finite=False)
         for batch in batches:
             again.step(batch)
-        again.run.lookahead.translate([torch.zeros_like(p) for p in again.run.parameters], 1.0)
-    assert again.run.lookahead.memory_bytes() > 0
+        again.run.optimizer_step.lookahead.translate([torch.zeros_like(p) for p in again.run.subject.parameters], 1.0)
+    assert again.run.optimizer_step.lookahead.memory_bytes() > 0
     assert again.statistics()["num_real_steps"] == 21, "the step since the anchor is lost"
 
 
@@ -351,7 +351,7 @@ def test_a_jump_is_read_from_the_device_once_per_question(monkeypatch: pytest.Mo
     trainer = device_trainer(
         divergence__check_interval_steps=100, predictor__window=4, warmup_steps=2, correct_steps=3, gate__exact="never"
     )
-    trainer.run.predictor.is_ready = True
+    trainer.run.proposer.predictor.is_ready = True
     waits: dict[Phase, list[int]] = {}
     with Accelerator() as accelerator:
         for batch in device_batches(40):

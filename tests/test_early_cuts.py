@@ -226,19 +226,20 @@ def test_a_network_begins_with_the_ramp_and_one_that_was_trained_without() -> No
         return HybridTrainer(model, optimizer, settings, loss_fn=task.loss_fn, lr_scheduler=schedule)
 
     first = trainer()
-    assert isinstance(first.run.scale, LearnedScale)
-    assert min(first.run.scale.cuts.factors) == 0.01
-    before = [p.detach().clone() for p in first.run.parameters]
+    assert isinstance(first.run.optimizer_step.scale, LearnedScale)
+    assert min(first.run.optimizer_step.scale.cuts.factors) == 0.01
+    before = [p.detach().clone() for p in first.run.subject.parameters]
     first.step(next(task.batches(0)))
     moved = {
         role: max((p - b).abs().max().item() for p, b, g in zip(
-            first.run.parameters, before, first.run.groups.index, strict=True) if first.run.groups.roles[g] == role)
+            first.run.subject.parameters, before, first.run.windows.groups.index, strict=True)
+            if first.run.windows.groups.roles[g] == role)
         for role in ("head", "mlp_up")
     }  # fmt: skip
     assert moved["mlp_up"] == pytest.approx(0.01 * moved["head"], rel=0.2)  # Adam's first step has one length
     second = trainer()
-    assert isinstance(second.run.scale, LearnedScale)
-    assert min(second.run.scale.cuts.factors) == 1.0
+    assert isinstance(second.run.optimizer_step.scale, LearnedScale)
+    assert min(second.run.optimizer_step.scale.cuts.factors) == 1.0
 
 
 def test_shortening_is_per_group_and_leaves_the_others_alone_bit_for_bit() -> None:
@@ -349,9 +350,11 @@ def test_the_statistics_say_how_often_something_was_cut() -> None:
     made = setup("mlp", "sgd", "flat")
     trainer = made.trainer(config(max_learned_scale=9.0))
     assert trainer.statistics()["num_early_cuts"] == 0
-    assert isinstance(trainer.run.scale, LearnedScale)
-    observed(trainer.run.scale.cuts, *[tuple([0.3] * trainer.run.groups.num_groups)] * NUM_COSINES)
-    assert trainer.statistics()["num_early_cuts"] == trainer.run.groups.num_groups
+    assert isinstance(trainer.run.optimizer_step.scale, LearnedScale)
+    observed(
+        trainer.run.optimizer_step.scale.cuts, *[tuple([0.3] * trainer.run.windows.groups.num_groups)] * NUM_COSINES
+    )
+    assert trainer.statistics()["num_early_cuts"] == trainer.run.windows.groups.num_groups
 
 
 def test_below_the_edge_the_run_is_the_plain_one_bit_for_bit() -> None:
@@ -365,4 +368,4 @@ def test_below_the_edge_the_run_is_the_plain_one_bit_for_bit() -> None:
 def test_either_bound_alone_is_enough(maximum: float, minimum: float, kind: type) -> None:
     made = setup("mlp", "sgd", "flat")
     trainer = made.trainer(config(max_learned_scale=maximum, min_learned_scale=minimum))
-    assert type(trainer.run.scale) is kind
+    assert type(trainer.run.optimizer_step.scale) is kind

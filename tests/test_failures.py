@@ -109,22 +109,22 @@ PLACES: dict[str, tuple[Callable[[HybridTrainer], tuple[Any, str]], Place, dict[
     "digest": (on(same_batch, "digest_of"), Place.DATA, {}),
     "recurrence": (on(recurrence, "hashes"), Place.DATA, {"max_learned_scale": 8.0}),
     "track record": (on(TrackRecord, "record"), Place.FEEDBACK, {}),
-    "confidence": (at("run.adaptation.confidence", "observe"), Place.FEEDBACK, {}),
-    "bandit": (at("run.adaptation.bandit", "observe"), Place.FEEDBACK, {"horizon_rule": "bandit"}),
-    "corrector": (at("run.adaptation.corrector", "observe"), Place.FEEDBACK, {}),
-    "verdict in the books": (at("run.ledger", "note_verdict"), Place.GATE, {}),
-    "multiplier, cosines": (at("run.scale", "measure"), Place.MOTION, TRAINED),
-    "multiplier, before": (at("run.scale", "before_step"), Place.MOTION, TRAINED),
-    "multiplier, after": (at("run.scale", "after_step"), Place.MOTION, TRAINED),
-    "multiplier, decision": (at("run.scale", "check"), Place.MOTION, TRAINED),
-    "lookahead, before": (at("run.lookahead", "before_step"), Place.MOTION, TRAINED),
-    "lookahead, after": (at("run.lookahead", "after_step"), Place.MOTION, TRAINED),
-    "lookahead, trial": (at("run.switchback", "count_step"), Place.MOTION, TRAINED),
-    "guard": (at("run.guard", "watch"), Place.MOTION, TRAINED),
-    "outside writes": (at("run.writes", "look"), Place.WEIGHTS, TRAINED),
-    "own writes": (at("run.writes", "record"), Place.WEIGHTS, TRAINED),
-    "what trains": (at("run.trained", "look"), Place.WEIGHTS, TRAINED),
-    "what will train": (at("run.trained", "look_ahead"), Place.WEIGHTS, TRAINED),
+    "confidence": (at("run.proposer.feedback.confidence", "observe"), Place.FEEDBACK, {}),
+    "bandit": (at("run.proposer.feedback.bandit", "observe"), Place.FEEDBACK, {"horizon_rule": "bandit"}),
+    "corrector": (at("run.proposer.feedback.corrector", "observe"), Place.FEEDBACK, {}),
+    "verdict in the books": (at("run.judge.ledger", "note_verdict"), Place.GATE, {}),
+    "multiplier, cosines": (at("run.optimizer_step.scale", "measure"), Place.MOTION, TRAINED),
+    "multiplier, before": (at("run.optimizer_step.scale", "before_step"), Place.MOTION, TRAINED),
+    "multiplier, after": (at("run.optimizer_step.scale", "after_step"), Place.MOTION, TRAINED),
+    "multiplier, decision": (at("run.optimizer_step.scale", "check"), Place.MOTION, TRAINED),
+    "lookahead, before": (at("run.optimizer_step.lookahead", "before_step"), Place.MOTION, TRAINED),
+    "lookahead, after": (at("run.optimizer_step.lookahead", "after_step"), Place.MOTION, TRAINED),
+    "lookahead, trial": (at("run.optimizer_step.switchback", "count_step"), Place.MOTION, TRAINED),
+    "guard": (at("run.safety.guard", "watch"), Place.MOTION, TRAINED),
+    "outside writes": (at("run.watch.writes", "look"), Place.WEIGHTS, TRAINED),
+    "own writes": (at("run.watch.writes", "record"), Place.WEIGHTS, TRAINED),
+    "what trains": (at("run.watch.trained", "look"), Place.WEIGHTS, TRAINED),
+    "what will train": (at("run.watch.trained", "look_ahead"), Place.WEIGHTS, TRAINED),
     "sink": (at("metrics.sink", "write"), Place.RECORD, {}),
     "record": (on(Metrics, "_record"), Place.RECORD, {}),
     "record of a step": (on(Metrics, "_step"), Place.RECORD, {}),
@@ -191,12 +191,12 @@ def test_what_fails_in_going_over_to_another_predictor(monkeypatch: pytest.Monke
         raise MemoryError("no room")
 
     monkeypatch.setattr(predictor_choice, "Adaptation", none_left)
-    before = trainer.run.predictor
+    before = trainer.run.proposer.predictor
     with pytest.warns(UserWarning, match="quasi_newton.*no room"):
         trainer.fit(full_batch(NUM_STEPS))
     run = trainer.run
-    assert run.predictor is before
-    assert (run.basis.spec, run.config.predictor_type) == (before.spec, "secant")
+    assert run.proposer.predictor is before
+    assert (run.windows.basis.spec, run.config.predictor_type) == (before.spec, "secant")
     assert run.meter.num_real_steps > NUM_STEPS / 2
 
 

@@ -28,6 +28,7 @@ from cases import (
     loss_fn,
     make_batches,
     make_model,
+    put_into_subject,
     setup,
     steps_until,
 )
@@ -148,7 +149,7 @@ def test_adversary_costs_little(scale: float, data: str) -> None:
     counts = trainer.statistics()
     assert counts["num_jumps_proposed"] >= 2
     assert loss <= 1.1 * baseline + 1e-3
-    spent = trainer.run.ledger.spent_units - trainer.run.ledger.returned_units
+    spent = trainer.run.judge.ledger.spent_units - trainer.run.judge.ledger.returned_units
     assert spent <= 0.011 * steps * STEP_UNITS + 5 * STEP_UNITS, "one proposal over the budget at most"
     assert counts["cost_units"] <= 1.02 * STEP_UNITS * trainer.run.meter.num_attempted_steps + 5 * STEP_UNITS
 
@@ -250,7 +251,7 @@ def test_bad_batch_at_the_gate(kind: str) -> None:
     made = trapped()
     trainer = made.trainer(config(), predictor=Fake())
     batches = make_batches(40)
-    steps_until(trainer, batches, lambda r: trainer.run.window_just_closed and r.phase is Phase.FULL)
+    steps_until(trainer, batches, lambda r: trainer.run.windows.just_closed and r.phase is Phase.FULL)
     before = made.everything()
     result = trainer.step(poison(batches[0], kind))
     assert result.phase is Phase.PREDICT
@@ -265,12 +266,12 @@ def test_bad_step_on_probation_takes_the_jump_back(kind: str) -> None:
     batches = full_batch(40)
     before = None
     for batch in batches:
-        if trainer.run.probation is None:
+        if trainer.run.judge.probation is None:
             before = made.everything()
         else:
             result = trainer.step(poison(batch, kind))
             assert (result.phase, result.skipped) == (Phase.CORRECT, True)
-            assert trainer.run.probation is None
+            assert trainer.run.judge.probation is None
             assert_same({**made.everything(), "scheduler": 0, "groups": 0}, {**before, "scheduler": 0, "groups": 0})
             assert trainer.statistics()["num_rollbacks"] == 1
             assert trainer.step(batches[0]).phase is Phase.FULL
@@ -327,7 +328,7 @@ def late(monkeypatch: pytest.MonkeyPatch) -> Callable[[Setup, HybridTrainerConfi
 
     def make(made: Setup, settings: HybridTrainerConfig, predictor: Any = None, **kwargs: Any) -> HybridTrainer:
         trainer = made.trainer(settings, predictor=predictor, **kwargs)
-        trainer.run.on_cpu = False
+        put_into_subject(trainer, on_cpu=False)
         return trainer
 
     return make
@@ -395,7 +396,7 @@ def test_rolled_back_jump_is_not_brought_back_by_an_anchor(late: Callable, monke
     [clean, *_] = batches = full_batch(60)
     before = None
     for batch in batches:
-        if trainer.run.probation is None:
+        if trainer.run.judge.probation is None:
             before = made.everything()["parameters"]
         rollbacks = trainer.run.meter.num_rollbacks
         trainer.step(batch)
@@ -455,7 +456,7 @@ def test_loss_that_differentiates_inside() -> None:
     made = setup("mlp", "adam")
     trainer = made.trainer(config(), predictor=Fake(), loss_fn=residual)
     trainer.fit(batches)
-    assert trainer.run.needs_grad_mode
+    assert trainer.run.judge.evaluation.needs_grad_mode
     assert trainer.statistics()["num_jumps_accepted"] > 0
 
 
@@ -523,7 +524,7 @@ def test_complex_parameters_are_predicted_and_integer_ones_left() -> None:
     trainer.fit(batches)
     assert trainer.statistics()["num_jumps_proposed"] > 0
     assert_same(ours.everything(), plain.everything())
-    assert sorted(trainer.run.groups.names) == ["phase", "real.bias", "real.weight"]
+    assert sorted(trainer.run.windows.groups.names) == ["phase", "real.bias", "real.weight"]
 
 
 def test_nan_in_a_complex_gradient_does_not_reach_the_weights() -> None:
@@ -651,7 +652,7 @@ def test_endless_loader_ends_with_the_clock() -> None:
     trainer = setup().trainer(config(), predictor=Fake())
     trainer.fit(loader(), total_steps=25)
     assert trainer.run.position >= 25
-    assert trainer.run.probation is None
+    assert trainer.run.judge.probation is None
 
 
 def test_schedule_with_an_end_survives_the_last_probation() -> None:
@@ -724,7 +725,7 @@ def test_scaler_is_rolled_back_too(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = made.trainer(config(), predictor=Fake(), grad_scaler=scaler)
     before = {}
     for batch in full_batch(40):
-        if trainer.run.probation is None:
+        if trainer.run.judge.probation is None:
             before = scaler.state_dict()
         trainer.step(batch)
         if trainer.run.meter.num_rollbacks:
@@ -747,7 +748,7 @@ def test_deepcopy_trains_on_independently() -> None:
     for batch in batches[6:]:
         other.step(batch)
     assert_same(made.everything()["parameters"], before)
-    assert difference({n: p.detach() for n, p in other.run.model.named_parameters()}, before) is not None
+    assert difference({n: p.detach() for n, p in other.run.subject.model.named_parameters()}, before) is not None
 
 
 def test_clock_without_resolution(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,9 +58,9 @@ def built(*, norm: bool = False, cut: bool = False, **settings: Any) -> HybridTr
     roles = {"0.weight": "mlp_up", "0.bias": "mlp_up"} if cut else None
     trainer = HybridTrainer(model, optimizer, settings, loss_fn, schedule, roles=roles)
     if cut:  # none of it is left after a hundred steps
-        scale = trainer.run.scale
+        scale = trainer.run.optimizer_step.scale
         assert isinstance(scale, LearnedScale)
-        scale.cuts.factors = [0.1 if role == "mlp_up" else 1.0 for role in trainer.run.groups.roles]
+        scale.cuts.factors = [0.1 if role == "mlp_up" else 1.0 for role in trainer.run.windows.groups.roles]
         assert scale.shortening
     return trainer
 
@@ -82,7 +82,7 @@ def in_a_fork(work: Callable[[], Any]) -> Any:
 
 
 def weights_of(trainer: HybridTrainer) -> list[list[float]]:
-    return [p.detach().reshape(-1).tolist() for p in trainer.run.model.parameters()]
+    return [p.detach().reshape(-1).tolist() for p in trainer.run.subject.model.parameters()]
 
 
 def stepped(trainer: HybridTrainer, batch: Batch, later: list[Batch], line: int) -> dict[str, Any]:
@@ -111,13 +111,15 @@ def stepped(trainer: HybridTrainer, batch: Batch, later: list[Batch], line: int)
         sys.settrace(None)
     found: dict[str, Any] = {
         "raised": raised, "num_lines": count, "where": where, "weights": weights_of(trainer),
-        "modes": [m.training for m in run.model.modules()], "grad": torch.is_grad_enabled(),
-        "rates": [g["lr"] for g in run.optimizer.param_groups] == run.schedule.scheduler.get_last_lr(),
+        "modes": [m.training for m in run.subject.model.modules()], "grad": torch.is_grad_enabled(),
+        "rates": [g["lr"] for g in run.subject.optimizer.param_groups] == run.schedule.scheduler.get_last_lr(),
     }  # fmt: skip
     found["losses"] = [trainer.step(b).loss for b in later]
     found["schedule"] = run.schedule.scheduler.last_epoch - run.schedule.num_steps
-    found["behind"] = run.probation is None and run.schedule.num_steps < run.position - 1
-    found["lengths"] = len({len(run.adaptation.confidence.state_dict()[k]) for k in ("evidence", "kept", "stated")})
+    found["behind"] = run.judge.probation is None and run.schedule.num_steps < run.position - 1
+    found["lengths"] = len(
+        {len(run.proposer.feedback.confidence.state_dict()[k]) for k in ("evidence", "kept", "stated")}
+    )
     return found
 
 
@@ -139,7 +141,7 @@ def refused(trainer: HybridTrainer, result: StepResult) -> bool:
 
 
 def concluded(trainer: HybridTrainer, result: StepResult) -> bool:
-    return result.phase is Phase.CORRECT and trainer.run.probation is None
+    return result.phase is Phase.CORRECT and trainer.run.judge.probation is None
 
 
 def full(trainer: HybridTrainer, result: StepResult) -> bool:
@@ -148,12 +150,12 @@ def full(trainer: HybridTrainer, result: StepResult) -> bool:
 
 def applied(trainer: HybridTrainer, result: StepResult) -> bool:
     """A step after which the lookahead moves the weights."""
-    num_steps = trainer.run.lookahead.num_steps
+    num_steps = trainer.run.optimizer_step.lookahead.num_steps
     return full(trainer, result) and num_steps > 0 and num_steps % lookahead.EVERY == 0
 
 
 def shortened(trainer: HybridTrainer, result: StepResult) -> bool:
-    return full(trainer, result) and trainer.run.scale.shortening
+    return full(trainer, result) and trainer.run.optimizer_step.scale.shortening
 
 
 KINDS: dict[str, tuple[bool, Callable[..., bool], dict[str, Any]]] = {
@@ -177,7 +179,11 @@ def test_an_interrupted_step_leaves_the_run_whole(kind: str, monkeypatch: pytest
     if kind == "rolled back":
         monkeypatch.setattr(correct_step, "probation_passes", lambda probation, sigma: False)
     i = before(trainer, data, wanted)
-    later, start, modes = data[i + 1 : i + 9], weights_of(trainer), [m.training for m in trainer.run.model.modules()]
+    later, start, modes = (
+        data[i + 1 : i + 9],
+        weights_of(trainer),
+        [m.training for m in trainer.run.subject.model.modules()],
+    )
     whole = in_a_fork(lambda: stepped(trainer, data[i], later, -1))
     faults = []
     for line in range(1, whole["num_lines"], max(1, whole["num_lines"] // NUM_TRIES)):
@@ -202,7 +208,7 @@ def test_a_step_interrupted_before_its_cut_is_shortened_once(late: bool, monkeyp
         trainer, data = built(cut=True), batches(4, 0.3)
         for batch in data[:3]:
             trainer.step(batch)
-        scale = trainer.run.scale
+        scale = trainer.run.optimizer_step.scale
         if interrupts:
             original = scale.after_step
 

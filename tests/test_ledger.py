@@ -223,9 +223,8 @@ def test_budget_of_nothing_affords_nothing() -> None:
 def test_planned_length_is_the_measure_where_known() -> None:
     ledger = Ledger(GateConfig(overhead_budget=0.01))
     assert not ledger.affordable(5.0, 400.0)
-    ledger.planned_units = 500.0
-    assert ledger.affordable(5.0, 0.0)
-    assert not ledger.affordable(5.1, 0.0)
+    assert ledger.affordable(5.0, 0.0, planned_units=500.0)
+    assert not ledger.affordable(5.1, 0.0, planned_units=500.0)
 
 
 def test_watching_counts_against_the_budget_but_is_no_price() -> None:
@@ -313,7 +312,7 @@ def test_a_run_keeps_to_its_budget(budget: float) -> None:
     trainer = setup().trainer(settings_, predictor=Fake(1.0))
     trainer.fit(make_batches(500))
     assert trainer.statistics()["num_jumps_accepted"] == 0
-    ledger = trainer.run.ledger
+    ledger = trainer.run.judge.ledger
     assert 0 < ledger.spent_units <= budget * trainer.run.meter.cost_units + 5
     assert trainer.run.meter.extra_units == pytest.approx(ledger.spent_units, rel=0.05)
 
@@ -328,7 +327,7 @@ def test_every_jump_has_an_account(monkeypatch: pytest.MonkeyPatch) -> None:
         for r in results
         if r.phase is Phase.PREDICT and r.verdict is not None and r.verdict.loss_after < r.verdict.loss_before
     ]
-    booked = [*trainer.run.ledger.settled, *trainer.run.ledger.open]
+    booked = [*trainer.run.judge.ledger.settled, *trainer.run.judge.ledger.open]
     assert len(booked) == len(jumps) - trainer.run.meter.num_rollbacks
     assert {a.skipped for a in booked} == {True, False}
     assert trainer.run.meter.num_controls == sum(a.skipped for a in booked)

@@ -213,7 +213,7 @@ def test_only_where_losses_are_noisy(data, used: bool) -> None:
     trainer = made.trainer(config(lookahead_scope="all", lookahead=0.3, explore_outcomes=0))
     for batch in data(20):
         trainer.step(batch)
-    assert bool(trainer.run.lookahead.memory_bytes()) is used
+    assert bool(trainer.run.optimizer_step.lookahead.memory_bytes()) is used
 
 
 class Spy(DriftLookahead):
@@ -251,9 +251,12 @@ def spied(num_steps: int, *, value: float = 1.0, touched: bool = True, **changes
             lookahead_scope="all", lookahead=0.3, smoothing=0.25, max_learned_scale=50.0, explore_outcomes=0, **changes
         )
     )
-    spy = trainer.run.lookahead = Spy(0.3, 0.25)
-    trainer.run.scale.multiplier.value, trainer.run.scale.multiplier.touched = value, touched
-    start = [p.detach().clone() for p in trainer.run.parameters]
+    spy = trainer.run.optimizer_step.lookahead = Spy(0.3, 0.25)
+    trainer.run.optimizer_step.scale.multiplier.value, trainer.run.optimizer_step.scale.multiplier.touched = (
+        value,
+        touched,
+    )
+    start = [p.detach().clone() for p in trainer.run.subject.parameters]
     for batch in make_batches(num_steps):
         trainer.step(batch)
     return spy, start, base, trainer
@@ -291,7 +294,7 @@ def test_steps_that_are_being_lengthened_are_not_pulled_back(
 
 def test_the_copy_that_a_step_is_measured_from_goes_along() -> None:
     spy, _, _, trainer = spied(30, value=1.0, touched=False)
-    assert max(a["along"] for a in spy.asked) == len(trainer.run.parameters)
+    assert max(a["along"] for a in spy.asked) == len(trainer.run.subject.parameters)
 
 
 def test_an_accepted_jump_moves_the_lookahead_and_spoils_the_trial(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,7 +310,7 @@ def test_an_accepted_jump_moves_the_lookahead_and_spoils_the_trial(monkeypatch: 
             gate__control_fraction=0.0,
         )
     )
-    spy = trainer.run.lookahead = Spy(0.3)
+    spy = trainer.run.optimizer_step.lookahead = Spy(0.3)
     for batch in full_batch(300):
         trainer.step(batch)
     accepted = trainer.statistics()["num_jumps_accepted"]
@@ -322,7 +325,7 @@ def test_two_equal_batches_do_not_end_it() -> None:
     batches = make_batches(12)
     for batch in [*batches[:6], batches[5], *batches[6:]]:
         trainer.step(batch)
-    assert trainer.run.lookahead.num_steps == 13
+    assert trainer.run.optimizer_step.lookahead.num_steps == 13
 
 
 # ---------------------------------------------------------------- the share of the drift that went on
@@ -397,7 +400,7 @@ def test_networks_by_scope(network: str, scope: str) -> None:
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 10)
     settings = HybridTrainerConfig(lookahead_scope=scope)
     run = HybridTrainer(model, optimizer, settings, lambda m, b: b, schedule).run
-    assert isinstance(run.lookahead, DriftLookahead) is (scope == "all" or network == "transformer")
+    assert isinstance(run.optimizer_step.lookahead, DriftLookahead) is (scope == "all" or network == "transformer")
 
 
 @pytest.mark.parametrize(("scheduler", "moves"), [("flat", False), ("lambda", True)])

@@ -137,7 +137,7 @@ def test_recovery_lowers_a_factor_beside_the_schedule(name: str, tmp_path: Path)
         trainer.step(batch)
     assert rates == want[:12] + [0.5 * rate for rate in want[17:22]]
     assert trainer.run.learning_rate == 0.5 * want[22]
-    own = trainer.run.optimizer.param_groups[0]
+    own = trainer.run.subject.optimizer.param_groups[0]
     assert float(own["lr"]) == want[22], "between steps the groups hold the schedule's own rate"
     if hasattr(trainer.run.schedule.scheduler, "get_last_lr"):
         assert trainer.run.schedule.scheduler.get_last_lr() == [want[22]]
@@ -162,9 +162,9 @@ def test_a_rollback_takes_the_schedule_back_and_not_the_factor(name: str) -> Non
     run.restore(snapshot)
     run.schedule.num_steps = position
     want = planned(TABLE[name], 14)
-    assert float(run.optimizer.param_groups[0]["lr"]) == want[4]
+    assert float(run.subject.optimizer.param_groups[0]["lr"]) == want[4]
     run.step_scheduler()
-    assert float(run.optimizer.param_groups[0]["lr"]) == want[11], "the lost steps were spent"
+    assert float(run.subject.optimizer.param_groups[0]["lr"]) == want[11], "the lost steps were spent"
     trainer.step(batches[6])
     assert rates[-1] == 0.5 * want[11]
 

@@ -50,7 +50,7 @@ def classified(mode: str, batch_size: int, num_steps: int, rate: float, seed: in
     most = 1.0
     for _ in range(num_steps):
         trainer.step(data(batch_size))
-        most = max(most, trainer.run.scale.learned)
+        most = max(most, trainer.run.optimizer_step.scale.learned)
     with torch.no_grad():
         return float(loss_fn(model, held_out)), most
 
@@ -116,10 +116,10 @@ def only_blocks(num_steps: int, **changes: Any) -> tuple[float, int]:
         x = torch.randn(16, 12, generator=generator)
         y = torch.sin(x @ truth) + 0.1 * torch.randn(16, 1, generator=generator)
         losses.append(trainer.step((x, y)).loss)
-        if trainer.run.scale.shortening:
+        if trainer.run.optimizer_step.scale.shortening:
             last_cut = i + 1
     if changes.get("enabled", True):
-        assert isinstance(trainer.run.scale, LearnedScale)
+        assert isinstance(trainer.run.optimizer_step.scale, LearnedScale)
     return sum(losses[-50:]) / 50, last_cut
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cases import Fake, assert_same, config, full_batch, make_batches, setup
+from cases import Fake, assert_same, config, full_batch, make_batches, put_into_subject, setup
 from hybrid_predict_trainer.judge import exactness, gate
 from hybrid_predict_trainer.judge.exactness import Agreement, measure
 from hybrid_predict_trainer.records import Phase, Reason, Verdict
@@ -30,7 +31,7 @@ ERRORS = (
 
 
 def in_the_loss(trainer: Any, error: BaseException, patch: pytest.MonkeyPatch) -> None:
-    inner = trainer.run.loss_fn
+    inner = trainer.run.subject.loss_fn
 
     def raising(model: nn.Module, batch: Any) -> Tensor:
         if not torch.is_grad_enabled():
@@ -39,7 +40,7 @@ def in_the_loss(trainer: Any, error: BaseException, patch: pytest.MonkeyPatch) -
             raise error
         return inner(model, batch)
 
-    trainer.run.loss_fn = raising
+    put_into_subject(trainer, loss_fn=raising)
 
 
 def in_a_method(owner: str, name: str) -> Callable[[Any, BaseException, pytest.MonkeyPatch], None]:
@@ -47,20 +48,20 @@ def in_a_method(owner: str, name: str) -> Callable[[Any, BaseException, pytest.M
         def raising(*args: Any, **kwargs: Any) -> Any:
             raise error
 
-        patch.setattr(getattr(trainer.run, owner) if owner else trainer.run, name, raising)
+        patch.setattr(operator.attrgetter(owner)(trainer.run), name, raising)
 
     return install
 
 
 PLACES: dict[str, Callable[[Any, BaseException, pytest.MonkeyPatch], None]] = {
     "loss": in_the_loss,
-    "predict": in_a_method("predictor", "predict"),
-    "observe": in_a_method("predictor", "observe"),
-    "combine": in_a_method("basis", "combine"),
-    "radius": in_a_method("basis", "displacement_rms"),
-    "sums": in_a_method("basis", "accumulate"),
-    "columns": in_a_method("basis", "close_window"),
-    "confidence": in_a_method("adaptation", "state_confidence"),
+    "predict": in_a_method("proposer.predictor", "predict"),
+    "observe": in_a_method("proposer.predictor", "observe"),
+    "combine": in_a_method("windows.basis", "combine"),
+    "radius": in_a_method("windows.basis", "displacement_rms"),
+    "sums": in_a_method("windows.basis", "accumulate"),
+    "columns": in_a_method("windows.basis", "close_window"),
+    "confidence": in_a_method("proposer.feedback", "state_confidence"),
 }
 
 
@@ -114,7 +115,7 @@ def test_gradients_of_the_last_step_stay() -> None:
                 p.grad = torch.full_like(p, 7.0)
         return loss
 
-    trainer.run.loss_fn = writes
+    put_into_subject(trainer, loss_fn=writes)
     refused = 0
     for batch in make_batches(30):
         before = [p.grad for p in made.model.parameters()]
@@ -288,9 +289,9 @@ def test_exact_is_what_two_evaluations_say(name: str, optimizer: str) -> None:
     data = full_batch(8)
     trainer.step(data[0])
     before, forwards = made.everything(), trainer.statistics()["num_forward"]
-    assert trainer.run.exactness.agreed is None, "nobody asks before the batch has come twice"
+    assert trainer.run.judge.exactness.agreed is None, "nobody asks before the batch has come twice"
     trainer.step(data[1])
-    assert trainer.run.deterministic is exact
+    assert trainer.run.full_batch is exact
     spent = trainer.statistics()["num_forward"] - forwards - 1
     assert spent == (2 if exact else 3), "and it is paid for"
     assert before["modes"] == made.everything()["modes"]
@@ -302,17 +303,17 @@ def test_dropout_switched_on_in_mid_run() -> None:
     rate, drop.p = drop.p, 0.0
     trainer = made.trainer(config(), predictor=Fake())
     trainer.fit(full_batch(10))
-    assert trainer.run.deterministic
+    assert trainer.run.full_batch
     drop.p = rate
     trainer.fit(full_batch(10))
-    assert not trainer.run.deterministic
+    assert not trainer.run.full_batch
 
 
 def test_asked_again_rarely(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exactness, "RECHECK_STEPS", 10)
     trainer = setup().trainer(config(), predictor=Fake(ready=False))
     trainer.fit(full_batch(42))
-    assert trainer.run.exactness.num_measured == 5
+    assert trainer.run.judge.exactness.num_measured == 5
 
 
 def test_always_is_the_users_word_but_looked_at() -> None:
@@ -320,7 +321,7 @@ def test_always_is_the_users_word_but_looked_at() -> None:
     with pytest.warns(UserWarning, match="two losses of the same batch differ") as told:
         trainer.fit(full_batch(20))
     assert len(told) == 1
-    assert trainer.run.deterministic
+    assert trainer.run.full_batch
 
 
 @pytest.mark.parametrize(

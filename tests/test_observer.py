@@ -171,7 +171,7 @@ def test_factors_are_those_of_the_last_step_of_a_window() -> None:
     reference.plain(batches[:2])
     with KfacFactors(reference.model) as wanted:
         loss_fn(reference.model, batches[2]).backward()
-    found = trainer.run.observer.state_dict()["parts"]["kfac"]
+    found = trainer.run.windows.observer.state_dict()["parts"]["kfac"]
     assert found["A"].keys() == wanted.A.keys()
     for kind in ("A", "G"):
         for name, factor in getattr(wanted, kind).items():
@@ -190,7 +190,7 @@ def test_gate_forwards_are_not_gathered(monkeypatch: pytest.MonkeyPatch) -> None
         assert all(not m._forward_hooks for m in made.model.modules())
     assert trainer.statistics()["num_jumps_proposed"] > 3
     assert set(counts) == {2}, "two layers, one pass each"
-    assert len(counts) == trainer.run.num_windows
+    assert len(counts) == trainer.run.windows.num_closed
 
 
 def test_gradient_scaler_does_not_show() -> None:
@@ -201,7 +201,7 @@ def test_gradient_scaler_does_not_show() -> None:
     trainer = made.trainer(settings, predictor=Fake(), grad_scaler=scaler)
     for batch in make_batches(9):
         trainer.step(batch)
-    a, b = (t.run.observer.state_dict()["parts"]["kfac"]["G"] for t in (plain, trainer))
+    a, b = (t.run.windows.observer.state_dict()["parts"]["kfac"]["G"] for t in (plain, trainer))
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-8)
 
@@ -222,9 +222,9 @@ def test_a_loss_function_that_raises_takes_the_hooks_with_it() -> None:
 def test_factors_cost_what_they_cost() -> None:
     """Watching is charged: the counters of a run with factors are higher by the observer's passes per window."""
     bare, full = trained(12, Fake()), trained(12, Fake(), encoder__kfac=True, encoder__low_rank=2)
-    assert full.run.observer.passes > 0
+    assert full.run.windows.observer.passes > 0
     difference = full.run.meter.num_passes - bare.run.meter.num_passes
-    assert difference == pytest.approx(full.run.num_windows * full.run.observer.passes)
+    assert difference == pytest.approx(full.run.windows.num_closed * full.run.windows.observer.passes)
 
 
 # ---------------------------------------------------------------- health

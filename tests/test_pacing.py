@@ -179,7 +179,7 @@ def test_a_run_tells_the_time_of_its_real_steps(tmp_path: Path, monkeypatch: pyt
     assert trainer.statistics()["num_jumps_proposed"] > 0, "steps that are no real ones are not counted"
     assert len(predictor.heard) >= 5
     assert predictor.heard == [3.0] * len(predictor.heard), "one look when a step begins, one when it is over"
-    while trainer.run.basis.num_steps != 1:
+    while trainer.run.windows.basis.num_steps != 1:
         trainer.step(full_batch(1)[0])
     heard = len(predictor.heard)
     trainer.load_checkpoint(trainer.save_checkpoint(tmp_path))
@@ -215,15 +215,15 @@ def test_resume_of_a_run_with_a_measured_interval(tmp_path: Path) -> None:
     def trainer(update_seconds: float, seed: int) -> tuple[HybridTrainer, list[torch.nn.Parameter]]:
         made = setup("mlp", "adam", "lambda", seed)
         built = made.trainer(config(predictor_type="mlp"))
-        assert isinstance(built.run.predictor, Mlp)
-        built.run.predictor.schedule.clock = ticking(update_seconds)
+        assert isinstance(built.run.proposer.predictor, Mlp)
+        built.run.proposer.predictor.schedule.clock = ticking(update_seconds)
         return built, list(made.model.parameters())
 
     whole, parameters = trainer(1.0, 1)
     path = None
     for index, batch in enumerate(batches):
         whole.step(batch)
-        if path is None and whole.run.predictor.state_dict()["schedule"]["settled"]:
+        if path is None and whole.run.proposer.predictor.state_dict()["schedule"]["settled"]:
             path, start = whole.save_checkpoint(tmp_path), index + 1
     assert path is not None
     interval = whole.summary()["predictor_overhead"]["update_every"]
@@ -234,5 +234,5 @@ def test_resume_of_a_run_with_a_measured_interval(tmp_path: Path) -> None:
     for batch in batches[start:]:
         resumed.step(batch)
     assert resumed.summary()["predictor_overhead"]["update_every"] == interval
-    assert_same(resumed.run.predictor.state_dict(), whole.run.predictor.state_dict())
+    assert_same(resumed.run.proposer.predictor.state_dict(), whole.run.proposer.predictor.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(again, parameters, strict=True))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
+from cases import put_into_subject
 from hybrid_predict_trainer import ConfigError, DivergenceError, HybridTrainer, HybridTrainerConfig, with_values
 from hybrid_predict_trainer.cycle.passes import next_epoch
 from hybrid_predict_trainer.keep.finiteness import not_finite, trained_weights_finite, whereabouts
@@ -112,7 +113,7 @@ def test_samplers_are_told_of_every_epoch() -> None:
         return loss_fn(model, batch)
 
     trainer = trainer_of()
-    trainer.run.loss_fn = note
+    put_into_subject(trainer, loss_fn=note)
     trainer.fit(DataLoader(TensorDataset(x, y), 8, sampler=sampler), total_steps=12)
     assert [epoch for epoch, _ in seen] == [3] * 4 + [4] * 4 + [5] * 4
     assert seen[0][1] != seen[4][1]
@@ -151,7 +152,7 @@ def test_a_plain_run_that_diverges_ends_with_an_error(loop: str) -> None:
 @pytest.mark.parametrize("where", ["weight", "moment", "rate", "nowhere"])
 def test_the_last_word_is_true(where: str) -> None:
     trainer = trainer_of(with_values(SETTINGS, {"divergence.max_consecutive_nonfinite": 4}))
-    model, optimizer = trainer.run.model, trainer.run.optimizer
+    model, optimizer = trainer.run.subject.model, trainer.run.subject.optimizer
     for batch in data(3):
         trainer.step(batch)
     if where == "weight":

@@ -79,8 +79,8 @@ def test_an_explicit_type_is_kept(name: str) -> None:
 def test_dropout_keeps_it_from_choosing() -> None:
     trainer = setup("dropout", "adam").trainer(config())
     trainer.fit(full_batch(30))
-    assert trainer.run.same_batch
-    assert not trainer.run.deterministic
+    assert trainer.run.batches.same
+    assert not trainer.run.full_batch
     assert trainer.statistics()["predictor"] == NOISY
 
 

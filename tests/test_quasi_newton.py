@@ -156,8 +156,8 @@ def test_a_model_gets_the_history_that_fits() -> None:
     model = nn.Linear(1_000, 1_000, bias=False)
     config = with_values(HybridTrainerConfig(), {**PRESETS["full_batch"], "predictor.quasi_newton.memory_mb": 200.0})
     trainer = HybridTrainer(model, torch.optim.Adam(model.parameters()), config)
-    assert trainer.run.predictor.spec.num_displacements == 26
-    assert trainer.run.groups.num_groups == 1
+    assert trainer.run.proposer.predictor.spec.num_displacements == 26
+    assert trainer.run.windows.groups.num_groups == 1
 
 
 def make_window(products: Products, num_columns: int) -> Window:
@@ -211,14 +211,14 @@ def test_the_jump_starts_where_the_gradient_was_taken() -> None:
     """theta + delta = x + d: the base optimizer's own step is taken back by the lag column."""
     _, trainer = quadratic(12)
     run = trainer.run
-    while not run.window_just_closed:
+    while not run.windows.just_closed:
         trainer.step(torch.logspace(0, 2, 12, dtype=torch.float64))
-    prediction = run.predictor.predict(1)
-    x = run.basis.average()[0]
-    back = run.basis.combine(prediction.alternatives[-1])[0]
-    assert torch.allclose(run.parameters[0].detach() + back, x)
-    d = run.basis.combine(prediction.coefficients)[0] - back
-    third = run.basis.combine(prediction.alternatives[0])[0] - back
+    prediction = run.proposer.predictor.predict(1)
+    x = run.windows.basis.average()[0]
+    back = run.windows.basis.combine(prediction.alternatives[-1])[0]
+    assert torch.allclose(run.subject.parameters[0].detach() + back, x)
+    d = run.windows.basis.combine(prediction.coefficients)[0] - back
+    third = run.windows.basis.combine(prediction.alternatives[0])[0] - back
     assert torch.allclose(third, 0.3 * d)
     g = torch.logspace(0, 2, 12, dtype=torch.float64) * (x[0] - 1)
     assert float(g @ d[0]) < 0
@@ -226,8 +226,8 @@ def test_the_jump_starts_where_the_gradient_was_taken() -> None:
 
 def test_differences_are_columns_of_their_own() -> None:
     _, trainer = quadratic(30)
-    basis, spec = trainer.run.basis, trainer.run.predictor.spec
-    assert isinstance(trainer.run.predictor, QuasiNewton)
+    basis, spec = trainer.run.windows.basis, trainer.run.proposer.predictor.spec
+    assert isinstance(trainer.run.proposer.predictor, QuasiNewton)
     products = basis.products()
     K, n = spec.num_displacements, basis.num_columns
     scales = torch.logspace(0, 2, 12, dtype=torch.float64)
@@ -288,4 +288,4 @@ def test_where_nothing_helps_it_goes_back_if_here_is_worse(here: float, accepted
 def test_a_step_from_the_mean_is_never_cut_into_segments() -> None:
     _, trainer = quadratic(40, **{"training.segments": 3})
     assert trainer.statistics()["num_jumps_accepted"] > 5
-    assert trainer.run.segment is None
+    assert trainer.run.proposer.segment is None

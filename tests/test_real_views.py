@@ -110,6 +110,6 @@ def test_storages_that_are_replaced_are_followed() -> None:
     model.weight.data = model.weight.detach().clone() + 1.0
     with pytest.warns(UserWarning, match="weights were changed between two steps"):
         trainer.fit(make_batches(3))
-    view = trainer.run.views[0]
+    view = trainer.run.subject.views[0]
     assert view.data_ptr() == model.weight.data_ptr()
     assert torch.equal(view.detach(), torch.view_as_real(model.weight.detach()))

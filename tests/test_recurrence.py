@@ -220,7 +220,9 @@ def runner(val_fn: Callable[[nn.Module], float] | None = None, *, num: int = 85,
 def values(trainer: HybridTrainer, batches: Any, **more: Any) -> list[float]:
     """The multiplier after every step of ``fit``."""
     found: list[float] = []
-    trainer.fit(batches, progress_callback=lambda result: found.append(trainer.run.scale.learned), **more)
+    trainer.fit(
+        batches, progress_callback=lambda result: found.append(trainer.run.optimizer_step.scale.learned), **more
+    )
     return found
 
 
@@ -228,28 +230,28 @@ def test_on_new_data_such_a_run_is_raised() -> None:
     """Or nothing below says anything."""
     trainer = runner()
     assert max(values(trainer, make_batches(90, 64, noise=0.02))) > 1
-    assert not trainer.run.recurrence.recurs
+    assert not trainer.run.batches.recurrence.recurs
 
 
 def test_a_loader_that_fit_goes_round_is_known_before_the_first_step() -> None:
     trainer = runner()
     batches = make_batches(30, 64, noise=0.02)
     assert values(trainer, batches, total_steps=90) == [1.0] * 90
-    assert trainer.run.recurrence.recurs
+    assert trainer.run.batches.recurrence.recurs
 
 
 @pytest.mark.parametrize(("num_batches", "total_steps", "known"), [(30, 30, False), (30, 31, True), (30, None, False)])
 def test_what_is_announced(num_batches: int, total_steps: int | None, known: bool) -> None:
     trainer = runner()
     trainer.fit(make_batches(num_batches, 4), total_steps=total_steps)
-    assert trainer.run.recurrence.recurs is known
+    assert trainer.run.batches.recurrence.recurs is known
 
 
 def test_an_iterator_that_ends_is_not_announced() -> None:
     trainer = runner()
     with pytest.warns(UserWarning, match=r"the loader ended after 2\d steps"):
         trainer.fit(iter(make_batches(20, 4)), total_steps=40)
-    assert not trainer.run.recurrence.recurs
+    assert not trainer.run.batches.recurrence.recurs
 
 
 def test_the_same_loader_in_a_second_epoch_is_known_at_its_first_step() -> None:
@@ -261,11 +263,11 @@ def test_the_same_loader_in_a_second_epoch_is_known_at_its_first_step() -> None:
     trainer = runner()
     found: list[float] = []
     for _ in range(2):
-        trainer.train_epoch(loader, lambda result: found.append(trainer.run.scale.learned))
+        trainer.train_epoch(loader, lambda result: found.append(trainer.run.optimizer_step.scale.learned))
     assert max(found[:90]) > 1
     assert found[90:] == [1.0] * 90
-    assert trainer.run.raise_point is None
-    assert not trainer.run.scale.may_grow
+    assert trainer.run.safety.raise_point is None
+    assert not trainer.run.optimizer_step.scale.may_grow
     assert trainer.statistics()["withdrawn"] is False
 
 
@@ -274,7 +276,7 @@ def test_another_loader_is_not_announced() -> None:
     for seed in (1, 2, 3):
         data = torch.utils.data.TensorDataset(*make_batches(1, 80, seed=seed)[0])
         trainer.train_epoch(torch.utils.data.DataLoader(data, batch_size=8))
-    assert not trainer.run.recurrence.recurs
+    assert not trainer.run.batches.recurrence.recurs
 
 
 def test_samples_that_come_round_are_known_without_fit() -> None:
@@ -284,10 +286,10 @@ def test_samples_that_come_round_are_known_without_fit() -> None:
     found = []
     for batch in [*batches, *batches]:
         trainer.step((batch[0].clone(), batch[1].clone()))
-        found.append(trainer.run.scale.learned)
+        found.append(trainer.run.optimizer_step.scale.learned)
     assert max(found[:60]) > 1
     assert found[70:] == [1.0] * 50
-    assert trainer.run.recurrence.recurs
+    assert trainer.run.batches.recurrence.recurs
 
 
 def test_where_nothing_can_be_raised_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,11 +304,11 @@ def test_a_batch_that_is_given_again_is_no_recurrence() -> None:
     """A refused proposal leaves its batch for the next step."""
     trainer = runner()
     seen: list[Any] = []
-    trainer.run.recurrence.see = seen.append
+    trainer.run.batches.recurrence.see = seen.append
     batches = make_batches(6)
     for batch in batches:
         trainer.step(batch)
-        trainer.run.batch_free = True
+        trainer.run.batches.free = True
         trainer.step(batch)
     assert len(seen) == 6
 
@@ -326,8 +328,8 @@ def test_on_the_word_of_a_validation_loss_data_that_come_round_are_raised() -> N
     trainer = runner(held_out, num=140, val_cost=4.0)
     found = values(trainer, BATCHES, total_steps=150)
     assert max(found) > 1
-    asked = trainer.run.validation.num_asked
-    assert 2 <= asked <= 2 * trainer.run.scale.multiplier.num_raises + 150 / LEAST_STEPS
+    asked = trainer.run.safety.validation.num_asked
+    assert 2 <= asked <= 2 * trainer.run.optimizer_step.scale.multiplier.num_raises + 150 / LEAST_STEPS
     free = runner(held_out, num=140, val_cost=0.0)
     values(free, BATCHES, total_steps=150)
     difference = trainer.run.meter.num_forward - free.run.meter.num_forward
@@ -340,7 +342,7 @@ def test_without_a_raise_nobody_asks() -> None:
     asked: list[int] = []
     trainer = runner(lambda model: asked.append(1) or 1.0)
     values(trainer, make_batches(90, 64, noise=0.02))
-    assert trainer.run.scale.learned > 1
+    assert trainer.run.optimizer_step.scale.learned > 1
     assert asked == []
     made = setup("mlp", "sgd", "flat")
     still = made.trainer(config(**RAISING), val_fn=lambda model: asked.append(1) or 1.0)
@@ -355,19 +357,19 @@ def test_a_validation_loss_that_is_worse_after_a_raise_takes_it_back_for_good() 
     run, starts, ends = trainer.run, [], []
 
     def look(result: Any) -> None:
-        now = [p.detach().clone() for p in run.parameters]
-        if run.scale.learned > 1 and not starts:
+        now = [p.detach().clone() for p in run.subject.parameters]
+        if run.optimizer_step.scale.learned > 1 and not starts:
             starts.append(now)
-        if starts and run.scale.learned == 1 and not ends:
+        if starts and run.optimizer_step.scale.learned == 1 and not ends:
             ends.append(now)
 
     trainer.fit(BATCHES, total_steps=150, progress_callback=look)
     assert starts
     assert_same(ends, starts)
-    assert run.scale.learned == 1
-    assert not run.scale.may_grow
-    assert run.validation.num_asked == 2
-    assert run.raise_point is None
+    assert run.optimizer_step.scale.learned == 1
+    assert not run.optimizer_step.scale.may_grow
+    assert run.safety.validation.num_asked == 2
+    assert run.safety.raise_point is None
 
 
 def test_a_validation_loss_that_rises_later_ends_the_multiplier() -> None:
@@ -376,14 +378,14 @@ def test_a_validation_loss_that_rises_later_ends_the_multiplier() -> None:
     level, found = [1.0], []
 
     def look(result: Any) -> None:
-        found.append(trainer.run.scale.learned)
-        if trainer.run.scale.multiplier.account is None and found[-1] > 1:
+        found.append(trainer.run.optimizer_step.scale.learned)
+        if trainer.run.optimizer_step.scale.multiplier.account is None and found[-1] > 1:
             level[0] += 0.01
 
     trainer.fit(BATCHES, total_steps=330, progress_callback=look)
     assert max(found) > 1
     assert found[-1] == 1
-    assert not trainer.run.scale.may_grow
+    assert not trainer.run.optimizer_step.scale.may_grow
 
 
 def disturbing(model: nn.Module) -> float:
@@ -438,13 +440,13 @@ def test_one_that_fails_takes_every_raise_back() -> None:
     with pytest.warns(UserWarning, match="val_fn failed"):
         found = values(trainer, BATCHES, total_steps=90)
     assert found[-1] == 1
-    assert trainer.run.validation.num_asked == 1
+    assert trainer.run.safety.validation.num_asked == 1
 
 
 def test_on_the_word_of_one_that_is_not_finite_nothing_is_raised() -> None:
     trainer = runner(lambda model: math.nan)
     assert values(trainer, BATCHES, total_steps=90) == [1.0] * 90
-    assert not trainer.run.scale.may_grow
+    assert not trainer.run.optimizer_step.scale.may_grow
 
 
 def test_one_that_becomes_infinite_takes_the_raise_back() -> None:
@@ -453,7 +455,7 @@ def test_one_that_becomes_infinite_takes_the_raise_back() -> None:
     found = values(trainer, BATCHES, total_steps=125)
     assert max(found) > 1
     assert found[-1] == 1
-    assert not trainer.run.scale.may_grow
+    assert not trainer.run.optimizer_step.scale.may_grow
 
 
 @pytest.mark.parametrize("cost", [-1.0, math.nan])
@@ -478,4 +480,4 @@ def test_answers_go_through_a_checkpoint() -> None:
 
 
 def test_the_scale_of_such_a_run_is_a_learned_one() -> None:
-    assert isinstance(runner().run.scale, LearnedScale)
+    assert isinstance(runner().run.optimizer_step.scale, LearnedScale)

@@ -228,8 +228,8 @@ def test_full_batch_training_is_noticed(kind: str, same: bool) -> None:
     trainer = setup().trainer(config())
     for batch in data[kind]():
         trainer.step(batch)
-    assert trainer.run.same_batch is same
-    assert trainer.run.deterministic is same
+    assert trainer.run.batches.same is same
+    assert trainer.run.full_batch is same
 
 
 @pytest.mark.parametrize(("setting", "exact"), [("always", True), ("never", False)])
@@ -238,7 +238,7 @@ def test_the_user_may_know_better(setting: str, exact: bool) -> None:
         trainer = setup().trainer(config(gate__exact=setting))
         for batch in data:
             trainer.step(batch)
-        assert trainer.run.deterministic is exact
+        assert trainer.run.full_batch is exact
 
 
 def test_a_disabled_run_does_not_look() -> None:
@@ -246,4 +246,4 @@ def test_a_disabled_run_does_not_look() -> None:
     with torch.inference_mode():
         batch = tuple(t.clone() for t in make_batches(1)[0])
     trainer.step(tuple(t.clone() for t in batch))
-    assert trainer.run.data.num_seen == 0
+    assert trainer.run.batches.same_batch.num_seen == 0

@@ -117,7 +117,7 @@ def test_slices_of_a_run_make_up_the_run() -> None:
     for number in range(3):
         sliced.advance((number + 1) / 3)
     assert [s.steps for s in sliced.slices] == [3, 2, 2]
-    for a, b in zip(whole.trainer.run.parameters, sliced.trainer.run.parameters, strict=True):
+    for a, b in zip(whole.trainer.run.subject.parameters, sliced.trainer.run.subject.parameters, strict=True):
         assert torch.equal(a, b)
     sliced.advance(1.0)
     assert math.isnan(sliced.slices[-1].step_ms), "a finished run is not trained on"

@@ -317,7 +317,7 @@ def test_a_jump_is_not_taken_for_a_step() -> None:
     """The step before a jump must not be measured across it."""
     made = setup("mlp", "adamw", "flat")
     trainer = made.trainer(config(max_learned_scale=100.0, predictor_type="secant"))
-    scale = trainer.run.scale
+    scale = trainer.run.optimizer_step.scale
     assert isinstance(scale, LearnedScale)
     seen = 0
     for batch in full_batch(60):
@@ -333,8 +333,8 @@ def test_without_a_schedule_nothing_would_take_the_noise_out_again(scheduler: st
     trainer = setup("mlp", "sgd", scheduler).trainer(
         config(max_learned_scale=100.0, lookahead=0.3, lookahead_scope="all")
     )
-    assert isinstance(trainer.run.scale, LearnedScale) is learned
-    assert isinstance(trainer.run.lookahead, DriftLookahead) is learned
+    assert isinstance(trainer.run.optimizer_step.scale, LearnedScale) is learned
+    assert isinstance(trainer.run.optimizer_step.lookahead, DriftLookahead) is learned
 
 
 def test_growing_is_between_the_first_raise_and_the_edge() -> None:

@@ -136,8 +136,8 @@ def test_a_figure_that_fails_is_null_with_a_note(monkeypatch: pytest.MonkeyPatch
     def broken(*_: Any) -> int:
         raise RuntimeError("no memory of that")
 
-    monkeypatch.setattr(type(trainer.run.predictor), "memory_bytes", broken)
-    monkeypatch.setattr(type(trainer.run.observer), "summary", broken)
+    monkeypatch.setattr(type(trainer.run.proposer.predictor), "memory_bytes", broken)
+    monkeypatch.setattr(type(trainer.run.windows.observer), "summary", broken)
     found = trainer.summary()
     assert found["predictor_overhead"] is None
     assert [n.split(" ")[0] for n in found["notes"]] == ["predictor_overhead", "observer"]
@@ -155,7 +155,7 @@ def test_the_ledger_of_whatever_gains_there_were(gains: list[float]) -> None:
         values = {"gain": gain, "left": gains[-1 - k], "pace": abs(gain), "skipped": k % 2 == 0}
         for name in Account.__dataclass_fields__:
             object.__setattr__(account, name, values.get(name, 1.0))
-        trainer.run.ledger.settled.append(account)
+        trainer.run.judge.ledger.settled.append(account)
     found = trainer.summary()
     json.dumps(jsonable(found), allow_nan=False)
     assert trainer.statistics() is not None

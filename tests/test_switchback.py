@@ -227,13 +227,13 @@ def test_a_run_asks_it_and_one_without_the_motion_has_no_trial() -> None:
     run = trainer.run
     for batch in make_batches(BLOCK_STEPS * (NUM_FREE_BLOCKS + 14)):
         trainer.step(batch)
-    assert run.switchback.num_blocks == run.meter.num_real_steps // BLOCK_STEPS
-    assert run.switchback._changes[False]
+    assert run.optimizer_step.switchback.num_blocks == run.meter.num_real_steps // BLOCK_STEPS
+    assert run.optimizer_step.switchback._changes[False]
     assert trainer.statistics()["lookahead_switched_off"] is False
     still = setup("mlp", "sgd", "flat").trainer(config(explore_outcomes=0))
     for batch in make_batches(BLOCK_STEPS + 1):
         still.step(batch)
-    assert still.run.switchback.num_blocks == 0
+    assert still.run.optimizer_step.switchback.num_blocks == 0
 
 
 def test_only_the_losses_of_a_block_s_latter_half_are_its_mean(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,11 +250,11 @@ def test_once_switched_off_nothing_is_held() -> None:
     trainer = setup("mlp", "sgd", "flat").trainer(config(lookahead=0.3, lookahead_scope="all", explore_outcomes=0))
     first, *rest = make_batches(10)
     trainer.step(first)
-    assert trainer.run.lookahead.memory_bytes() > 0
-    trainer.run.switchback.switched_off = True
+    assert trainer.run.optimizer_step.lookahead.memory_bytes() > 0
+    trainer.run.optimizer_step.switchback.switched_off = True
     for batch in rest:
         trainer.step(batch)
-        assert trainer.run.lookahead.memory_bytes() == 0
+        assert trainer.run.optimizer_step.lookahead.memory_bytes() == 0
 
 
 def test_a_run_without_the_motion_in_a_block_is_the_run_without_it() -> None:
@@ -263,7 +263,7 @@ def test_a_run_without_the_motion_in_a_block_is_the_run_without_it() -> None:
     for changes in ({"lookahead": 0.3, "smoothing": 0.25, "lookahead_scope": "all"}, {}):
         made = setup("mlp", "sgd", "lambda")
         trainer = made.trainer(config(explore_outcomes=0, gate__overhead_budget=0.0, **changes))
-        trainer.run.switchback.moving = False
+        trainer.run.optimizer_step.switchback.moving = False
         for batch in make_batches(BLOCK_STEPS - 1):
             trainer.step(batch)
         ends.append([p.detach().clone() for p in made.model.parameters()])

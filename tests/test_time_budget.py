@@ -88,7 +88,7 @@ def slow_trainer(where: str, seconds: float, *, step: float = 1e-3) -> tuple[Hyb
         return ((model(batch[0]) - batch[1]) ** 2).mean()
 
     trainer = made.trainer(config(), predictor=predictor, loss_fn=loss)
-    trainer.run.time.clock = clock
+    trainer.run.proposer.time.clock = clock
     return trainer, predictor
 
 
@@ -123,8 +123,8 @@ def test_a_quick_one_is_kept() -> None:
 def test_those_of_this_package_are_known(name: str) -> None:
     trainer = setup("mlp", "adam").trainer(config(predictor_type=name))
     assert name in PREDICTORS
-    assert trainer.run.time._longest == OWN_CALL_SECONDS
-    assert setup().trainer(config(), predictor=Fake()).run.time._longest == MAX_CALL_SECONDS
+    assert trainer.run.proposer.time._longest == OWN_CALL_SECONDS
+    assert setup().trainer(config(), predictor=Fake()).run.proposer.time._longest == MAX_CALL_SECONDS
 
 
 def test_it_changes_nothing_else() -> None:

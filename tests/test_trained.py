@@ -114,7 +114,7 @@ def test_what_trains_again_begins_with_a_fresh_memory() -> None:
     batches = make_batches(100)
     for batch in batches[:40]:
         case.trainer.step(batch)
-    lookahead: Any = case.trainer.run.lookahead
+    lookahead: Any = case.trainer.run.optimizer_step.lookahead
     drift = [float(b.abs().max()) for b in lookahead._b]
     case.model[0].requires_grad_(False)
     for batch in batches[40:60]:
@@ -126,7 +126,7 @@ def test_what_trains_again_begins_with_a_fresh_memory() -> None:
     fresh = [float(b.abs().max()) for b in lookahead._b]
     assert all(new < old / 4 for new, old in zip(fresh[:2], drift, strict=False))
     assert fresh[2] > drift[2] / 4, "what trained all along keeps its memory"
-    assert case.trainer.run.basis.num_columns == 0
+    assert case.trainer.run.windows.basis.num_columns == 0
     assert case.trainer.statistics()["num_left_alone"] == 0
 
 
@@ -355,9 +355,9 @@ def test_a_reload_is_not_undone(how: Callable[..., None], settings: str) -> None
     with pytest.warns(UserWarning, match="weights were changed between two steps") as said:
         case.trainer.step(batches[STOP])
     assert len(said) == 1
-    assert run.probation is None
-    assert run.basis.num_columns == 0
-    assert run.segment is None
+    assert run.judge.probation is None
+    assert run.windows.basis.num_columns == 0
+    assert run.proposer.segment is None
     for batch in batches[STOP : STOP + 5]:
         case.trainer.step(batch)
     assert float((case.held[0] - best["0.weight"]).abs().max()) < 1e-6
@@ -369,9 +369,9 @@ def test_a_write_voids_a_probation() -> None:
     case = Case.of(config(correct_steps=5), predictor=Fake(-0.05))
     for batch in full_batch(60):
         case.trainer.step(batch)
-        if case.trainer.run.probation is not None:
+        if case.trainer.run.judge.probation is not None:
             break
-    assert case.trainer.run.probation is not None
+    assert case.trainer.run.judge.probation is not None
     with torch.no_grad():
         for p in case.model.parameters():
             p.add_(3.0)
@@ -405,14 +405,14 @@ def test_an_average_that_is_swapped_in_and_out_changes_nothing_that_was_learnt()
             live = {k: v.clone() for k, v in case.model.state_dict().items()}
             case.model.load_state_dict({k: v * 0.9 for k, v in live.items()})
             case.model.load_state_dict(live)
-            trial = case.trainer.run.probation
+            trial = case.trainer.run.judge.probation
             if trial is not None and trial.num_steps_left > 1 and num_trials == 0:
                 case.trainer.step(batch)
-                assert case.trainer.run.probation is trial, "it goes on"
+                assert case.trainer.run.judge.probation is trial, "it goes on"
                 num_trials += 1
     assert num_trials == 1
     assert case.trainer.statistics()["num_outside_writes"] == 0
-    assert case.trainer.run.basis.num_columns == 1
+    assert case.trainer.run.windows.basis.num_columns == 1
 
 
 def test_a_checkpoint_and_a_rollback_are_no_writes_of_the_users(tmp_path: Any) -> None:

@@ -320,7 +320,7 @@ def test_rates_of_any_library(rate: Any, tmp_path: Path) -> None:
     first.fit([batch(i) for i in range(3)])
     again = made()
     again.load_checkpoint(first.save_checkpoint(tmp_path))
-    found = again.run.optimizer.param_groups[0]["lr"]
+    found = again.run.subject.optimizer.param_groups[0]["lr"]
     assert (type(found), float(found)) == (type(rate), float(rate))
 
 
@@ -381,7 +381,7 @@ def test_moments_keep_their_weights_memory_order(kind: str, how: str, tmp_path: 
     for i in range(4, 8):
         first.step(batch(i, width=width))
         again.step(batch(i, width=width))
-    assert_same(weights_of(again.run.model), weights_of(first.run.model))
+    assert_same(weights_of(again.run.subject.model), weights_of(first.run.subject.model))
 
 
 def test_state_of_format_2_takes_on_its_weights_memory_order() -> None:
@@ -449,13 +449,13 @@ def test_tensor_subclasses_go_by_their_parts(tmp_path: Path) -> None:
     path, snapshot = first.save_checkpoint(tmp_path), first.run.take_snapshot()
     for i in range(3, 6):
         first.step(batch(i))
-    wanted = weights_of(first.run.model)
+    wanted = weights_of(first.run.subject.model)
     first.run.restore(snapshot)
     again.load_checkpoint(path)
     for trainer in (first, again):
         for i in range(3, 6):
             trainer.step(batch(i))
-        assert_same(weights_of(trainer.run.model), wanted)
+        assert_same(weights_of(trainer.run.subject.model), wanted)
 
 
 # ---------------------------------------------------------------- buffers and extra state
@@ -500,14 +500,14 @@ def test_buffers_however_a_forward_changes_them(how: str, tmp_path: Path) -> Non
         first.step(batch(i))
     path, snapshot = first.save_checkpoint(tmp_path), first.run.take_snapshot()
     losses = [first.step(batch(i)).loss for i in range(4, 8)]
-    held = first.run.model.carried.clone()
+    held = first.run.subject.model.carried.clone()
     first.run.restore(snapshot)
-    assert not torch.equal(held.float().sum(), first.run.model.carried.float().sum())
+    assert not torch.equal(held.float().sum(), first.run.subject.model.carried.float().sum())
     assert [first.step(batch(i)).loss for i in range(4, 8)] == losses
     again = made()
     again.load_checkpoint(path)
     assert [again.step(batch(i)).loss for i in range(4, 8)] == losses
-    assert_same(again.run.model.carried, first.run.model.carried)
+    assert_same(again.run.subject.model.carried, first.run.subject.model.carried)
 
 
 @pytest.mark.parametrize("how", HOW)
@@ -584,12 +584,12 @@ def test_extra_state_of_any_kind(value: Any, tmp_path: Path) -> None:
     first, again = made(value), made("another")
     first.step(batch(0))
     path, snapshot = first.save_checkpoint(tmp_path), first.run.take_snapshot()
-    first.run.model.value = "changed"
+    first.run.subject.model.value = "changed"
     first.run.restore(snapshot)
     again.load_checkpoint(path)
     for trainer in (first, again):
-        assert type(trainer.run.model.value) is type(value)
-        assert repr(trainer.run.model.value) == repr(value)
+        assert type(trainer.run.subject.model.value) is type(value)
+        assert repr(trainer.run.subject.model.value) == repr(value)
 
 
 def test_buffers_that_are_only_stored() -> None:
@@ -639,11 +639,11 @@ def test_a_frozen_base_is_left_out_and_recognised(include: str, tmp_path: Path) 
         other.load_checkpoint(path)
         assert other.step(batch(1)).loss == loss
     else:
-        before = other.run.model.state_dict()
+        before = other.run.subject.model.state_dict()
         kept = {name: t.clone() for name, t in before.items()}
         with pytest.raises(CheckpointError, match=r"frozen weight 0\.weight is not the one"):
             other.load_checkpoint(path)
-        assert_same(dict(other.run.model.state_dict()), kept)
+        assert_same(dict(other.run.subject.model.state_dict()), kept)
 
 
 @pytest.mark.parametrize("how", ["frozen in mid-run", "merged", "small"])
@@ -659,7 +659,7 @@ def test_frozen_weights_that_cannot_be_had_again_are_stored(how: str, tmp_path: 
         layer.weight.data += 1.0
     elif how == "frozen in mid-run":
         layer.requires_grad_(False)
-        trainer.run.optimizer.param_groups[0]["params"] = list(model[2].parameters())
+        trainer.run.subject.optimizer.param_groups[0]["params"] = list(model[2].parameters())
     saved = trainer.save_checkpoint(tmp_path) / "model_weights.safetensors"
     assert f"{'2' if how == 'small' else '0'}.weight" in state_tree.read_tensors(saved)
 
@@ -687,9 +687,9 @@ def test_a_checkpoint_of_format_2_still_loads(tmp_path: Path) -> None:
         weights = state_tree.read_tensors(path / "model_weights.safetensors")
     assert_same(dict(sorted(model.state_dict().items())), dict(sorted(weights.items())))
     assert trainer.current_step == 21
-    assert trainer.run.probation is not None, "it was taken while a jump was on probation"
+    assert trainer.run.judge.probation is not None, "it was taken while a jump was on probation"
     assert float(optimizer.state[model[0].weight]["step"]) == 18
-    trainer.run.restore(trainer.run.probation.snapshot)
+    trainer.run.restore(trainer.run.judge.probation.snapshot)
     x = torch.randn(8, 2, generator=torch.Generator().manual_seed(1))
     for _ in range(5):
         result = trainer.step((x, x.sum(1, keepdim=True).sin()))

@@ -13,7 +13,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cases import Setup, assert_same, config, difference, loss_fn, make_batches, make_model, seed_all, setup
+from cases import (
+    Setup,
+    assert_same,
+    config,
+    difference,
+    loss_fn,
+    make_batches,
+    make_model,
+    put_into_subject,
+    seed_all,
+    setup,
+)
 from hybrid_predict_trainer import DivergenceError, HybridTrainer, HybridTrainerConfig
 from hybrid_predict_trainer.cycle import withdrawal
 from hybrid_predict_trainer.judge.guard import BLOCK_STEPS, Request
@@ -52,10 +63,10 @@ RUINOUS = {"adam": 60.0, "momentum": 6.0}
 
 def ruin(trainer: HybridTrainer, batches: Sequence[Any], *, until: Callable[[], bool], value: float = 60.0) -> int:
     """Train well for four blocks, then with a multiplier that grows to a ruinous one; returns the steps taken."""
-    multiplier = trainer.run.scale.multiplier
+    multiplier = trainer.run.optimizer_step.scale.multiplier
     multiplier.value = 1.01
     for number, batch in enumerate(batches, start=1):
-        if number > 4 * BLOCK_STEPS and not trainer.run.guard.withdrawn:
+        if number > 4 * BLOCK_STEPS and not trainer.run.safety.guard.withdrawn:
             multiplier.value = min(1.1 * multiplier.value, value)
         trainer.step(batch)
         if until():
@@ -101,14 +112,14 @@ def test_a_ruined_run_gets_its_best_state_back_and_goes_on_as_the_plain_loop(
         num = ruin(
             trainer,
             batches,
-            until=lambda: trainer.run.guard.withdrawn,
+            until=lambda: trainer.run.safety.guard.withdrawn,
             value=RUINOUS[optimizer] * (3 if model == "frozen" else 1),
         )
     assert len(said) == 1
     assert "the state of real step" in str(said[0].message)
     for part in STATE:
         assert_same(back[0][part], kept[-1][part])
-    assert (trainer.run.raise_point, trainer.run.safe_point) == (None, None)
+    assert (trainer.run.safety.raise_point, trainer.run.safety.safe_point) == (None, None)
     # the very step in which it came back is the plain one: made again from there
     again = setup(model, optimizer, seed=3)
     again.scheduler = torch.optim.lr_scheduler.LambdaLR(again.optimizer, lambda t: 1 / (1 + t / 2000))
@@ -151,12 +162,12 @@ def test_data_that_become_harder_accuse_nobody(model: str) -> None:
     _, trainer = runner(model, "sgd")
     batches = make_batches(450)
     harder = [(x, 3 * y.roll(1, 0) + 4) for x, y in batches]
-    trainer.run.scale.multiplier.value = 1.01
+    trainer.run.optimizer_step.scale.multiplier.value = 1.01
     num_easy = 4 * BLOCK_STEPS
     trainer.step_n(batches, num_easy)
     steps = (trainer.step(batch) for batch in harder[num_easy:])
     with pytest.warns(UserWarning, match="the weights stay, the ones at its best are no better"):
-        next(result for result in steps if trainer.run.guard.withdrawn)
+        next(result for result in steps if trainer.run.safety.guard.withdrawn)
     figures = trainer.statistics()
     assert (figures["num_guard_alarms"], figures["num_guard_restores"], figures["withdrawn"]) == (1, 0, True)
 
@@ -196,20 +207,20 @@ def test_a_comparison_leaves_no_trace(model: str, monkeypatch: pytest.MonkeyPatc
     made, trainer = runner(model)
     batches = make_batches(450)
     monkeypatch.setattr("hybrid_predict_trainer.judge.guard.Guard.compare", lambda self, a, b: Request.NOTHING)
-    ruin(trainer, batches, until=lambda: trainer.run.guard.comparing)
+    ruin(trainer, batches, until=lambda: trainer.run.safety.guard.comparing)
     before, forwards = made.everything(), trainer.run.meter.num_forward
     withdrawal.compare_with_anchor(trainer.run, batches[0])
     assert_same(made.everything(), before)
     assert trainer.run.meter.num_forward == forwards + 2
     trainer.step(batches[1])
-    assert trainer.run.scale.value == 1.0  # all motions rest
-    assert trainer.run.scale.learned > 1
+    assert trainer.run.optimizer_step.scale.value == 1.0  # all motions rest
+    assert trainer.run.optimizer_step.scale.learned > 1
 
 
 def test_what_cannot_be_compared_withdraws_and_restores_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     made, trainer = runner()
     batches = make_batches(450)
-    ruin(trainer, batches, until=lambda: trainer.run.guard.comparing)
+    ruin(trainer, batches, until=lambda: trainer.run.safety.guard.comparing)
     before = made.everything()
 
     def failing(*args: Any) -> None:
@@ -219,14 +230,14 @@ def test_what_cannot_be_compared_withdraws_and_restores_nothing(monkeypatch: pyt
     with pytest.warns(UserWarning, match="the weights stay"):
         withdrawal.compare_with_anchor(trainer.run, batches[0])
     assert_same(made.everything(), before)
-    assert trainer.run.guard.withdrawn
+    assert trainer.run.safety.guard.withdrawn
     trainer.step(batches[1])
 
 
 def test_a_failure_at_the_anchor_puts_the_present_weights_back() -> None:
     made, trainer = runner()
     batches = make_batches(450)
-    ruin(trainer, batches, until=lambda: trainer.run.guard.comparing)
+    ruin(trainer, batches, until=lambda: trainer.run.safety.guard.comparing)
     before, calls = made.everything(), []
 
     def second_fails(model: nn.Module, batch: Any) -> Tensor:
@@ -235,7 +246,7 @@ def test_a_failure_at_the_anchor_puts_the_present_weights_back() -> None:
             raise RuntimeError("no memory")
         return loss_fn(model, batch)
 
-    trainer.run.loss_fn = second_fails
+    put_into_subject(trainer, loss_fn=second_fails)
     with pytest.warns(UserWarning, match="the weights stay"):
         withdrawal.compare_with_anchor(trainer.run, batches[0])
     assert len(calls) > 1
@@ -257,10 +268,10 @@ def test_a_dead_run_is_brought_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """While something of ours was on; said once; a second death is the plain loop's."""
     made, trainer = runner()
     kept = kept_states(monkeypatch, made)
-    trainer.run.scale.multiplier.value = 1.5
+    trainer.run.optimizer_step.scale.multiplier.value = 1.5
     deadly(trainer)
     assert kept
-    trainer.run.scale.multiplier.value = 1.5
+    trainer.run.optimizer_step.scale.multiplier.value = 1.5
     with pytest.warns(UserWarning, match=SAID):
         trainer.step_n([NAN] * 21, 21)
     for part in STATE:
@@ -275,10 +286,10 @@ def test_a_dead_run_in_which_nothing_of_ours_was_on_ends(ever: bool) -> None:
     """Nor is one brought back in which something was, long before, and did no harm."""
     _, trainer = runner()
     if ever:
-        trainer.run.scale.multiplier.value = 1.5
+        trainer.run.optimizer_step.scale.multiplier.value = 1.5
     deadly(trainer)
-    trainer.run.scale.level()
-    assert (trainer.run.safe_point is not None) is ever
+    trainer.run.optimizer_step.scale.level()
+    assert (trainer.run.safety.safe_point is not None) is ever
     with pytest.raises(DivergenceError, match=r"2\d? steps in a row"):
         trainer.step_n([NAN] * 25, 25)
 
@@ -294,9 +305,9 @@ def test_what_was_frozen_since_stays_when_a_state_comes_back(how: str) -> None:
     made.optimizer = torch.optim.Adam([{"params": list(first.parameters())}, {"params": rest}], lr=0.01)
     made.scheduler = torch.optim.lr_scheduler.LambdaLR(made.optimizer, lambda t: 1 / (1 + t / 2000))
     trainer = made.trainer(config(**QUIET))
-    trainer.run.scale.multiplier.value = 1.5
+    trainer.run.optimizer_step.scale.multiplier.value = 1.5
     deadly(trainer, 3 * BLOCK_STEPS + 10)
-    assert trainer.run.safe_point is not None
+    assert trainer.run.safety.safe_point is not None
     if how == "requires_grad":
         first.requires_grad_(False)
     else:
@@ -314,25 +325,29 @@ def test_what_was_frozen_since_stays_when_a_state_comes_back(how: str) -> None:
 
 def test_outside_writes_make_every_point_void() -> None:
     made, trainer = runner()
-    trainer.run.scale.multiplier.value = 1.5
+    trainer.run.optimizer_step.scale.multiplier.value = 1.5
     deadly(trainer)
-    trainer.run.raise_point = withdrawal.keep(trainer.run)
-    assert trainer.run.safe_point is not None
+    trainer.run.safety.raise_point = withdrawal.keep(trainer.run)
+    assert trainer.run.safety.safe_point is not None
     with torch.no_grad():
         for p in made.model.parameters():
             p.mul_(0.5)
     with pytest.warns(UserWarning, match="weights were changed between two steps"):
         trainer.step(make_batches(1)[0])
-    assert (trainer.run.raise_point, trainer.run.safe_point, trainer.run.guard.anchor_step) == (None, None, -1)
+    assert (trainer.run.safety.raise_point, trainer.run.safety.safe_point, trainer.run.safety.guard.anchor_step) == (
+        None,
+        None,
+        -1,
+    )
     assert not withdrawal.rescue(trainer.run)
 
 
 def test_points_are_counted_in_the_memory() -> None:
     _, trainer = runner()
     before = trainer.memory_usage()["snapshots"]
-    trainer.run.raise_point = withdrawal.keep(trainer.run)
+    trainer.run.safety.raise_point = withdrawal.keep(trainer.run)
     one = trainer.memory_usage()["snapshots"] - before
-    trainer.run.safe_point = withdrawal.keep(trainer.run)
+    trainer.run.safety.safe_point = withdrawal.keep(trainer.run)
     assert trainer.memory_usage()["snapshots"] - before == 2 * one > 0
 
 
@@ -364,10 +379,10 @@ def _resumed(model: str, trainer: HybridTrainer, made: Setup, path: Path, batche
 def test_resume_in_the_middle_of_a_comparison(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, trainer = runner(model)
     batches = make_batches(450)
-    num = ruin(trainer, batches, until=lambda: trainer.run.guard.comparing)
-    trainer.run.guard.compare(1.0, 1.0)
+    num = ruin(trainer, batches, until=lambda: trainer.run.safety.guard.comparing)
+    trainer.run.safety.guard.compare(1.0, 1.0)
     _resumed(model, trainer, made, tmp_path, batches[num : num + 20])
-    assert trainer.run.guard.withdrawn
+    assert trainer.run.safety.guard.withdrawn
 
 
 def test_resume_in_the_middle_of_an_open_raise(tmp_path: Path) -> None:
@@ -375,12 +390,12 @@ def test_resume_in_the_middle_of_an_open_raise(tmp_path: Path) -> None:
     batches = make_batches(60)
     for batch in batches[:20]:
         trainer.step(batch)
-    trainer.run.scale.multiplier.value = 2.0
+    trainer.run.optimizer_step.scale.multiplier.value = 2.0
     withdrawal.follow_advice(trainer.run, Advice.RAISED)
     for batch in batches[20:25]:
         trainer.step(batch)
     path = tmp_path / "open"
-    wanted = [t.clone() for t in trainer.run.raise_point.parameters]
+    wanted = [t.clone() for t in trainer.run.safety.raise_point.parameters]
     _resumed("norm_dropout", trainer, made, path, batches[25:40])
     withdrawal.follow_advice(trainer.run, Advice.TAKEN_BACK)
     assert_same([p.detach() for p in made.model.parameters()], wanted)
@@ -404,7 +419,7 @@ def test_advice_on_a_raise(advice: Advice) -> None:
     wanted = kept if advice is Advice.TAKEN_BACK else before
     for part in STATE:
         assert_same(made.everything()[part], wanted[part])
-    assert (run.raise_point is None) is (advice in (Advice.TAKEN_BACK, Advice.SETTLED))
+    assert (run.safety.raise_point is None) is (advice in (Advice.TAKEN_BACK, Advice.SETTLED))
 
 
 # ---------------------------------------------------------------- full batches under plain SGD

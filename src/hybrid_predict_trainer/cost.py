@@ -42,7 +42,13 @@ class CostMeter:
     num_outside_writes: int = 0  # times that somebody else had changed the weights between two steps
     steps_by_phase: dict[Phase, int] = field(default_factory=lambda: dict.fromkeys(Phase, 0))
 
+    planned_units: float = 0.0  # cost of the whole run, where it is known
+
     # ---- what happens ------------------------------------------------------------------------------
+
+    def plan(self, num_steps: int) -> None:
+        """The run is to cost as much as so many steps."""
+        self.planned_units = num_steps * STEP_UNITS
 
     def begin_step(self, phase: Phase) -> None:
         """A step of a phase begins."""

@@ -22,7 +22,7 @@ from .cycle.learning import describe, enter, judge_lookahead, monitor, observe, 
 from .cycle.passes import Rounds, Tally, goes_round, has_ended, replaying
 from .cycle.predictor_choice import choose_by_losses
 from .cycle.real_step import run_plain
-from .cycle.state import LossFn, Run
+from .cycle.state import Run
 from .cycle.transaction import execute, interrupted
 from .cycle.withdrawal import compare_with_anchor
 from .distributed.processes import refuse_distributed, refuse_several_processes
@@ -30,11 +30,12 @@ from .judge.evaluation import check_exactness
 from .judge.validation import ValFn, Validation
 from .keep import resume as persistence
 from .keep.finiteness import trained_weights_finite, whereabouts
+from .keep.subject import LossFn, Subject
 from .predictors import Predictor
 from .records import ConfigError, DivergenceError, EpochResult, Phase, StepResult
 from .tell.figures import statistics
 from .tell.recorder import Metrics
-from .tell.sinks import JsonlSink, NullSink, Sink
+from .tell.sinks import JsonlSink
 from .weights.offload import own_defaults
 from .weights.parameters import optimizer_parameters
 
@@ -119,16 +120,18 @@ class HybridTrainer:
             raise ConfigError(f"val_cost = {val_cost!r} is out of range: forwards of a training batch, at least 0")
         validation = None if val_fn is None else Validation(val_fn, val_cost)
         with own_defaults():
-            self.run = Run(
-                model, optimizer, self.config, loss_fn or default_loss, lr_scheduler, grad_scaler, roles, predictor,
-                validation,
-            )  # fmt: skip
-        wanted = self.config.collect_metrics and self.config.metrics.path
-        sink: Sink = JsonlSink(self.config.metrics.path) if wanted else NullSink()
-        self.metrics = Metrics(sink, log_interval=self.config.metrics.log_interval, failures=self.run.failures)
+            subject = Subject.of(model, optimizer, loss_fn or default_loss, grad_scaler, roles)
+            self.run = Run(subject, self.config, lr_scheduler, predictor=predictor, validation=validation)
+        if self.config.collect_metrics and self.config.metrics.path:
+            self.metrics.write_to(JsonlSink(self.config.metrics.path))
         if self.config.checkpoint.directory:
             persistence.warn_unless_savable(self.run, self.metrics)
         self._busy = False
+
+    @property
+    def metrics(self) -> Metrics:
+        """The recorder of this run."""
+        return self.run.recorder
 
     # ---- one step ----------------------------------------------------------------------------------
 
@@ -163,26 +166,26 @@ class HybridTrainer:
             decision = run.phases.controller.decide(signals(run))
         enter(run, decision)
         began = time.perf_counter()
-        run.note_batch(batch)
+        run.see(batch)
         run.schedule.begin_step()
         measured = check_exactness(run, batch)
-        run.ledger.exact = run.deterministic
+        run.judge.ledger.losses_are(exact=run.full_batch)
         if decision.phase is not Phase.PREDICT:
             with own_defaults():
                 choose_by_losses(run)
         compare_with_anchor(run, batch)
         executor = execute if self.config.enabled else run_plain
-        clock, entered = run.time.clock, run.time.clock()
+        clock, entered = run.proposer.time.clock, run.proposer.time.clock()
         execution = executor(run, batch, decision)
         seconds = clock() - entered if execution.backwards else None
         execution.forwards += measured
-        run.batch_free = not execution.consumed
+        run.batches.used(execution.consumed)
         with own_defaults():
             alarm = monitor(run, self.metrics, execution)
             rescale(run, execution)
             judge_lookahead(run, execution)
             observe(run, self.metrics, execution, began)
-            run.note_time(seconds)
+            run.proposer.note_time(seconds)
             result = describe(run, decision, execution, alarm, started)
             self.metrics.record(run, decision, execution, result)
             return result
@@ -232,16 +235,15 @@ class HybridTrainer:
         run, tally = self.run, Tally(self.run)
         stopped = False
         if total_steps is not None:
-            run.ledger.planned_units = total_steps * STEP_UNITS
+            run.meter.plan(total_steps)
         run.schedule.plan(total_steps)
         passes = Rounds(loader, self._end_pass, endless=total_steps is not None)
         if goes_round(loader, total_steps, run.position) or self._seen_before(loader):
-            run.recurrence.announce()
+            run.batches.recurrence.announce()
         try:
             for batch in () if has_ended(run, total_steps) else replaying(passes, self._unused):
                 self._last_batch = batch
                 result = self.step(batch)
-                self._batch_free = not result.consumed
                 tally.num_steps += 1
                 if result.num_backward or result.was_predicted:  # a refused proposal learnt nothing: no loss of its own
                     tally.losses.append(result.loss_tensor)
@@ -262,9 +264,9 @@ class HybridTrainer:
                 "can't be gone through again: pass a list or a data loader, or call fit again with more batches",
                 stacklevel=2,
             )
-        if tally.num_steps and not trained_weights_finite(run.optimizer):
+        if tally.num_steps and not trained_weights_finite(run.subject.optimizer):
             raise DivergenceError(
-                f"training diverged: {whereabouts(run.model, run.optimizer)}.  Lower the learning rate"
+                f"training diverged: {whereabouts(run.subject.model, run.subject.optimizer)}.  Lower the learning rate"
             )
         return tally.result(stopped_early=stopped)
 
@@ -292,11 +294,10 @@ class HybridTrainer:
 
     def _unused(self) -> Any:
         """The batch to use again, or None."""
-        return self._last_batch if self._batch_free else None
+        return self._last_batch if self.run.batches.free else None
 
     _last_loader: weakref.ref[Any] | None = None
     _last_batch: Any = None
-    _batch_free: bool = False
 
     # ---- questions and requests -----------------------------------------------------------------------------
 
@@ -314,7 +315,7 @@ class HybridTrainer:
         """
         c = self.run.meter
         cost = c.cost_units / STEP_UNITS
-        return (c.num_attempted_steps + self.run.ledger.num_credited_steps) / cost if cost else 1.0
+        return (c.num_attempted_steps + self.run.judge.ledger.num_credited_steps) / cost if cost else 1.0
 
     @property
     def current_step(self) -> int:
@@ -323,7 +324,7 @@ class HybridTrainer:
 
     def current_confidence(self) -> float:
         """Probability that the next jump is kept, in [0, 1]."""
-        return self.run.stated_confidence
+        return self.run.proposer.confidence
 
     def statistics(self) -> dict[str, Any]:
         """Counts and the ledger's estimate, JSON-able."""

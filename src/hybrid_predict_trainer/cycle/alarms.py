@@ -14,15 +14,15 @@ def respond(run: Run, alarm: Alarm) -> None:
     """Apply what an alarm asks for."""
     settings = run.config.divergence
     critical = run.monitor.num_consecutive_critical
-    if alarm.level is Level.CRITICAL and run.scale.learned > 1 and run.probation is None:
-        follow_advice(run, run.scale.withdraw())
+    if alarm.level is Level.CRITICAL and run.optimizer_step.scale.learned > 1 and run.judge.probation is None:
+        follow_advice(run, run.optimizer_step.scale.withdraw())
     if alarm.level is Level.CRITICAL and critical and critical % RETRY_AFTER == 0:
         run.schedule.lower(settings.retry_learning_rate_factor)
-    if alarm.action is not Action.REDUCE_HORIZON and run.probation is not None:
-        run.probation.worst_level = max(run.probation.worst_level, alarm.level)
+    if alarm.action is not Action.REDUCE_HORIZON:
+        run.judge.note_level(alarm.level)
     if alarm.action is Action.REDUCE_HORIZON:
-        run.horizon = max(run.horizon // 2, run.config.min_predict_steps)
-    elif run.deterministic and alarm.level < Level.CRITICAL:
+        run.proposer.halve_horizon()
+    elif run.full_batch and alarm.level < Level.CRITICAL:
         pass  # the gate measures every jump exactly, whatever the base optimizer does in between
     elif alarm.action in (Action.FORCE_FULL, Action.SKIP_STEP, Action.ROLLBACK, Action.CORRECT):
         run.phases.force_full(settings.recovery_full_steps or 2 * run.config.full_steps, by_alarm=True)

@@ -16,20 +16,18 @@ from .state import Run
 
 def run_correct(run: Run, batch: Any, decision: Decision) -> Execution:
     """A real step on probation; :func:`conclude` says what comes of it."""
-    assert run.probation is not None, "CORRECT without a jump on probation"
+    assert run.judge.probation is not None, "CORRECT without a jump on probation"
     return run_full(run, batch, decision)
 
 
 def conclude(run: Run, execution: Execution) -> None:
     """After a step on probation: the last one keeps the jump or takes it back."""
-    probation = run.probation
+    probation = run.judge.probation
     if probation is None:  # another set of weights is trained from this step on: there is no way back
         return
-    probation.num_steps_left -= 1
+    probation.count_step(None if execution.skipped else execution.loss)
     if execution.skipped and not execution.searching:
-        probation.worst_level = Level.CRITICAL
-    elif not execution.skipped:
-        probation.unread.append(execution.loss)
+        probation.note_level(Level.CRITICAL)
     if probation.num_steps_left > 0 and probation.worst_level < Level.CRITICAL:
         return
     probation.read()
@@ -40,12 +38,12 @@ def conclude(run: Run, execution: Execution) -> None:
     execution.probation = (probation.loss_before, after)
     execution.kept = probation_passes(probation, run.config.divergence_threshold)
     if execution.kept:
-        run.monitor.num_rollbacks = 0
-        run.adaptation.note_outcome(True)
-        run.horizon = min(2 * run.horizon, max(run.config.max_predict_steps, 1))
+        run.judge.kept()
+        run.proposer.feedback.note_outcome(True)
+        run.proposer.double_horizon()
     else:
         _roll_back(run, probation)
-    run.probation = None
+    run.judge.end_probation()
 
 
 def probation_alarm(run: Run, probation: Probation, after: float) -> Alarm:
@@ -67,32 +65,27 @@ def _extended(run: Run, probation: Probation, alarm: Alarm, after: float) -> boo
     if after <= probation.loss_before or alarm.level < Level.WARNING:
         return False
     if alarm.level is Level.CRITICAL:
-        probation.worst_level = Level.CRITICAL
+        probation.note_level(Level.CRITICAL)
         return False
     if probation.extended:
         return False
-    probation.extended, probation.num_steps_left = True, run.config.correct_steps
+    probation.extend(run.config.correct_steps)
     return True
 
 
 def _roll_back(run: Run, probation: Probation) -> None:
     """Everything as it was before the jump, bit for bit; the steps since are lost and paid for."""
     run.restore(probation.snapshot)
-    run.switchback.note_jump()
-    run.basis.revert(probation.basis)
-    run.scale.forget()
+    run.restored(probation.basis)
     run.rollback.drop()  # it holds weights after the jump
     run.schedule.go_back(probation.num_schedule_steps)
-    run.lr_integral = 0.0
-    for account in run.ledger.cancel_account():
-        run.adaptation.note_taken_back(account, len(probation.losses), run.config.predictor.window)
-    run.ledger.note_verdict(False)
-    run.ledger.spend(len(probation.losses) * STEP_UNITS)
-    run.adaptation.note_outcome(False)
-    run.monitor.num_rollbacks += 1
-    if run.monitor.num_rollbacks > run.config.divergence.max_rollbacks:
-        run.ledger.switched_off = True  # it keeps failing: plain training from here
-    run.horizon = max(run.horizon // 2, run.config.min_predict_steps)
+    for account in run.judge.ledger.cancel_account():
+        run.proposer.feedback.note_taken_back(account, len(probation.losses), run.config.predictor.window)
+    run.judge.ledger.note_verdict(False)
+    run.judge.ledger.spend(len(probation.losses) * STEP_UNITS)
+    run.proposer.feedback.note_outcome(False)
+    run.judge.taken_back(run.config.divergence.max_rollbacks)
+    run.proposer.halve_horizon()
     run.meter.jump_undone(probation.claimed)
     run.meter.add_passes(8)
     run.step_scheduler()  # the steps on probation were spent, the claimed ones were not made

@@ -32,8 +32,8 @@ def enter(run: Run, decision: Decision) -> None:
     """
     run.phases.enter(decision.phase)
     if decision.phase is not Phase.PREDICT:
-        run.segment = None  # what is left of a jump in pieces is not continued later
-    run.window_just_closed = False
+        run.proposer.go_on_with(None)  # what is left of a jump in pieces is not continued later
+    run.windows.begin_step()
     run.meter.begin_step(decision.phase)
 
 
@@ -47,16 +47,16 @@ def monitor(run: Run, metrics: Metrics, execution: Execution) -> Alarm:
         return Alarm()
     if execution.searching:  # the scaler has left the step out
         return Alarm()
-    run.readout.push(run.meter.num_attempted_steps, execution.loss, execution.gradient_norm)
-    window_full = run.observing and run.basis.num_steps >= run.config.predictor.window
+    run.losses.push(run.meter.num_attempted_steps, execution.loss, execution.gradient_norm)
+    window_full = run.windows.full
     alarm = read(run, metrics, force=window_full)
     if alarm.action is Action.ABORT and rescue(run):
         return alarm
     if alarm.action is Action.ABORT:
         raise DivergenceError(
             f"{int(alarm.value)} steps in a row had no usable loss or gradient ({alarm.signal}); "
-            f"{whereabouts(run.model, run.optimizer)}.  Lower the learning rate, check the data of these batches, or "
-            "load a checkpoint"
+            f"{whereabouts(run.subject.model, run.subject.optimizer)}.  Lower the learning rate, check the data of "
+            "these batches, or load a checkpoint"
         )
     if alarm.level >= Level.WARNING:
         respond(run, alarm)
@@ -68,9 +68,9 @@ def monitor(run: Run, metrics: Metrics, execution: Execution) -> Alarm:
 
 def read(run: Run, metrics: Metrics, *, force: bool) -> Alarm:
     """Check all readings that are due (or all there are) and return the worst alarm."""
-    readings = run.readout.read(force=force)
+    readings = run.losses.read(force=force)
     alarms = [_check(run, metrics, reading) for reading in readings]
-    if readings and not run.on_cpu:
+    if readings and not run.subject.on_cpu:
         settle_anchor(run, finite=all(r.finite for r in readings))
     return max(alarms, key=lambda alarm: alarm.level, default=Alarm())
 
@@ -83,11 +83,11 @@ def settle_readings(run: Run, metrics: Metrics) -> None:
 
 def _check(run: Run, metrics: Metrics, reading: Reading) -> Alarm:
     warming_up = run.phases.current is Phase.WARMUP
-    if not run.on_cpu and run.scale_search.look(overflowed=reading.overflowed):
+    if not run.subject.on_cpu and run.optimizer_step.scale_search.look(overflowed=reading.overflowed):
         return Alarm()
-    alarm = run.monitor.check(reading, run.history, warming_up=warming_up, exact=run.deterministic)
+    alarm = run.monitor.check(reading, run.losses.history, warming_up=warming_up, exact=run.full_batch)
     if alarm.level < Level.CRITICAL and reading.finite:
-        run.history.push(reading, warming_up=warming_up)
+        run.losses.keep(reading, warming_up=warming_up)
     if alarm.level >= Level.WARNING:
         metrics.note_alarm(run, alarm)
     elif alarm.quiet:
@@ -101,7 +101,12 @@ EMA_STEPS = 39
 
 def rescale(run: Run, execution: Execution) -> None:
     """After a real step: let the learned multiplier look at it, and the guard."""
-    if not execution.backwards or execution.skipped or not run.observing or run.failures.exhausted(Place.MOTION):
+    if (
+        not execution.backwards
+        or execution.skipped
+        or not run.windows.observing
+        or run.failures.exhausted(Place.MOTION)
+    ):
         return
     try:
         _look(run)
@@ -110,56 +115,62 @@ def rescale(run: Run, execution: Execution) -> None:
 
 
 def _look(run: Run) -> None:
-    loss = run.history.loss_ema
+    loss = run.losses.history.loss_ema
     reading = ScaleReading(
         lr=run.learning_rate,
         loss=loss.mean,
         noise=loss.std / math.sqrt(EMA_STEPS),
-        newest=list(run.history.losses)[-NUM_LOSSES:],
-        exact=run.deterministic,
-        allowed=not run.guard.withdrawn and not blind(run) and (run.deterministic or run.schedule.anneals),
+        newest=run.losses.newest(NUM_LOSSES),
+        exact=run.full_batch,
+        allowed=not run.safety.guard.withdrawn and not blind(run) and (run.full_batch or run.schedule.anneals),
     )
-    if blind(run) and run.scale.learned > 1:
-        run.scale.level()
-        run.raise_point = None
-    follow_advice(run, validated(run, run.scale.check(reading)))
-    if not run.readout.waiting and reading.newest:
-        moving = run.moving and run.probation is None
+    if blind(run) and run.optimizer_step.scale.learned > 1:
+        run.optimizer_step.scale.level()
+        run.safety.end_raise()
+    follow_advice(run, validated(run, run.optimizer_step.scale.check(reading)))
+    if not run.losses.readout.waiting and reading.newest:
+        moving = run.moving and run.judge.probation is None
         step = run.meter.num_real_steps
-        follow_request(run, run.guard.watch(reading.newest[-1], step, exact=reading.exact, moving=moving))
-    run.scale.rest(run.guard.comparing)
+        follow_request(run, run.safety.guard.watch(reading.newest[-1], step, exact=reading.exact, moving=moving))
+    run.optimizer_step.scale.rest(run.safety.guard.comparing)
 
 
 def blind(run: Run) -> bool:
     """Whether no loss at hand can tell a faster start from a faster overfitting: nothing is raised then."""
-    asked = run.validation is not None and not run.validation.failed
-    return run.recurrence.recurs and not run.deterministic and not asked
+    asked = run.safety.validation is not None and not run.safety.validation.failed
+    return run.batches.recurrence.recurs and not run.full_batch and not asked
 
 
 def validated(run: Run, advice: Advice) -> Advice:
     """Where data come round again the validation loss has the last word on a raise, if there is one."""
-    validation, step = run.validation, run.meter.num_real_steps
-    if validation is None or validation.failed or not run.recurrence.recurs or run.scale.learned == 1:
+    validation, step = run.safety.validation, run.meter.num_real_steps
+    if (
+        validation is None
+        or validation.failed
+        or not run.batches.recurrence.recurs
+        or run.optimizer_step.scale.learned == 1
+    ):
         return advice
     if advice is Advice.RAISED:
-        before, validation.before_raise = validation.before_raise, _ask(run, validation)
+        before = validation.before_raise
+        validation.begin_raise(_ask(run, validation))
         # where an earlier raise was settled in the same breath its state is still there
-        worse = run.raise_point is not None and validation.before_raise > before
+        worse = run.safety.raise_point is not None and validation.before_raise > before
         if validation.before_raise == math.inf and not worse:  # nobody can tell
-            run.scale.level()
-            run.raise_point = None
+            run.optimizer_step.scale.level()
+            run.safety.end_raise()
             return Advice.NOTHING
     elif advice is Advice.SETTLED:
         answer = _ask(run, validation)
         worse = answer > validation.before_raise or answer == math.inf
     else:
         worse = validation.due(step) and _ask(run, validation) == math.inf
-    return run.scale.withdraw(for_good=True) if worse or validation.rising else advice
+    return run.optimizer_step.scale.withdraw(for_good=True) if worse or validation.rising else advice
 
 
 def _ask(run: Run, validation: Validation) -> float:
     run.meter.add_forwards(validation.cost)
-    return validation.ask(run.model, run.meter.num_real_steps)
+    return validation.ask(run.subject.model, run.meter.num_real_steps)
 
 
 def judge_lookahead(run: Run, execution: Execution) -> None:
@@ -167,11 +178,10 @@ def judge_lookahead(run: Run, execution: Execution) -> None:
 
     Where losses are read late a block ends when all of its own are there.
     """
-    if not execution.backwards or execution.skipped or not run.lookahead.num_steps:
+    if not execution.backwards or execution.skipped or not run.optimizer_step.lookahead.num_steps:
         return
     try:
-        if run.switchback.count_step() and not run.readout.waiting:
-            run.switchback.close_block(list(run.history.losses)[-NUM_LOSSES:], run.generator)
+        run.optimizer_step.on_loss(run.losses, run.judge.generator)
     except Exception as error:
         note_motion_failure(run, error)
 
@@ -185,35 +195,31 @@ def observe(run: Run, metrics: Metrics, execution: Execution, began: float) -> N
         execution: The step.
         began: When the step began, by ``time.perf_counter``.
     """
-    if not run.observing or run.phases.current is Phase.PREDICT:
+    if not run.windows.observing or run.phases.current is Phase.PREDICT:
         return
     started = time.perf_counter()
-    run.window_seconds += started - began
-    if run.basis.num_steps < run.config.predictor.window:
+    run.windows.add_seconds(started - began)
+    if not run.windows.full:
         return
-    loss_before = run.window_loss
+    loss_before = run.windows.loss
     try:
         window = run.close_window()
     except Exception as error:  # no memory for the columns
-        run.note_unwatched(error)
+        run.windows.note_unwatched(error)
         return
     encoded = time.perf_counter()
-    cosine = run.adaptation.learn(window)
+    cosine = run.proposer.feedback.learn(window)
     learn(run, window)
     updated = time.perf_counter()
-    run.ledger.note_window(window.loss / loss_before if loss_before else math.nan, jumped=window.jumped)
-    settled = run.ledger.settle(run.meter.num_real_steps, window.loss)
+    run.judge.ledger.note_window(window.loss / loss_before if loss_before else math.nan, jumped=window.jumped)
+    settled = run.judge.ledger.settle(run.meter.num_real_steps, window.loss)
     for account in settled:
-        run.adaptation.note_settled(account, window.num_steps, exact=run.deterministic)
+        run.proposer.feedback.note_settled(account, window.num_steps, exact=run.full_batch)
     metrics.note_outcomes(run, settled)
-    # per step two sums of three passes each; at the close one displacement, two rows of products
-    spec = run.basis.spec
-    products = 1 if spec.differences else 1 + spec.curvature + len(spec.extras)  # vectors times all columns
-    passes: float = 6 * window.num_steps + 10 + products * run.basis.num_filled
-    passes += run.observer.passes
+    passes = run.windows.passes(window.num_steps)
     run.meter.add_passes(passes)
-    run.ledger.observe(passes * PASS_UNITS)
-    run.window_just_closed = True
+    run.judge.ledger.observe(passes * PASS_UNITS)
+    run.windows.hand_on()
     run.buffers.forget()
     metrics.note_health(run)
     metrics.note_window(1e3 * (encoded - started), 1e3 * (updated - encoded), cosine)
@@ -223,19 +229,19 @@ def learn(run: Run, window: Window) -> None:
     """Show the predictor a window and ask for its forecast of the next; one that keeps failing is left alone."""
     if run.failures.exhausted(Place.PREDICTOR):
         return
-    window_seconds, run.window_seconds = run.window_seconds, 0.0
+    window_seconds = run.windows.take_seconds()
     try:
-        if isinstance(run.predictor, Paced):
-            run.predictor.pace(window_seconds)
-        with run.time.call():
-            run.predictor.observe(window)
-        if run.adaptation.forecasts and run.predictor.ready:
-            with run.time.call():
-                forecast = run.predictor.predict(window.num_steps)
+        if isinstance(run.proposer.predictor, Paced):
+            run.proposer.predictor.pace(window_seconds)
+        with run.proposer.time.call():
+            run.proposer.predictor.observe(window)
+        if run.proposer.feedback.forecasts and run.proposer.predictor.ready:
+            with run.proposer.time.call():
+                forecast = run.proposer.predictor.predict(window.num_steps)
             if fits(run, forecast):
-                run.adaptation.note_forecast(window, forecast)
+                run.proposer.feedback.note_forecast(window, forecast)
     except Exception as error:
-        run.note_predictor_failure(error)
+        run.proposer.note_failure(error)
 
 
 def describe(run: Run, decision: Decision, execution: Execution, alarm: Alarm, started: float) -> StepResult:
@@ -249,7 +255,7 @@ def describe(run: Run, decision: Decision, execution: Execution, alarm: Alarm, s
         phase=decision.phase,
         was_predicted=verdict is not None and verdict.accepted,
         prediction_error=error,
-        confidence=run.stated_confidence,
+        confidence=run.proposer.confidence,
         step_time_ms=1e3 * (time.perf_counter() - started),
         step=run.meter.num_steps,
         reason=(verdict.reason if verdict is not None else decision.reason).value,

@@ -1,7 +1,7 @@
 """What becomes of a run's memories when something outside it has changed the weights, or what is trained.
 
-Everything that remembers weights is told here, and nowhere else: basis and predictor, lookahead, the step that waits
-to be measured, the lookahead's trial, probation, what is left of a jump in pieces, and the copy to go back to.
+:meth:`State.overwritten` tells everything that remembers weights; here it is found out, and copies to go back to are
+dropped.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ def notice(run: Run) -> None:
 
 
 def _notice(run: Run) -> None:
-    real_views.follow(run.views)
-    write = run.writes.look()
+    real_views.follow(run.subject.views)
+    write = run.watch.writes.look()
     if write is Write.CHANGED:
         note_changed(run)
     elif write is not Write.NONE:
         note_touched(run, write)
-    note_trained(run, run.trained.look_ahead())
+    note_trained(run, run.watch.trained.look_ahead())
 
 
 def remember(run: Run) -> None:
@@ -50,7 +50,7 @@ def remember(run: Run) -> None:
     if run.config.never_predicts or run.failures.exhausted(Place.WEIGHTS):
         return
     try:
-        run.writes.record()
+        run.watch.writes.record()
     except Exception as error:
         note_unseen(run, error)
 
@@ -58,9 +58,9 @@ def remember(run: Run) -> None:
 def note_unseen(run: Run, error: Exception) -> None:
     """What was done to the weights cannot be seen: what remembers them begins anew, and ends if that goes on."""
     run.failures.note(Place.WEIGHTS, error)
-    forget_weights(run)
-    run.lookahead.forget()
-    _drop_points(run)
+    run.overwritten()
+    run.optimizer_step.lookahead.forget()
+    drop_points(run)
     if run.failures.exhausted(Place.WEIGHTS):
         end_motions(run)
 
@@ -75,11 +75,11 @@ def note_changed(run: Run) -> None:
             "change (clipped weights, say) training.lookahead = 0 and training.smoothing = 0 say so from the start",
             stacklevel=4,
         )
-    forget_weights(run)
-    run.lookahead.forget()
-    _drop_points(run)
+    run.overwritten()
+    run.optimizer_step.lookahead.forget()
+    drop_points(run)
     if run.meter.num_outside_writes >= MAX_WRITES:
-        run.switchback.switched_off = True
+        run.optimizer_step.switchback.switch_off()
 
 
 def note_touched(run: Run, write: Write) -> None:
@@ -88,13 +88,11 @@ def note_touched(run: Run, write: Write) -> None:
     What spans this moment is dropped, in case that they changed in few places; what was learnt before is kept.  Copies
     to go back to are kept where all were swapped out and in again, as for a validation with averaged weights.
     """
-    run.scale.forget()
-    run.basis.restart_window()
-    run.lr_integral = 0.0
-    run.lookahead.follow(run.parameters)
+    run.windows.restart_window()
+    run.optimizer_step.on_touch()
     if write is Write.TOUCHED:
-        _end_probation(run)
-        _drop_points(run)
+        run.end_probation()
+        drop_points(run)
 
 
 def note_training(run: Run) -> None:
@@ -102,7 +100,7 @@ def note_training(run: Run) -> None:
     if run.config.never_predicts or run.failures.exhausted(Place.WEIGHTS):
         return
     try:
-        note_trained(run, run.trained.look())
+        note_trained(run, run.watch.trained.look())
     except Exception as error:
         note_unseen(run, error)
 
@@ -111,46 +109,26 @@ def note_trained(run: Run, places: Sequence[int]) -> None:
     """Parameters that were trained are not trained any more, or are again."""
     if not places:
         return
-    forget_weights(run)
-    run.lookahead.begin_anew(run.parameters, places)
-    for point in (run.rollback.point, run.raise_point, run.safe_point):
+    run.overwritten()
+    run.optimizer_step.lookahead.begin_anew(run.subject.parameters, places)
+    for point in (run.rollback.point, run.safety.raise_point, run.safety.safe_point):
         if point is not None:
             _keep_in_place(run, point, places)
 
 
-def forget_weights(run: Run) -> None:
-    """Basis, predictor and every test under way begin anew; a jump on trial stays."""
-    run.basis.restart()
-    run.refused = True  # what the predictor's pairs say holds no more
-    run.window_just_closed = False
-    run.lr_integral = 0.0
-    run.scale.forget()
-    run.switchback.note_jump()
-    _end_probation(run)
-
-
-def _drop_points(run: Run) -> None:
+def drop_points(run: Run) -> None:
     """Copies of the weights from before: nobody may go back to them."""
     run.rollback.drop()
-    run.raise_point = run.safe_point = None
-    run.guard.forget_anchor()
-
-
-def _end_probation(run: Run) -> None:
-    """A jump on trial stays: the way back leads to weights from before what has happened since."""
-    run.segment = None
-    if run.probation is not None:
-        run.probation = None
-        run.ledger.cancel_account()
+    run.safety.forget_weights()
 
 
 @torch.no_grad()
 def _keep_in_place(run: Run, anchor: Snapshot, places: Sequence[int]) -> None:
     """These parameters are not to move when the run goes back to its anchor."""
-    names = {id(p): name for name, p in named_parameters(run.model, run.optimizer).items()}
+    names = {id(p): name for name, p in named_parameters(run.subject.model, run.subject.optimizer).items()}
     held = list(names.values()) if anchor.names is None else anchor.names
     for i in places:
-        parameter = owner(run.parameters[i])
+        parameter = owner(run.subject.parameters[i])
         name = names.get(id(parameter))
         if name in held:  # not if neither model nor optimizer holds it any more
             anchor.parameters[held.index(name)].copy_(parameter)

@@ -97,9 +97,8 @@ def replaying(batches: Iterable[Any], unused: Callable[[], Any]) -> Iterator[Any
 
 def has_ended(run: Run, total_steps: int | None) -> bool:
     """Whether a planned run is at its end, with no jump on probation."""
-    return (
-        total_steps is not None and run.position >= total_steps and run.probation is None and run.segment is None
-    )  # fmt: skip
+    settled = run.judge.probation is None and run.proposer.segment is None
+    return total_steps is not None and run.position >= total_steps and settled
 
 
 class Tally:

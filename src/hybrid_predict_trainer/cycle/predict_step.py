@@ -50,9 +50,10 @@ def transact(
         with host.own_defaults():
             prediction, deltas, verdict = propose(run, decision, segment)
         if verdict is None and prediction is not None:
-            saved = run.held = weights.clone(run.parameters)
+            saved = weights.clone(run.subject.parameters)
+            run.judge.hold(saved)
             verdict = judge(run, batch, prediction, deltas, saved)
-            weights.copy_(run.parameters, saved)
+            weights.copy_(run.subject.parameters, saved)
             run.meter.add_passes(4)
             verdict = accept(prediction, deltas, saved, verdict)
         assert verdict is not None
@@ -64,7 +65,7 @@ def transact(
         return None, Verdict(accepted=False, reason=Reason.CANNOT_EVALUATE, num_forward=forwards)
     finally:
         if saved and not done:
-            weights.copy_(run.parameters, saved)
+            weights.copy_(run.subject.parameters, saved)
 
 
 def run_predict(run: Run, batch: Any, decision: Decision) -> Execution:
@@ -72,7 +73,7 @@ def run_predict(run: Run, batch: Any, decision: Decision) -> Execution:
     started = time.perf_counter()
     c = run.meter
     c.proposed()
-    run.num_windows_since_proposal = 0
+    run.proposer.count_proposal()
     run.phases.count_proposal()
     before_units = c.extra_units
     execution = Execution(torch.tensor(math.nan, device="cpu"))
@@ -86,7 +87,7 @@ def run_predict(run: Run, batch: Any, decision: Decision) -> Execution:
             execution.claimed = prediction.horizon
         return verdict
 
-    prediction, verdict = transact(run, batch, decision, run.segment, accept)
+    prediction, verdict = transact(run, batch, decision, run.proposer.segment, accept)
     loss = verdict.loss_after if verdict.accepted else verdict.loss_before
     execution.loss = torch.tensor(loss, device="cpu")
     execution.verdict, execution.prediction = verdict, prediction
@@ -94,41 +95,41 @@ def run_predict(run: Run, batch: Any, decision: Decision) -> Execution:
     execution.forwards = verdict.num_forward
     c.add_forwards(verdict.num_forward)
     spent = c.extra_units - before_units
-    run.ledger.spend(spent)
+    run.judge.ledger.spend(spent)
     approved = verdict.accepted or verdict.reason is Reason.CONTROL_SKIP
     if approved and prediction is not None:
         _book(run, verdict, prediction, spent)
     if verdict.reason is not Reason.CONTROL_SKIP:
         # a way back is no progress: the base optimizer gets some steps to leave a place where nothing else helps
-        run.ledger.note_verdict(verdict.accepted and verdict.reason is not Reason.WAY_BACK)
-    run.refused = not approved or verdict.reason is Reason.WAY_BACK
+        run.judge.ledger.note_verdict(verdict.accepted and verdict.reason is not Reason.WAY_BACK)
+    run.proposer.note_refused(not approved or verdict.reason is Reason.WAY_BACK)
     if not approved:
-        run.adaptation.note_refusal(spent, run.config.predictor.window)
+        run.proposer.feedback.note_refusal(spent, run.config.predictor.window)
     _next_segment(run, prediction, verdict)
-    if not approved or (verdict.accepted and run.probation is None):
-        run.adaptation.note_outcome(verdict.accepted)
+    if not approved or (verdict.accepted and run.judge.probation is None):
+        run.proposer.feedback.note_outcome(verdict.accepted)
     execution.prediction_ms = 1e3 * (time.perf_counter() - started)
     return execution
 
 
 def _is_control(run: Run) -> bool:
     """Skip a random share of approved jumps; the draw is from the run's own generator."""
-    return float(torch.rand((), generator=run.generator, device="cpu")) < run.config.gate.control_fraction
+    return float(torch.rand((), generator=run.judge.generator, device="cpu")) < run.config.gate.control_fraction
 
 
 def _book(run: Run, verdict: Verdict, prediction: PhasePrediction, price: float) -> None:
     """Open the ledger's account for an approved jump, applied or skipped."""
     step = run.meter.num_real_steps
-    run.adaptation.note_approval(step)
-    run.ledger.open_account(
+    run.proposer.feedback.note_approval(step)
+    run.judge.ledger.open_account(
         Account(
             step=step,
             due=step + max(run.config.predictor.window, run.config.correct_steps),
             skipped=not verdict.accepted,
             horizon=prediction.horizon,
-            loss=run.window_loss,
-            pace=-run.loss_slope / abs(run.window_loss or 1.0),
-            usual=run.ledger.usual_ratio,
+            loss=run.windows.loss,
+            pace=-run.windows.slope / abs(run.windows.loss or 1.0),
+            usual=run.judge.ledger.usual_ratio,
             gain=-verdict.upper_bound / abs(verdict.loss_before or 1.0),
             price=price,
         )
@@ -141,24 +142,20 @@ def _accept(
     """Move the weights by the recorded vector, and start probation."""
     c = run.meter
     delta = deltas[verdict.candidate]
-    if run.config.correct_steps > 0 and run.probation is None:
-        run.probation = Probation(
-            snapshot=run.take_snapshot(), basis=run.basis.mark(), num_schedule_steps=run.schedule.num_steps,
+    if run.config.correct_steps > 0 and run.judge.probation is None:
+        run.judge.start_probation(Probation(
+            snapshot=run.take_snapshot(), basis=run.windows.basis.mark(), num_schedule_steps=run.schedule.num_steps,
             num_steps_left=run.config.correct_steps,
-            loss_before=run.history.loss_ema.mean, std_before=run.history.loss_ema.std,
+            loss_before=run.losses.history.loss_ema.mean, std_before=run.losses.history.loss_ema.std,
             predicted_loss=max(prediction.predicted_loss, verdict.loss_after), fallback_threshold=fallback,
             claimed=prediction.horizon,
-        )  # fmt: skip
+        ))  # fmt: skip
         c.add_passes(8)  # weights and two moments, read and written
-    elif run.probation is not None:
-        run.probation.claimed += prediction.horizon
-    only = run.trained.only
-    weights.move_(only(run.parameters), only(saved), only(delta), verdict.scale)
-    run.basis.translate(delta, verdict.scale)
-    run.lookahead.translate(delta, verdict.scale)
-    run.switchback.note_jump()
-    run.scale.forget()
-    run.lr_integral = 0.0
+    elif run.judge.probation is not None:
+        run.judge.probation.claim(prediction.horizon)
+    only = run.watch.trained.only
+    weights.move_(only(run.subject.parameters), only(saved), only(delta), verdict.scale)
+    run.jumped(delta, verdict.scale)
     c.jump(prediction.horizon)
     candidates = [prediction.coefficients, *prediction.alternatives]
     return candidates[verdict.candidate] * verdict.scale
@@ -166,7 +163,7 @@ def _accept(
 
 def _next_segment(run: Run, prediction: PhasePrediction | None, verdict: Verdict) -> None:
     if not verdict.accepted or prediction is None or prediction.first_fit or run.config.segments == 1:
-        run.segment = None
+        run.proposer.go_on_with(None)
         return
-    left = run.segment.num_left if run.segment is not None else run.config.segments
-    run.segment = Segment(prediction, left - 1) if left > 1 else None
+    left = run.proposer.segment.num_left if run.proposer.segment is not None else run.config.segments
+    run.proposer.go_on_with(Segment(prediction, left - 1) if left > 1 else None)

@@ -8,12 +8,14 @@ batches come for good it goes back.  A run whose losses are noisy all along is b
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..config.presets import PRESETS
 from ..config.settings import EXACT, NOISY, HybridTrainerConfig
 from ..config.toml import valid_keys, with_values
-from ..keep.failures import Place
+from ..keep.failures import Failures, Place
+from ..keep.subject import Subject
 from ..observe.basis import Basis
 from ..observe.guarded_observer import GuardedObserver
 from ..observe.window_encoder import NullObserver, Observer, observer_for
@@ -21,7 +23,7 @@ from ..predictors import Paced, Predictor, build
 from ..propose.feedback import Adaptation
 from ..propose.time_budget import TimeBudget
 from ..version import PACKAGE
-from .phases import controller_for
+from ..weights.parameters import Groups
 
 if TYPE_CHECKING:
     from .state import Run
@@ -56,74 +58,69 @@ def settings_for(config: HybridTrainerConfig, name: str) -> HybridTrainerConfig:
     return with_values(config, chosen)
 
 
-def bind(run: Run, config: HybridTrainerConfig, predictor: Predictor | None = None) -> None:
-    """Give a run its predictor and all that depends on it; nothing is observed yet.
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """A predictor, and what is made for it; the observer is None where nothing is observed."""
+
+    predictor: Predictor
+    time: TimeBudget
+    feedback: Adaptation
+    basis: Basis
+    groups: Groups
+    observer: Observer | None
+
+
+def parts_for(
+    subject: Subject, config: HybridTrainerConfig, predictor: Predictor | None, failures: Failures, *, hands_off: bool
+) -> Parts:
+    """Make a predictor and all that depends on it; nothing is observed yet.
 
     Args:
-        run: Has its parameters and role groups.
+        subject: What is trained.
         config: Settings.
         predictor: The user's own; None: the one that is named in the settings.
+        failures: Count what raises.
+        hands_off: Only the optimizer may move weights: nothing is proposed.
     """
-    run.config = config
-    groups = run.role_groups
-    run.predictor = predictor if predictor is not None else build(config, groups.num_groups, groups.num_weights)
-    own = type(run.predictor).__module__.startswith(f"{PACKAGE}.")
-    run.time = TimeBudget(own=own, paced=isinstance(run.predictor, Paced))
-    run.groups = groups.pooled() if run.predictor.spec.pooled else groups
-    run.basis = Basis(
-        run.parameters, run.groups, run.predictor.spec,
-        dtype=config.predictor.basis_dtype, offload=config.predictor.offload,
-    )  # fmt: skip
-    run.phases.follow(controller_for(config))
-    run.observing = not config.never_predicts and run.hands_off is None
-    observer: Observer = NullObserver()
-    if run.observing:
+    groups = subject.groups
+    if predictor is None:
+        predictor = build(config, groups.num_groups, groups.num_weights)
+    spec = predictor.spec
+    own = type(predictor).__module__.startswith(f"{PACKAGE}.")
+    time = TimeBudget(own=own, paced=isinstance(predictor, Paced))
+    groups = groups.pooled() if spec.pooled else groups
+    basis = Basis(
+        subject.parameters, groups, spec, dtype=config.predictor.basis_dtype, offload=config.predictor.offload
+    )
+    observer: Observer | None = None
+    if not config.never_predicts and not hands_off:
         observer = observer_for(
-            config.encoder, run.predictor, run.model, run.parameters, run.groups, run.predictor.spec, run.grad_scaler
+            config.encoder, predictor, subject.model, subject.parameters, groups, spec, subject.grad_scaler
         )
         if not isinstance(observer, NullObserver):
-            observer = GuardedObserver(observer, run.failures)
-    run.observer = observer
-    run.adaptation = Adaptation(config, run.predictor.spec, run.groups.num_groups, run.failures)
-    run.horizon = min(max(config.min_predict_steps, 4 * config.predictor.window), max(config.max_predict_steps, 1))
-
-
-#: What :func:`bind` sets.
-_BOUND = (
-    "config", "predictor", "time", "groups", "basis", "observing", "observer", "adaptation", "horizon",
-)  # fmt: skip
-
-
-def choose(run: Run, name: str) -> None:
-    """Go over to another predictor: what was observed for the old one is dropped."""
-    bind(run, settings_for(run.settings, name))
-    run.ledger.config = run.config.gate
-    run.window, run.segment, run.correction = None, None, None
-    run.window_just_closed, run.refused = False, False
-    run.num_rest_steps, run.lr_integral = 0, 0.0
+            observer = GuardedObserver(observer, failures)
+    feedback = Adaptation(config, spec, groups.num_groups, failures)
+    return Parts(predictor, time, feedback, basis, groups, observer)
 
 
 def choose_by_losses(run: Run) -> None:
     """Between two steps: take the predictor that suits the losses, if the user left the choice."""
-    if not run.chooses or run.probation is not None or run.segment is not None:
+    if not run.proposer.chooses or run.judge.probation is not None or run.proposer.segment is not None:
         return
-    if run.predictor.name != EXACT and run.deterministic:
+    if run.proposer.predictor.name != EXACT and run.full_batch:
         _go_over(run, EXACT, "exact")
-    elif run.predictor.name == EXACT and not run.deterministic:
-        noisy = run.same_batch or run.data.num_different >= BACK_AFTER
+    elif run.proposer.predictor.name == EXACT and not run.full_batch:
+        noisy = run.batches.same or run.batches.same_batch.num_different >= BACK_AFTER
         if noisy:
             _go_over(run, NOISY, "noisy")
 
 
 def _go_over(run: Run, name: str, losses: str) -> None:
     """Take the other predictor; where it cannot be had (no memory, say) the run keeps the one that it has."""
-    before = {attribute: getattr(run, attribute) for attribute in _BOUND}
     try:
-        choose(run, name)
+        run.choose(name)
     except Exception as error:
-        for attribute, value in before.items():
-            setattr(run, attribute, value)
-        run.chooses = False
+        run.proposer.keep_predictor()
         run.failures.note(Place.PREDICTOR, error, name=name)
         return
     log.info('predictor.type = "auto": losses are %s, predictor %s from here', losses, name)

@@ -28,11 +28,11 @@ from .state import Run
 
 def run_plain(run: Run, batch: Any, decision: Decision) -> Execution:
     """The plain loop and nothing else: what ``enabled = False`` runs."""
-    run.optimizer.zero_grad(set_to_none=True)
-    loss = checked_loss(run.loss_fn(run.model, batch))
+    run.subject.optimizer.zero_grad(set_to_none=True)
+    loss = checked_loss(run.subject.loss_fn(run.subject.model, batch))
     _backward(run, loss)
     if run.config.gradient_clip_norm > 0:
-        torch.nn.utils.clip_grad_norm_(optimizer_parameters(run.optimizer), run.config.gradient_clip_norm)
+        torch.nn.utils.clip_grad_norm_(optimizer_parameters(run.subject.optimizer), run.config.gradient_clip_norm)
     _optimizer_step(run)
     count_real(run)
     return Execution(loss.detach(), forwards=1, backwards=1)
@@ -57,19 +57,18 @@ class RealStep:
         self.loss = torch.tensor(math.nan, device="cpu")
         self.norm: Tensor | None = None
         self.usable = True
-        self.observed = self.last = False  # in an open window; its last step
+        self.last = False  # it fills the window
         self._passes: float = 0.0
         self._rate = 0.0  # of the optimizer's step
 
     def begin(self) -> None:
         """Before the forward: keep what a step that cannot be used has to put back."""
         run = self.run
-        if run.on_cpu:
+        if run.subject.on_cpu:
             run.buffers.before()
         else:  # no step is skipped before it is taken: the anchor has the buffers too
             _keep_anchor(run)
-        self.observed = run.observing and run.num_rest_steps == 0
-        self.last = self.observed and run.basis.num_steps + 1 >= run.config.predictor.window
+        self.last = run.windows.is_last_step
 
     def after_backward(self, loss: Tensor) -> bool:
         """Gradients are complete, unscaled and not clipped: look at them.
@@ -83,19 +82,15 @@ class RealStep:
         run = self.run
         self.loss = loss.detach()
         # with those that are not predicted (complex ones)
-        self.norm = weights.global_norm(weights.gradients(optimizer_parameters(run.optimizer)))
+        self.norm = weights.global_norm(weights.gradients(optimizer_parameters(run.subject.optimizer)))
         self.usable = _usable(run, self.loss, self.norm)
-        run.observer.after_backward(run.history, usable=self.usable)
+        run.windows.observer.after_backward(run.losses.history, usable=self.usable)
         if not self.usable:
             return False
         run.buffers.after()
-        run.scale_search.found()
+        run.optimizer_step.scale_search.found()
         outside.note_training(run)
-        if run.num_rest_steps > 0:
-            run.num_rest_steps -= 1
-        elif self.observed:
-            run.watch_step(last=self.last)
-            run.lr_integral += run.learning_rate
+        run.windows.add_step(run.learning_rate)
         return True
 
     def before_step(self) -> None:
@@ -103,8 +98,8 @@ class RealStep:
         run = self.run
         self._passes = before_optimizer(run)
         self._rate = run.learning_rate
-        if run.probation is not None:
-            run.probation.under_way = self.loss
+        if run.judge.probation is not None:
+            run.judge.probation.begin_step(self.loss)
 
     def step_optimizer(self) -> None:
         """The optimizer's own step, for drivers that own it."""
@@ -116,7 +111,7 @@ class RealStep:
         run = self.run
         passes = self._passes + after_optimizer(run, self._rate)
         run.meter.add_passes(passes)
-        run.ledger.observe(passes * PASS_UNITS)
+        run.judge.ledger.observe(passes * PASS_UNITS)
         count_real(run)
         return Execution(self.loss, self.norm, forwards=1, backwards=1)
 
@@ -130,16 +125,16 @@ def run_full(run: Run, batch: Any, decision: Decision) -> Execution:
     """One real step with forward and backward of its own: the stations in a row."""
     step = RealStep(run)
     step.begin()
-    run.optimizer.zero_grad(set_to_none=True)
-    with run.observer.watching(last=step.last):
-        loss = checked_loss(run.loss_fn(run.model, batch))
-        run.observer.before_backward()
+    run.subject.optimizer.zero_grad(set_to_none=True)
+    with run.windows.observer.watching(last=step.last):
+        loss = checked_loss(run.subject.loss_fn(run.subject.model, batch))
+        run.windows.observer.before_backward()
         _backward(run, loss)
     if not step.after_backward(loss):
         return step.skip()
     if run.config.gradient_clip_norm > 0:
         assert step.norm is not None
-        trained = optimizer_parameters(run.optimizer)
+        trained = optimizer_parameters(run.subject.optimizer)
         torch.nn.utils.clip_grads_with_norm_(trained, run.config.gradient_clip_norm, step.norm)
     step.step_optimizer()
     return step.end()
@@ -161,20 +156,14 @@ def checked_loss(loss: Any) -> Tensor:
 
 
 def _backward(run: Run, loss: Tensor) -> None:
-    scaler = run.grad_scaler
+    scaler = run.subject.grad_scaler
     (loss if scaler is None else scaler.scale(loss)).backward()
     if scaler is not None:
-        scaler.unscale_(run.optimizer)
+        scaler.unscale_(run.subject.optimizer)
 
 
 def _optimizer_step(run: Run) -> None:
-    scaler = run.grad_scaler
-    with run.schedule.applied(run.optimizer, run.position), run.scale.applied(run.optimizer):
-        if scaler is None:
-            run.optimizer.step()
-        else:
-            scaler.step(run.optimizer)
-            scaler.update()
+    run.optimizer_step.step(run.position)
 
 
 def count_real(run: Run) -> None:
@@ -186,24 +175,26 @@ def count_real(run: Run) -> None:
 
 def _usable(run: Run, loss: Tensor, norm: Tensor) -> bool:
     """Whether a step may touch the weights.  On an accelerator this is found out later (anchor)."""
-    if not run.on_cpu:
+    if not run.subject.on_cpu:
         return True
     if not (math.isfinite(float(loss)) and math.isfinite(float(norm))):
         return False
-    baseline = run.history.norm_baseline.mean
+    baseline = run.losses.history.norm_baseline.mean
     limit = run.config.divergence.critical_multiplier * baseline
     # where every batch is the same a step that is skipped for its gradient is skipped for ever
-    return run.deterministic or run.phases.current is Phase.WARMUP or not baseline > 0 or float(norm) <= limit
+    return run.full_batch or run.phases.current is Phase.WARMUP or not baseline > 0 or float(norm) <= limit
 
 
 def _skip(run: Run, loss: Tensor, norm: Tensor) -> Execution:
     """A step that does not count: buffers as before, weights and optimizer never touched."""
     run.buffers.undo()
-    run.scale.forget()
-    if run.grad_scaler is not None:
-        run.grad_scaler.update()  # shrinks its scale if it saw an overflow; the optimizer is not stepped
-    searching = run.scale_search.look(overflowed=math.isfinite(float(loss)) and not math.isfinite(float(norm)))
-    run.optimizer.zero_grad(set_to_none=True)
+    run.optimizer_step.on_skip()
+    if run.subject.grad_scaler is not None:
+        run.subject.grad_scaler.update()  # shrinks its scale if it saw an overflow; the optimizer is not stepped
+    searching = run.optimizer_step.scale_search.look(
+        overflowed=math.isfinite(float(loss)) and not math.isfinite(float(norm))
+    )
+    run.subject.optimizer.zero_grad(set_to_none=True)
     run.meter.skipped()
     run.step_scheduler()
     return Execution(loss, norm, skipped=True, searching=searching, forwards=1, backwards=1)
@@ -220,14 +211,11 @@ def settle_anchor(run: Run, *, finite: bool) -> None:
     """The interval's readings are in: go back to its start if any was not finite."""
     if run.rollback.point is not None and not finite:
         # the scaler keeps what it learnt: with the scale that overflowed the interval would be lost again, for ever
-        scaler = None if run.grad_scaler is None else copy.deepcopy(run.grad_scaler.state_dict())
+        scaler = None if run.subject.grad_scaler is None else copy.deepcopy(run.subject.grad_scaler.state_dict())
         run.restore(run.rollback.point, rng=False)
-        run.switchback.note_jump()
-        if run.grad_scaler is not None:
-            run.grad_scaler.load_state_dict(scaler)
-        run.basis.restart_window()
-        run.scale.forget()
-        run.lr_integral = 0.0
+        run.restored()
+        if run.subject.grad_scaler is not None:
+            run.subject.grad_scaler.load_state_dict(scaler)
         run.meter.lost(run.meter.num_real_steps - run.rollback.num_real_steps)
         run.schedule.go_back(run.rollback.num_schedule_steps)
         run.step_scheduler()  # the lost steps were spent

@@ -24,17 +24,17 @@ from ..records import Decision, Execution, Phase, Reason, Verdict
 from ..weights import algebra as weights
 from .correct_step import conclude
 from .loop import EXECUTORS
-from .motions import look_ahead
 from .real_step import count_real
 from .state import Run
 
 
 def books(run: Run) -> Memento:
     """What a run remembers of its jumps: counts, ledger, adaptation, probation, and the run's own numbers."""
-    a = run.adaptation
+    p, j = run.proposer, run.judge
+    a = p.feedback
     return Memento([
-        run, run.meter, run.phases, run.ledger, run.monitor, run.switchback, run.probation, run.segment, a, a.record,
-        a.confidence, a.bandit,
+        run.meter, run.phases, run.windows, run.monitor, run.safety, run.optimizer_step, run.optimizer_step.switchback,
+        p, a, a.record, a.confidence, a.bandit, p.segment, j, j.ledger, j.evaluation, j.probation,
     ])  # fmt: skip
 
 
@@ -55,42 +55,46 @@ def execute(run: Run, batch: Any, decision: Decision) -> Execution:
 
 def _proposal(run: Run, batch: Any, decision: Decision) -> Execution:
     """Undone if it is interrupted."""
-    before, generator = books(run), run.generator.get_state()
-    moved = Memento([run.basis, run.lookahead, run.scale])
+    before, generator = books(run), run.judge.generator.get_state()
+    moved = Memento([run.windows.basis, run.optimizer_step.lookahead, run.optimizer_step.scale])
     try:
         execution = EXECUTORS[Phase.PREDICT](run, batch, decision)
     except BaseException as error:
-        if run.held:
-            weights.copy_(run.parameters, run.held)
+        if run.judge.held:
+            weights.copy_(run.subject.parameters, run.judge.held)
         before.restore()
         moved.restore()
-        run.generator.set_state(generator)
-        run.held = []
+        run.judge.generator.set_state(generator)
+        run.judge.release()
         if not isinstance(error, Exception):
             raise
         run.failures.note(Place.GATE, error)  # in the books, after the judgement: a refusal like any other
         execution = Execution(torch.tensor(math.nan, device="cpu"), consumed=False)
         execution.verdict = Verdict(accepted=False, reason=Reason.CANNOT_EVALUATE)
-    run.held = []
+    run.judge.release()
     run.step_scheduler()
     return execution
 
 
 def _real(run: Run, batch: Any, decision: Decision, executor: Callable[[Run, Any, Decision], Execution]) -> Execution:
     """Carried to its end and counted if its weights have moved."""
-    versions, num_attempted = _versions(run.parameters), run.meter.num_attempted_steps
-    done = run.scale.num_steps, run.lookahead.num_steps
+    versions, num_attempted = _versions(run.subject.parameters), run.meter.num_attempted_steps
+    done = run.optimizer_step.scale.num_steps, run.optimizer_step.lookahead.num_steps
     try:
         return executor(run, batch, decision)
     except BaseException:
-        if _versions(run.parameters) != versions and run.meter.num_attempted_steps == num_attempted:
+        if _versions(run.subject.parameters) != versions and run.meter.num_attempted_steps == num_attempted:
             _finish(run, *done)
         raise
 
 
 def _on_probation(run: Run, batch: Any, decision: Decision) -> Execution:
     """Carried to its end once its weights have moved."""
-    before, versions, done = books(run), _versions(run.parameters), (run.scale.num_steps, run.lookahead.num_steps)
+    before, versions, done = (
+        books(run),
+        _versions(run.subject.parameters),
+        (run.optimizer_step.scale.num_steps, run.optimizer_step.lookahead.num_steps),
+    )
     execution: Execution | None = None
     after: Memento | None = None
     try:
@@ -102,30 +106,29 @@ def _on_probation(run: Run, batch: Any, decision: Decision) -> Execution:
             if after is not None:
                 after.restore()
             conclude(run, execution)
-        elif _versions(run.parameters) != versions:
+        elif _versions(run.subject.parameters) != versions:
             before.restore()
             _finish(run, *done)
-            assert run.probation is not None, "CORRECT without a jump on probation"
-            conclude(run, Execution(run.probation.under_way))
+            assert run.judge.probation is not None, "CORRECT without a jump on probation"
+            conclude(run, Execution(run.judge.probation.under_way))
         raise
     return execution
 
 
 def _finish(run: Run, num_scaled: int, num_looked: int) -> None:
     """What follows the optimizer's own step, unless it was done: the counts are those before the step."""
-    if run.scale.num_steps == num_scaled:
-        run.scale.after_step(run.parameters)
-    if run.lookahead.num_steps == num_looked:
-        look_ahead(run, run.learning_rate)
+    step = run.optimizer_step
+    if step.scale.num_steps == num_scaled:
+        step.measure()
+    if step.lookahead.num_steps == num_looked:
+        step.look_ahead(run.learning_rate, exact=run.full_batch, resting=run.safety.guard.comparing)
     count_real(run)
 
 
 def interrupted(run: Run) -> None:
     """A step was left by an exception: account for a step of the schedule, and forget a window half closed."""
     run.schedule.settle()
-    if run.closing:
-        run.basis.restart()
-        run.closing = False
+    run.windows.interrupted()
 
 
 def _versions(parameters: Iterable[Tensor]) -> list[int]:

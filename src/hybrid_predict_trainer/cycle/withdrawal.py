@@ -20,7 +20,6 @@ from ..notices import warn
 from ..weights import algebra as weights
 from ..weights.parameters import named_parameters
 from .motions import end_motions
-from .outside import forget_weights
 from .state import Run
 
 #: Passes over the weights that a copy of weights and two moments costs, read and written; and a swap of the weights.
@@ -33,44 +32,46 @@ def keep(run: Run, into: Snapshot | None = None) -> Snapshot:
     """Copy what training has changed, in the memory of a copy that is needed no more."""
     run.meter.add_passes(COPY_PASSES)
     offload = run.config.predictor.offload
-    return Snapshot.take(run.model, run.optimizer, [run.lookahead], offload=offload, into=into)
+    return Snapshot.take(
+        run.subject.model, run.subject.optimizer, [run.optimizer_step.lookahead], offload=offload, into=into
+    )
 
 
 def put_back(run: Run, kept: Snapshot) -> None:
     """Weights, buffers and optimizer as they were; rates, schedule and clock as they are."""
-    settings = [{k: copied(group[k]) for k in SCHEDULED if k in group} for group in run.optimizer.param_groups]
-    kept.restore(run.model, run.optimizer, [run.lookahead], rng=False)
-    for group, values in zip(run.optimizer.param_groups, settings, strict=True):
+    settings = [{k: copied(group[k]) for k in SCHEDULED if k in group} for group in run.subject.optimizer.param_groups]
+    kept.restore(run.subject.model, run.subject.optimizer, [run.optimizer_step.lookahead], rng=False)
+    for group, values in zip(run.subject.optimizer.param_groups, settings, strict=True):
         for key, value in values.items():
             set_value(group, key, group.get(key), value)
     run.meter.add_passes(COPY_PASSES)
-    forget_weights(run)
+    run.overwritten()
     run.rollback.drop()  # it holds the weights that did harm
 
 
 def follow_advice(run: Run, advice: Advice) -> None:
     """Keep or put back the state of a raise's start."""
     if advice is Advice.RAISED:
-        run.raise_point = keep(run, run.raise_point)
+        run.safety.begin_raise(keep(run, run.safety.raise_point))
     elif advice is Advice.TAKEN_BACK:
-        point = run.raise_point
-        if point is None and run.deterministic:  # long settled: exact losses leave no doubt whose doing it is
-            point = run.safe_point
+        point = run.safety.raise_point
+        if point is None and run.full_batch:  # long settled: exact losses leave no doubt whose doing it is
+            point = run.safety.safe_point
         if point is not None:
             put_back(run, point)
-        run.raise_point = None
+        run.safety.end_raise()
     elif advice is Advice.SETTLED:
-        run.raise_point = None
+        run.safety.end_raise()
 
 
 def follow_request(run: Run, request: Request) -> None:
     """Carry out what the guard asks for."""
     if request is Request.ANCHOR:
-        run.safe_point = keep(run, run.safe_point)
+        run.safety.keep_safe(keep(run, run.safety.safe_point))
     elif request is Request.RESTORE:
-        assert run.safe_point is not None
-        put_back(run, run.safe_point)
-        _end_motions(run, f"the state of real step {run.guard.anchor_step} came back")
+        assert run.safety.safe_point is not None
+        put_back(run, run.safety.safe_point)
+        _end_motions(run, f"the state of real step {run.safety.guard.anchor_step} came back")
     elif request is Request.WITHDRAW:
         _end_motions(run, "the weights stay, the ones at its best are no better on the same batches")
 
@@ -86,16 +87,16 @@ def _end_motions(run: Run, outcome: str) -> None:
 
 def compare_with_anchor(run: Run, batch: Any) -> None:
     """While the guard compares: losses of one batch at the present weights and at the anchor's, side by side."""
-    if not run.guard.comparing or run.safe_point is None:
+    if not run.safety.guard.comparing or run.safety.safe_point is None:
         return
     try:
         present = _loss(run, batch)
-        anchor = _loss_at(run, run.safe_point, batch)
+        anchor = _loss_at(run, run.safety.safe_point, batch)
     except Exception:  # whatever cannot be evaluated cannot accuse; the motions end all the same
-        follow_request(run, run.guard.withdraw())
+        follow_request(run, run.safety.guard.withdraw())
         return
     run.meter.add_forwards(2)
-    follow_request(run, run.guard.compare(present, anchor))
+    follow_request(run, run.safety.guard.compare(present, anchor))
 
 
 def _loss(run: Run, batch: Any) -> float:
@@ -104,7 +105,7 @@ def _loss(run: Run, batch: Any) -> float:
 
 @torch.no_grad()
 def _loss_at(run: Run, kept: Snapshot, batch: Any) -> float:
-    found = named_parameters(run.model, run.optimizer)
+    found = named_parameters(run.subject.model, run.subject.optimizer)
     pairs = [(found[n], saved) for n, saved in zip(kept.names or (), kept.parameters, strict=False) if n in found]
     live, saved = [p for p, _ in pairs], [s for _, s in pairs]
     present = weights.clone(live)
@@ -122,7 +123,7 @@ def rescue(run: Run) -> bool:
     Returns:
         Whether training can go on.
     """
-    if not (run.moving or run.scale.taken_back) or not run.guard.rescue():
+    if not (run.moving or run.optimizer_step.scale.taken_back) or not run.safety.guard.rescue():
         return False
     follow_request(run, Request.RESTORE)
     return True

@@ -97,11 +97,11 @@ class UndoneJumps:
         if result.was_predicted:
             assert self._saved is not None, "a jump is proposed only where a window has closed"
             parameters, mark = self._saved
-            weights.copy_(run.parameters, parameters)
-            run.basis.revert(mark)
-            run.writes.record()  # it is no write of the user's
-        elif run.window_just_closed:
-            self._saved = (weights.clone(run.parameters), run.basis.mark())
+            weights.copy_(run.subject.parameters, parameters)
+            run.windows.basis.revert(mark)
+            run.watch.writes.record()  # it is no write of the user's
+        elif run.windows.just_closed:
+            self._saved = (weights.clone(run.subject.parameters), run.windows.basis.mark())
 
 
 def run_arm(

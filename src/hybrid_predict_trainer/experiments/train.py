@@ -112,8 +112,8 @@ def _train(
         setup, lr=setup.recipe.lr, steps=setup.steps, seed=seed, predict=request.record or not request.plain,
         wrap=Recorder if request.record else None,
     )  # fmt: skip
-    if isinstance(trainer.run.predictor, Recorder):
-        trainer.run.predictor.attach(trainer.run.basis)
+    if isinstance(trainer.run.proposer.predictor, Recorder):
+        trainer.run.proposer.predictor.attach(trainer.run.windows.basis)
         if request.plain:  # watched, and never asked for a jump
             trainer.force_full_phase(FOR_EVER)
     folder = out / "checkpoints"
@@ -171,8 +171,8 @@ def _write_results(trainer: HybridTrainer, out: Path, result: Mapping[str, Any])
     """
     try:
         write_json(out / "summary.json", result)
-        if isinstance(trainer.run.predictor, Recorder):
-            trainer.run.predictor.recording.save(out / "recording")
+        if isinstance(trainer.run.proposer.predictor, Recorder):
+            trainer.run.proposer.predictor.recording.save(out / "recording")
     except (OSError, UnusableFileError) as error:
         raise CheckpointError(f"{out}: the results cannot be written: {error}") from error
 
@@ -225,7 +225,7 @@ def _silent(result: StepResult) -> None:
 
 def _ended(trainer: HybridTrainer, steps: int) -> bool:
     run = trainer.run
-    return run.position >= steps and run.probation is None and run.segment is None
+    return run.position >= steps and run.judge.probation is None and run.proposer.segment is None
 
 
 @dataclass(slots=True)

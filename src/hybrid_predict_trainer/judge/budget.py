@@ -13,6 +13,6 @@ if TYPE_CHECKING:
 
 def price(run: Run) -> Callable[[float], float]:
     """Forwards -> loss that the same cost in real training would have bought, over the persistence."""
-    pace = max(-run.loss_slope, 0.0)
-    persistence = max(run.ledger.persistence, run.config.gate.min_persistence)
+    pace = max(-run.windows.slope, 0.0)
+    persistence = max(run.judge.ledger.persistence, run.config.gate.min_persistence)
     return lambda forwards: forwards * FORWARD_UNITS / STEP_UNITS * pace / persistence

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def judge(run: Run, batch: Any, prediction: PhasePrediction, deltas: list[Tensors], saved: Tensors) -> Verdict:
     """Measure losses at x + a d and let the gate decide."""
-    exact, only = run.deterministic, run.trained.only
+    exact, only = run.full_batch, run.watch.trained.only
     pieces, spent = None if exact else pieces_of(run, batch), 0.0
     if not exact:
         failed = run.failures.counts[Place.PIECES]
@@ -37,18 +37,18 @@ def judge(run: Run, batch: Any, prediction: PhasePrediction, deltas: list[Tensor
     kind = Origin.CURRENT if exact else Origin.AVERAGE
     if run.config.gate.judge_at != "auto":
         kind = Origin(run.config.gate.judge_at)
-    origin = saved if kind is Origin.CURRENT else run.basis.average()
+    origin = saved if kind is Origin.CURRENT else run.windows.basis.average()
 
     def make(candidate: int) -> None:
         while len(deltas) <= candidate:
             with host.own_defaults():
                 deltas.append(_combined(run, prediction.alternatives[len(deltas) - 1]))
-            run.meter.add_passes(run.basis.num_filled)
+            run.meter.add_passes(run.windows.basis.num_filled)
 
     def work(isolation: Isolation) -> Verdict:
         def evaluate(candidate: int, scale: float, part: Part) -> list[float]:
             make(candidate)
-            weights.move_(only(run.parameters), only(origin), only(deltas[candidate]), scale)
+            weights.move_(only(run.subject.parameters), only(origin), only(deltas[candidate]), scale)
             run.meter.add_passes(3)
             return losses_of(run, parts[part], isolation)
 
@@ -70,12 +70,12 @@ def judge(run: Run, batch: Any, prediction: PhasePrediction, deltas: list[Tensor
 def _judge_exactly(run: Run, evaluate: gate.Evaluate, prediction: PhasePrediction, num_deltas: int) -> Verdict:
     num_candidates = 1 + len(prediction.alternatives) if prediction.first_fit else num_deltas
     # with windows of one step the origin's loss is the one the last real step had at x, under the same conditions
-    measured = run.exactness.agreed is True and run.exactness.noise == 0
-    known = measured and prediction.first_fit and run.window is not None and run.window.num_steps == 1
+    measured = run.judge.exactness.agreed is True and run.judge.exactness.noise == 0
+    known = measured and prediction.first_fit and run.windows.last is not None and run.windows.last.num_steps == 1
     verdict = gate.judge_exact(
-        evaluate, num_candidates - prediction.way_back, known_before=run.window_loss if known else None,
+        evaluate, num_candidates - prediction.way_back, known_before=run.windows.loss if known else None,
         way_back=num_candidates - 1 if known and prediction.way_back else None, max_scale=prediction.max_scale,
         predicted_reduction=prediction.predicted_reduction, min_ratio=run.config.gate.min_reduction_ratio,
         first_fit=prediction.first_fit,
     )  # fmt: skip
-    return gate.beyond_noise(verdict, run.exactness.noise)
+    return gate.beyond_noise(verdict, run.judge.exactness.noise)

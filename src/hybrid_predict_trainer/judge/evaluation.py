@@ -44,10 +44,10 @@ def loss_of(run: Run, batch: Any) -> Tensor:
     Raises:
         TypeError: it is not a scalar tensor.
     """
-    own = batches.copied(batch, tensors_too=run.loss_writes is not False)
-    loss = run.evaluate_loss(own)
-    if run.loss_writes is None:
-        run.loss_writes = any(not t.is_inference() and t._version > 0 for t in batches.tensors(own))
+    own = batches.copied(batch, tensors_too=run.judge.evaluation.loss_writes is not False)
+    loss = run.judge.evaluation.loss(own)
+    if run.judge.evaluation.loss_writes is None:
+        run.judge.evaluation.note_writes(any(not t.is_inference() and t._version > 0 for t in batches.tensors(own)))
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise TypeError("loss_fn must return a scalar tensor")
     return loss.reshape(())
@@ -56,9 +56,11 @@ def loss_of(run: Run, batch: Any) -> Tensor:
 def losses_of(run: Run, pieces: Sequence[Any], isolation: Isolation) -> list[float]:
     """Losses of pieces one after the other, each call of this function under the same random numbers."""
     isolation.rewind()
-    known = run.needs_grad_mode
+    known = run.judge.evaluation.needs_grad_mode
     losses = [loss_of(run, piece) for piece in pieces]
-    if run.needs_grad_mode is not known:  # found out half-way: those before it drew other random numbers
+    if (
+        run.judge.evaluation.needs_grad_mode is not known
+    ):  # found out half-way: those before it drew other random numbers
         isolation.rewind()
         losses = [loss_of(run, piece) for piece in pieces]
     found: list[float] = torch.stack(losses).tolist()
@@ -68,8 +70,8 @@ def losses_of(run: Run, pieces: Sequence[Any], isolation: Isolation) -> list[flo
 @contextmanager
 def _isolated(run: Run, mode: Mode) -> Iterator[Isolation]:
     """A block without a trace, in what the loss function uses beside a compiled model as well: no hook sees that."""
-    with isolated(run.model, mode) as isolation:
-        for module in modules_beside(run.loss_fn, run.model) if is_compiled(run.model) else ():
+    with isolated(run.subject.model, mode) as isolation:
+        for module in modules_beside(run.subject.loss_fn, run.subject.model) if is_compiled(run.subject.model) else ():
             isolation.met(module, ())
         yield isolation
 
@@ -85,7 +87,9 @@ def attempt(run: Run, work: Callable[[Isolation], T]) -> T:
     Where losses are exact it runs in the modes of the real steps.  Where they are noisy dropout is off, which takes out
     noise; a model that cannot be evaluated so (auxiliary heads that are there in training only) is left in its modes.
     """
-    modes: tuple[Mode, ...] = ("training",) if run.deterministic or run.quiet_fails else ("quiet", "training")
+    modes: tuple[Mode, ...] = (
+        ("training",) if run.full_batch or run.judge.evaluation.quiet_fails else ("quiet", "training")
+    )
     for mode in modes:
         try:
             with _isolated(run, mode) as isolation:
@@ -94,7 +98,8 @@ def attempt(run: Run, work: Callable[[Isolation], T]) -> T:
             if mode == modes[-1] or is_memory_error(error):
                 raise
         else:
-            run.quiet_fails = run.quiet_fails or mode != modes[0]
+            if mode != modes[0]:
+                run.judge.evaluation.note_quiet_fails()
             return result
     raise AssertionError("unreachable")
 
@@ -102,22 +107,22 @@ def attempt(run: Run, work: Callable[[Isolation], T]) -> T:
 def check_exactness(run: Run, batch: Any) -> float:
     """Measure whether losses are exact where that is about to matter; returns forwards spent."""
     setting = run.config.gate.exact
-    if not run.observing or setting == "never" or run.config.gate.overhead_budget_exact == 0:
+    if not run.windows.observing or setting == "never" or run.config.gate.overhead_budget_exact == 0:
         return 0.0
-    asked = run.exactness.agreed is None if setting == "always" else run.same_batch
+    asked = run.judge.exactness.agreed is None if setting == "always" else run.batches.same
     if not asked or run.failures.exhausted(Place.GATE):
         return 0.0
-    if not run.exactness.due(run.meter.num_attempted_steps, run.model):
+    if not run.judge.exactness.due(run.meter.num_attempted_steps, run.subject.model):
         return 0.0
     try:
         with _isolated(run, "training") as isolation:
-            agreement = measure(lambda: float(loss_of(run, batch)), isolation.rewind, on_cpu=run.on_cpu)
+            agreement = measure(lambda: float(loss_of(run, batch)), isolation.rewind, on_cpu=run.subject.on_cpu)
     except Exception as error:
         run.failures.note(Place.GATE, error)
         agreement = Agreement(exact=False)
-    run.exactness.note(agreement, run.meter.num_attempted_steps, run.model)
+    run.judge.exactness.note(agreement, run.meter.num_attempted_steps, run.subject.model)
     run.meter.add_forwards(agreement.num_forward)
-    run.ledger.observe(agreement.num_forward * FORWARD_UNITS)
+    run.judge.ledger.observe(agreement.num_forward * FORWARD_UNITS)
     if setting == "always" and not agreement.exact:
         warn(
             'gate.exact = "always", but two losses of the same batch differ: dropout, random numbers in the loss or '
@@ -136,7 +141,7 @@ def pieces_of(run: Run, batch: Any) -> tuple[list[Any], list[Any], bool] | None:
     None: fewer than two pieces to judge on, which no test could say anything of.
     """
     size = batches.num_samples(batch)
-    least = 2 if uses_batch_statistics(run.model) else 1
+    least = 2 if uses_batch_statistics(run.subject.model) else 1
     split = size >= 4 * least
     middle = size // 2 if split else 0
     judged = batches.chunks(batch, middle, size, run.config.gate.max_chunks, least) if size >= 2 * least else []
@@ -149,12 +154,12 @@ def objection(run: Run, batch: Any) -> tuple[Reason | None, float]:
     """Why the pieces of a batch cannot be judged, and forwards spent: it is measured once per layout, with two."""
     layout = batches.layout(batch)
     forwards = 0.0
-    if layout not in run.cuts and len(run.cuts) < MAX_LAYOUTS:
+    if layout not in run.judge.evaluation.cuts and len(run.judge.evaluation.cuts) < MAX_LAYOUTS:
         measured, forwards = _measure_cut(run, batch), 2.0
         if measured is None:
             return Reason.LOSS_NOT_FINITE, forwards
-        run.cuts[layout] = measured
-    return None if run.cuts.get(layout, False) else Reason.CANNOT_CUT, forwards
+        run.judge.evaluation.note_cut(layout, measured)
+    return None if run.judge.evaluation.cuts.get(layout, False) else Reason.CANNOT_CUT, forwards
 
 
 def _measure_cut(run: Run, batch: Any) -> bool | None:
@@ -209,5 +214,5 @@ def _weights(halves: list[Any]) -> list[list[float]]:
 
 def _in_half(run: Run) -> bool:
     half = (torch.float16, torch.bfloat16)
-    device = run.parameters[0].device.type
-    return torch.is_autocast_enabled(device) or any(p.dtype in half for p in run.parameters)
+    device = run.subject.parameters[0].device.type
+    return torch.is_autocast_enabled(device) or any(p.dtype in half for p in run.subject.parameters)

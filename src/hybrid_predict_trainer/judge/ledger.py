@@ -55,18 +55,33 @@ class Ledger:
         self._usual_price = 0.0
         self.switched_off = False
         self.exact = False  # whether the gate's losses are free of noise
-        self.planned_units = 0.0  # cost of the whole run, where it is known
+
+    # ---- settings and circumstances ------------------------------------------------------------
+
+    def follow(self, config: GateConfig) -> None:
+        """Other settings from here on."""
+        self.config = config
+
+    def losses_are(self, *, exact: bool) -> None:
+        """Whether the gate's losses are free of noise from here on."""
+        self.exact = exact
+
+    def switch_off(self) -> None:
+        """No more proposals in this run."""
+        self.switched_off = True
 
     # ---- budget --------------------------------------------------------------------------------
 
-    def affordable(self, price_units: float, total_units: float, reserve: float = 0.0) -> bool:
+    def affordable(
+        self, price_units: float, total_units: float, reserve: float = 0.0, planned_units: float = 0.0
+    ) -> bool:
         """Whether a proposal of that price (or of the dearest lately) fits the budget.
 
         All that prediction has cost may exceed what it has returned by at most ``overhead_budget``
         of the run: as planned, where its length is known, else so far.
         """
         share = self.config.overhead_budget_exact if self.exact else self.config.overhead_budget
-        allowance = share * max(total_units, self.planned_units) + self.returned_units
+        allowance = share * max(total_units, planned_units) + self.returned_units
         return self.spent_units + reserve + max(price_units, self._usual_price) <= allowance
 
     def observe(self, units: float) -> None:
@@ -239,7 +254,7 @@ class Ledger:
             "spent_units": self.spent_units, "returned_units": self.returned_units, "watched_units": self.watched_units,
             "num_credited_steps": self.num_credited_steps, "wait_windows": self.wait_windows,
             "backoff": self._backoff, "usual_price": self._usual_price,
-            "exact": self.exact, "planned_units": self.planned_units,
+            "exact": self.exact,
              "losing_checks": self._losing_checks, "switched_off": self.switched_off,
             "free_ratios": list(self._free_ratios), "open": [asdict(a) for a in self.open],
             "settled": [asdict(a) for a in self.settled],
@@ -252,7 +267,7 @@ class Ledger:
         self.num_credited_steps, self.wait_windows = state["num_credited_steps"], state["wait_windows"]
         self._backoff, self._losing_checks = state["backoff"], state["losing_checks"]
         self._usual_price = state["usual_price"]
-        self.exact, self.planned_units = state["exact"], state["planned_units"]
+        self.exact = state["exact"]
         self.switched_off = state["switched_off"]
         self._free_ratios = deque(state["free_ratios"], maxlen=NUM_FREE_WINDOWS)
         self.open = [Account(**a) for a in state["open"]]

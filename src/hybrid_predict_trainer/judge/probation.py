@@ -32,6 +32,28 @@ class Probation:
     worst_level: Level = Level.NORMAL
     under_way: Tensor = field(default_factory=lambda: torch.tensor(math.nan))  # loss of the step that is being made
 
+    def begin_step(self, loss: Tensor) -> None:
+        """A step of the trial is about to move the weights."""
+        self.under_way = loss
+
+    def count_step(self, loss: Tensor | None) -> None:
+        """A step of the trial is over; None: it was left out."""
+        self.num_steps_left -= 1
+        if loss is not None:
+            self.unread.append(loss)
+
+    def note_level(self, level: Level) -> None:
+        """An alarm on the way."""
+        self.worst_level = max(self.worst_level, level)
+
+    def extend(self, num_steps: int) -> None:
+        """Once, for a jump in doubt: so many steps more."""
+        self.extended, self.num_steps_left = True, num_steps
+
+    def claim(self, horizon: int) -> None:
+        """Another piece of the same jump claims to be worth so many steps."""
+        self.claimed += horizon
+
     def read(self) -> None:
         """Bring the losses to the host."""
         self.losses += weights.on_host(self.unread).tolist()

@@ -57,6 +57,10 @@ class Switchback:
         self._spoiled = 0  # blocks whose comparison a jump has spoiled, the present one included
         self._changes = _comparisons((), ())  # y_i by whether block i had the motion
 
+    def switch_off(self) -> None:
+        """The motion ends."""
+        self.switched_off = True
+
     def note_jump(self) -> None:
         """Something else has moved the weights: no comparison across this block says anything of the motion."""
         self._spoiled = 3

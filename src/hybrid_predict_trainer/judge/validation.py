@@ -63,6 +63,10 @@ class Validation:
         self.best = min(self.best, value)
         return value
 
+    def begin_raise(self, answer: float) -> None:
+        """The multiplier is raised at this loss."""
+        self.before_raise = answer
+
     def due(self, step: int) -> bool:
         """Whether it is time for another question."""
         return step >= self._next_step

@@ -30,23 +30,29 @@ class Backup:
         self._run, self._objects = run, [run, *more]
         self._devices: dict[Place, torch.device] = {}
         self._rng = rng_state()
-        self._untouched = run.writes.look() is Write.NONE  # nobody has written to the weights since the last step
-        named = named_parameters(run.model, run.optimizer)
+        self._untouched = run.watch.writes.look() is Write.NONE  # nobody has written to the weights since the last step
+        named = named_parameters(run.subject.model, run.subject.optimizer)
         self._parameters = {name: host.copied(p, to_host=True) for name, p in named.items()}
-        self._buffers = Buffers.of(run.model, offload=True)
+        self._buffers = Buffers.of(run.subject.model, offload=True)
         self._optimizer = optimizer_state.taken(
-            run.model, run.optimizer, lambda tensor, old: host.copied(tensor, to_host=True)
+            run.subject.model, run.subject.optimizer, lambda tensor, old: host.copied(tensor, to_host=True)
         )
         host.wait(host.queued(self._parameters.values()))
-        self._walk = Capture(parameter_names(run.model, run.optimizer), self._copied, by_reference=True)
-        stay = [run.model, run.config, run.optimizer, run.optimizer.state, run.optimizer.param_groups]
-        self._walk.stay = frozenset(map(id, [*stay, *run.optimizer.param_groups, *run.model.modules()]))
+        self._walk = Capture(parameter_names(run.subject.model, run.subject.optimizer), self._copied, by_reference=True)
+        stay = [
+            run.subject.model,
+            run.config,
+            run.subject.optimizer,
+            run.subject.optimizer.state,
+            run.subject.optimizer.param_groups,
+        ]
+        self._walk.stay = frozenset(map(id, [*stay, *run.subject.optimizer.param_groups, *run.subject.model.modules()]))
         self._own: dict[str, Any] = {}
         try:
             self._state = self._walk.of(self._objects, ("run",))
         except OpaqueStateError:  # a predictor of the user's own with something inside that cannot be told
-            self._own = {"predictor": run.predictor.state_dict()}
-            self._walk.stay |= frozenset([id(run.predictor)])
+            self._own = {"predictor": run.proposer.predictor.state_dict()}
+            self._walk.stay |= frozenset([id(run.proposer.predictor)])
             self._walk.met.clear()
             self._state = self._walk.of(self._objects, ("run",))
 
@@ -58,17 +64,17 @@ class Backup:
     def put_back(self) -> None:
         """Everything as it was, bit for bit."""
         run = self._run
-        live = named_parameters(run.model, run.optimizer)
+        live = named_parameters(run.subject.model, run.subject.optimizer)
         for name, saved in self._parameters.items():
             host.write(live[name], saved)
-        self._buffers.put_back(run.model)
-        optimizer_state.restore(run.model, run.optimizer, self._optimizer)
+        self._buffers.put_back(run.subject.model)
+        optimizer_state.restore(run.subject.model, run.subject.optimizer, self._optimizer)
         # the objects are those of this process: any class that is there may be made again
         every = frozenset(name.partition(".")[0] for name in sys.modules)
         back = Restore(live, every, lambda tensor, path: None, lambda tensor, path: self._devices[path], in_place=False)
         back.of(self._state, self._objects, ("run",))
         if self._own:
-            run.predictor.load_state_dict(self._own["predictor"])
+            run.proposer.predictor.load_state_dict(self._own["predictor"])
         set_rng_state(self._rng)
         if self._untouched:
-            run.writes.record()  # what was just written is what the run had left
+            run.watch.writes.record()  # what was just written is what the run had left

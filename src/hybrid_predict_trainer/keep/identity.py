@@ -36,22 +36,23 @@ PREDICTING = ("training.enabled", "training.max_predict_steps", "training.confid
 def identity(run: Run) -> State:
     """Of the objects that were handed in, and of the settings that the form of the state depends on."""
     return {
-        "optimizer": type(run.optimizer).__name__,
-        "group_sizes": [len(g["params"]) for g in run.optimizer.param_groups],
-        "parameters": [list(p.shape) for p in optimizer_parameters(run.optimizer)],
+        "optimizer": type(run.subject.optimizer).__name__,
+        "group_sizes": [len(g["params"]) for g in run.subject.optimizer.param_groups],
+        "parameters": [list(p.shape) for p in optimizer_parameters(run.subject.optimizer)],
         "scheduler": None if run.schedule.scheduler is None else type(run.schedule.scheduler).__name__,
-        "scaler": run.grad_scaler is not None,
+        "scaler": run.subject.grad_scaler is not None,
         "roles": {
-            name: run.role_groups.roles[g] for name, g in zip(run.role_groups.names, run.role_groups.index, strict=True)
+            name: run.subject.groups.roles[g]
+            for name, g in zip(run.subject.groups.names, run.subject.groups.index, strict=True)
         },
         "settings": _structural(run),
     }
 
 
 def _structural(run: Run) -> dict[str, Any]:
-    table = getattr(run.config.predictor, run.predictor.name, None)
-    names = STRUCTURAL.get(run.predictor.name, ()) if table is not None else ()
-    values = {f"predictor.{run.predictor.name}.{name}": getattr(table, name) for name in names}
+    table = getattr(run.config.predictor, run.proposer.predictor.name, None)
+    names = STRUCTURAL.get(run.proposer.predictor.name, ()) if table is not None else ()
+    values = {f"predictor.{run.proposer.predictor.name}.{name}": getattr(table, name) for name in names}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
@@ -67,16 +68,16 @@ def check_identity(run: Run, parts: Mapping[str, State], live: Mapping[str, Stat
     for key in ("optimizer", "group_sizes", "parameters", "scheduler", "scaler"):
         if saved.get(key) != now[key]:
             raise CheckpointError(f"{key} is {saved.get(key)!r} in the checkpoint and {now[key]!r} in this run")
-    check_names(parts["optimizer"], run.model, run.optimizer)
+    check_names(parts["optimizer"], run.subject.model, run.subject.optimizer)
     predictor = parts.get("predictor")
-    chosen = (NOISY, EXACT) if run.chooses else (run.predictor.name,)
+    chosen = (NOISY, EXACT) if run.proposer.chooses else (run.proposer.predictor.name,)
     if predictor is not None and predictor["name"] not in chosen:
         raise CheckpointError(
-            f"it was written with predictor {predictor['name']!r}, this run has {run.predictor.name!r}: "
+            f"it was written with predictor {predictor['name']!r}, this run has {run.proposer.predictor.name!r}: "
             "set predictor.type to match"
         )
     settings = _settings(config_toml)
-    same = predictor is not None and predictor["name"] == run.predictor.name
+    same = predictor is not None and predictor["name"] == run.proposer.predictor.name
     if predictor is not None:
         for key, value in now["settings"].items() if same else ():
             old = saved.get("settings", {}).get(key, settings.get(key, value))

@@ -1,8 +1,8 @@
 """Checkpoints of older formats, brought to the present one before they are checked.
 
-Format 2 knew neither names of the optimizer's parameters nor what hangs on it besides, and library state that came
-later.  What is missing is taken from the live run, which then begins anew in that respect; what has another form today,
-too.
+Format 3 kept what the library remembers of a run by what it is, the present one by who owns it.  Format 2 knew neither
+names of the optimizer's parameters nor what hangs on it besides, and library state that came later.  What is missing is
+taken from the live run, which then begins anew in that respect; what has another form today, too.
 """
 
 from __future__ import annotations
@@ -16,6 +16,59 @@ from . import schema
 #: What format 3 knows of the model beside its state; nothing in format 2.
 NOTHING_KNOWN: State = {"frozen": {}, "buffers": {}, "hidden": {}}
 
+#: Where the library's state stood until format 3 -> where it stands today.  What is inside another comes first.
+OWNED: dict[str, str] = {
+    "ledger.planned_units": "meter.planned_units",
+    "monitor.num_rollbacks": "judge.num_rollbacks",
+    "scalars.horizon": "proposer.horizon",
+    "scalars.refused": "proposer.refused",
+    "scalars.num_windows_since_proposal": "proposer.num_windows_since_proposal",
+    "scalars.window_just_closed": "windows.just_closed",
+    "scalars.num_windows": "windows.num_closed",
+    "scalars.num_rest_steps": "windows.num_rest_steps",
+    "scalars.lr_integral": "windows.lr_integral",
+    "scalars.loss_slope": "windows.slope",
+    "scalars.window_loss": "windows.loss",
+    "scalars.num_real_steps_since_predict": "phases.num_real_steps_since_predict",
+    "scalars.num_forced_full_steps": "phases.num_forced_full_steps",
+    "scalars.forced_by_alarm": "phases.forced_by_alarm",
+    "scalars.num_schedule_steps": "schedule.num_steps",
+    "scalars.peak_rate": "schedule.peak",
+    "scalars.needs_grad_mode": "judge.evaluation.needs_grad_mode",
+    "scalars.quiet_fails": "judge.evaluation.quiet_fails",
+    "scalars.loss_writes": "judge.evaluation.loss_writes",
+    "scalars.batch_free": "batches.free",
+    "scalars.anchor_real_steps": "rollback.num_real_steps",
+    "scalars.anchor_schedule_steps": "rollback.num_schedule_steps",
+    "predictor": "proposer.predictor",
+    "adaptation": "proposer.feedback",
+    "segment": "proposer.segment",
+    "confidence": "proposer.confidence",
+    "phase": "phases.current",
+    "counters": "meter",
+    "history": "losses",
+    "monitor": "monitor",
+    "window": "windows.last",
+    "ledger": "judge.ledger",
+    "exactness": "judge.exactness",
+    "probation": "judge.probation",
+    "generator": "judge.generator",
+    "cuts": "judge.evaluation.cuts",
+    "scale": "optimizer_step.scale",
+    "lookahead": "optimizer_step.lookahead",
+    "switchback": "optimizer_step.switchback",
+    "schedule": "schedule",
+    "anchor": "rollback.point",
+    "guard": "safety.guard",
+    "validation": "safety.validation",
+    "raise_point": "safety.raise_point",
+    "safe_point": "safety.safe_point",
+    "data": "batches.same_batch",
+    "recurrence": "batches.recurrence",
+    "failures": "failures",
+    "trained": "watch",
+}
+
 
 def upgraded(parts: dict[str, State], live: dict[str, State], format_version: int) -> dict[str, State]:
     """The parts of a checkpoint as the present format has them.
@@ -25,13 +78,33 @@ def upgraded(parts: dict[str, State], live: dict[str, State], format_version: in
         live: Parts of the run that is to take them.
         format_version: Of the checkpoint.
     """
-    if format_version >= 3:
+    if format_version >= 4:
         return parts
     own = dict(parts["trainer"])
-    own["model"] = NOTHING_KNOWN
-    for name in ("run", "metrics"):
-        own[name] = _filled(own[name], live["trainer"][name], (name,))
+    own["run"] = by_owner(own["run"])
+    if format_version < 3:
+        own["model"] = NOTHING_KNOWN
+        for name in ("run", "metrics"):
+            own[name] = _filled(own[name], live["trainer"][name], (name,))
     return {**parts, "trainer": own}
+
+
+def by_owner(run: State) -> State:
+    """The library's state in format 3, sorted by who owns it today; what is not there is left out."""
+    rest = {key: dict(value) if isinstance(value, dict) else value for key, value in run.items()}
+    found: State = {}
+    for former, place in OWNED.items():
+        *outer, name = former.split(".")
+        holder = rest.get(outer[0]) if outer else rest
+        if not isinstance(holder, dict) or name not in holder:
+            continue
+        *owners, last = place.split(".")
+        target = found
+        for owner in owners:
+            target = target.setdefault(owner, {})
+        value = holder.pop(name)
+        target[last] = {**target.get(last, {}), **value} if isinstance(value, dict) else value
+    return found
 
 
 def _filled(saved: Any, live: Any, path: tuple[object, ...]) -> Any:

@@ -32,7 +32,7 @@ def parts(run: Run, metrics: Metrics) -> dict[str, State]:
     Raises:
         CheckpointError: the optimizer holds something whose state cannot be told; the message names it.
     """
-    model, about = model_state.saved_state(run.model, run.optimizer, run.origin, run.buffers)
+    model, about = model_state.saved_state(run.subject.model, run.subject.optimizer, run.origin, run.buffers)
     saved: dict[str, State] = {
         "model": model,
         "optimizer": _optimizer_state(run),
@@ -41,15 +41,16 @@ def parts(run: Run, metrics: Metrics) -> dict[str, State]:
             "metrics": metrics.state_dict(),
             "model": about,
             "scheduler": None if run.schedule.scheduler is None else stateful(run.schedule.scheduler).state_dict(),
-            "scaler": None if run.grad_scaler is None else run.grad_scaler.state_dict(),
+            "scaler": None if run.subject.grad_scaler is None else run.subject.grad_scaler.state_dict(),
             "rng": rng_state(),
             "identity": identity(run),
         },
     }
     if run.config.checkpoint.include_predictor:
         saved["predictor"] = {
-            "name": run.predictor.name, "predictor": run.predictor.state_dict(), "basis": run.basis.state_dict(),
-            "observer": run.observer.state_dict(),
+            "name": run.proposer.predictor.name, "predictor": run.proposer.predictor.state_dict(),
+            "basis": run.windows.basis.state_dict(),
+            "observer": run.windows.observer.state_dict(),
         }  # fmt: skip
     saved["trainer"]["forms"] = {part: schema.form(state) for part, state in saved.items()}
     return saved
@@ -99,13 +100,13 @@ def _written(run: Run, saved: dict[str, State], directory: Path) -> Path:
         directory,
         run.meter.num_steps,
         saved,
-        config_toml=to_toml(run.settings),
+        config_toml=to_toml(run.proposer.settings),
         summary={
-            "loss": run.history.loss_ema.mean, "phase": run.phases.current.value,
-            "phase_step": run.meter.steps_by_phase[run.phases.current], "confidence": run.stated_confidence,
+            "loss": run.losses.history.loss_ema.mean, "phase": run.phases.current.value,
+            "phase_step": run.meter.steps_by_phase[run.phases.current], "confidence": run.proposer.confidence,
             "num_real_steps": run.meter.num_real_steps, "cost_units": run.meter.cost_units,
-            "withdrawn": run.guard.withdrawn, "num_guard_alarms": run.guard.num_alarms,
-            "num_guard_restores": run.guard.num_restored, "num_failures": sum(run.failures.counts.values()),
+            "withdrawn": run.safety.guard.withdrawn, "num_guard_alarms": run.safety.guard.num_alarms,
+            "num_guard_restores": run.safety.guard.num_restored, "num_failures": sum(run.failures.counts.values()),
         },
         keep_last_n=run.config.checkpoint.keep_last_n,
     )  # fmt: skip
@@ -166,13 +167,13 @@ def _check(run: Run, found: dict[str, State], live: dict[str, State], config_tom
     """Compare everything with the live objects; raises CheckpointError."""
     check_identity(run, found, live, config_toml)
     own, now = found["trainer"], live["trainer"]
-    model_state.check(run.model, found["model"], own["model"])
+    model_state.check(run.subject.model, found["model"], own["model"])
     predictor = found.get("predictor")
     # another name is that of the other one of a run that chooses
-    if predictor is not None and predictor["name"] == run.predictor.name:
-        run.observer.check_state(predictor.get("observer", {}))
-        schema.check(predictor["basis"], run.basis.state_dict(), ("predictor", "basis"))
-        schema.check(predictor["predictor"], run.predictor.state_dict(), ("predictor", "predictor"))
+    if predictor is not None and predictor["name"] == run.proposer.predictor.name:
+        run.windows.observer.check_state(predictor.get("observer", {}))
+        schema.check(predictor["basis"], run.windows.basis.state_dict(), ("predictor", "basis"))
+        schema.check(predictor["predictor"], run.proposer.predictor.state_dict(), ("predictor", "predictor"))
     for name in ("run", "metrics", "scaler", "rng"):
         schema.check(own[name], now[name], (name,), free=failures.TABLES)
     if type(run.schedule.scheduler).__module__.startswith("torch."):
@@ -186,20 +187,20 @@ def _check(run: Run, found: dict[str, State], live: dict[str, State], config_tom
 
 def _apply(run: Run, metrics: Metrics, found: dict[str, State]) -> None:
     own, optimizer, predictor = found["trainer"], found["optimizer"], found.get("predictor")
-    model_state.load(run.model, found["model"], own["model"])
+    model_state.load(run.subject.model, found["model"], own["model"])
     with torch.no_grad():
         for live, extra in zip(_unowned(run), optimizer["unowned"], strict=True):
             live.copy_(extra)
-    optimizer_state.restore(run.model, run.optimizer, optimizer)
+    optimizer_state.restore(run.subject.model, run.subject.optimizer, optimizer)
     if run.schedule.scheduler is not None:
         stateful(run.schedule.scheduler).load_state_dict(own["scheduler"])
-    if run.grad_scaler is not None:
-        run.grad_scaler.load_state_dict(own["scaler"])
+    if run.subject.grad_scaler is not None:
+        run.subject.grad_scaler.load_state_dict(own["scaler"])
     if predictor is not None:
         run.adopt(predictor["name"])
-        run.predictor.load_state_dict(predictor["predictor"])
-        run.basis.load_state_dict(predictor["basis"])
-        run.observer.load_state_dict(predictor.get("observer", {}))
+        run.proposer.predictor.load_state_dict(predictor["predictor"])
+        run.windows.basis.load_state_dict(predictor["basis"])
+        run.windows.observer.load_state_dict(predictor.get("observer", {}))
     run.load_state_dict(own["run"])
     metrics.load_state_dict(own["metrics"])
     set_rng_state(own["rng"])
@@ -207,25 +208,23 @@ def _apply(run: Run, metrics: Metrics, found: dict[str, State]) -> None:
 
 def _unowned(run: Run) -> list[Tensor]:
     """Parameters the optimizer holds but the model does not."""
-    owned = {id(p) for p in run.model.parameters()}
-    return [p for p in optimizer_parameters(run.optimizer) if id(p) not in owned]
+    owned = {id(p) for p in run.subject.model.parameters()}
+    return [p for p in optimizer_parameters(run.subject.optimizer) if id(p) not in owned]
 
 
 def _optimizer_state(run: Run) -> State:
-    taken = optimizer_state.taken(run.model, run.optimizer, lambda tensor, _: tensor.detach())
+    taken = optimizer_state.taken(run.subject.model, run.subject.optimizer, lambda tensor, _: tensor.detach())
     return {**taken, "unowned": [p.detach() for p in _unowned(run)]}
 
 
 def memory_usage(run: Run) -> dict[str, int]:
     """Bytes held beside model and optimizer: ``predictor``, ``corrector``, ``basis_<device>``, ``snapshots``."""
-    snapshots = [run.raise_point, run.safe_point]
-    snapshots += [] if run.probation is None else [run.probation.snapshot]
+    trial = 0 if run.judge.probation is None else run.judge.probation.snapshot.memory_bytes()
     return {
-        "predictor": run.predictor.memory_bytes(),
-        "corrector": run.adaptation.memory_bytes(),
-        **({"encoder": run.observer.memory_bytes()} if run.observer.memory_bytes() else {}),
-        **{f"basis_{device}": size for device, size in run.basis.memory_bytes().items()},
-        **({"scale": run.scale.memory_bytes()} if run.scale.memory_bytes() else {}),
-        **({"lookahead": run.lookahead.memory_bytes()} if run.lookahead.memory_bytes() else {}),
-        "snapshots": run.rollback.memory_bytes() + sum(s.memory_bytes() for s in snapshots if s is not None),
+        "predictor": run.proposer.predictor.memory_bytes(),
+        "corrector": run.proposer.feedback.memory_bytes(),
+        **({"encoder": run.windows.observer.memory_bytes()} if run.windows.observer.memory_bytes() else {}),
+        **{f"basis_{device}": size for device, size in run.windows.basis.memory_bytes().items()},
+        **run.optimizer_step.memory_bytes(),
+        "snapshots": run.rollback.memory_bytes() + run.safety.memory_bytes() + trial,
     }

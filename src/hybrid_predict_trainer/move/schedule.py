@@ -224,17 +224,18 @@ class LrSchedule:
     # ---- state ----------------------------------------------------------------------------------------
 
     def state_dict(self) -> State:
-        """What is not the scheduler's own; ``num_steps`` is saved with the run's counts."""
+        """What is not the scheduler's own."""
         self.settle()
         return {
             "factor": self.factor, "num_epochs": self.num_epochs, "in_epoch": self.in_epoch,
-            "rates": [float(rate) for rate in self._rates],
+            "rates": [float(rate) for rate in self._rates], "num_steps": self.num_steps, "peak": self.peak,
         }  # fmt: skip
 
     def load_state_dict(self, state: State) -> None:
         """Inverse of :meth:`state_dict`, after the scheduler's; nothing known: rates are not lowered."""
         self.factor, self.num_epochs = float(state.get("factor", 1.0)), int(state.get("num_epochs", 0))
         self.in_epoch, self._rates = bool(state.get("in_epoch", False)), [float(r) for r in state.get("rates", ())]
+        self.num_steps, self.peak = int(state["num_steps"]), float(state["peak"])
         self.resynchronize()
 
 

@@ -164,7 +164,6 @@ class Monitor:
         self.config = config
         self.sigma = sigma
         self.num_consecutive_critical = 0
-        self.num_rollbacks = 0
 
     def check(self, reading: Reading, history: History, *, warming_up: bool, exact: bool = False) -> Alarm:
         """Alarm of one real step, judged against the history *before* that step.
@@ -208,9 +207,8 @@ class Monitor:
 
     def state_dict(self) -> State:
         """Plain numbers."""
-        return {"num_consecutive_critical": self.num_consecutive_critical, "num_rollbacks": self.num_rollbacks}
+        return {"num_consecutive_critical": self.num_consecutive_critical}
 
     def load_state_dict(self, state: State) -> None:
         """Inverse of :meth:`state_dict`."""
         self.num_consecutive_critical = state["num_consecutive_critical"]
-        self.num_rollbacks = state["num_rollbacks"]

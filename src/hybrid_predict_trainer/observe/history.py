@@ -158,3 +158,41 @@ class History:
         self.norm_baseline.load_state_dict(state["norm_baseline"])
         self.loss_baseline.load_state_dict(state["loss_baseline"])
         self._window_losses = deque(((int(s), float(v)) for s, v in state["window_losses"]), maxlen=256)
+
+
+class Losses:
+    """Losses and gradient norms of the real steps: those still on the device, and those that were read.
+
+    Attributes:
+        readout: Brings them to the host.
+        history: What is remembered of them.
+    """
+
+    def __init__(self, interval: int) -> None:
+        """Args: interval: steps between two fetches from an accelerator."""
+        self.readout = Readout(interval)
+        self.history = History()
+
+    def push(self, step: int, loss: Tensor, gradient_norm: Tensor | None) -> None:
+        """Queue the scalars of one step."""
+        self.readout.push(step, loss, gradient_norm)
+
+    def read(self, *, force: bool = False) -> list[Reading]:
+        """Readings that are due, oldest first; :meth:`keep` remembers the good ones."""
+        return self.readout.read(force=force)
+
+    def keep(self, reading: Reading, *, warming_up: bool) -> None:
+        """Remember a reading that raised no alarm."""
+        self.history.push(reading, warming_up=warming_up)
+
+    def newest(self, num: int) -> list[float]:
+        """The last losses, oldest first."""
+        return list(self.history.losses)[-num:]
+
+    def state_dict(self) -> State:
+        """Plain containers; what waits to be read is read before a checkpoint."""
+        return self.history.state_dict()
+
+    def load_state_dict(self, state: State) -> None:
+        """Inverse of :meth:`state_dict`."""
+        self.history.load_state_dict(state)

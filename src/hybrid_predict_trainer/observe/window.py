@@ -1,11 +1,247 @@
-"""A closed window, turned to plain containers and back."""
+"""The window of real steps that is open, and the last one closed."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
+from ..config.settings import PredictorConfig
+from ..keep.failures import Failures, Place
 from ..records import Hindsight, Products, State, Window
+from ..weights import offload as host
+from ..weights.algebra import Tensors
+from ..weights.parameters import Groups
+from .basis import Basis
+from .history import History
+from .loss_features import loss_features
+from .window_encoder import NullObserver, Observer
+
+#: More real steps than any run has.
+NEVER = 1 << 60
+
+
+class WindowRecorder:
+    """Adds real steps to the open window, and closes it.
+
+    Attributes:
+        basis: Sums over the open window, displacements of the closed ones.
+        groups: Of the basis: by role, or all in one.
+        observer: Encodes a window for predictors that ask for it.
+        observing: Whether windows are kept at all.
+        last: The last window closed.
+        loss: Averaged loss of that one; NaN before the first.
+        slope: Change of the loss per real step, as of then.
+        just_closed: The step before has closed it.
+        num_closed: Windows closed so far.
+        num_rest_steps: Real steps still to pass before the next window is observed.
+        lr_integral: Sum of the learning rate over the open window.
+        seconds: Wall time of its real steps; NaN: not all of them were timed.
+    """
+
+    def __init__(self, failures: Failures) -> None:
+        """Nothing is watched before :meth:`follow` was called; what fails is counted in ``failures``."""
+        self._failures = failures
+        self._settings: PredictorConfig
+        self.basis: Basis
+        self.groups: Groups
+        self.observer: Observer
+        self.observing = False
+        self.last: Window | None = None
+        self.loss = math.nan
+        self.slope = 0.0
+        self.just_closed = False
+        self.num_closed = 0
+        self.num_rest_steps = 0
+        self.lr_integral = 0.0
+        self.seconds = 0.0
+        self._closing = False  # the basis is between two windows
+
+    def follow(self, settings: PredictorConfig, basis: Basis, groups: Groups, observer: Observer | None) -> None:
+        """Record for another predictor from here on.
+
+        Args:
+            settings: Length of a window, and of the rest after it.
+            basis: Has observed nothing yet.
+            groups: Of that basis.
+            observer: For the predictor; None: nothing is observed.
+        """
+        self._settings, self.basis, self.groups = settings, basis, groups
+        self.observer, self.observing = observer if observer is not None else NullObserver(), observer is not None
+
+    def begin_anew(self) -> None:
+        """What was observed for another predictor is of no use."""
+        self.last, self.just_closed = None, False
+        self.num_rest_steps, self.lr_integral = 0, 0.0
+
+    # ---- steps --------------------------------------------------------------------------------------
+
+    def begin_step(self) -> None:
+        """A step begins: what the one before it has closed is known by now."""
+        self.just_closed = False
+
+    @property
+    def takes_step(self) -> bool:
+        """Whether the next real step belongs to a window."""
+        return self.observing and self.num_rest_steps == 0
+
+    @property
+    def is_last_step(self) -> bool:
+        """Whether the next real step fills the window."""
+        return self.takes_step and self.basis.num_steps + 1 >= self._settings.window
+
+    @property
+    def full(self) -> bool:
+        """Whether the window can be closed."""
+        return self.observing and self.basis.num_steps >= self._settings.window
+
+    def add_step(self, lr: float) -> None:
+        """Before the optimizer's step: add the weights and the rate it steps with; may be a step of rest.
+
+        What raises (no memory for the sums) must not end a run.
+        """
+        if self.num_rest_steps > 0:
+            self.num_rest_steps -= 1
+            return
+        if not self.observing:
+            return
+        last = self.is_last_step
+        try:
+            with host.own_defaults():
+                self.basis.accumulate()
+                self.basis.before_step(last=last)
+        except Exception as error:
+            self.note_unwatched(error)
+        self.lr_integral += lr
+
+    def add_seconds(self, seconds: float) -> None:
+        """A step took so long."""
+        self.seconds += seconds
+
+    def take_seconds(self) -> float:
+        """What the steps of the window took; counted from 0 from here on."""
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
+
+    def note_unwatched(self, error: Exception) -> None:
+        """A window could not be kept: the next one begins, or none if that happens again and again."""
+        self._failures.note(Place.GATE, error)
+        self.restart_window()
+        if self._failures.exhausted(Place.GATE):
+            self.num_rest_steps = NEVER
+
+    # ---- windows --------------------------------------------------------------------------------------
+
+    def close(
+        self, history: History, step: int, *, lr: float, planned_lr: Callable[[int], float], refused: bool, exact: bool
+    ) -> Window:
+        """Close the window and describe it for the predictor.
+
+        Args:
+            history: Losses and norms of its steps.
+            step: Real steps so far.
+            lr: Of the next step.
+            planned_lr: Steps ahead -> sum of the rate over them.
+            refused: A proposal was refused since the last window.
+            exact: Losses are exact: a predictor of curvature needs no rest.
+        """
+        num_steps, jumped = self.basis.num_steps, self.basis.jumped
+        self._closing = True
+        hindsight = self.basis.close_window()
+        self._closing = False
+        self.loss = history.close_window(step, num_steps)
+        self.slope = history.loss_slope()
+        window = Window(
+            index=self.num_closed,
+            num_steps=num_steps,
+            num_columns=self.basis.num_columns,
+            step=step,
+            loss=self.loss,
+            loss_slope=self.slope,
+            gradient_norm=history.mean_norm(num_steps),
+            learning_rate=lr,
+            lr_integral=self.lr_integral,
+            lr_ahead=planned_lr(num_steps),
+            jumped=jumped,
+            features=loss_features(history.losses, step),
+            products=self.basis.products(),
+            hindsight=hindsight,
+            group_sizes=self.groups.sizes,
+            refused=refused,
+        )
+        window = self.observer.complete(window, self.basis)
+        if self.basis.spec.curvature and not exact:
+            self.num_rest_steps = self._settings.rest_windows * self._settings.window
+        self.last = window
+        self.num_closed += 1
+        self.lr_integral = 0.0
+        return window
+
+    def passes(self, num_steps: int) -> float:
+        """Passes over the weights that a window of so many steps has cost.
+
+        Two sums of three passes each per step; at the close one displacement and two rows of products.
+        """
+        spec = self.basis.spec
+        products = 1 if spec.differences else 1 + spec.curvature + len(spec.extras)  # vectors times all columns
+        passes: float = 6 * num_steps + 10 + products * self.basis.num_filled
+        return passes + self.observer.passes
+
+    def hand_on(self) -> None:
+        """All have learnt from the window: the next step may propose."""
+        self.just_closed = True
+
+    def interrupted(self) -> None:
+        """Forget a window that is half closed."""
+        if self._closing:
+            self.basis.restart()
+            self._closing = False
+
+    # ---- weights that move otherwise ------------------------------------------------------------------
+
+    def on_jump(self, delta: Tensors, scale: float) -> None:
+        """The weights have moved by ``scale * delta``."""
+        self.basis.translate(delta, scale)
+        self.lr_integral = 0.0
+
+    def on_restore(self, mark: State | None) -> None:
+        """The weights are earlier ones again.
+
+        Args:
+            mark: Of the basis, from when they were taken; None: the closed windows still hold.
+        """
+        if mark is not None:
+            self.basis.revert(mark)
+            self.lr_integral = 0.0
+        else:
+            self.restart_window()
+
+    def on_overwrite(self) -> None:
+        """The weights are others than any that were seen: nothing that was observed holds."""
+        self.basis.restart()
+        self.just_closed = False
+        self.lr_integral = 0.0
+
+    def restart_window(self) -> None:
+        """The open window begins anew."""
+        self.basis.restart_window()
+        self.lr_integral = 0.0
+
+    # ---- state -----------------------------------------------------------------------------------------
+
+    _NUMBERS = ("just_closed", "num_closed", "num_rest_steps", "lr_integral", "slope", "loss")
+
+    def state_dict(self) -> State:
+        """Plain containers; the basis and the observer are saved with the predictor."""
+        return {"last": window_state(self.last), **{name: getattr(self, name) for name in self._NUMBERS}}
+
+    def load_state_dict(self, state: State) -> None:
+        """Inverse of :meth:`state_dict`."""
+        self.last = window_from_state(state["last"])
+        for name in self._NUMBERS:
+            setattr(self, name, state[name])
+        self.seconds = math.nan
 
 
 def window_state(window: Window | None) -> State | None:

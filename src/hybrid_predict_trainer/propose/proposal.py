@@ -28,9 +28,9 @@ def propose(
         if prediction.horizon < 1 or prediction.coefficients.is_complex():
             raise ValueError(f"a prediction for {prediction.horizon} steps, of {prediction.coefficients.dtype} numbers")
         candidates = [prediction.coefficients]
-        if run.deterministic:  # where losses are exact, more candidates cost forwards but no luck
+        if run.full_batch:  # where losses are exact, more candidates cost forwards but no luck
             candidates += prediction.alternatives
-        expected = (run.groups.num_groups, run.predictor.spec.num_columns)
+        expected = (run.windows.groups.num_groups, run.proposer.predictor.spec.num_columns)
         if any(tuple(c.shape) != expected for c in candidates):
             return prediction, [], Verdict(accepted=False, reason=Reason.WRONG_SHAPE)
         if not all(bool(torch.isfinite(c).all()) for c in candidates):
@@ -39,15 +39,15 @@ def propose(
             candidates = candidates[:1]
         deltas = [_combined(run, c) for c in candidates]
     except Exception as error:  # whatever a predictor raises must not end a run
-        run.note_predictor_failure(error)
+        run.proposer.note_failure(error)
         return None, [], Verdict(accepted=False, reason=Reason.PREDICTOR_FAILED)
-    run.meter.add_passes(len(candidates) * run.basis.num_filled)
+    run.meter.add_passes(len(candidates) * run.windows.basis.num_filled)
     if not all(weights.all_finite(d) for d in deltas):
         return prediction, [], Verdict(accepted=False, reason=Reason.NOT_FINITE)
     lengths = [weights.per_tensor_rms(d) for d in deltas]
     if not any(lengths[0]):
         return prediction, [], Verdict(accepted=False, reason=Reason.ZERO_JUMP)
-    spans, rho = run.basis.displacement_rms().tolist(), run.config.gate.max_relative_length
+    spans, rho = run.windows.basis.displacement_rms().tolist(), run.config.gate.max_relative_length
     num_inside = 0  # bolder candidates are longer: the first one outside ends the list
     while num_inside < len(deltas) and within_radius(lengths[num_inside], spans, rho):
         num_inside += 1
@@ -58,23 +58,25 @@ def propose(
 
 def _combined(run: Run, coefficients: Tensor) -> Tensors:
     """The move that coefficients stand for, zero where only the optimizer may move the weights, or nobody."""
-    return run.trained.masked(run.basis.combine(coefficients))
+    return run.watch.trained.masked(run.windows.basis.combine(coefficients))
 
 
 def fits(run: Run, prediction: PhasePrediction) -> bool:
     """Whether the coefficients have the basis's shape and are finite: anything else is refused, not corrected."""
     c = prediction.coefficients
-    return tuple(c.shape) == (run.groups.num_groups, run.predictor.spec.num_columns) and bool(torch.isfinite(c).all())
+    return tuple(c.shape) == (run.windows.groups.num_groups, run.proposer.predictor.spec.num_columns) and bool(
+        torch.isfinite(c).all()
+    )
 
 
 def _asked(run: Run, horizon: int) -> PhasePrediction:
     """The predictor's answer, corrected by what similar answers got wrong, cut into segments."""
-    with run.time.call():
-        prediction = run.predictor.predict(horizon)
-    window = run.window
+    with run.proposer.time.call():
+        prediction = run.proposer.predictor.predict(horizon)
+    window = run.windows.last
     if window is not None and fits(run, prediction):
-        correction = run.adaptation.corrector.correct(prediction, window.features, window.products.BB)
-        run.correction = correction
+        correction = run.proposer.feedback.corrector.correct(prediction, window.features, window.products.BB)
+        run.proposer.note_correction(correction)
         prediction = corrector.apply(prediction, correction)
     # a step from x cannot be taken in pieces from theta
     in_pieces = run.config.segments > 1 and not prediction.first_fit

@@ -16,7 +16,8 @@ def histograms(run: Run) -> dict[str, Any]:
     """Counts and edges of the last losses (256) and gradient norms (64)."""
     bins = run.config.metrics.histogram_bins
     return {
-        name: histogram(v, bins) for name, v in (("loss", run.history.losses), ("gradient_norm", run.history.norms))
+        name: histogram(v, bins)
+        for name, v in (("loss", run.losses.history.losses), ("gradient_norm", run.losses.history.norms))
     }
 
 
@@ -24,20 +25,21 @@ def statistics(run: Run) -> dict[str, Any]:
     """Counts of a run, JSON-able."""
     c = run.meter
     return {
-        "predictor": run.predictor.name, "exact_losses": run.deterministic,
+        "predictor": run.proposer.predictor.name, "exact_losses": run.full_batch,
         "num_steps": c.num_steps, "num_real_steps": c.num_real_steps, "num_skipped_steps": c.num_skipped_steps,
-        "num_claimed_steps": c.num_claimed_steps, "num_credited_steps": run.ledger.num_credited_steps,
+        "num_claimed_steps": c.num_claimed_steps, "num_credited_steps": run.judge.ledger.num_credited_steps,
         "num_forward": c.num_forward, "num_backward": c.num_backward,
         "num_jumps_proposed": c.num_jumps_proposed, "num_jumps_accepted": c.num_jumps_accepted,
         "num_controls": c.num_controls, "num_rollbacks": c.num_rollbacks,
         "num_predictor_failures": run.num_predictor_failures, **_failures(run),
         "num_divergence_events": c.num_divergence_events,
-        "num_outside_writes": c.num_outside_writes, "num_left_alone": run.trained.num_left_alone,
-        "hands_off": run.hands_off,
-        "learned_scale": run.scale.learned, "num_raises_taken_back": run.scale.taken_back,
-        "num_guard_alarms": run.guard.num_alarms, "num_guard_restores": run.guard.num_restored,
-        "withdrawn": run.guard.withdrawn, "num_early_cuts": run.scale.num_cuts,
-        "lookahead_effect": run.switchback.effect, "lookahead_switched_off": run.switchback.switched_off,
+        "num_outside_writes": c.num_outside_writes, "num_left_alone": run.watch.trained.num_left_alone,
+        "hands_off": run.watch.hands_off,
+        "learned_scale": run.optimizer_step.scale.learned, "num_raises_taken_back": run.optimizer_step.scale.taken_back,
+        "num_guard_alarms": run.safety.guard.num_alarms, "num_guard_restores": run.safety.guard.num_restored,
+        "withdrawn": run.safety.guard.withdrawn, "num_early_cuts": run.optimizer_step.scale.num_cuts,
+        "lookahead_effect": run.optimizer_step.switchback.effect,
+        "lookahead_switched_off": run.optimizer_step.switchback.switched_off,
         "cost_units": c.cost_units, "backward_reduction_pct": c.backward_reduction_pct,
         **_steps_gained(run),
     }  # fmt: skip
@@ -49,6 +51,6 @@ def _failures(run: Run) -> dict[str, int]:
 
 def _steps_gained(run: Run) -> dict[str, Any]:
     try:
-        return {k: jsonable(v) for k, v in run.ledger.steps_gained().items()}
+        return {k: jsonable(v) for k, v in run.judge.ledger.steps_gained().items()}
     except (ArithmeticError, ValueError) as error:  # losses at the edge of what floats hold
         return {"steps_gained": None, "steps_gained_ci95": None, "reason": f"not known: {error}"}

@@ -58,6 +58,10 @@ class Metrics:
         self._last_phase = Phase.WARMUP
         self._pending: list[tuple[dict[str, Any], Tensor, Tensor | None]] = []  # step records not yet written
 
+    def write_to(self, sink: Sink) -> None:
+        """Records go there from here on."""
+        self.sink = sink
+
     def record(self, run: Run, decision: Decision, execution: Execution, result: StepResult) -> None:
         """Record one step and whatever happened in it; what raises in that is counted and said."""
         if self.failures.exhausted(Place.RECORD):
@@ -97,7 +101,7 @@ class Metrics:
             "step_time_ms": result.step_time_ms, "skipped": result.skipped, "reason": decision.reason,
         }  # fmt: skip
         self._pending.append((record, result.loss_tensor, result.gradient_norm_tensor))
-        if run.on_cpu or len(self._pending) >= run.readout.interval:
+        if run.subject.on_cpu or len(self._pending) >= run.losses.readout.interval:
             self.flush()
 
     def flush(self) -> None:
@@ -131,7 +135,8 @@ class Metrics:
                 "predicted_loss": None if prediction is None else prediction.predicted_loss,
                 "predicted_reduction": None if prediction is None else prediction.predicted_reduction,
                 "measured_reduction": verdict.gain, "upper_bound": verdict.upper_bound, "price": verdict.price,
-                "confidence": decision.confidence, "predictor": run.predictor.name, "num_forward": verdict.num_forward,
+                "confidence": decision.confidence, "predictor": run.proposer.predictor.name,
+                "num_forward": verdict.num_forward,
                 "epistemic": None if prediction is None else prediction.epistemic,
                 "aleatoric": None if prediction is None else prediction.aleatoric,
                 **self._saved_prediction(run, execution),
@@ -141,7 +146,7 @@ class Metrics:
     @staticmethod
     def _saved_prediction(run: Run, execution: Execution) -> dict[str, Any]:
         """Coefficients of an accepted jump, scale included; the forecast too if ``save_predictions`` asks for it."""
-        correction = run.correction
+        correction = run.proposer.correction
         saved: dict[str, Any] = {
             "correction_magnitude": 0.0 if correction is None else correction.magnitude,
             "num_similar": 0 if correction is None else correction.num_similar,
@@ -177,12 +182,15 @@ class Metrics:
         for a in accounts:
             self._write(
                 run, "outcome",
-                {"skipped": a.skipped, "gate_gain": a.gain, "gain_left": a.left, "persistence": run.ledger.persistence},
+                {
+                    "skipped": a.skipped, "gate_gain": a.gain, "gain_left": a.left,
+                    "persistence": run.judge.ledger.persistence,
+                },
             )  # fmt: skip
 
     def note_health(self, run: Run) -> None:
         """Record the report on gradient health of the window that has just closed, if one was due."""
-        report = run.observer.new_health()
+        report = run.windows.observer.new_health()
         if report is not None:
             self._write(run, "health", report)
 
@@ -245,7 +253,8 @@ class Metrics:
             "training_summary": lambda: {
                 "total_steps": c.num_steps, **{f"{phase}_steps": n for phase, n in c.steps_by_phase.items()},
                 "backward_reduction_pct": c.backward_reduction_pct, "wall_clock_speedup": None,
-                "final_loss": jsonable(run.history.loss_ema.mean), "baseline_loss_estimate": None, "loss_gap_pct": None,
+                "final_loss": jsonable(run.losses.history.loss_ema.mean), "baseline_loss_estimate": None,
+                "loss_gap_pct": None,
             },
             "phase_statistics": self._phase_statistics,
             "divergence_events": lambda: [jsonable(e) for e in self.divergence_events],
@@ -253,10 +262,10 @@ class Metrics:
             if c.num_steps
             else 0.0,
             "predictor_overhead": lambda: self._overhead(run),
-            "calibration": lambda: jsonable(run.adaptation.confidence.report()),
-            "observer": lambda: jsonable(run.observer.summary()),
+            "calibration": lambda: jsonable(run.proposer.feedback.confidence.report()),
+            "observer": lambda: jsonable(run.windows.observer.summary()),
             "histograms": lambda: histograms(run),
-            "ledger": lambda: {k: jsonable(v) for k, v in run.ledger.summary().items()},
+            "ledger": lambda: {k: jsonable(v) for k, v in run.judge.ledger.summary().items()},
             "statistics": lambda: statistics(run),
             "failures": lambda: jsonable(run.failures.summary()),
         }  # fmt: skip
@@ -279,9 +288,9 @@ class Metrics:
             "encode_time_ms_avg": mean(self.encode_ms),
             "predict_time_ms_avg": mean(self.predict_ms),
             "update_time_ms_avg": mean(self.update_ms),
-            "memory_used_mb": run.predictor.memory_bytes() / 2**20,
-            "basis_mb": sum(run.basis.memory_bytes().values()) / 2**20,
-            "update_every": run.predictor.update_every if isinstance(run.predictor, Paced) else None,
+            "memory_used_mb": run.proposer.predictor.memory_bytes() / 2**20,
+            "basis_mb": sum(run.windows.basis.memory_bytes().values()) / 2**20,
+            "update_every": run.proposer.predictor.update_every if isinstance(run.proposer.predictor, Paced) else None,
             "pct_of_step_time": 100 * self.overhead_ms / self.total_ms if self.total_ms else None,
         }
 

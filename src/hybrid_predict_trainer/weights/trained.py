@@ -219,3 +219,37 @@ def _views(parameters: Sequence[Tensor]) -> list[list[Tensor]]:
 def _same(a: Tensor, b: Tensor) -> bool:
     """Bit for bit: NaN is NaN."""
     return a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+class Watch:
+    """Which weights may be moved, and whether somebody else has moved them.
+
+    Attributes:
+        trained: Which of them the optimizer trains now.
+        writes: What others wrote to them.
+        hands_off: Why only the optimizer may move weights; None: it is not so.
+    """
+
+    def __init__(
+        self, parameters: Sequence[Tensor], optimizer: Optimizer, look_every: int = 1, hands_off: str | None = None
+    ) -> None:
+        """Nothing was trained yet.
+
+        Args:
+            parameters: Of the run.
+            optimizer: That trains them.
+            look_every: Looks for writes are so many steps apart: on an accelerator they wait for the device.
+            hands_off: A reason, or None.
+        """
+        self.trained = Trained(parameters, optimizer)
+        self.writes = Writes(parameters, look_every)
+        self.hands_off = hands_off
+
+    def state_dict(self) -> State:
+        """Plain containers."""
+        return self.trained.state_dict()
+
+    def load_state_dict(self, state: State) -> None:
+        """Inverse of :meth:`state_dict`, after the weights: they are the run's own."""
+        self.trained.load_state_dict(state)
+        self.writes.record()

@@ -146,7 +146,7 @@ class Validation:
         wall_s, started = self.wall_s(), time.perf_counter()
         run = self._trainer.run
         with self._at():
-            loss = self._task.evaluate(run.model)
+            loss = self._task.evaluate(run.subject.model)
         self._trainer.metrics.validation(run, loss, wall_s)
         self.curve.append((run.meter.cost_units, loss))
         while self.due():
@@ -168,7 +168,7 @@ def wait_for(device: torch.device) -> None:
 
 def wait_for_device(trainer: HybridTrainer) -> None:
     """Let queued work end before a clock is read."""
-    for device in {p.device for p in trainer.run.parameters}:
+    for device in {p.device for p in trainer.run.subject.parameters}:
         wait_for(device)
 
 

@@ -111,7 +111,7 @@ def build_setup(options: Options, config: HybridTrainerConfig | None = None) -> 
         )  # what does not fit, shows
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    elif sum(trainer.run.groups.sizes) < SMALL_MODEL and settings.device == "cpu":
+    elif sum(trainer.run.windows.groups.sizes) < SMALL_MODEL and settings.device == "cpu":
         torch.set_num_threads(1)
     return setup
 

@@ -36,11 +36,11 @@ def lawa(session: Session) -> Hooks:
         nonlocal taken
         if run.position // every > taken:
             taken = run.position // every
-            kept.append(weights.clone(run.parameters))
+            kept.append(weights.clone(run.subject.parameters))
             session.charge_passes(2)  # read and written
 
     def evaluation() -> AbstractContextManager[None]:
-        return session.swapped(mean(list(kept)) if kept else run.parameters)
+        return session.swapped(mean(list(kept)) if kept else run.subject.parameters)
 
     return Hooks(after_step=after_step, evaluation=evaluation)
 
@@ -50,12 +50,12 @@ def ema(session: Session) -> Hooks:
     run = session.run
     tau = max(1.0, session.values["tau_frac"] * session.recipe.steps)
     # parameters only: running statistics stay those of the raw weights, as copied at each update
-    average = AveragedModel(run.model, multi_avg_fn=get_ema_multi_avg_fn(1 - 1 / tau))
+    average = AveragedModel(run.subject.model, multi_avg_fn=get_ema_multi_avg_fn(1 - 1 / tau))
     names = dict(average.module.named_parameters())
-    averaged = [names[name] for name in run.groups.names]
+    averaged = [names[name] for name in run.windows.groups.names]
 
     def after_step() -> None:
-        average.update_parameters(run.model)
+        average.update_parameters(run.subject.model)
         session.charge_passes(3)  # reads both, writes one
 
     return Hooks(after_step=after_step, evaluation=lambda: session.swapped(list(averaged)))

@@ -111,12 +111,12 @@ class Session:
     @contextmanager
     def swapped(self, other: list[Tensor]) -> Iterator[None]:
         """Inside, the model has other weights; afterwards its own, bit for bit."""
-        own = weights.clone(self.run.parameters)
-        weights.copy_(self.run.parameters, other)
+        own = weights.clone(self.run.subject.parameters)
+        weights.copy_(self.run.subject.parameters, other)
         try:
             yield
         finally:
-            weights.copy_(self.run.parameters, own)
+            weights.copy_(self.run.subject.parameters, own)
 
 
 #: Makes the optimizer of a peer.

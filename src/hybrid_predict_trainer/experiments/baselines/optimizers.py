@@ -72,17 +72,17 @@ def schedule_free_optimizer(
 
 def schedule_free(session: Session) -> Hooks:
     """Validates at the average x; the optimizer trains at y."""
-    run, optimizer = session.run, session.run.optimizer
+    run, optimizer = session.run, session.run.subject.optimizer
 
     @contextmanager
     def evaluation() -> Iterator[None]:
-        y = weights.clone(run.parameters)
+        y = weights.clone(run.subject.parameters)
         optimizer.eval()  # type: ignore[attr-defined]
         try:
             yield
         finally:
             optimizer.train()  # type: ignore[attr-defined]
-            weights.copy_(run.parameters, y)  # there and back again is not the same in floating point
+            weights.copy_(run.subject.parameters, y)  # there and back again is not the same in floating point
 
     return Hooks(evaluation=evaluation)
 
@@ -130,8 +130,8 @@ def soap(session: Session) -> Hooks:
     """Books rotations and eigenbases by their FLOPs, in forwards of this task (formulas in ``flops``)."""
     run, setup, values = session.run, session.order.setup, session.values
     every, max_dim = int(values["every"]), int(values["max_dim"])
-    shapes = [tuple(p.shape) for p in run.parameters]
-    unit = forward_flops(setup, run.model, session.order.seed)
+    shapes = [tuple(p.shape) for p in run.subject.parameters]
+    unit = forward_flops(setup, run.subject.model, session.order.seed)
     step, basis = soap_step_flops(shapes, max_dim) / unit, soap_basis_flops(shapes, max_dim) / unit
     first = soap_first_flops(shapes, max_dim) / unit
 

@@ -45,7 +45,7 @@ def snoo_step_(w: Sequence[Tensor], w_old: Sequence[Tensor], b: Sequence[Tensor]
 
 def snoo(session: Session) -> Hooks:
     """Nesterov momentum on the displacement of K optimizer steps (arXiv 2510.15830)."""
-    w = session.run.parameters
+    w = session.run.subject.parameters
     every, eta, mu = int(session.values["every"]), session.values["eta"], session.values["mu"]
     w_old, b = weights.clone(w), [torch.zeros_like(p) for p in w]
 
@@ -70,7 +70,7 @@ def ema_nesterov(session: Session) -> Hooks:
     beta_t = beta lr / lr_max from the end of the warm-up (a tenth of the run at least) to the decay phase.
     """
     run, recipe, values = session.run, session.recipe, session.values
-    w = run.parameters
+    w = run.subject.parameters
     beta = values["beta_muon" if recipe.optimizer == "muon" else "beta"]
     start = max(recipe.warmup_steps, round(EMA_NESTEROV_START * recipe.steps))
     end = round((1 - recipe.decay_frac if recipe.schedule == "wsd" else EMA_NESTEROV_END) * recipe.steps)

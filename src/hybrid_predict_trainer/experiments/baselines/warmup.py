@@ -21,17 +21,19 @@ def long_warmup(recipe: TaskDefaults) -> TaskDefaults:
 def block_warmup(session: Session) -> Hooks:
     """Steps of matrices inside attention and MLP blocks grow linearly to their full length; others as they were."""
     run, num_steps = session.run, int(session.values["steps"])
-    inside = [is_inside_a_block(role) for role in run.groups.roles]
+    inside = [is_inside_a_block(role) for role in run.windows.groups.roles]
     before: Tensors = []
 
     def before_step() -> None:
         if run.meter.num_real_steps < num_steps:
-            before[:] = weights.clone(run.parameters)
+            before[:] = weights.clone(run.subject.parameters)
 
     def after_step() -> None:
         if before:
             share = run.meter.num_real_steps / num_steps
-            shorten(run.parameters, before, run.groups.index, [share if block else 1.0 for block in inside])
+            shorten(
+                run.subject.parameters, before, run.windows.groups.index, [share if block else 1.0 for block in inside]
+            )
             session.charge_passes(5)  # a copy; read both, write one
             before.clear()
 

@@ -153,18 +153,18 @@ def wnn_plus(session: Session) -> Hooks:
     two steps, which is the same for the weights and for the cost.
     """
     run, order = session.run, session.order
-    model = {k: v.to(run.parameters[0].device) for k, v in load().items()}
-    num_weights = sum(p.numel() for p in run.parameters)
+    model = {k: v.to(run.subject.parameters[0].device) for k, v in load().items()}
+    num_weights = sum(p.numel() for p in run.subject.parameters)
     flops = num_weights * mlp_flops((NUM_STATES, HIDDEN, HIDDEN, HIDDEN, HIDDEN, 1))
-    price = flops / forward_flops(order.setup, run.model, order.seed) * FORWARD_UNITS
+    price = flops / forward_flops(order.setup, run.subject.model, order.seed) * FORWARD_UNITS
     price += PASS_UNITS * (2 * NUM_STATES + 1)  # states read twice, weights written
     budget = session.recipe.steps * STEP_UNITS
     planned = plan(
         session.recipe.steps, price / STEP_UNITS, int(session.values["max_forecasts"]), session.values["cost_frac"]
     )
     kinds = [
-        tensor_type(name, run.groups.roles[g], p.dim())
-        for name, g, p in zip(run.groups.names, run.groups.index, run.parameters, strict=True)
+        tensor_type(name, run.windows.groups.roles[g], p.dim())
+        for name, g, p in zip(run.windows.groups.names, run.windows.groups.index, run.subject.parameters, strict=True)
     ]
     states: list[list[Tensor]] = []
     horizons = iter(planned.ahead)
@@ -172,13 +172,13 @@ def wnn_plus(session: Session) -> Hooks:
     def after_step() -> None:
         if run.meter.num_real_steps % planned.spacing:
             return
-        states.append(weights.clone(run.parameters))
+        states.append(weights.clone(run.subject.parameters))
         session.charge_passes(2)
         if len(states) < NUM_STATES:
             return
         k = next(horizons, 1)
         if run.meter.cost_units + price <= budget:  # a budget is not to be overdrawn by its last forecast
-            move(model, run.parameters, states, kinds, k)
+            move(model, run.subject.parameters, states, kinds, k)
             session.charge_forwards(price / FORWARD_UNITS)
         states.clear()
 

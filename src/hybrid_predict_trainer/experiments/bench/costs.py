@@ -164,18 +164,18 @@ def _of_predictor(task: Task, name: str, num_repeats: int) -> Times:
     """Milliseconds of every part with one predictor, its own parts under its own name."""
     trainer, predictor = _trainer(task, name, {"predictor.window": 1})
     run = trainer.run
-    encoder = Encoder(run.groups.num_groups, predictor.spec)
+    encoder = Encoder(run.windows.groups.num_groups, predictor.spec)
     times: Times = defaultdict(list)
     num_filling = predictor.spec.num_displacements + NUM_WARM
     saved: Tensors = []
     for count, batch in zip(range(num_filling + num_repeats), task.batches(0), strict=False):
         trainer.step(batch)
-        window = run.window
+        window = run.windows.last
         assert window is not None, "a window closes at every step"
         found: Times = defaultdict(list)
         _time_shared(trainer, window, encoder, found)
-        if predictor.ready and run.basis.ready:
-            saved = saved or weights.clone(run.parameters)
+        if predictor.ready and run.windows.basis.ready:
+            saved = saved or weights.clone(run.subject.parameters)
             _time_jump(trainer, predictor, window, saved, found)
         if count >= num_filling:
             for part, values in found.items():
@@ -188,12 +188,12 @@ def _of_predictor(task: Task, name: str, num_repeats: int) -> Times:
 def _time_shared(trainer: HybridTrainer, window: Window, encoder: Encoder, found: Times) -> None:
     """Parts that do not depend on the predictor."""
     run = trainer.run
-    timed(lambda: loss_features(run.history.losses, window.step), found["encode: loss features"])
+    timed(lambda: loss_features(run.losses.history.losses, window.step), found["encode: loss features"])
     timed(lambda: encoder.standardise(encoder.observe(window)), found["encode: state"])
-    bandit = run.adaptation.bandit
+    bandit = run.proposer.feedback.bandit
 
     def decide() -> None:
-        bandit.choose(context_features(window, confidence=0.5, persistence=run.ledger.persistence, spread=0.1))
+        bandit.choose(context_features(window, confidence=0.5, persistence=run.judge.ledger.persistence, spread=0.1))
 
     timed(decide, found["bandit decision"])
 
@@ -202,10 +202,10 @@ def _time_jump(trainer: HybridTrainer, predictor: Timed, window: Window, saved: 
     """Predict, form the jump, move the weights, and put them back."""
     run, name = trainer.run, predictor.name
     prediction = timed(lambda: predictor.predict(window.num_steps), found[f"predict {name}"])
-    deltas = timed(lambda: run.basis.combine(prediction.coefficients), found[f"combine {name}"])
-    timed(lambda: weights.copy_(saved, run.parameters), found["copy the weights"])
-    timed(lambda: weights.move_(run.parameters, saved, deltas, 1e-3), found["move the weights"])
-    weights.copy_(run.parameters, saved)
+    deltas = timed(lambda: run.windows.basis.combine(prediction.coefficients), found[f"combine {name}"])
+    timed(lambda: weights.copy_(saved, run.subject.parameters), found["copy the weights"])
+    timed(lambda: weights.move_(run.subject.parameters, saved, deltas, 1e-3), found["move the weights"])
+    weights.copy_(run.subject.parameters, saved)
 
 
 def text(rows: Sequence[Row]) -> str:

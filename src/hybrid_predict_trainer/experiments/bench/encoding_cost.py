@@ -51,21 +51,23 @@ def rows(preset: str = "10M", *, batch_size: int = 2, num_windows: int = 96) -> 
     for _, batch in zip(range(4), batches, strict=False):
         trainer.step(batch)
     run = trainer.run
-    window = run.window
+    window = run.windows.last
     assert window is not None, "four windows of one step have closed"
     found = []
     for name, values in VARIANTS.items():
-        observer = StateObserver(EncoderConfig(**values), model, run.parameters, run.groups, run.basis.spec)
+        observer = StateObserver(
+            EncoderConfig(**values), model, run.subject.parameters, run.windows.groups, run.windows.basis.spec
+        )
         with observer.watching(last=True):
             loss = task.loss_fn(model, next(iter(batches)))
             observer.before_backward()
             loss.backward()
-        observer.after_backward(run.history, usable=True)
+        observer.after_backward(run.losses.history, usable=True)
         times = []
         factors = name in ("low_rank", "kfac")
         for _ in range(max(num_windows // 12, 2) if factors else num_windows):
             began = time.process_time()
-            observer.complete(window, run.basis)
+            observer.complete(window, run.windows.basis)
             times.append(1e3 * (time.process_time() - began))
         model.zero_grad(set_to_none=True)
         later = times[len(times) // 2 :]
@@ -74,7 +76,7 @@ def rows(preset: str = "10M", *, batch_size: int = 2, num_windows: int = 96) -> 
                 "variant": name,
                 "encode_ms_median": statistics.median(later), "encode_ms_mean": statistics.fmean(later),
                 "bytes": observer.memory_bytes(), "passes_per_window": observer.passes,
-                "num_weights": sum(p.numel() for p in run.parameters), "threads": torch.get_num_threads(),
+                "num_weights": sum(p.numel() for p in run.subject.parameters), "threads": torch.get_num_threads(),
             }
         )  # fmt: skip
     return found

@@ -183,9 +183,9 @@ def _first_steps(setup: Setup, *, predict: bool) -> None:
     if predict:  # the gate's batches have other sizes, which a compiler compiles for
         size = pieces.num_samples(batch)
         chunks = pieces.chunks(batch, size // 2, size, trainer.config.gate.max_chunks)
-        with quiet_forward(trainer.run.model):
+        with quiet_forward(trainer.run.subject.model):
             for part in (batch, pieces.narrow(batch, 0, size // 2), *chunks[:1]):
-                trainer.run.evaluate_loss(part)
+                trainer.run.judge.evaluation.loss(part)
     wait_for_device(trainer)
 
 

@@ -37,12 +37,12 @@ def _measured(name: str, variant: dict[str, Any], preset: str, batch_size: int) 
         **variant,
     }  # fmt: skip
     trainer = HybridTrainer(model, optimizer, with_values(HybridTrainerConfig(), settings), loss_fn=task.loss_fn)
-    num_steps = trainer.run.predictor.spec.num_displacements + 2
+    num_steps = trainer.run.proposer.predictor.spec.num_displacements + 2
     trainer.force_full_phase(num_steps)
     for _, batch in zip(range(num_steps), task.batches(0), strict=False):
         trainer.step(batch)
     used = trainer.memory_usage()
-    weights = sum(p.numel() * p.element_size() for p in trainer.run.parameters)
+    weights = sum(p.numel() * p.element_size() for p in trainer.run.subject.parameters)
     basis = sum(size for key, size in used.items() if key.startswith("basis_"))
     return {
         "predictor": name,

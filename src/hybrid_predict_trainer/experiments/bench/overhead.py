@@ -176,7 +176,7 @@ def bring_up(trainer: HybridTrainer, bare: BareLoop | None, batches: Iterator[Ba
     """Step until the trainer is in the FULL phase with all it will ever hold, and has let the blocks go."""
     run = trainer.run
     for _ in range(MAX_PREPARING_STEPS):
-        settled = run.num_windows >= MIN_WINDOWS and run.meter.num_real_steps >= RECOVERY_STEPS
+        settled = run.windows.num_closed >= MIN_WINDOWS and run.meter.num_real_steps >= RECOVERY_STEPS
         if run.phases.current is Phase.FULL and settled:
             return
         batch = next(batches)
@@ -199,7 +199,7 @@ def timed_pair(bare: BareLoop, trainer: HybridTrainer, batch: Batch, *, trainer_
     trainer_s = timed(trainer.step) if trainer_first else math.nan
     bare_s = timed(bare.step)
     trainer_s = trainer_s if trainer_first else timed(trainer.step)
-    return Pair(bare_s=bare_s, trainer_s=trainer_s, window=trainer.run.window_just_closed)
+    return Pair(bare_s=bare_s, trainer_s=trainer_s, window=trainer.run.windows.just_closed)
 
 
 def figures(pairs: Sequence[Pair]) -> dict[str, Any]:
@@ -253,14 +253,14 @@ def count_syncs(bare: BareLoop, trainer: HybridTrainer, batches: Sequence[Batch]
     The optimizers' step counts are not looked at: they are in host memory wherever the weights are.
     """
     counts = {}
-    optimizers = (bare.optimizer, trainer.run.optimizer)
+    optimizers = (bare.optimizer, trainer.run.subject.optimizer)
     clocks = {id(state["step"]) for o in optimizers for state in o.state.values() if "step" in state}
     for name, step in (("bare", bare.step), ("trainer", trainer.step)):
         with counted_reads(clocks) as reads:
             for batch in batches:
                 step(batch)
         counts[name] = sum(reads.values()) / len(batches)
-    on_cpu = trainer.run.on_cpu
+    on_cpu = trainer.run.subject.on_cpu
     return {
         "host_syncs_per_step": None if on_cpu else counts["trainer"],
         "host_syncs_per_step_bare": None if on_cpu else counts["bare"],

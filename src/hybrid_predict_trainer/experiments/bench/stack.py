@@ -80,7 +80,7 @@ class Training:
                     self.batches,
                     total_steps=self.steps,
                     # the last slice ends as a run does: not in the middle of a jump's probation
-                    should_stop=lambda: target < self.steps and run.position >= target and not run.batch_free,
+                    should_stop=lambda: target < self.steps and run.position >= target and not run.batches.free,
                 )
             except DivergenceError as diverged:
                 self.error = one_line(str(diverged))
@@ -202,7 +202,7 @@ def final_losses(conventional: Rung, trainings: Sequence[Training]) -> list[floa
     judge: nn.Module = setup.task.build_model(0)
     losses = []
     for training in trainings:
-        judge.load_state_dict(training.trainer.run.model.state_dict())
+        judge.load_state_dict(training.trainer.run.subject.model.state_dict())
         losses.append(math.nan if training.error else setup.task.evaluate(judge))
     return losses
 

@@ -1,0 +1,66 @@
+"""What is trained, and how: bound once, changed by nobody."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..weights.parameters import Groups, predicted_parameters
+from ..weights.real_views import RealView
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """Model, optimizer and loss of one run.
+
+    Attributes:
+        model: Any module.
+        optimizer: Steps without a closure.
+        loss_fn: (model, batch) -> loss, shape ().
+        grad_scaler: For float16, or None.
+        parameters: Those that are predicted, in the optimizer's order.
+        groups: The same by role.
+        on_cpu: Losses can be read at once, without a wait for a device.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    loss_fn: LossFn
+    grad_scaler: Any
+    parameters: list[Tensor]
+    groups: Groups
+    on_cpu: bool
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, optimizer: Optimizer, loss_fn: LossFn, grad_scaler: Any, roles: dict[str, str] | None
+    ) -> Subject:
+        """Look at model and optimizer.
+
+        Args:
+            model: Any module.
+            optimizer: Of that model.
+            loss_fn: (model, batch) -> loss.
+            grad_scaler: Or None.
+            roles: Overrides of parameter roles, qualified name -> role.
+
+        Raises:
+            ConfigError: nothing can be trained.
+        """
+        parameters, groups = predicted_parameters(model, optimizer, roles)
+        on_cpu = all(p.device.type == "cpu" for p in parameters)
+        return cls(
+            model=model, optimizer=optimizer, loss_fn=loss_fn, grad_scaler=grad_scaler, parameters=parameters,
+            groups=groups, on_cpu=on_cpu,
+        )  # fmt: skip
+
+    @property
+    def views(self) -> Sequence[RealView]:
+        """Those of the parameters that are views of complex weights."""
+        return [p for p in self.parameters if isinstance(p, RealView)]

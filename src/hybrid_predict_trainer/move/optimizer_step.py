@@ -1,0 +1,261 @@
+"""The optimizer's step, and what of ours is around it: multiplier and lookahead, and the end of both.
+
+In this order: the multiplier keeps the weights and shortens groups, the lookahead keeps the weights; the optimizer
+steps at the schedule's rate times the multiplier; the multiplier measures the step, the lookahead moves on along the
+drift.
+
+What raises in them (no memory for a copy of the weights, say) ends no run: the step is the optimizer's own then, and
+after three times it is so for the rest of the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Generator, Tensor
+
+from ..config.settings import HybridTrainerConfig
+from ..judge.switchback import NUM_LOSSES, Switchback
+from ..keep.failures import Failures, Place
+from ..keep.subject import Subject
+from ..observe.history import Losses
+from ..records import State
+from ..weights.algebra import Tensors
+from ..weights.parameters import untrained
+from ..weights.trained import Watch
+from .group_warmup import is_inside_a_block
+from .lookahead import DriftLookahead, Lookahead, NoLookahead
+from .lr_multiplier import CHECK_STEPS, LearnedScale
+from .multiplier import orthogonalizes
+from .overflow import ScaleSearch
+from .schedule import LrSchedule
+from .unit_scale import StepScale, UnitScale
+
+
+class OptimizerStep:
+    """One step of the optimizer, with what is around it.
+
+    Attributes:
+        scale: Learned multiple of the schedule's rate, and shorter first steps by group.
+        lookahead: Slow drift carried on between steps.
+        switchback: The lookahead's trial.
+        scale_search: Whether a gradient scaler is still looking for its scale.
+    """
+
+    def __init__(
+        self, subject: Subject, watch: Watch, schedule: LrSchedule, scale: StepScale, lookahead: Lookahead,
+        switchback: Switchback, failures: Failures, *, drifts: bool,
+    ) -> None:  # fmt: skip
+        """Bind; no memory is taken before the first step.
+
+        Args:
+            subject: What is trained.
+            watch: Which of its parameters may be moved.
+            schedule: Of the learning rate.
+            scale: The multiplier, or one that stays at 1.
+            lookahead: Or one that does nothing.
+            switchback: Its trial.
+            failures: Count what raises.
+            drifts: The lookahead replaces a part of a step by the drift, beside shortening all steps.
+        """
+        self.scale, self.lookahead, self.switchback = scale, lookahead, switchback
+        self.scale_search = ScaleSearch(subject.grad_scaler)
+        self._subject, self._watch, self._schedule, self._failures = subject, watch, schedule, failures
+        self._drifts = drifts
+
+    # ---- the step ---------------------------------------------------------------------------------------
+
+    def before(self, *, exact: bool) -> int:
+        """Between backward and the optimizer's step; returns passes over the weights.
+
+        Args:
+            exact: Losses are exact.
+
+        Raises:
+            Exception: whatever a copy of the weights raises; :meth:`forget` is to follow.
+        """
+        if self._failures.exhausted(Place.MOTION):
+            return 0
+        parameters = self._subject.parameters
+        passes = self.scale.measure(parameters) + self.scale.before_step(parameters)
+        if not exact and not self.switchback.switched_off:
+            passes += self.lookahead.before_step(parameters)
+        return passes
+
+    def step(self, position: int) -> None:
+        """The optimizer steps, at the schedule's rate times the multiplier.
+
+        Args:
+            position: Of the run on its clock, before this step.
+        """
+        optimizer, scaler = self._subject.optimizer, self._subject.grad_scaler
+        with self._schedule.applied(optimizer, position), self.scale.applied(optimizer):
+            if scaler is None:
+                optimizer.step()
+            else:
+                scaler.step(optimizer)
+                scaler.update()
+
+    def after(self, rate: float, *, exact: bool, resting: bool) -> int:
+        """After the optimizer's step; returns passes over the weights.
+
+        Args:
+            rate: The schedule's, of this step.
+            exact: Losses are exact.
+            resting: All motions are to rest, because the guard compares.
+
+        Raises:
+            Exception: whatever a copy of the weights raises; :meth:`forget` is to follow.
+        """
+        if self._failures.exhausted(Place.MOTION):
+            return 0
+        return self.measure() + self.look_ahead(rate, exact=exact, resting=resting)
+
+    def measure(self) -> int:
+        """Let the multiplier look at the step that was made; returns passes over the weights."""
+        return self.scale.after_step(self._subject.parameters)
+
+    def look_ahead(self, rate: float, *, exact: bool, resting: bool) -> int:
+        """Replace part of what was computed by the drift, and move on along it; returns passes over the weights.
+
+        Where losses are exact the gate finds longer jumps than this at once.  A rate that still rises has no drift
+        worth going on with, and one that the learned scale is making up for, because it is far too small, no swing to
+        take out.  Without the drift kappa shortens all steps, which is not what a scale lengthened them for.
+        """
+        if self.switchback.switched_off or (exact and self.lookahead.num_steps <= 1):
+            self.lookahead.forget()  # of the first batch nobody could tell that all are the same
+            return 0
+        rising, peak = rate > self._schedule.peak, max(rate, self._schedule.peak)
+        lengthened = self.scale.growing if self._drifts else self.scale.value > 1
+        pull = 0.0 if lengthened or exact else 1.0
+        strength = 0.0 if rising or exact or peak <= 0 else rate / peak
+        if pull > 0 or strength > 0:
+            self.switchback.note_motion()
+        if not self.switchback.moving or resting or not self._schedule.anneals:
+            pull = strength = 0.0
+        passes = self.lookahead.after_step(
+            self._subject.parameters, rate * self.scale.value, pull=pull, strength=strength, along=self.scale.held,
+            movable=self._watch.trained.movable,
+        )  # fmt: skip
+        self._schedule.note_peak(rate)  # not before: an interrupted application is done again with the same numbers
+        return passes
+
+    # ---- what happens ------------------------------------------------------------------------------------
+
+    def on_jump(self, delta: Tensors, scale: float) -> None:
+        """The weights have moved by ``scale * delta``."""
+        self.lookahead.translate(delta, scale)
+        self.on_restore(None)
+
+    def on_restore(self, mark: State | None) -> None:
+        """The weights are earlier ones again: the lookahead's own memory came back with them."""
+        self.switchback.note_jump()
+        self.scale.forget()
+
+    def on_overwrite(self) -> None:
+        """The weights are others than any that were seen."""
+        self.on_restore(None)
+
+    def on_touch(self) -> None:
+        """The weights were written to and are the same, as far as can be told."""
+        self.scale.forget()
+        self.lookahead.follow(self._subject.parameters)
+
+    def on_skip(self) -> None:
+        """The step is left out."""
+        self.scale.forget()
+
+    def on_loss(self, losses: Losses, generator: Generator) -> None:
+        """A real step was read: the lookahead's trial looks at it.
+
+        Where losses are read late a block ends when all of its own are there.
+        """
+        if self.lookahead.num_steps and self.switchback.count_step() and not losses.readout.waiting:
+            self.switchback.close_block(losses.newest(NUM_LOSSES), generator)
+
+    def forget(self) -> None:
+        """Multiplier or lookahead failed: both begin anew, the multiplier at 1."""
+        self.scale.forget()
+        self.scale.level()
+        self.lookahead.forget()
+        self.switchback.note_jump()
+
+    def end_steering(self) -> None:
+        """No multiplier, no cuts and no lookahead from here on."""
+        self.scale.withdraw(for_good=True)
+        self.scale.end_cuts()
+        self.lookahead.forget()
+        self.switchback.switch_off()
+
+    @property
+    def moving(self) -> bool:
+        """Whether anything here has a hand in the weights or in their rate."""
+        drifting = self.lookahead.num_steps > 0 and not self.switchback.switched_off
+        return drifting or self.scale.learned > 1 or self.scale.shortening
+
+    # ---- state --------------------------------------------------------------------------------------------
+
+    def memory_bytes(self) -> dict[str, int]:
+        """Bytes by part; nothing of a part that holds none."""
+        found = {"scale": self.scale.memory_bytes(), "lookahead": self.lookahead.memory_bytes()}
+        return {name: size for name, size in found.items() if size}
+
+    def state_dict(self) -> State:
+        """Plain containers and tensors."""
+        return {
+            "scale": self.scale.state_dict(), "lookahead": self.lookahead.state_dict(),
+            "switchback": self.switchback.state_dict(),
+        }  # fmt: skip
+
+    def load_state_dict(self, state: State) -> None:
+        """Inverse of :meth:`state_dict`."""
+        self.scale.load_state_dict(state["scale"])
+        self.lookahead.load_state_dict(_placed(state["lookahead"], self._subject.parameters))
+        self.switchback.load_state_dict(state["switchback"])
+
+
+def multiplier_for(
+    subject: Subject, watch: Watch, config: HybridTrainerConfig, generator: Generator, *, anneals: bool
+) -> StepScale:
+    """The learned multiplier, or one that stays at 1.
+
+    It raises the noise that weights settle with, and counts on a schedule to take it out again.
+
+    Args:
+        subject: What is trained.
+        watch: Where only the optimizer may move weights no group is shortened.
+        config: Settings.
+        generator: Draws its controls.
+        anneals: There is a schedule.
+    """
+    least = config.min_learned_scale if watch.hands_off is None else 1.0
+    if config.never_predicts or not anneals or not (config.max_learned_scale > 1 or least < 1):
+        return UnitScale()
+    # on an accelerator a check waits for the device: as often as losses are read, no more
+    steps = CHECK_STEPS if subject.on_cpu else max(CHECK_STEPS, config.divergence.check_interval_steps)
+    return LearnedScale(
+        subject.groups, 1.0 if orthogonalizes(subject.optimizer) else config.max_learned_scale, least, steps,
+        untrained=untrained(subject.parameters, subject.groups.names),
+        control_fraction=config.gate.control_fraction, generator=generator,
+    )  # fmt: skip
+
+
+def lookahead_for(subject: Subject, config: HybridTrainerConfig, *, observing: bool, anneals: bool) -> Lookahead:
+    """The lookahead, or one that does nothing; it counts on a schedule as the multiplier does."""
+    # it gains on networks of blocks; physics-informed ones, and SGD over epochs, are the worse for it (LOG.md)
+    suited = config.lookahead_scope == "all" or any(is_inside_a_block(role) for role in subject.groups.roles)
+    asked = config.lookahead > 0 or config.smoothing > 0
+    if config.never_predicts or not anneals or not (observing and suited and asked):
+        return NoLookahead()
+    return DriftLookahead(config.lookahead, config.smoothing, config.drift)
+
+
+def _placed(state: State, parameters: Sequence[Tensor]) -> State:
+    """Lists of one tensor per parameter brought to its device: those of a checkpoint are in host memory."""
+
+    def moved(value: Any) -> Any:
+        per_parameter = isinstance(value, list) and len(value) == len(parameters)
+        return [t.to(p.device) for t, p in zip(value, parameters, strict=True)] if per_parameter else value
+
+    return {name: moved(value) for name, value in state.items()}
