@@ -15,12 +15,12 @@ import torch
 from cases import Fake, Setup, assert_same, config, difference, full_batch, make_batches, seed_all, setup
 from hybrid_predict_trainer import CheckpointError, HybridTrainer, HybridTrainerConfig
 from hybrid_predict_trainer.cost import CostMeter
+from hybrid_predict_trainer.judge import candidates
 from hybrid_predict_trainer.judge.ledger import Ledger
 from hybrid_predict_trainer.numerics.running import Baseline, RunningMoments
 from hybrid_predict_trainer.observe.divergence import Monitor
 from hybrid_predict_trainer.observe.history import History, Reading
 from hybrid_predict_trainer.predictors import PREDICTORS
-from hybrid_predict_trainer.propose import proposal as proposals
 from hybrid_predict_trainer.propose.confidence import TrackRecord
 from hybrid_predict_trainer.records import Level, Phase, StepResult
 from hybrid_predict_trainer.tell.recorder import Metrics
@@ -95,7 +95,7 @@ RUNS += [("secant", data, 1, MOTION) for data in DATA]
 def test_resume_everywhere(
     predictor: str, data: str, segments: int, more: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(proposals, "price", lambda run: lambda forwards: 0.0)
+    monkeypatch.setattr(candidates, "price", lambda run: lambda forwards: 0.0)
     batches = DATA[data](NUM_STEPS, 32)
     made, trainer = built(predictor, segments, **more)
     saved: dict[str, tuple[Path, int]] = {}
@@ -126,7 +126,7 @@ def test_resume_everywhere(
 
 def test_places_are_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every place of the table is one that some run comes to, or the test above says nothing."""
-    monkeypatch.setattr(proposals, "price", lambda run: lambda forwards: 0.0)
+    monkeypatch.setattr(candidates, "price", lambda run: lambda forwards: 0.0)
     seen = set()
     for segments, data in ((1, "noisy"), (2, "exact")):
         _, trainer = built("fake", segments)

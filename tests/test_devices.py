@@ -12,6 +12,7 @@ from torch import nn
 
 from cases import Fake, assert_same, config, loss_fn, make_batches, put_into_subject, setup
 from hybrid_predict_trainer import HybridTrainer
+from hybrid_predict_trainer.cycle import predict_step
 from hybrid_predict_trainer.cycle.real_step import settle_anchor
 from hybrid_predict_trainer.experiments.arms.drive import wait_for_device
 from hybrid_predict_trainer.keep import optimizer_state
@@ -23,7 +24,6 @@ from hybrid_predict_trainer.numerics.streaming import CountSketch
 from hybrid_predict_trainer.observe.basis import Basis
 from hybrid_predict_trainer.observe.gradient_health import measure
 from hybrid_predict_trainer.observe.history import Readout
-from hybrid_predict_trainer.propose import proposal as proposals
 from hybrid_predict_trainer.records import BasisSpec, Phase, Reason, State, Verdict
 from hybrid_predict_trainer.tasks import TaskSettings, base, make_task
 from hybrid_predict_trainer.weights import algebra as weights
@@ -347,7 +347,7 @@ def test_a_jump_is_read_from_the_device_once_per_question(monkeypatch: pytest.Mo
     def approved(*args: Any) -> Verdict:
         return Verdict(accepted=True, reason=Reason.ACCEPTED, scale=1.0, loss_before=1.0, loss_after=0.5)
 
-    monkeypatch.setattr(proposals, "judge", approved)
+    monkeypatch.setattr(predict_step, "judge", approved)
     trainer = device_trainer(
         divergence__check_interval_steps=100, predictor__window=4, warmup_steps=2, correct_steps=3, gate__exact="never"
     )
