@@ -77,7 +77,7 @@ def always_control(patch: pytest.MonkeyPatch) -> None:
 
 
 def looks_promising(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(cycle, "consider", lambda run, horizon: cycle.Prospect(horizon, promising=True))
+    patch.setattr(cycle, "_considered", lambda run, horizon: (horizon, True))
 
 
 CERTAIN = {"gate__significance": 0.5}  # the mean decides

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from .config.settings import HybridTrainerConfig
 from .cost import STEP_UNITS
 from .cycle import outside
-from .cycle.inputs import signals
+from .cycle.inputs import inputs, preview_proposal
 from .cycle.learning import describe, enter, judge_lookahead, monitor, observe, rescale, settle_readings
 from .cycle.passes import Rounds, Tally, goes_round, has_ended, replaying
 from .cycle.predictor_choice import choose_by_losses
@@ -163,13 +163,16 @@ class HybridTrainer:
         run = self.run
         with own_defaults():
             outside.notice(run)
-            decision = run.phases.controller.decide(signals(run))
-        enter(run, decision)
-        began = time.perf_counter()
+        looked = time.perf_counter()
         run.see(batch)
-        run.schedule.begin_step()
         measured = check_exactness(run, batch)
-        run.judge.ledger.losses_are(exact=run.full_batch)
+        run.judge.ledger.losses_are(exact=run.full_batch)  # which does not change before the next batch
+        looked = time.perf_counter() - looked
+        with own_defaults():
+            decision = run.phases.controller.decide(inputs(run, preview_proposal(run)))
+        enter(run, decision)
+        began = time.perf_counter() - looked
+        run.schedule.begin_step()
         if decision.phase is not Phase.PREDICT:
             with own_defaults():
                 choose_by_losses(run)

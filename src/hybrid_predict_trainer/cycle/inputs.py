@@ -19,60 +19,77 @@ OPTIMISM = 4.0
 USUAL_PRICE_EXACT, USUAL_PRICE_NOISY = 5.0, 2.5
 
 
-def signals(run: Run) -> Signals:
-    """Everything the controller may look at."""
-    due = run.windows.just_closed and run.phases.current is Phase.FULL and run.phases.num_forced_full_steps == 0
-    # where losses are exact a test says at once what a proposal is worth: a closed window is enough
-    num_full_steps = 0 if run.full_batch else run.config.full_steps
-    due = due and run.phases.num_real_steps_since_predict >= num_full_steps and run.judge.ledger.wait_windows == 0
-    due = due and predictor_ready(run) and affordable(run)
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """What a proposal now could be; the only questions to the predictor before a decision are behind it."""
+
+    horizon: int  # 0: the bandit would rather not
+    ready: bool = False  # the predictor has something to say
+    promising: bool = False
+
+
+def preview_proposal(run: Run) -> Preview:
+    """Ask the predictor, once, if a proposal may be due.
+
+    This is no query: it draws the bandit's arm and states a confidence, and a second call would do so again.
+    """
+    windows, phases = run.windows, run.phases
     horizon = min(run.proposer.horizon, max(run.config.max_predict_steps, 1))
-    prospect = consider(run, horizon) if due else None
-    probation = run.judge.probation
+    if not windows.just_closed:
+        return Preview(horizon)
+    due = phases.current is Phase.FULL and phases.num_forced_full_steps == 0
+    due = due and phases.num_real_steps_since_predict >= num_full_steps_due(run)
+    due = due and run.judge.ledger.wait_windows == 0 and predictor_ready(run) and affordable(run)
+    promising = False
+    if due:
+        horizon, promising = _considered(run, horizon)
+    # asked after the prediction: the predictor may have failed in it for the last time
+    return Preview(horizon, ready=predictor_ready(run), promising=promising)
+
+
+def num_full_steps_due(run: Run) -> int:
+    """Full steps between two proposals: where losses are exact a test says at once what one is worth."""
+    return 0 if run.full_batch else run.config.full_steps
+
+
+def inputs(run: Run, preview: Preview) -> Signals:
+    """Everything the controller may look at; two calls give the same."""
+    proposer, phases, probation, closed = run.proposer, run.phases, run.judge.probation, run.windows.just_closed
     return Signals(
-        phase=run.phases.current,
+        phase=phases.current,
         num_real_steps=run.meter.num_attempted_steps,
-        num_real_steps_since_predict=run.phases.num_real_steps_since_predict,
+        num_real_steps_since_predict=phases.num_real_steps_since_predict,
         loss_ema_stable=run.losses.history.loss_ema_stable,
         baseline_known=run.losses.history.norm_baseline.count > 0,
-        window_just_closed=run.windows.just_closed,
-        predictor_ready=run.windows.just_closed and predictor_ready(run),
-        confidence=run.proposer.confidence,
-        num_outcomes=run.proposer.feedback.record.num_outcomes,
-        num_windows_since_proposal=run.proposer.num_windows_since_proposal,
-        horizon=horizon if prospect is None else prospect.horizon,
-        affordable=run.windows.just_closed and affordable(run),
-        promising=prospect is not None and prospect.promising,
+        window_just_closed=closed,
+        predictor_ready=preview.ready,
+        confidence=proposer.confidence,
+        num_outcomes=proposer.feedback.record.num_outcomes,
+        num_windows_since_proposal=proposer.num_windows_since_proposal,
+        horizon=preview.horizon,
+        affordable=closed and affordable(run),
+        promising=preview.promising,
         num_windows_to_wait=run.judge.ledger.wait_windows,
         switched_off=run.judge.ledger.switched_off or run.safety.guard.comparing,
-        num_full_steps_due=num_full_steps,
-        num_forced_full_steps=run.phases.num_forced_full_steps,
-        forced_by_alarm=run.phases.forced_by_alarm,
-        num_probation_steps=0 if probation is None or run.proposer.segment is not None else probation.num_steps_left,
-        num_segments_left=0 if run.proposer.segment is None else run.proposer.segment.num_left,
+        num_full_steps_due=num_full_steps_due(run),
+        num_forced_full_steps=phases.num_forced_full_steps,
+        forced_by_alarm=phases.forced_by_alarm,
+        num_probation_steps=0 if probation is None or proposer.segment is not None else probation.num_steps_left,
+        num_segments_left=0 if proposer.segment is None else proposer.segment.num_left,
         fallback_threshold=2 * run.windows.loss,
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Prospect:
-    """What a proposal now could be."""
-
-    horizon: int  # 0: the bandit would rather not
-    promising: bool
-
-
-def consider(run: Run, horizon: int) -> Prospect:
-    """Look at a proposal before any forward is spent on it: horizon, promise, confidence."""
-    adaptation, window = run.proposer.feedback, run.windows.last
-    noise = run.losses.history.loss_ema.std / (abs(run.losses.history.loss_ema.mean) or 1.0)
+def _considered(run: Run, horizon: int) -> tuple[int, bool]:
+    """Look at a proposal before any forward is spent on it: its horizon, and whether it promises enough."""
+    feedback, window, loss = run.proposer.feedback, run.windows.last, run.losses.history.loss_ema
     try:
-        if adaptation.uses_bandit and window is not None:
-            horizon = adaptation.choose_horizon(
+        if feedback.uses_bandit and window is not None:
+            horizon = feedback.choose_horizon(
                 window,
                 confidence=run.proposer.confidence,
                 persistence=run.judge.ledger.persistence,
-                spread=run.losses.history.loss_ema.std,
+                spread=loss.std,
             )
         with run.proposer.time.call():
             prediction = run.proposer.predictor.predict(max(horizon, 1))
@@ -81,21 +98,21 @@ def consider(run: Run, horizon: int) -> Prospect:
         cost = price(run)(usual)
         evidence = Evidence(
             raw=raw if 0 < raw < 1 else 0.5,
-            record=adaptation.record.confidence,
+            record=feedback.record.confidence,
             reduction=reduction,
             price=cost,
-            noise=noise,
+            noise=loss.std / (abs(loss.mean) or 1.0),
         )
-        run.proposer.state_confidence(adaptation.state_confidence(evidence))
+        run.proposer.state_confidence(feedback.state_confidence(evidence))
     except Exception as error:
         run.proposer.note_failure(error)
-        return Prospect(horizon, promising=False)
+        return horizon, False
     if run.proposer.time.objection is not None:  # it took too long, and is dropped at the end of this step
-        return Prospect(horizon, promising=False)
+        return horizon, False
     # Where losses are exact a test is worth its price in the long run.  Under noise most proposals of a
     # young model promise less than a twentieth of what their test costs; the benefit of the doubt is a
     # factor, because the gate may lengthen a jump and so find more than was predicted.
-    return Prospect(horizon, promising=run.full_batch or OPTIMISM * reduction >= cost)
+    return horizon, run.full_batch or OPTIMISM * reduction >= cost
 
 
 def predictor_ready(run: Run) -> bool:

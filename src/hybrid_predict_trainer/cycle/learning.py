@@ -1,4 +1,4 @@
-"""The stations of one step around its execution: signals -> (decide, execute) -> monitor -> observe -> describe."""
+"""The stations of one step around its execution: preview -> (decide, execute) -> monitor -> observe -> describe."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ def enter(run: Run, decision: Decision) -> None:
     run.phases.enter(decision.phase)
     if decision.phase is not Phase.PREDICT:
         run.proposer.go_on_with(None)  # what is left of a jump in pieces is not continued later
+        run.proposer.feedback.drop_preview()
     run.windows.begin_step()
     run.meter.begin_step(decision.phase)
 

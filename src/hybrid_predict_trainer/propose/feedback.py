@@ -110,6 +110,10 @@ class Adaptation:
         self.evidence = evidence
         return self.confidence.predict(evidence)
 
+    def drop_preview(self) -> None:
+        """The proposal that was considered is not made."""
+        self.evidence = self._choice = None
+
     @harmless
     def note_outcome(self, kept: bool) -> None:
         """A jump was refused, kept or taken back; whether a kept one pays comes with its account."""
