@@ -32,8 +32,7 @@ from cases import (
 from hybrid_predict_trainer import HybridTrainer
 from hybrid_predict_trainer.cycle import correct_step, predict_step
 from hybrid_predict_trainer.cycle import learning as cycle
-from hybrid_predict_trainer.judge import gate
-from hybrid_predict_trainer.propose import proposal as proposals_module
+from hybrid_predict_trainer.judge import candidates, gate
 from hybrid_predict_trainer.records import Phase, Reason, StepResult, Verdict
 from reference import DenseBasis, flat
 
@@ -69,7 +68,7 @@ class Refusal:
 
 
 def price_of_gold(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(proposals_module, "price", lambda run: lambda forwards: 1e9)
+    patch.setattr(candidates, "price", lambda run: lambda forwards: 1e9)
 
 
 def always_control(patch: pytest.MonkeyPatch) -> None:
@@ -114,7 +113,7 @@ TOLD = pytest.mark.filterwarnings(
 
 
 def refusing(case: Refusal, patch: pytest.MonkeyPatch, built: Setup, **changes: Any) -> HybridTrainer:
-    patch.setattr(proposals_module, "price", lambda run: lambda forwards: 0.0)
+    patch.setattr(candidates, "price", lambda run: lambda forwards: 0.0)
     case.patch(patch)
     return built.trainer(config(**{**case.changes, **changes}), predictor=case.predictor(), loss_fn=case.loss)
 

@@ -247,7 +247,7 @@ class HybridTrainer:
             for batch in () if has_ended(run, total_steps) else replaying(passes, self._unused):
                 self._last_batch = batch
                 result = self.step(batch)
-                tally.num_steps += 1
+                tally.count_step()
                 if result.num_backward or result.was_predicted:  # a refused proposal learnt nothing: no loss of its own
                     tally.losses.append(result.loss_tensor)
                 if progress_callback is not None:

@@ -112,6 +112,10 @@ class Tally:
         self.losses: list[Tensor] = []
         self.num_steps = 0
 
+    def count_step(self) -> None:
+        """A step was taken."""
+        self.num_steps += 1
+
     def result(self, *, stopped_early: bool) -> EpochResult:
         """It has ended."""
         before, after, losses = self._before, statistics(self._run), self.losses

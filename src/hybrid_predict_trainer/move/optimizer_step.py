@@ -146,16 +146,20 @@ class OptimizerStep:
     def on_jump(self, delta: Tensors, scale: float) -> None:
         """The weights have moved by ``scale * delta``."""
         self.lookahead.translate(delta, scale)
-        self.on_restore(None)
+        self._forget_steps()
 
     def on_restore(self, mark: State | None) -> None:
         """The weights are earlier ones again: the lookahead's own memory came back with them."""
-        self.switchback.note_jump()
-        self.scale.forget()
+        self._forget_steps()
 
     def on_overwrite(self) -> None:
         """The weights are others than any that were seen."""
-        self.on_restore(None)
+        self._forget_steps()
+
+    def _forget_steps(self) -> None:
+        """No test may span this moment."""
+        self.switchback.note_jump()
+        self.scale.forget()
 
     def on_touch(self) -> None:
         """The weights were written to and are the same, as far as can be told."""
