@@ -30,8 +30,7 @@ from cases import (
     steps_until,
 )
 from hybrid_predict_trainer import HybridTrainer
-from hybrid_predict_trainer.cycle import correct_step, predict_step
-from hybrid_predict_trainer.cycle import learning as cycle
+from hybrid_predict_trainer.cycle import correct_step, inputs, predict_step
 from hybrid_predict_trainer.judge import candidates, gate
 from hybrid_predict_trainer.records import Phase, Reason, StepResult, Verdict
 from reference import DenseBasis, flat
@@ -76,7 +75,7 @@ def always_control(patch: pytest.MonkeyPatch) -> None:
 
 
 def looks_promising(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(cycle, "_considered", lambda run, horizon: (horizon, True))
+    patch.setattr(inputs, "_considered", lambda run, horizon: (horizon, True))
 
 
 CERTAIN = {"gate__significance": 0.5}  # the mean decides

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from cases import assert_same, difference
 from hybrid_predict_trainer import CheckpointError, HybridTrainer, HybridTrainerConfig
 from hybrid_predict_trainer.config.toml import with_values
-from hybrid_predict_trainer.keep import optimizer_state, state_tree
+from hybrid_predict_trainer.keep import checkpoint, migration, optimizer_state, state_tree
 from hybrid_predict_trainer.keep.buffers import BufferGuard, Buffers
 from hybrid_predict_trainer.keep.rng import rng_state, set_rng_state
 from hybrid_predict_trainer.keep.snapshot import Snapshot
@@ -668,20 +668,62 @@ def test_frozen_weights_that_cannot_be_had_again_are_stored(how: str, tmp_path: 
 
 
 @contextmanager
-def unpacked(tmp_path: Path) -> Iterator[Path]:
-    with zipfile.ZipFile(DATA / "format_2.zip") as archive:
+def unpacked(tmp_path: Path, name: str = "format_2.zip") -> Iterator[Path]:
+    with zipfile.ZipFile(DATA / name) as archive:
         archive.extractall(tmp_path)
-    yield tmp_path / "checkpoint_step_21"
+    yield next(tmp_path.glob("checkpoint_step_*"))
 
 
-def test_a_checkpoint_of_format_2_still_loads(tmp_path: Path) -> None:
+def of_an_older_build(**settings: Any) -> HybridTrainer:
+    """What the kept checkpoints were written from."""
     torch.manual_seed(7)
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Tanh(), nn.Linear(3, 1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: max(0.05, 1 - t / 200))
     chosen = with_values(HybridTrainerConfig(), {"predictor.window": 3, "predictor.secant.num_displacements": 2,
-                                                 "training.warmup_steps": 4, "training.correct_steps": 3})  # fmt: skip
-    trainer = HybridTrainer(model, optimizer, chosen, mse, schedule)
+                                                 "training.warmup_steps": 4, "training.correct_steps": 3,
+                                                 **settings})  # fmt: skip
+    return HybridTrainer(model, optimizer, chosen, mse, schedule)
+
+
+def leaves(value: Any, path: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], Any]:
+    """Path -> value of everything in a state that is no dictionary."""
+    if isinstance(value, dict) and value:
+        return {p: v for key, inner in value.items() for p, v in leaves(inner, (*path, key)).items()}
+    return {path: value}
+
+
+def test_a_checkpoint_of_format_3_is_sorted_by_owner(tmp_path: Path) -> None:
+    """Nothing is lost, nothing is made up, and the run goes on from it."""
+    trainer = of_an_older_build(**{"predictor.type": "secant"})
+    with unpacked(tmp_path, "format_3.zip") as path:
+        loaded = checkpoint.load(path)
+        former = loaded.parts["trainer"]["run"]
+        trainer.load_checkpoint(path)
+    assert loaded.manifest.format_version == 3
+    sorted_ = migration.by_owner(former)
+    assert len(leaves(sorted_)) == len(leaves(former)) > 100
+    own = trainer.run.state_dict()
+    own["failures"]["counts"] = {place: own["failures"]["counts"][place] for place in former["failures"]["counts"]}
+    assert set(leaves(sorted_)) == set(leaves(own)), "what the present format has, and no more"
+    for path, value in leaves(own).items():
+        assert_same(value, leaves(sorted_)[path])
+    assert (trainer.current_step, trainer.run.meter.num_real_steps) == (25, 24)
+    assert trainer.run.judge.probation is not None, "it was taken while a jump was on probation"
+    x = torch.randn(8, 2, generator=torch.Generator().manual_seed(1))
+    for _ in range(5):
+        result = trainer.step((x, x.sum(1, keepdim=True).sin()))
+    assert result.loss < 0.12, "it was at 0.1145"
+    assert trainer.save_checkpoint(tmp_path / "new").is_dir()
+
+
+def test_every_place_of_format_3_has_one_owner() -> None:
+    assert len(set(migration.OWNED.values())) == len(migration.OWNED)
+
+
+def test_a_checkpoint_of_format_2_still_loads(tmp_path: Path) -> None:
+    trainer = of_an_older_build()
+    model, optimizer = trainer.run.subject.model, trainer.run.subject.optimizer
     with unpacked(tmp_path) as path:
         trainer.load_checkpoint(path)
         weights = state_tree.read_tensors(path / "model_weights.safetensors")
