@@ -10,8 +10,9 @@ from typing import Any, Protocol
 
 from ..experiments.arms.options import as_input_error
 from ..experiments.arms.recording import Recording
-from ..experiments.bench import memory, overhead
+from ..experiments.bench import memory, overhead, profile, step_price
 from ..experiments.bench import predictors as predictor_bench
+from ..experiments.bench.workloads import WORKLOADS as SMALL_MODELS
 from ..experiments.harm import program as harm
 from ..experiments.harm import table as harm_table
 from ..experiments.harm.runs import ARMS as HARM_ARMS
@@ -68,12 +69,25 @@ def add_commands(bench: argparse.ArgumentParser, number: Converter) -> None:
         parser.add_argument("--predictor", action="append", metavar="NAME", help=f"may be repeated; {names}")
 
     cost = benchmark("overhead", run_overhead, "a full step of the trainer against the bare loop")
+    cost.add_argument("--model", default="gpt", metavar="NAME", help=f"gpt (default), {', '.join(SMALL_MODELS)}")
+    cost.add_argument(
+        "--against", type=Path, metavar="PATH",
+        help="a checkout of an earlier build to take turns with (small models)",
+    )  # fmt: skip
+    cost.add_argument("--rounds", type=whole, default=3, metavar="N", help="small models: all anew so often (3)")
     preset(cost, "10M")
     predictor(cost)
-    cost.add_argument("--steps", type=number(int, 30, 100_000), default=40, metavar="K", help="pairs (default 40)")
+    cost.add_argument(
+        "--steps", type=number(int, 30, 100_000), metavar="K", help="pairs (default 40); small models: steps (1000)"
+    )
     cost.add_argument("--batch-size", type=whole, default=8, metavar="N")
     cost.add_argument("--context", type=whole, default=128, metavar="N")
     cost.add_argument("--device", default="cpu")
+
+    where = benchmark("profile", run_profile, "where the CPU time of a step goes, and the tensors it makes")
+    where.add_argument("--model", default="tiny", metavar="NAME", help=f"{', '.join(SMALL_MODELS)} (default tiny)")
+    where.add_argument("--steps", type=whole, default=300, metavar="K", help="that count (default 300)")
+    where.add_argument("--skip", type=number(int, 0, 100_000), default=100, metavar="K", help="before (default 100)")
 
     learnt = benchmark("predictors", run_predictors, "predictors on trajectories with a known answer")
     predictor(learnt)
@@ -260,15 +274,30 @@ def run_stack(args: argparse.Namespace) -> Shown:
 
 def run_overhead(args: argparse.Namespace) -> Shown:
     """A full step of the trainer against the bare loop."""
+    if args.model != "gpt":
+        with as_input_error():
+            found = step_price.measure(
+                args.model, num_steps=args.steps or 1000, rounds=args.rounds, against=args.against, note=note
+            )
+        return found, lambda: step_price.text(found)
+    if args.against is not None:
+        raise ConfigError(f"--against goes with a small model: --model {' or '.join(SMALL_MODELS)}")
     names = args.predictor or ["secant"]
     workload = overhead.Workload(
         preset=args.preset or "10M", batch_size=args.batch_size, context=args.context, device=args.device,
-        predictor=names[0], num_pairs=args.steps,
+        predictor=names[0], num_pairs=args.steps or 40,
     )  # fmt: skip
     with as_input_error():
         prepared = overhead.prepare(workload)
     result = overhead.measure(prepared, note=note)
     return result, lambda: overhead.text(result)
+
+
+def run_profile(args: argparse.Namespace) -> Shown:
+    """Where the CPU time of a step goes."""
+    with as_input_error():
+        found = profile.measure(args.model, num_steps=args.steps, skip=args.skip)
+    return found, lambda: profile.text(found)
 
 
 def run_predictors(args: argparse.Namespace) -> Shown:
