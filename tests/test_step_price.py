@@ -55,26 +55,25 @@ def test_another_build_beside_this_one() -> None:
 
 
 def test_turns_with_this_build_as_the_earlier_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_price, "BLOCK", 15)
-    result = step_price.measure("tiny", num_steps=60, rounds=1, against=ROOT, note=silent)
+    monkeypatch.setattr(step_price, "BLOCK", 20)
+    result = step_price.measure("tiny", num_steps=40, rounds=1, against=ROOT, note=silent)
     plain, ours, earlier = result["rows"]
-    assert plain["num_real_steps"] == 60 and plain["extra_us"] == 0
-    assert ours["num_jumps_proposed"] > 5
-    assert ours["num_real_steps"] + ours["num_jumps_proposed"] == 60
+    assert plain["num_real_steps"] == 40
+    assert plain["extra_us"] == 0
+    assert ours["num_jumps_proposed"] > 3
+    assert ours["num_real_steps"] + ours["num_jumps_proposed"] == 40
     for count in ("num_real_steps", "num_jumps_proposed"):
         assert ours[count] == earlier[count]
-    assert ours["extra_us"] > 0 and result["extra_over_earlier"] > 0
     assert "extra CPU time per real step, over the earlier build's" in step_price.text(result)
 
 
 def test_a_profile_knows_whose_time_it_is() -> None:
-    result = profile.measure("tiny", num_steps=20, skip=30)
+    result = profile.measure("tiny", num_steps=6, skip=22)
     rows = {row["station"]: row for row in result["rows"]}
     assert sum(row["share_pct"] for row in rows.values()) == pytest.approx(100)
     for station in ("observe", "judge", "propose", "predictors", profile.FORWARD, profile.BACKWARD, profile.OPTIMIZER):
-        assert rows[station]["us_per_step"] > 0, station
-    real = result["num_real_steps"]
-    assert 30 < real < 50
+        assert rows[station]["calls_per_step"] > 0, station
+    assert 22 < result["num_real_steps"] < 28
     # four linear layers and three activations, a loss and what it is read by: in every forward the same operations
     assert rows[profile.FORWARD]["torch_ops_per_step"] >= 8
     assert rows[profile.BACKWARD]["new_tensors_per_step"] > 3
