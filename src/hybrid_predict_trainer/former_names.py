@@ -35,6 +35,7 @@ MODULES: dict[str, tuple[str, ...]] = {
         "cycle.real_step",
         "cycle.predict_step",
         "cycle.correct_step",
+        "cycle.transaction",
         "cycle.loop",
         "judge.probation",
         "records",

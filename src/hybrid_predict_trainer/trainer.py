@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
@@ -17,22 +16,18 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from .config.settings import HybridTrainerConfig
 from .cost import STEP_UNITS
 from .cycle import outside
-from .cycle.inputs import inputs, preview_proposal
-from .cycle.learning import describe, enter, judge_lookahead, monitor, observe, rescale, settle_readings
+from .cycle.learning import settle_readings
+from .cycle.loop import take_step
 from .cycle.passes import Rounds, Tally, goes_round, has_ended, replaying
-from .cycle.predictor_choice import choose_by_losses
-from .cycle.real_step import run_plain
 from .cycle.state import Run
-from .cycle.transaction import execute, interrupted
-from .cycle.withdrawal import compare_with_anchor
+from .cycle.transaction import interrupted
 from .distributed.processes import refuse_distributed, refuse_several_processes
-from .judge.evaluation import check_exactness
 from .judge.validation import ValFn, Validation
 from .keep import resume as persistence
 from .keep.finiteness import trained_weights_finite, whereabouts
 from .keep.subject import LossFn, Subject
 from .predictors import Predictor
-from .records import ConfigError, DivergenceError, EpochResult, Phase, StepResult
+from .records import ConfigError, DivergenceError, EpochResult, StepResult
 from .tell.figures import statistics
 from .tell.recorder import Metrics
 from .tell.sinks import JsonlSink
@@ -147,7 +142,9 @@ class HybridTrainer:
             raise RuntimeError("step() was called from inside step()")
         try:
             self._busy = True
-            result = self._step(batch, time.perf_counter())
+            if self.config.enabled:
+                refuse_several_processes()
+            result = take_step(self.run, batch)
             outside.remember(self.run)
             self._busy = False
         except BaseException:
@@ -156,42 +153,6 @@ class HybridTrainer:
             outside.remember(self.run)
             raise
         return result
-
-    def _step(self, batch: Any, started: float) -> StepResult:
-        if self.config.enabled:
-            refuse_several_processes()
-        run = self.run
-        with own_defaults():
-            outside.notice(run)
-        looked = time.perf_counter()
-        run.see(batch)
-        measured = check_exactness(run, batch)
-        run.judge.ledger.losses_are(exact=run.full_batch)  # which does not change before the next batch
-        looked = time.perf_counter() - looked
-        with own_defaults():
-            decision = run.phases.controller.decide(inputs(run, preview_proposal(run)))
-        enter(run, decision)
-        began = time.perf_counter() - looked
-        run.schedule.begin_step()
-        if decision.phase is not Phase.PREDICT:
-            with own_defaults():
-                choose_by_losses(run)
-        compare_with_anchor(run, batch)
-        executor = execute if self.config.enabled else run_plain
-        clock, entered = run.proposer.time.clock, run.proposer.time.clock()
-        execution = executor(run, batch, decision)
-        seconds = clock() - entered if execution.backwards else None
-        execution.forwards += measured
-        run.batches.used(execution.consumed)
-        with own_defaults():
-            alarm = monitor(run, self.metrics, execution)
-            rescale(run, execution)
-            judge_lookahead(run, execution)
-            observe(run, self.metrics, execution, began)
-            run.proposer.note_time(seconds)
-            result = describe(run, decision, execution, alarm, started)
-            self.metrics.record(run, decision, execution, result)
-            return result
 
     def step_n(self, batches: Sequence[Any], n: int) -> list[StepResult]:
         """Take ``n`` steps with the first ``n`` batches.

@@ -1,22 +1,104 @@
-"""Which function takes the step of which phase."""
+"""One step around its execution: look at the batch -> decide -> execute -> check, learn, describe.
+
+:func:`take_step` does all of it in a row, for a trainer that owns forward and backward.  A loop that owns them itself
+goes the same way through :mod:`.engine`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from dataclasses import dataclass
 from typing import Any
 
-from ..records import Decision, Execution, Phase
-from .correct_step import run_correct
-from .predict_step import run_predict
-from .real_step import run_full
+from ..judge.evaluation import check_exactness
+from ..records import Decision, Execution, Phase, StepResult
+from ..weights.offload import own_defaults
+from . import outside
+from .inputs import inputs, preview_proposal
+from .learning import describe, enter, judge_lookahead, monitor, observe, rescale
+from .predictor_choice import choose_by_losses
+from .real_step import run_plain
 from .state import Run
+from .transaction import execute
+from .withdrawal import compare_with_anchor
 
-Executor = Callable[[Run, Any, Decision], Execution]
+
+@dataclass(frozen=True, slots=True)
+class Stopwatch:
+    """When a step began, by ``time.perf_counter``, and what its execution took.
+
+    Attributes:
+        called: The step was asked for.
+        began: Its own work began, what the decision took left out.
+        seconds: Time of forward, backward and optimizer step by the proposer's clock; None for a proposal.
+    """
+
+    called: float
+    began: float
+    seconds: float | None
 
 
-EXECUTORS: dict[Phase, Executor] = {
-    Phase.WARMUP: run_full,
-    Phase.FULL: run_full,
-    Phase.PREDICT: run_predict,
-    Phase.CORRECT: run_correct,
-}
+def look_at(run: Run, batch: Any) -> float:
+    """Look at the batch of a step before it is decided what to do with it; returns forwards spent."""
+    run.see(batch)
+    measured = check_exactness(run, batch)
+    run.judge.ledger.losses_are(exact=run.full_batch)  # which does not change before the next batch
+    return measured
+
+
+def decide(run: Run) -> Decision:
+    """What comes next; the only question to the predictor before it is behind that."""
+    with own_defaults():
+        return run.phases.controller.decide(inputs(run, preview_proposal(run)))
+
+
+def prepare(run: Run, batch: Any, decision: Decision) -> None:
+    """In the decided phase, before the step: the predictor that suits the losses, and the guard's comparison."""
+    run.schedule.begin_step()
+    if decision.phase is not Phase.PREDICT:
+        with own_defaults():
+            choose_by_losses(run)
+    compare_with_anchor(run, batch)
+
+
+def close_step(run: Run, decision: Decision, execution: Execution, watch: Stopwatch) -> StepResult:
+    """After a step of any phase: check its loss, learn from it, record it.
+
+    Raises:
+        DivergenceError: too many consecutive steps were not finite.
+    """
+    run.batches.used(execution.consumed)
+    with own_defaults():
+        alarm = monitor(run, run.recorder, execution)
+        rescale(run, execution)
+        judge_lookahead(run, execution)
+        observe(run, run.recorder, execution, watch.began)
+        run.proposer.note_time(watch.seconds)
+        result = describe(run, decision, execution, alarm, watch.called)
+        run.recorder.record(run, decision, execution, result)
+        return result
+
+
+def take_step(run: Run, batch: Any) -> StepResult:
+    """One step with one batch: real, or a predicted jump judged on it.
+
+    Raises:
+        TypeError: ``loss_fn`` did not return a scalar tensor with a graph.
+        DivergenceError: too many consecutive steps were not finite.
+    """
+    called = time.perf_counter()
+    with own_defaults():
+        outside.notice(run)
+    looked = time.perf_counter()
+    measured = look_at(run, batch)
+    looked = time.perf_counter() - looked
+    decision = decide(run)
+    enter(run, decision)
+    began = time.perf_counter() - looked
+    prepare(run, batch, decision)
+    executor = execute if run.config.enabled else run_plain
+    clock, entered = run.proposer.time.clock, run.proposer.time.clock()
+    execution = executor(run, batch, decision)
+    seconds = clock() - entered if execution.backwards else None
+    execution.forwards += measured
+    return close_step(run, decision, execution, Stopwatch(called, began, seconds))

@@ -22,10 +22,20 @@ from ..keep.failures import Place
 from ..keep.memento import Memento
 from ..records import Decision, Execution, Phase, Reason, Verdict
 from ..weights import algebra as weights
-from .correct_step import conclude
-from .loop import EXECUTORS
-from .real_step import count_real
+from .correct_step import conclude, run_correct
+from .predict_step import run_predict
+from .real_step import count_real, run_full
 from .state import Run
+
+Executor = Callable[[Run, Any, Decision], Execution]
+
+#: Which function takes the step of which phase.
+EXECUTORS: dict[Phase, Executor] = {
+    Phase.WARMUP: run_full,
+    Phase.FULL: run_full,
+    Phase.PREDICT: run_predict,
+    Phase.CORRECT: run_correct,
+}
 
 
 def books(run: Run) -> Memento:
@@ -76,15 +86,15 @@ def _proposal(run: Run, batch: Any, decision: Decision) -> Execution:
     return execution
 
 
-def _real(run: Run, batch: Any, decision: Decision, executor: Callable[[Run, Any, Decision], Execution]) -> Execution:
+def _real(run: Run, batch: Any, decision: Decision, executor: Executor) -> Execution:
     """Carried to its end and counted if its weights have moved."""
-    versions, num_attempted = _versions(run.subject.parameters), run.meter.num_attempted_steps
+    versions, num_attempted = versions_of(run.subject.parameters), run.meter.num_attempted_steps
     done = run.optimizer_step.scale.num_steps, run.optimizer_step.lookahead.num_steps
     try:
         return executor(run, batch, decision)
     except BaseException:
-        if _versions(run.subject.parameters) != versions and run.meter.num_attempted_steps == num_attempted:
-            _finish(run, *done)
+        if versions_of(run.subject.parameters) != versions and run.meter.num_attempted_steps == num_attempted:
+            finish_real(run, *done)
         raise
 
 
@@ -92,7 +102,7 @@ def _on_probation(run: Run, batch: Any, decision: Decision) -> Execution:
     """Carried to its end once its weights have moved."""
     before, versions, done = (
         books(run),
-        _versions(run.subject.parameters),
+        versions_of(run.subject.parameters),
         (run.optimizer_step.scale.num_steps, run.optimizer_step.lookahead.num_steps),
     )
     execution: Execution | None = None
@@ -106,16 +116,16 @@ def _on_probation(run: Run, batch: Any, decision: Decision) -> Execution:
             if after is not None:
                 after.restore()
             conclude(run, execution)
-        elif _versions(run.subject.parameters) != versions:
+        elif versions_of(run.subject.parameters) != versions:
             before.restore()
-            _finish(run, *done)
+            finish_real(run, *done)
             assert run.judge.probation is not None, "CORRECT without a jump on probation"
             conclude(run, Execution(run.judge.probation.under_way))
         raise
     return execution
 
 
-def _finish(run: Run, num_scaled: int, num_looked: int) -> None:
+def finish_real(run: Run, num_scaled: int, num_looked: int) -> None:
     """What follows the optimizer's own step, unless it was done: the counts are those before the step."""
     step = run.optimizer_step
     if step.scale.num_steps == num_scaled:
@@ -131,6 +141,6 @@ def interrupted(run: Run) -> None:
     run.windows.interrupted()
 
 
-def _versions(parameters: Iterable[Tensor]) -> list[int]:
+def versions_of(parameters: Iterable[Tensor]) -> list[int]:
     """Counts of the in-place changes of every parameter."""
     return [0 if p.is_inference() else p._version for p in parameters]
