@@ -89,8 +89,9 @@ def check_identity(run: Run, parts: Mapping[str, State], live: Mapping[str, Stat
                 raise CheckpointError(
                     f"the role of {name} is {old!r} in the checkpoint and {role!r} in this run: give the same roles"
                 )
+    theirs, ours = (own["trainer"]["run"].get("optimizer_step", {}) for own in (parts, live))
     for key, setting in SWITCHES.items():
-        if parts["trainer"]["run"].get(key) == {} and live["trainer"]["run"].get(key):
+        if theirs.get(key) == {} and ours.get(key):
             named = [k for k in (setting, *PREDICTING) if k in settings and settings[k] != _value(run, k)]
             raise CheckpointError(
                 f"{named[0] if named else setting} is switched off in the checkpoint, on in this run: set it to match"
