@@ -175,7 +175,7 @@ def test_a_step_has_one_answer_to_whether_every_batch_is_the_same(
         decided.append(run.full_batch)
         return preview_proposal(run)
 
-    monkeypatch.setattr("hybrid_predict_trainer.trainer.preview_proposal", noted)
+    monkeypatch.setattr("hybrid_predict_trainer.cycle.loop.preview_proposal", noted)
     same, other = full_batch(1)[0], make_batches(20)
     for i in range(16):
         trainer.step(same if i < changes_at else other[i])
