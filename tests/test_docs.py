@@ -8,22 +8,55 @@ import sys
 import tomllib
 from functools import reduce
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
-from hybrid_predict_trainer import HybridTrainerConfig
+import hybrid_predict_trainer
+from hybrid_predict_trainer import HybridTrainerConfig, Phase
 from hybrid_predict_trainer.config.toml import valid_keys
+from hybrid_predict_trainer.experiments.regimes import readme_rows
 
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_readme_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 1
-    exec(compile(blocks[0], "README.md", "exec"), {"__name__": "readme"})
+def blocks(name: str) -> list[str]:
+    """The Python examples of a document."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_the_readme_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """One after the other, as a reader would paste them."""
+    first, *others = blocks("README.md")
+    names: dict[str, object] = {"__name__": "readme"}
+    exec(compile(first, "README.md", "exec"), names)
     accepted, loss = capsys.readouterr().out.split()
     assert int(accepted) > 0
     assert 0 < float(loss) < 1e-3
+    assert len(others) == 2
+    for block in others:
+        if "import attach" in block and not hasattr(hybrid_predict_trainer, "attach"):
+            continue
+        exec(compile(block, "README.md", "exec"), names)
+
+
+def test_the_readme_has_one_table_of_gains_with_at_most_eight_rows() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = text.partition("<!-- table -->")[2].partition("<!-- end of table -->")[0].strip().splitlines()
+    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    assert 0 < len(rows) <= 8
+    assert head == list(readme_rows.SHORT_HEAD)
+    assert {len(row) for row in rows} == {len(head)}
+    assert all(row[-1] for row in rows)
+
+
+def test_the_pictures_of_the_cycle_say_the_same() -> None:
+    light, dark = (ElementTree.parse(ROOT / "docs" / "images" / f"cycle-{name}.svg") for name in ("light", "dark"))
+    words = [[e.text for e in tree.iter() if e.tag.endswith(("text", "desc"))] for tree in (light, dark)]
+    assert words[0] == words[1]
+    assert {phase.name for phase in Phase} <= set(words[0])
+    places = [[(e.tag, e.get("x"), e.get("y"), e.get("d")) for e in tree.iter()] for tree in (light, dark)]
+    assert places[0] == places[1]
 
 
 def test_the_example_predictor_runs() -> None:
@@ -32,6 +65,42 @@ def test_the_example_predictor_runs() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "num_jumps_accepted" in done.stdout
+
+
+def test_the_examples_of_extending_run(capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, object] = {"__name__": "extending"}
+    predictor, sink = blocks("docs/extending.md")
+    exec(compile(predictor, "extending.md", "exec"), names)
+    assert int(capsys.readouterr().out.split()[0]) > 0
+    exec(compile(sink, "extending.md", "exec"), names)
+    assert capsys.readouterr().out.startswith("step ")
+
+
+def changes(text: str) -> dict[str, list[tuple[str, str]]]:
+    """Of a diff: file -> (lines as they are, lines as they will be) of every hunk."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for part in re.split(r"^--- ", text, flags=re.MULTILINE)[1:]:
+        name, _, body = part.partition("\n")
+        for hunk in re.split(r"^@@\n", body, flags=re.MULTILINE):
+            lines = [line or " " for line in hunk.splitlines()]
+            assert {line[0] for line in lines} <= set(" +-"), hunk
+            before, after = ("".join(f"{line[1:]}\n" for line in lines if line[0] in kept) for kept in (" -", " +"))
+            found.setdefault(name, []).append((before, after))
+    return found
+
+
+def test_the_changes_that_extending_shows_fit_the_files() -> None:
+    diffs = re.findall(r"```diff\n(.*?)```", (ROOT / "docs" / "extending.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(diffs) >= 2
+    for diff in diffs:
+        files = changes(diff)
+        assert 0 < len(files) <= 3
+        for name, hunks in files.items():
+            text = (ROOT / name).read_text(encoding="utf-8") if (ROOT / name).exists() else ""
+            for before, after in hunks:
+                assert not before or text.count(before) == 1, f"{name}:\n{before}"
+                text = text.replace(before, after) if before else after
+            compile(text, name, "exec")
 
 
 def documented() -> dict[str, object]:
@@ -60,9 +129,19 @@ def test_every_key_is_documented_with_its_default() -> None:
             assert (list(value) if isinstance(value, tuple) else value) == default, key
 
 
+def heads(name: Path) -> set[str]:
+    """Anchors of a document's headings."""
+    titles = re.findall(r"^#+ (.*)$", name.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 @pytest.mark.parametrize(
-    "name", ["README.md", "LOG.md", "docs/design.md", "docs/configuration.md", "docs/benchmarks.md"]
+    "name", ["README.md", "LOG.md", *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "docs").glob("*.md")))]
 )
 def test_links_lead_somewhere(name: str) -> None:
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / name).read_text(encoding="utf-8")):
-        assert (ROOT / name).parent.joinpath(target).exists(), target
+    text = (ROOT / name).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", text) + re.findall(r"src(?:set)?=\"([^\"]+)\"", text):
+        path, _, anchor = target.partition("#")
+        found = (ROOT / name).parent.joinpath(path) if path else ROOT / name
+        assert found.exists(), target
+        assert not anchor or anchor in heads(found), target

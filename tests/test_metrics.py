@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cases import Fake, config, full_batch, make_batches, setup
-from hybrid_predict_trainer.records import Phase, Reason, StepResult
+from hybrid_predict_trainer.keep.failures import MAX_FAILURES
+from hybrid_predict_trainer.records import ConfigError, Phase, Reason, StepResult
 from hybrid_predict_trainer.tell import recorder as metrics
 from hybrid_predict_trainer.tell.sinks import JsonlSink, NullSink, jsonable
 
@@ -162,6 +163,82 @@ def test_a_full_disk_does_not_end_the_run(room: int, tmp_path: Path) -> None:
     assert [r.loss for r in results if r.num_backward] == wanted
     assert trainer.summary()["metrics_incomplete"] is True
     sink.close()
+
+
+# ---------------------------------------------------------------- sinks of the user's own
+
+
+class Kept:
+    """Keeps what it gets; raises at the first ``failing`` records."""
+
+    def __init__(self, failing: int = 0) -> None:
+        self.failing, self.records, self.closed = failing, [], False
+
+    def write(self, record: Any) -> None:
+        if self.failing > 0:
+            self.failing -= 1
+            raise RuntimeError("no network")
+        self.records.append(record)
+
+    def close(self) -> None:
+        self.closed = True
+        raise RuntimeError("closing failed, too")
+
+
+class OnlyWrites:
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    def write(self, record: Any) -> None:
+        self.events.append(record["event"])
+
+
+def test_sinks_get_what_the_file_gets(tmp_path: Path) -> None:
+    path, one, other = tmp_path / "m.jsonl", Kept(), OnlyWrites()
+    trainer = setup("mlp", "adam").trainer(config(metrics__path=str(path)), predictor=Fake(), sinks=[one, other])
+    for batch in full_batch(60):
+        trainer.step(batch)
+    assert trainer.summary()["metrics_incomplete"] is False
+    trainer.metrics.sink.close()
+    assert one.closed
+    lines = [strict(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [jsonable(record) for record in one.records] == lines
+    assert other.events == [line["event"] for line in lines]
+    assert {"step", "transition", "jump"} <= set(other.events)
+
+
+def test_a_sink_alone_needs_no_file() -> None:
+    sink = OnlyWrites()
+    trainer = setup().trainer(config(), sinks=[sink])
+    trainer.step(make_batches(1)[0])
+    assert sink.events == ["step"]
+    off = setup().trainer(config(collect_metrics=False), sinks=[sink])
+    off.step(make_batches(1)[0])
+    assert isinstance(off.metrics.sink, NullSink)
+    assert sink.events == ["step"]
+
+
+@pytest.mark.parametrize("failing", [1, MAX_FAILURES - 1, MAX_FAILURES, 100])
+def test_a_sink_that_fails_takes_nobody_along(failing: int) -> None:
+    batches, plain = make_batches(20), setup()
+    wanted = plain.plain(batches)
+    bad, good = Kept(failing), OnlyWrites()
+    trainer = setup().trainer(config(enabled=False), sinks=[bad, good])
+    with pytest.warns(UserWarning, match=r"sink Kept failed \(RuntimeError: no network\).*training goes on") as caught:
+        losses = [trainer.step(batch).loss for batch in batches]
+    assert len(caught) == 1, "said once"
+    assert losses == wanted
+    assert good.events.count("step") == 20
+    assert len(bad.records) == (len(good.events) - failing if failing < MAX_FAILURES else 0)
+    assert trainer.summary()["metrics_incomplete"] is True
+    assert trainer.summary()["failures"] == {}
+    trainer.metrics.sink.close()
+
+
+@pytest.mark.parametrize("sink", [print, object(), "file.jsonl"])
+def test_what_is_no_sink_is_refused(sink: Any) -> None:
+    with pytest.raises(ConfigError, match=r"sinks: \w+ has no method write"):
+        setup().trainer(config(), sinks=[sink])
 
 
 # ---------------------------------------------------------------- summary

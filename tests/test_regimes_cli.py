@@ -286,7 +286,8 @@ def test_percentile_intervals_of_older_results_are_not_shown(per_seed: Any, cell
 
 
 def test_rows_for_the_readme() -> None:
-    about = {"S": 1.29, "kind": "exact", "ci95": [1.2, 1.4], "n": 3, "interval": METHOD}
+    wall = {"S_wall": 1.2, "S_wall_kind": "exact", "S_wall_ci95": [1.0, 1.5]}
+    about = {"S": 1.29, "kind": "exact", "ci95": [1.2, 1.4], "n": 3, "interval": METHOD, **wall}
     rows = [
         planted_row("plain", final_loss={"mean": 2.175, "std": 0.011}),
         planted_row("hybrid", final_loss={"mean": 2.056, "std": 0.0086}, **about),
@@ -299,6 +300,8 @@ def test_rows_for_the_readme() -> None:
         "| gpt, c, 300 steps | `lm --case c` | 3 | 2.175 ± 0.011 | 2.056 ± 0.0086 | **1.29** [1.2, 1.4] | snoo 1.02 "
         "| ≤ 0.99 / \N{EN DASH} |"
     )
+    *_, row = readme_rows.short_lines([{"regime": "lm", "cases": [case, {"case": "no hybrid"}], "arms": rows}])
+    assert row == "| gpt, c, 300 steps | 2.175 ± 0.011 | 2.056 ± 0.0086 | **1.29** [1.2, 1.4] | 1.2 [1, 1.5] | 3 |  |"
 
 
 def test_hostile_names_are_escaped_and_tables_keep_their_columns(tmp_path: Path) -> None:

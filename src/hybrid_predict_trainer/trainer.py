@@ -30,7 +30,7 @@ from .predictors import Predictor
 from .records import ConfigError, DivergenceError, EpochResult, StepResult
 from .tell.figures import statistics
 from .tell.recorder import Metrics
-from .tell.sinks import JsonlSink
+from .tell.sinks import Sink, Writer, sink_of
 from .weights.offload import own_defaults
 from .weights.parameters import optimizer_parameters
 
@@ -75,6 +75,7 @@ class HybridTrainer:
         lr_interval: Literal["step", "epoch"] | None = None,
         val_fn: ValFn | None = None,
         val_cost: float = 1.0,
+        sinks: Sequence[Sink | Writer] = (),
     ) -> None:
         """Wrap a model and its optimizer; neither is changed until the first step.
 
@@ -91,6 +92,7 @@ class HybridTrainer:
             val_fn: model -> validation loss.  Where the same data come round again (several epochs) the learning rate
                 is raised on its word only; it is asked rarely.
             val_cost: What one answer of it costs, in forwards of a training batch.
+            sinks: Objects of your own that get every record, beside the file that ``metrics.path`` names.
 
         Raises:
             ConfigError: the optimizer needs a closure (LBFGS), the schedule a metric, nothing can be trained, or
@@ -117,8 +119,7 @@ class HybridTrainer:
         with own_defaults():
             subject = Subject.of(model, optimizer, loss_fn or default_loss, grad_scaler, roles)
             self.run = Run(subject, self.config, lr_scheduler, predictor=predictor, validation=validation)
-        if self.config.collect_metrics and self.config.metrics.path:
-            self.metrics.write_to(JsonlSink(self.config.metrics.path))
+        self.metrics.write_to(sink_of(self.config, sinks))
         if self.config.checkpoint.directory:
             persistence.warn_unless_savable(self.run, self.metrics)
         self._busy = False

@@ -155,7 +155,8 @@ def markdown(results: Sequence[Record]) -> str:
             out += [_markdown_row(line_of(row, head)) for row in found]
             out += ["", *(f"* {line}" for line in verdicts(found))]
             out += [*(f"* {note}" for note in list_of(case.get("notes"))), ""]
-    out += ["## Rows of the README", "", *readme_rows.lines(results)]
+    out += ["## Rows of docs/benchmarks.md", "", *readme_rows.lines(results), ""]
+    out += ["## Rows of the README", "", *readme_rows.short_lines(results)]
     return "\n".join(out).rstrip() + "\n"
 
 
