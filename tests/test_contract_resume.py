@@ -95,7 +95,7 @@ RUNS += [("secant", data, 1, MOTION) for data in DATA]
 def test_resume_everywhere(
     predictor: str, data: str, segments: int, more: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(candidates, "price", lambda run: lambda forwards: 0.0)
+    monkeypatch.setattr(candidates, "price", lambda ledger, slope: lambda forwards: 0.0)
     batches = DATA[data](NUM_STEPS, 32)
     made, trainer = built(predictor, segments, **more)
     saved: dict[str, tuple[Path, int]] = {}
@@ -126,7 +126,7 @@ def test_resume_everywhere(
 
 def test_places_are_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every place of the table is one that some run comes to, or the test above says nothing."""
-    monkeypatch.setattr(candidates, "price", lambda run: lambda forwards: 0.0)
+    monkeypatch.setattr(candidates, "price", lambda ledger, slope: lambda forwards: 0.0)
     seen = set()
     for segments, data in ((1, "noisy"), (2, "exact")):
         _, trainer = built("fake", segments)
@@ -325,8 +325,8 @@ NOT_SAVED: dict[str, set[str]] = {
     "windows": {"basis", "groups", "observer", "observing", "seconds", "_closing", "_settings", "_failures"},
     "losses": {"readout"},
     "proposer": {"settings", "chooses", "time", "correction", "_least", "_most", "_failures"},
-    "judge": {"held"},
-    "judge.evaluation": {"_subject"},
+    "judge": {"held", "_settings", "_subject", "_failures"},
+    "judge.evaluation": {"_subject", "_failures"},
     "optimizer_step": {"scale_search", "_subject", "_watch", "_schedule", "_failures", "_drifts"},
     "phases": {"controller"},
     "rollback": {"spare"},

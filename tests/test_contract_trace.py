@@ -67,7 +67,7 @@ class Refusal:
 
 
 def price_of_gold(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(candidates, "price", lambda run: lambda forwards: 1e9)
+    patch.setattr(candidates, "price", lambda ledger, slope: lambda forwards: 1e9)
 
 
 def always_control(patch: pytest.MonkeyPatch) -> None:
@@ -112,7 +112,7 @@ TOLD = pytest.mark.filterwarnings(
 
 
 def refusing(case: Refusal, patch: pytest.MonkeyPatch, built: Setup, **changes: Any) -> HybridTrainer:
-    patch.setattr(candidates, "price", lambda run: lambda forwards: 0.0)
+    patch.setattr(candidates, "price", lambda ledger, slope: lambda forwards: 0.0)
     case.patch(patch)
     return built.trainer(config(**{**case.changes, **changes}), predictor=case.predictor(), loss_fn=case.loss)
 

@@ -226,7 +226,7 @@ def test_what_cannot_be_compared_withdraws_and_restores_nothing(monkeypatch: pyt
     def failing(*args: Any) -> None:
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(withdrawal, "losses_of", failing)
+    monkeypatch.setattr(trainer.run.judge.evaluation, "losses_of", failing)
     with pytest.warns(UserWarning, match="the weights stay"):
         withdrawal.compare_with_anchor(trainer.run, batches[0])
     assert_same(made.everything(), before)

@@ -95,7 +95,7 @@ def _considered(run: Run, horizon: int) -> tuple[int, bool]:
             prediction = run.proposer.predictor.predict(max(horizon, 1))
         reduction, raw = float(prediction.predicted_reduction), float(prediction.confidence)
         usual = USUAL_PRICE_EXACT if run.full_batch else USUAL_PRICE_NOISY
-        cost = price(run)(usual)
+        cost = price(run.judge.ledger, run.windows.slope)(usual)
         evidence = Evidence(
             raw=raw if 0 < raw < 1 else 0.5,
             record=feedback.record.confidence,

@@ -239,7 +239,7 @@ def learn(run: Run, window: Window) -> None:
         if run.proposer.feedback.forecasts and run.proposer.predictor.ready:
             with run.proposer.time.call():
                 forecast = run.proposer.predictor.predict(window.num_steps)
-            if fits(run, forecast):
+            if fits(run.windows, forecast):
                 run.proposer.feedback.note_forecast(window, forecast)
     except Exception as error:
         run.proposer.note_failure(error)

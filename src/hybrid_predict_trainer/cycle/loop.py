@@ -10,7 +10,6 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from ..judge.evaluation import check_exactness
 from ..records import Decision, Execution, Phase, StepResult
 from ..weights.offload import own_defaults
 from . import outside
@@ -41,7 +40,7 @@ class Stopwatch:
 def look_at(run: Run, batch: Any) -> float:
     """Look at the batch of a step before it is decided what to do with it; returns forwards spent."""
     run.see(batch)
-    measured = check_exactness(run, batch)
+    measured = run.judge.measure_exactness(batch, run.meter, same=run.batches.same, observing=run.windows.observing)
     run.judge.ledger.losses_are(exact=run.full_batch)  # which does not change before the next batch
     return measured
 

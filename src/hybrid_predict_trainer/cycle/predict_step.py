@@ -28,9 +28,7 @@ if TYPE_CHECKING:
 Accept = Callable[[PhasePrediction, list[Tensors], Tensors, Verdict], Verdict]
 
 
-def transact(
-    run: Run, batch: Any, decision: Decision, segment: Segment | None, accept: Accept
-) -> tuple[PhasePrediction | None, Verdict]:
+def transact(run: Run, batch: Any, decision: Decision, accept: Accept) -> tuple[PhasePrediction | None, Verdict]:
     """Propose, judge, and let ``accept`` move the weights.
 
     Whatever raises on the way is a refusal, and everything is as it was before; so it is where the program is
@@ -40,7 +38,6 @@ def transact(
         run: Between two real steps.
         batch: Judged on.
         decision: To predict.
-        segment: What is left of a jump in pieces.
         accept: Applies an accepted jump; may still refuse it.
     """
     prediction: PhasePrediction | None = None
@@ -48,7 +45,10 @@ def transact(
     done = False
     try:
         with host.own_defaults():
-            prediction, deltas, verdict = propose(run, decision, segment)
+            prediction, deltas, verdict = propose(
+                run.proposer, run.windows, run.watch, run.meter, run.config, horizon=decision.horizon,
+                exact=run.full_batch,
+            )  # fmt: skip
         if verdict is None and prediction is not None:
             saved = weights.clone(run.subject.parameters)
             run.judge.hold(saved)
@@ -87,7 +87,7 @@ def run_predict(run: Run, batch: Any, decision: Decision) -> Execution:
             execution.claimed = prediction.horizon
         return verdict
 
-    prediction, verdict = transact(run, batch, decision, run.proposer.segment, accept)
+    prediction, verdict = transact(run, batch, decision, accept)
     loss = verdict.loss_after if verdict.accepted else verdict.loss_before
     execution.loss = torch.tensor(loss, device="cpu")
     execution.verdict, execution.prediction = verdict, prediction

@@ -94,7 +94,7 @@ class Run:
         self.windows = WindowRecorder(self.failures)
         chooses = config.predictor_type == AUTO and predictor is None and not config.never_predicts
         self.proposer = Proposer(config, self.failures, chooses=chooses)
-        self.judge = Judge(config, subject)
+        self.judge = Judge(config, subject, self.failures)
         self.safety = Safety(validation)
         self.rollback = RollbackPoint()
         self.buffers = BufferGuard(with_modules_beside(subject.loss_fn, subject.model))

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from ..judge.evaluation import attempt, losses_of
 from ..judge.guard import Request
 from ..keep.snapshot import Snapshot
 from ..move.multiplier import Advice
@@ -100,7 +99,8 @@ def compare_with_anchor(run: Run, batch: Any) -> None:
 
 
 def _loss(run: Run, batch: Any) -> float:
-    return attempt(run, lambda isolation: losses_of(run, [batch], isolation)[0])
+    evaluation = run.judge.evaluation
+    return evaluation.attempt(lambda isolation: evaluation.losses_of([batch], isolation)[0], exact=run.full_batch)
 
 
 @torch.no_grad()

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from ..cost import FORWARD_UNITS, STEP_UNITS
-
-if TYPE_CHECKING:
-    from ..cycle.state import Run
+from .ledger import Ledger
 
 
-def price(run: Run) -> Callable[[float], float]:
-    """Forwards -> loss that the same cost in real training would have bought, over the persistence."""
-    pace = max(-run.windows.slope, 0.0)
-    persistence = max(run.judge.ledger.persistence, run.config.gate.min_persistence)
+def price(ledger: Ledger, slope: float) -> Callable[[float], float]:
+    """Forwards -> loss that the same cost in real training would have bought, over the persistence.
+
+    Args:
+        ledger: What jumps have returned.
+        slope: Of the loss, per real step.
+    """
+    pace = max(-slope, 0.0)
+    persistence = max(ledger.persistence, ledger.config.min_persistence)
     return lambda forwards: forwards * FORWARD_UNITS / STEP_UNITS * pace / persistence

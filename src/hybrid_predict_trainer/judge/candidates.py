@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from ..keep.failures import Place
 from ..keep.isolation import Isolation
-from ..propose.proposal import _combined
+from ..propose.proposal import combined
 from ..records import Origin, PhasePrediction, Reason, Verdict
 from ..weights import algebra as weights
 from ..weights import offload as host
 from ..weights.algebra import Tensors
 from . import gate
 from .budget import price
-from .evaluation import attempt, losses_of, objection, pieces_of
+from .evaluation import pieces_of
 from .gate import Part
 
 if TYPE_CHECKING:
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 def judge(run: Run, batch: Any, prediction: PhasePrediction, deltas: list[Tensors], saved: Tensors) -> Verdict:
     """Measure losses at x + a d and let the gate decide."""
-    exact, only = run.full_batch, run.watch.trained.only
-    pieces, spent = None if exact else pieces_of(run, batch), 0.0
+    exact, only, evaluation = run.full_batch, run.watch.trained.only, run.judge.evaluation
+    pieces, spent = None if exact else pieces_of(run.subject.model, batch, run.config.gate.max_chunks), 0.0
     if not exact:
         failed = run.failures.counts[Place.PIECES]
-        reason, spent = (Reason.CANNOT_CUT, 0.0) if pieces is None else objection(run, batch)
+        reason, spent = (Reason.CANNOT_CUT, 0.0) if pieces is None else evaluation.objection(batch)
         if reason is Reason.CANNOT_CUT and run.failures.counts[Place.PIECES] == failed:  # nothing was raised
             run.failures.note(Place.PIECES, reason.value, quiet=True)
         if reason is not None:
@@ -42,7 +42,7 @@ def judge(run: Run, batch: Any, prediction: PhasePrediction, deltas: list[Tensor
     def make(candidate: int) -> None:
         while len(deltas) <= candidate:
             with host.own_defaults():
-                deltas.append(_combined(run, prediction.alternatives[len(deltas) - 1]))
+                deltas.append(combined(run.windows, run.watch, prediction.alternatives[len(deltas) - 1]))
             run.meter.add_passes(run.windows.basis.num_filled)
 
     def work(isolation: Isolation) -> Verdict:
@@ -50,18 +50,19 @@ def judge(run: Run, batch: Any, prediction: PhasePrediction, deltas: list[Tensor
             make(candidate)
             weights.move_(only(run.subject.parameters), only(origin), only(deltas[candidate]), scale)
             run.meter.add_passes(3)
-            return losses_of(run, parts[part], isolation)
+            return evaluation.losses_of(parts[part], isolation)
 
         if exact:
             return _judge_exactly(run, evaluate, prediction, len(deltas))
         settings = run.config.gate
         return gate.judge_noisy(
-            evaluate, max_scale=min(prediction.max_scale, 2.0), level=settings.significance, price=price(run),
+            evaluate, max_scale=min(prediction.max_scale, 2.0), level=settings.significance,
+            price=price(run.judge.ledger, run.windows.slope),
             split=split,
             predicted_reduction=prediction.predicted_reduction, min_ratio=settings.min_reduction_ratio,
         )  # fmt: skip
 
-    verdict = attempt(run, work)
+    verdict = evaluation.attempt(work, exact=exact)
     if verdict.accepted:
         make(verdict.candidate)
     return replace(verdict, origin=kind, num_forward=verdict.num_forward + spent)

@@ -11,22 +11,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..cost import FORWARD_UNITS
-from ..keep.failures import Place
+from ..keep.failures import Failures, Place
 from ..keep.isolation import Isolation, Mode, is_compiled, isolated, uses_batch_statistics
 from ..keep.loss_modules import modules_beside
-from ..notices import warn
+from ..keep.subject import Subject
 from ..observe import batches
-from ..records import Reason
+from ..records import Reason, State
 from .exactness import Agreement, measure
-
-if TYPE_CHECKING:
-    from ..cycle.state import Run
 
 T = TypeVar("T")
 
@@ -38,42 +34,179 @@ MAX_LAYOUTS = 16
 IGNORED = -100
 
 
-def loss_of(run: Run, batch: Any) -> Tensor:
-    """Loss of a batch, shape (): the function gets containers of its own, and tensors too if it writes into them.
+class Evaluation:
+    """How losses of this run can be had without a trace; found out when the first ones are asked for.
 
-    Raises:
-        TypeError: it is not a scalar tensor.
+    Attributes:
+        needs_grad_mode: The loss function differentiates inside (physics-informed losses).
+        quiet_fails: The loss can be had in the modes of training only.
+        loss_writes: The loss function writes into its batch; None: nobody looked yet.
+        cuts: Whether the pieces of a batch of that layout are pieces of its loss.
     """
-    own = batches.copied(batch, tensors_too=run.judge.evaluation.loss_writes is not False)
-    loss = run.judge.evaluation.loss(own)
-    if run.judge.evaluation.loss_writes is None:
-        run.judge.evaluation.note_writes(any(not t.is_inference() and t._version > 0 for t in batches.tensors(own)))
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        raise TypeError("loss_fn must return a scalar tensor")
-    return loss.reshape(())
 
+    def __init__(self, subject: Subject, failures: Failures) -> None:
+        """Nothing was evaluated yet; what raises is counted in ``failures``."""
+        self._subject, self._failures = subject, failures
+        self.needs_grad_mode = False
+        self.quiet_fails = False
+        self.loss_writes: bool | None = None
+        self.cuts: dict[str, bool] = {}
 
-def losses_of(run: Run, pieces: Sequence[Any], isolation: Isolation) -> list[float]:
-    """Losses of pieces one after the other, each call of this function under the same random numbers."""
-    isolation.rewind()
-    known = run.judge.evaluation.needs_grad_mode
-    losses = [loss_of(run, piece) for piece in pieces]
-    if (
-        run.judge.evaluation.needs_grad_mode is not known
-    ):  # found out half-way: those before it drew other random numbers
+    def loss(self, batch: Any) -> Tensor:
+        """Loss of a batch without a graph; falls back on grad mode for losses that differentiate inside."""
+        if not self.needs_grad_mode:
+            try:
+                return self._loss_without_graph(batch)
+            except RuntimeError as error:
+                if "does not require grad" not in str(error):
+                    raise
+                self.needs_grad_mode = True
+        return self._loss_with_graph(batch)
+
+    @torch.no_grad()  # not a block: an interruption at its end would leave grad mode off
+    def _loss_without_graph(self, batch: Any) -> Tensor:
+        return self._subject.loss_fn(self._subject.model, batch).detach()
+
+    @torch.enable_grad()
+    def _loss_with_graph(self, batch: Any) -> Tensor:
+        return self._subject.loss_fn(self._subject.model, batch).detach()
+
+    def loss_of(self, batch: Any) -> Tensor:
+        """Loss of a batch, shape (): the function gets containers of its own, and tensors too if it writes into them.
+
+        Raises:
+            TypeError: it is not a scalar tensor.
+        """
+        own = batches.copied(batch, tensors_too=self.loss_writes is not False)
+        loss = self.loss(own)
+        if self.loss_writes is None:
+            self.note_writes(any(not t.is_inference() and t._version > 0 for t in batches.tensors(own)))
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise TypeError("loss_fn must return a scalar tensor")
+        return loss.reshape(())
+
+    def losses_of(self, pieces: Sequence[Any], isolation: Isolation) -> list[float]:
+        """Losses of pieces one after the other, each call of this function under the same random numbers."""
         isolation.rewind()
-        losses = [loss_of(run, piece) for piece in pieces]
-    found: list[float] = torch.stack(losses).tolist()
-    return found
+        known = self.needs_grad_mode
+        losses = [self.loss_of(piece) for piece in pieces]
+        if self.needs_grad_mode is not known:  # found out half-way: those before it drew other random numbers
+            isolation.rewind()
+            losses = [self.loss_of(piece) for piece in pieces]
+        found: list[float] = torch.stack(losses).tolist()
+        return found
 
+    @contextmanager
+    def _isolated(self, mode: Mode) -> Iterator[Isolation]:
+        """A block without a trace, in what the loss uses beside a compiled model as well: no hook sees that."""
+        with isolated(self._subject.model, mode) as isolation:
+            for module in (
+                modules_beside(self._subject.loss_fn, self._subject.model) if is_compiled(self._subject.model) else ()
+            ):
+                isolation.met(module, ())
+            yield isolation
 
-@contextmanager
-def _isolated(run: Run, mode: Mode) -> Iterator[Isolation]:
-    """A block without a trace, in what the loss function uses beside a compiled model as well: no hook sees that."""
-    with isolated(run.subject.model, mode) as isolation:
-        for module in modules_beside(run.subject.loss_fn, run.subject.model) if is_compiled(run.subject.model) else ():
-            isolation.met(module, ())
-        yield isolation
+    def attempt(self, work: Callable[[Isolation], T], *, exact: bool) -> T:
+        """Do ``work`` in a block without a trace.
+
+        Where losses are exact it runs in the modes of the real steps.  Where they are noisy dropout is off, which takes
+        out noise; a model that cannot be evaluated so (auxiliary heads that are there in training only) is left in its
+        modes.
+        """
+        modes: tuple[Mode, ...] = ("training",) if exact or self.quiet_fails else ("quiet", "training")
+        for mode in modes:
+            try:
+                with self._isolated(mode) as isolation:
+                    result = work(isolation)
+            except Exception as error:
+                if mode == modes[-1] or is_memory_error(error):
+                    raise
+            else:
+                if mode != modes[0]:
+                    self.note_quiet_fails()
+                return result
+        raise AssertionError("unreachable")
+
+    # ---- pieces -------------------------------------------------------------------------------------
+
+    def objection(self, batch: Any) -> tuple[Reason | None, float]:
+        """Why the pieces of a batch cannot be judged, and forwards spent: it is measured once per layout, with two."""
+        layout = batches.layout(batch)
+        forwards = 0.0
+        if layout not in self.cuts and len(self.cuts) < MAX_LAYOUTS:
+            measured, forwards = self._measure_cut(batch), 2.0
+            if measured is None:
+                return Reason.LOSS_NOT_FINITE, forwards
+            self.note_cut(layout, measured)
+        return None if self.cuts.get(layout, False) else Reason.CANNOT_CUT, forwards
+
+    def _measure_cut(self, batch: Any) -> bool | None:
+        """Whether the halves of a batch have its loss; None where that is not finite and tells nothing."""
+        size = batches.num_samples(batch)
+        halves = [batches.narrow(batch, 0, size // 2), batches.narrow(batch, size // 2, size)]
+        try:  # in evaluation a loss has no batch statistics and no random numbers
+            whole, parts = self._losses(batch, halves, "evaluation")
+        except Exception as error:
+            if is_memory_error(error):
+                raise
+            whole, parts = self._losses(batch, halves, "training")
+        if not math.isfinite(whole):
+            return None
+        if parts is None:
+            return False
+        tolerance = (ROUNDING_HALF if self._in_half() else ROUNDING) * max(abs(whole), *(abs(p) for p in parts))
+        means = [sum(w * p for w, p in zip(ws, parts, strict=True)) / sum(ws) for ws in _weights(halves) if sum(ws) > 0]
+        return any(abs(found - whole) <= tolerance for found in (*means, sum(parts)))
+
+    def _losses(self, batch: Any, halves: list[Any], mode: Mode) -> tuple[float, list[float] | None]:
+        """Loss of the whole and of the halves; None where halves alone raise."""
+        with self._isolated(mode) as isolation:
+            whole = self.losses_of([batch], isolation)[0]
+            try:
+                parts = self.losses_of(halves, isolation)
+            except Exception as error:
+                if is_memory_error(error):
+                    raise
+                self._failures.note(Place.PIECES, error)
+                return whole, None
+            return whole, parts
+
+    def _in_half(self) -> bool:
+        half = (torch.float16, torch.bfloat16)
+        device = self._subject.parameters[0].device.type
+        return torch.is_autocast_enabled(device) or any(p.dtype in half for p in self._subject.parameters)
+
+    # ---- what was found out, and state ---------------------------------------------------------------
+
+    def agreement(self, batch: Any) -> Agreement:
+        """Evaluate a batch more than once, as the real steps do, and say what the losses have in common."""
+        with self._isolated("training") as isolation:
+            evaluate = lambda: float(self.loss_of(batch))  # noqa: E731
+            return measure(evaluate, isolation.rewind, on_cpu=self._subject.on_cpu)
+
+    def note_quiet_fails(self) -> None:
+        """A quiet forward raised where one in the modes of training did not."""
+        self.quiet_fails = True
+
+    def note_writes(self, writes: bool) -> None:
+        """The loss function was seen to write into its batch, or not to."""
+        self.loss_writes = writes
+
+    def note_cut(self, layout: str, holds: bool) -> None:
+        """The losses of two halves of a batch of this layout give the whole's, or do not."""
+        self.cuts[layout] = holds
+
+    _NAMES = ("needs_grad_mode", "quiet_fails", "loss_writes")
+
+    def state_dict(self) -> State:
+        """Plain containers."""
+        return {"cuts": dict(self.cuts), **{name: getattr(self, name) for name in self._NAMES}}
+
+    def load_state_dict(self, state: State) -> None:
+        """Inverse of :meth:`state_dict`."""
+        self.cuts = dict(state["cuts"])
+        for name in self._NAMES:
+            setattr(self, name, state[name])
 
 
 def is_memory_error(error: BaseException) -> bool:
@@ -81,118 +214,22 @@ def is_memory_error(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 
-def attempt(run: Run, work: Callable[[Isolation], T]) -> T:
-    """Do ``work`` in a block without a trace.
-
-    Where losses are exact it runs in the modes of the real steps.  Where they are noisy dropout is off, which takes out
-    noise; a model that cannot be evaluated so (auxiliary heads that are there in training only) is left in its modes.
-    """
-    modes: tuple[Mode, ...] = (
-        ("training",) if run.full_batch or run.judge.evaluation.quiet_fails else ("quiet", "training")
-    )
-    for mode in modes:
-        try:
-            with _isolated(run, mode) as isolation:
-                result = work(isolation)
-        except Exception as error:
-            if mode == modes[-1] or is_memory_error(error):
-                raise
-        else:
-            if mode != modes[0]:
-                run.judge.evaluation.note_quiet_fails()
-            return result
-    raise AssertionError("unreachable")
-
-
-def check_exactness(run: Run, batch: Any) -> float:
-    """Measure whether losses are exact where that is about to matter; returns forwards spent."""
-    setting = run.config.gate.exact
-    if not run.windows.observing or setting == "never" or run.config.gate.overhead_budget_exact == 0:
-        return 0.0
-    asked = run.judge.exactness.agreed is None if setting == "always" else run.batches.same
-    if not asked or run.failures.exhausted(Place.GATE):
-        return 0.0
-    if not run.judge.exactness.due(run.meter.num_attempted_steps, run.subject.model):
-        return 0.0
-    try:
-        with _isolated(run, "training") as isolation:
-            agreement = measure(lambda: float(loss_of(run, batch)), isolation.rewind, on_cpu=run.subject.on_cpu)
-    except Exception as error:
-        run.failures.note(Place.GATE, error)
-        agreement = Agreement(exact=False)
-    run.judge.exactness.note(agreement, run.meter.num_attempted_steps, run.subject.model)
-    run.meter.add_forwards(agreement.num_forward)
-    run.judge.ledger.observe(agreement.num_forward * FORWARD_UNITS)
-    if setting == "always" and not agreement.exact:
-        warn(
-            'gate.exact = "always", but two losses of the same batch differ: dropout, random numbers in the loss or '
-            "noise are taken for progress",
-            stacklevel=3,
-        )
-    return agreement.num_forward
-
-
 # ---- pieces ---------------------------------------------------------------------------------------
 
 
-def pieces_of(run: Run, batch: Any) -> tuple[list[Any], list[Any], bool] | None:
+def pieces_of(model: nn.Module, batch: Any, max_chunks: int) -> tuple[list[Any], list[Any], bool] | None:
     """What the noisy gate chooses a length on, what it judges on, and whether these are two halves.
 
     None: fewer than two pieces to judge on, which no test could say anything of.
     """
     size = batches.num_samples(batch)
-    least = 2 if uses_batch_statistics(run.subject.model) else 1
+    least = 2 if uses_batch_statistics(model) else 1
     split = size >= 4 * least
     middle = size // 2 if split else 0
-    judged = batches.chunks(batch, middle, size, run.config.gate.max_chunks, least) if size >= 2 * least else []
+    judged = batches.chunks(batch, middle, size, max_chunks, least) if size >= 2 * least else []
     if len(judged) < 2:
         return None
     return [batches.narrow(batch, 0, middle) if split else batch], judged, split
-
-
-def objection(run: Run, batch: Any) -> tuple[Reason | None, float]:
-    """Why the pieces of a batch cannot be judged, and forwards spent: it is measured once per layout, with two."""
-    layout = batches.layout(batch)
-    forwards = 0.0
-    if layout not in run.judge.evaluation.cuts and len(run.judge.evaluation.cuts) < MAX_LAYOUTS:
-        measured, forwards = _measure_cut(run, batch), 2.0
-        if measured is None:
-            return Reason.LOSS_NOT_FINITE, forwards
-        run.judge.evaluation.note_cut(layout, measured)
-    return None if run.judge.evaluation.cuts.get(layout, False) else Reason.CANNOT_CUT, forwards
-
-
-def _measure_cut(run: Run, batch: Any) -> bool | None:
-    """Whether the halves of a batch have its loss; None where that is not finite and tells nothing."""
-    size = batches.num_samples(batch)
-    halves = [batches.narrow(batch, 0, size // 2), batches.narrow(batch, size // 2, size)]
-    try:  # in evaluation a loss has no batch statistics and no random numbers
-        whole, parts = _losses(run, batch, halves, "evaluation")
-    except Exception as error:
-        if is_memory_error(error):
-            raise
-        whole, parts = _losses(run, batch, halves, "training")
-    if not math.isfinite(whole):
-        return None
-    if parts is None:
-        return False
-    tolerance = (ROUNDING_HALF if _in_half(run) else ROUNDING) * max(abs(whole), *(abs(p) for p in parts))
-    means = [sum(w * p for w, p in zip(ws, parts, strict=True)) / sum(ws) for ws in _weights(halves) if sum(ws) > 0]
-    return any(abs(found - whole) <= tolerance for found in (*means, sum(parts)))
-
-
-def _losses(run: Run, batch: Any, halves: list[Any], mode: Mode) -> tuple[float, list[float] | None]:
-    """Loss of the whole and of the halves; None where halves alone raise."""
-    with _isolated(run, mode) as isolation:
-        whole = losses_of(run, [batch], isolation)[0]
-        try:
-            parts = losses_of(run, halves, isolation)
-        except Exception as error:
-            if is_memory_error(error):
-                raise
-            run.failures.note(Place.PIECES, error)
-            return whole, None
-        return whole, parts
 
 
 def _weights(halves: list[Any]) -> list[list[float]]:
@@ -210,9 +247,3 @@ def _weights(halves: list[Any]) -> list[list[float]]:
             if masks[0].dim() > 1:  # models that predict the next token leave the first one out
                 found.append([float(m[:, 1:].sum()) for m in masks])
     return found
-
-
-def _in_half(run: Run) -> bool:
-    half = (torch.float16, torch.bfloat16)
-    device = run.subject.parameters[0].device.type
-    return torch.is_autocast_enabled(device) or any(p.dtype in half for p in run.subject.parameters)

@@ -5,77 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..config.settings import HybridTrainerConfig
+from ..cost import FORWARD_UNITS, CostMeter
+from ..keep.failures import Failures, Place
 from ..keep.subject import Subject
+from ..notices import warn
 from ..records import Level, State
 from ..weights.algebra import Tensors
-from .exactness import Exactness
+from .evaluation import Evaluation
+from .exactness import Agreement, Exactness
 from .ledger import Ledger
 from .probation import Probation, probation_from, probation_state
-
-
-class Evaluation:
-    """How losses of this run can be had without a trace; found out when the first ones are asked for.
-
-    Attributes:
-        needs_grad_mode: The loss function differentiates inside (physics-informed losses).
-        quiet_fails: The loss can be had in the modes of training only.
-        loss_writes: The loss function writes into its batch; None: nobody looked yet.
-        cuts: Whether the pieces of a batch of that layout are pieces of its loss.
-    """
-
-    def __init__(self, subject: Subject) -> None:
-        """Nothing was evaluated yet."""
-        self._subject = subject
-        self.needs_grad_mode = False
-        self.quiet_fails = False
-        self.loss_writes: bool | None = None
-        self.cuts: dict[str, bool] = {}
-
-    def loss(self, batch: Any) -> Tensor:
-        """Loss of a batch without a graph; falls back on grad mode for losses that differentiate inside."""
-        if not self.needs_grad_mode:
-            try:
-                return self._loss_without_graph(batch)
-            except RuntimeError as error:
-                if "does not require grad" not in str(error):
-                    raise
-                self.needs_grad_mode = True
-        return self._loss_with_graph(batch)
-
-    @torch.no_grad()  # not a block: an interruption at its end would leave grad mode off
-    def _loss_without_graph(self, batch: Any) -> Tensor:
-        return self._subject.loss_fn(self._subject.model, batch).detach()
-
-    @torch.enable_grad()
-    def _loss_with_graph(self, batch: Any) -> Tensor:
-        return self._subject.loss_fn(self._subject.model, batch).detach()
-
-    def note_quiet_fails(self) -> None:
-        """A quiet forward raised where one in the modes of training did not."""
-        self.quiet_fails = True
-
-    def note_writes(self, writes: bool) -> None:
-        """The loss function was seen to write into its batch, or not to."""
-        self.loss_writes = writes
-
-    def note_cut(self, layout: str, holds: bool) -> None:
-        """The losses of two halves of a batch of this layout give the whole's, or do not."""
-        self.cuts[layout] = holds
-
-    _NAMES = ("needs_grad_mode", "quiet_fails", "loss_writes")
-
-    def state_dict(self) -> State:
-        """Plain containers."""
-        return {"cuts": dict(self.cuts), **{name: getattr(self, name) for name in self._NAMES}}
-
-    def load_state_dict(self, state: State) -> None:
-        """Inverse of :meth:`state_dict`."""
-        self.cuts = dict(state["cuts"])
-        for name in self._NAMES:
-            setattr(self, name, state[name])
 
 
 class Judge:
@@ -91,11 +32,12 @@ class Judge:
         held: The weights while a proposal is judged.
     """
 
-    def __init__(self, config: HybridTrainerConfig, subject: Subject) -> None:
-        """Nothing was judged yet."""
+    def __init__(self, config: HybridTrainerConfig, subject: Subject, failures: Failures) -> None:
+        """Nothing was judged yet; what raises is counted in ``failures``."""
+        self._settings, self._subject, self._failures = config.gate, subject, failures
         self.ledger = Ledger(config.gate)
         self.exactness = Exactness()
-        self.evaluation = Evaluation(subject)
+        self.evaluation = Evaluation(subject, failures)
         self.probation: Probation | None = None
         self.generator = torch.Generator().manual_seed(config.seed)
         self.num_rollbacks = 0
@@ -103,7 +45,41 @@ class Judge:
 
     def follow(self, config: HybridTrainerConfig) -> None:
         """Judge by other settings from here on."""
+        self._settings = config.gate
         self.ledger.follow(config.gate)
+
+    def measure_exactness(self, batch: Any, meter: CostMeter, *, same: bool, observing: bool) -> float:
+        """Measure whether losses are exact where that is about to matter; returns forwards spent.
+
+        Args:
+            batch: Of the step that begins.
+            meter: Of the run.
+            same: The batch is the one before.
+            observing: Windows are kept, and jumps may be proposed.
+        """
+        setting = self._settings.exact
+        if not observing or setting == "never" or self._settings.overhead_budget_exact == 0:
+            return 0.0
+        asked = self.exactness.agreed is None if setting == "always" else same
+        if not asked or self._failures.exhausted(Place.GATE):
+            return 0.0
+        if not self.exactness.due(meter.num_attempted_steps, self._subject.model):
+            return 0.0
+        try:
+            agreement = self.evaluation.agreement(batch)
+        except Exception as error:
+            self._failures.note(Place.GATE, error)
+            agreement = Agreement(exact=False)
+        self.exactness.note(agreement, meter.num_attempted_steps, self._subject.model)
+        meter.add_forwards(agreement.num_forward)
+        self.ledger.observe(agreement.num_forward * FORWARD_UNITS)
+        if setting == "always" and not agreement.exact:
+            warn(
+                'gate.exact = "always", but two losses of the same batch differ: dropout, random numbers in the loss '
+                "or noise are taken for progress",
+                stacklevel=3,
+            )
+        return agreement.num_forward
 
     def hold(self, parameters: Tensors) -> None:
         """These are the weights that a proposal starts from."""

@@ -4,50 +4,62 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..records import Decision, PhasePrediction, Reason, Verdict
+from ..config.settings import HybridTrainerConfig
+from ..cost import CostMeter
+from ..observe.window import WindowRecorder
+from ..records import PhasePrediction, Reason, Verdict
 from ..weights import algebra as weights
 from ..weights.algebra import Tensors
+from ..weights.trained import Watch
 from . import corrector
-from .segments import Segment
-
-if TYPE_CHECKING:
-    from ..cycle.state import Run
+from .proposer import Proposer
 
 
 def propose(
-    run: Run, decision: Decision, segment: Segment | None
-) -> tuple[PhasePrediction | None, list[Tensors], Verdict | None]:
-    """Ask the predictor and check what comes back; a verdict means it is refused already."""
+    proposer: Proposer, windows: WindowRecorder, watch: Watch, meter: CostMeter, config: HybridTrainerConfig, *,
+    horizon: int, exact: bool,
+) -> tuple[PhasePrediction | None, list[Tensors], Verdict | None]:  # fmt: skip
+    """Ask the predictor and check what comes back; a verdict means it is refused already.
+
+    Args:
+        proposer: Its predictor is asked, or goes on with what is left of a jump in pieces.
+        windows: What was observed.
+        watch: Which weights may be moved.
+        meter: Counts the passes over the weights.
+        config: Settings of the run.
+        horizon: Steps that the proposal is for.
+        exact: Losses are exact.
+    """
+    segment = proposer.segment
     try:
-        prediction = segment.prediction if segment is not None else _asked(run, decision.horizon)
+        prediction = segment.prediction if segment is not None else _asked(proposer, windows, horizon, config.segments)
         if prediction.horizon < 1 or prediction.coefficients.is_complex():
             raise ValueError(f"a prediction for {prediction.horizon} steps, of {prediction.coefficients.dtype} numbers")
         candidates = [prediction.coefficients]
-        if run.full_batch:  # where losses are exact, more candidates cost forwards but no luck
+        if exact:  # where losses are exact, more candidates cost forwards but no luck
             candidates += prediction.alternatives
-        expected = (run.windows.groups.num_groups, run.proposer.predictor.spec.num_columns)
+        expected = _shape(windows)
         if any(tuple(c.shape) != expected for c in candidates):
             return prediction, [], Verdict(accepted=False, reason=Reason.WRONG_SHAPE)
         if not all(bool(torch.isfinite(c).all()) for c in candidates):
             return prediction, [], Verdict(accepted=False, reason=Reason.NOT_FINITE)
         if prediction.first_fit:  # shorter pieces of the same step: made when they are tried
             candidates = candidates[:1]
-        deltas = [_combined(run, c) for c in candidates]
+        deltas = [combined(windows, watch, c) for c in candidates]
     except Exception as error:  # whatever a predictor raises must not end a run
-        run.proposer.note_failure(error)
+        proposer.note_failure(error)
         return None, [], Verdict(accepted=False, reason=Reason.PREDICTOR_FAILED)
-    run.meter.add_passes(len(candidates) * run.windows.basis.num_filled)
+    meter.add_passes(len(candidates) * windows.basis.num_filled)
     if not all(weights.all_finite(d) for d in deltas):
         return prediction, [], Verdict(accepted=False, reason=Reason.NOT_FINITE)
     lengths = [weights.per_tensor_rms(d) for d in deltas]
     if not any(lengths[0]):
         return prediction, [], Verdict(accepted=False, reason=Reason.ZERO_JUMP)
-    spans, rho = run.windows.basis.displacement_rms().tolist(), run.config.gate.max_relative_length
+    spans, rho = windows.basis.displacement_rms().tolist(), config.gate.max_relative_length
     num_inside = 0  # bolder candidates are longer: the first one outside ends the list
     while num_inside < len(deltas) and within_radius(lengths[num_inside], spans, rho):
         num_inside += 1
@@ -56,31 +68,34 @@ def propose(
     return prediction, deltas[:num_inside], None
 
 
-def _combined(run: Run, coefficients: Tensor) -> Tensors:
+def combined(windows: WindowRecorder, watch: Watch, coefficients: Tensor) -> Tensors:
     """The move that coefficients stand for, zero where only the optimizer may move the weights, or nobody."""
-    return run.watch.trained.masked(run.windows.basis.combine(coefficients))
+    return watch.trained.masked(windows.basis.combine(coefficients))
 
 
-def fits(run: Run, prediction: PhasePrediction) -> bool:
+def fits(windows: WindowRecorder, prediction: PhasePrediction) -> bool:
     """Whether the coefficients have the basis's shape and are finite: anything else is refused, not corrected."""
     c = prediction.coefficients
-    return tuple(c.shape) == (run.windows.groups.num_groups, run.proposer.predictor.spec.num_columns) and bool(
-        torch.isfinite(c).all()
-    )
+    return tuple(c.shape) == _shape(windows) and bool(torch.isfinite(c).all())
 
 
-def _asked(run: Run, horizon: int) -> PhasePrediction:
+def _shape(windows: WindowRecorder) -> tuple[int, int]:
+    """Of coefficients: groups, columns of the basis."""
+    return windows.groups.num_groups, windows.basis.spec.num_columns
+
+
+def _asked(proposer: Proposer, windows: WindowRecorder, horizon: int, segments: int) -> PhasePrediction:
     """The predictor's answer, corrected by what similar answers got wrong, cut into segments."""
-    with run.proposer.time.call():
-        prediction = run.proposer.predictor.predict(horizon)
-    window = run.windows.last
-    if window is not None and fits(run, prediction):
-        correction = run.proposer.feedback.corrector.correct(prediction, window.features, window.products.BB)
-        run.proposer.note_correction(correction)
+    with proposer.time.call():
+        prediction = proposer.predictor.predict(horizon)
+    window = windows.last
+    if window is not None and fits(windows, prediction):
+        correction = proposer.feedback.corrector.correct(prediction, window.features, window.products.BB)
+        proposer.note_correction(correction)
         prediction = corrector.apply(prediction, correction)
     # a step from x cannot be taken in pieces from theta
-    in_pieces = run.config.segments > 1 and not prediction.first_fit
-    return _first_piece(prediction, run.config.segments) if in_pieces else prediction
+    in_pieces = segments > 1 and not prediction.first_fit
+    return _first_piece(prediction, segments) if in_pieces else prediction
 
 
 def _first_piece(prediction: PhasePrediction, segments: int) -> PhasePrediction:
