@@ -278,14 +278,14 @@ def test_a_damaged_checkpoint_is_status_3(tmp_path: Path, capsys: pytest.Capture
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, number: signal.Signals) -> None:
     """Send this process a signal while it takes a step."""
-    original = cli.Progress.__call__
+    original = progress.Progress.__call__
 
     def call(self: progress.Progress, result: Any) -> None:
         if result.step == step:
             os.kill(os.getpid(), number)
         original(self, result)
 
-    monkeypatch.setattr(cli.Progress, "__call__", call)
+    monkeypatch.setattr(progress.Progress, "__call__", call)
 
 
 @pytest.mark.parametrize("task", [GPT, [*PINN, "--set", "predictor.window=2", "--set", "training.full_steps=2"]])

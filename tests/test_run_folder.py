@@ -305,7 +305,7 @@ def test_a_hang_up_leaves_a_checkpoint(
             os.kill(os.getpid(), signal.SIGHUP)
         original(self, result)
 
-    monkeypatch.setattr(cli.Progress, "__call__", call)
+    monkeypatch.setattr(progress.Progress, "__call__", call)
     status, _, _ = run(capsys, "train", *TINY, "--steps", "30", "--out", tmp_path / "run")
     assert status == 129
     assert housekeeping.latest(tmp_path / "run" / "checkpoints").name == "checkpoint_step_5"

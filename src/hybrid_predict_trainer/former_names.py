@@ -7,6 +7,7 @@ homes in turn; setting one sets it wherever it is used, so that a patched functi
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "bandit": ("propose.horizon",),
     "basis": ("observe.basis",),
     "batches": ("observe.batches",),
-    "bench": ("cli.bench",),
+    "bench": ("cli.bench", "cli.bench_arguments"),
     "calibration": ("propose.confidence", "numerics.calibration"),
     "checkpoint": ("keep.checkpoint", "keep.housekeeping"),
     "corrector": ("propose.corrector",),
@@ -309,6 +310,9 @@ def lookup(package: str) -> Callable[[str], Any]:
 
     def get(name: str) -> Any:
         if not name.startswith("__") and name not in ("_path", "path"):
+            if importlib.util.find_spec(f"{PACKAGE}.{package}.{name}") is not None:
+                # ``from . import name`` asks here before it looks for a module: no former module may be imported for it
+                return importlib.import_module(f"{PACKAGE}.{package}.{name}")
             for home in PACKAGES[package]:
                 module = importlib.import_module(f"{PACKAGE}.{home}")
                 if hasattr(module, name):

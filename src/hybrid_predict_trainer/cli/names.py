@@ -1,0 +1,44 @@
+"""Names that a command line may choose from, so that help and a wrong name need neither torch nor numpy.
+
+The tables they stand for import torch.  ``tests/test_cli_help.py`` holds every tuple equal to its table: whoever adds a
+task, a predictor or a preset adds its name here as well.
+"""
+
+from __future__ import annotations
+
+#: Keys of ``tasks.TASKS``.
+TASKS = (
+    "gpt", "finetune", "bert", "digits", "digits-mlp", "cifar", "regression", "pinn-poisson", "pinn-burgers",
+    "oscillator",
+)  # fmt: skip
+
+#: Values of ``tasks.base.OptimizerName`` and ``tasks.base.ScheduleName``.
+OPTIMIZERS = ("adamw", "adam", "sgd", "muon")
+SCHEDULES = ("wsd", "linear", "cosine", "constant")
+
+#: Keys of ``predictors.PREDICTORS``, and what ``hpt bench predictors`` measures them against.
+PREDICTORS = ("hold", "heuristic", "linear", "secant", "quasi_newton", "dmd", "mlp", "rssm")
+REFERENCES = ("zero", "optimum")
+
+#: Keys of ``config.presets.PRESETS``.
+CONFIG_PRESETS = (
+    "small", "medium", "large", "full_batch", "epochs", "epochs_adam", "finetune", "muon", "specialist", "generalist",
+)  # fmt: skip
+
+#: Regimes of ``hpt bench regimes`` that a person would run.
+REGIMES = ("pinn", "epochs", "finetune", "lm", "lm-lowlr", "lm-muon")
+
+#: Arms and settings of ``hpt bench harm``.
+HARM_ARMS = ("plain", "other-order", "ours")
+HARM_SETTINGS = (
+    "mlp-b8-wsd", "mlp-b8-wsd-half-rate", "mlp-b8-cosine-long", "mlp-b64-wsd", "mlp-epochs",
+    "mlp-b16-dropout-smoothing", "mlp-b128-sgd-momentum", "mlp-b64-sgd", "mlp-b4-sgd-momentum", "mlp-b256-decay",
+    "mlp-accumulate", "mlp-no-schedule", "mlp-low-rate", "mlp-high-rate", "mlp-schedule-free", "mlp-muon", "mlp-lora",
+    "cnn-onecycle", "cnn-bn-step", "cnn-bn-adamw", "digits-epochs", "teacher-b8", "teacher-b32", "drift-b32",
+    "logistic-sgd-long", "friedman-high-rate", "friedman-onecycle", "regression-sgd-.01", "regression-sgd-.03",
+    "regression-sgd-.1", "gru-linear", "lstm-text", "gpt-b8-cosine", "gpt-modern-b4-wsd", "gpt-modern-muon",
+    "gpt-schedule-free", "gpt-lora", "pinn-fixed", "pinn-resampled", "pinn-fresh",
+)  # fmt: skip
+
+#: Small models of ``hpt bench overhead`` and ``hpt bench profile``.
+SMALL_MODELS = ("tiny", "mlp")

@@ -1,0 +1,48 @@
+"""``hpt train``: one run."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from ..experiments import train as single
+from ..experiments.run_arm import in_steps
+from .arguments import folder_of, options_of, show
+from .progress import Progress
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train once, or go on with a run that was stopped.
+
+    Raises:
+        InputError: the request cannot be met, or is not that of the run to be resumed.
+        CheckpointError: there is nothing intact to resume from, or the last checkpoint cannot be written.
+        DivergenceError: the run has diverged.
+    """
+    request = single.Request(options=options_of(args), seed=args.seed, plain=args.plain, record=args.record)
+    bars: list[Progress] = []
+
+    def watch(label: str, trainer: Any, total: int) -> Progress:
+        bars.append(Progress(trainer, total, name=label))
+        return bars[-1]
+
+    result, status = single.train(request, folder_of(args), resume=args.resume, watch=watch)
+    for bar in bars:
+        bar.close()
+    show(args, result, lambda: trained(result))
+    return status
+
+
+def trained(result: dict[str, Any]) -> str:
+    """What a person wants to know of a run."""
+    counts, loss = result["statistics"], result["final_val_loss"]
+    back = counts["num_guard_restores"]
+    withdrawn = "the guard withdrew prediction, multiplier and lookahead: the loss stood above its best for good"
+    head = f"validation loss {loss:.5g}" if loss is not None else "stopped before the end; add --resume to continue"
+    return "\n".join([
+        f"{result['task']}, {result['arm']}, seed {result['seed']}: {head}",
+        f"cost {in_steps(counts['cost_units']):.1f} of {result['steps']} steps, {result['wall_s']:.1f} s, "
+        f"jumps accepted {counts['num_jumps_accepted']} of {counts['num_jumps_proposed']}",
+        *([withdrawn + (", and its best state came back" if back else "")] if counts["withdrawn"] else []),
+        f"results in {result['out']}",
+    ])  # fmt: skip
