@@ -9,11 +9,13 @@ import re
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import tqdm.std
 
 from hybrid_predict_trainer.cli import hpt as cli
 from hybrid_predict_trainer.cli import progress
@@ -447,3 +449,36 @@ def test_a_terminal_gets_a_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert re.match(r"\[#{12}\.{12}\] 10/20 \w+ +loss \S+  jumps 0/0  \S+ steps/s  \d+ s left", drawn[10])
     assert drawn[-1] == ""
     assert "\n" not in stream.getvalue()
+
+
+def test_a_notebook_gets_a_bar_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "ipykernel", types.ModuleType("ipykernel"))
+    monkeypatch.setattr(progress, "REFRESH_S", 0.0)
+    monkeypatch.setattr("tqdm.auto.tqdm", tqdm.std.tqdm)  # tqdm's own choice needs a real kernel
+    assert cli.main(["train", *PINN, "--predictor", "secant", "--steps", "20", "--out", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().err
+    assert "20/20" in said
+    assert "phase=full" in said
+
+
+@pytest.mark.parametrize(
+    ("command", "module", "extra"),
+    [
+        (["train", *PINN, "--steps", "3"], "filelock", "cli"),
+        (["compare", *PINN, "--steps", "3"], "matplotlib", "report"),
+        (["compare", *PINN, "--steps", "3"], "scipy", "experiments"),
+        (["bench", "harm", "--settings", "gru-linear"], "scipy", "experiments"),
+        (["bench", "regimes", "--regime", "pinn"], "scipy", "experiments"),
+    ],
+)
+def test_a_missing_library_is_named_before_anything_is_trained(
+    command: list[str], module: str, extra: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setitem(sys.modules, module, None)
+    status, out, err = run(capsys, *command, "--out", tmp_path / "run")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert f'pip install "hybrid-predict-trainer[{extra}]"' in err
+    assert not (tmp_path / "run").exists()

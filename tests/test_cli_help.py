@@ -22,7 +22,6 @@ import hybrid_predict_trainer
 from hybrid_predict_trainer.cli import bench, bench_arguments, hpt, names
 from hybrid_predict_trainer.config.presets import PRESETS
 from hybrid_predict_trainer.experiments.bench import predictors as predictor_bench
-from hybrid_predict_trainer.experiments.bench.workloads import WORKLOADS
 from hybrid_predict_trainer.experiments.harm.runs import ARMS
 from hybrid_predict_trainer.experiments.harm.settings import SETTINGS
 from hybrid_predict_trainer.experiments.regimes import catalogue

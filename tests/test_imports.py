@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import functools
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -216,6 +218,20 @@ def test_nothing_is_unpickled_or_executed(name: str) -> None:
             # a released checkpoint of a peer exists as such a file only; then nothing but tensors may come out of it
             safe = any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords)
             assert (safe, name) == (True, "experiments.baselines.wnn"), f"{name}:{node.lineno} calls torch.load"
+
+
+#: Package -> module, where they differ.
+MODULE_OF = {"scikit-learn": "sklearn"}
+
+
+def test_an_extra_that_nothing_imports_goes() -> None:
+    project = tomllib.loads((ROOT.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = {name: found for name, found in project["optional-dependencies"].items() if name != "dev"}
+    asked = {re.split(r"[<>=]", package)[0] for found in extras.values() for package in found}
+    source = "".join(path.read_text(encoding="utf-8") for path in modules().values())
+    for package in asked:
+        module = MODULE_OF.get(package, package)
+        assert re.search(rf"\b(import|from) {module}\b|[\"']{module}\b", source), f"{package} is imported by nothing"
 
 
 # ---------------------------------------------------------------- importing

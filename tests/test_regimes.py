@@ -23,6 +23,7 @@ from hybrid_predict_trainer.experiments.regimes.cache import Measured, RunStore,
 from hybrid_predict_trainer.experiments.regimes.cases import Request, arms_of, prepare
 from hybrid_predict_trainer.experiments.regimes.summary import Entry
 from hybrid_predict_trainer.experiments.run_arm import COUNTS, Arm, Run, Setup
+from hybrid_predict_trainer.experiments.statistics import paired_p
 from hybrid_predict_trainer.predictors import PREDICTORS
 from hybrid_predict_trainer.tasks import TASKS
 
@@ -205,12 +206,12 @@ def test_the_paired_test_is_that_of_logarithms() -> None:
     stats = pytest.importorskip("scipy.stats")
     pairs = [(1.0, 0.8), (10.0, 9.5), (0.1, 0.07), (2.0, 1.9)]
     expected = stats.ttest_rel([math.log(b) for _, b in pairs], [math.log(a) for a, _ in pairs]).pvalue
-    assert regime_summary.paired_p(pairs) == pytest.approx(expected)
-    assert regime_summary.paired_p(pairs[:2]) is None
-    assert regime_summary.paired_p([(1.0, 1.0)] * 3) == 1.0
-    assert regime_summary.paired_p([(1.0, math.nan)] * 3) is None
+    assert paired_p(pairs) == pytest.approx(expected)
+    assert paired_p(pairs[:2]) is None
+    assert paired_p([(1.0, 1.0)] * 3) == 1.0
+    assert paired_p([(1.0, math.nan)] * 3) is None
     signed = [(-1.0, -2.0), (1.0, 0.5), (3.0, 1.0)]
-    assert regime_summary.paired_p(signed) == pytest.approx(stats.ttest_rel([-2, 0.5, 1.0], [-1, 1, 3.0]).pvalue)
+    assert paired_p(signed) == pytest.approx(stats.ttest_rel([-2, 0.5, 1.0], [-1, 1, 3.0]).pvalue)
 
 
 def test_what_predicting_cost_is_all_that_no_step_explains() -> None:

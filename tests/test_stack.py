@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from hybrid_predict_trainer.experiments.arms.options import InputError
 from hybrid_predict_trainer.experiments.bench import accelerator, acceptance, factors, stack
+from hybrid_predict_trainer.experiments.statistics import paired_t, significant
 
 TINY: dict[str, Any] = {"preset": "0.3M", "batch_size": 2, "context": 16, "data_bytes": 200_000}
 
@@ -250,10 +251,10 @@ def test_acceptance_takes_each_seed_once_and_one_task() -> None:
 
 
 def test_paired_t_of_a_known_answer() -> None:
-    assert acceptance.paired_t([1.0, 2.0, 3.0]) == pytest.approx(2 * math.sqrt(3))
-    assert acceptance.significant([1.0, 2.0, 3.0]) is False  # 3.46 < 4.30
-    assert acceptance.significant([1.0, 1.1, 0.9]) is True
-    assert acceptance.paired_t([1.0]) is None
+    assert paired_t([1.0, 2.0, 3.0]) == pytest.approx(2 * math.sqrt(3))
+    assert significant([1.0, 2.0, 3.0]) is False  # 3.46 < 4.30
+    assert significant([1.0, 1.1, 0.9]) is True
+    assert paired_t([1.0]) is None
 
 
 # ---- accelerator ----------------------------------------------------------------------------------------

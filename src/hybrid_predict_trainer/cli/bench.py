@@ -12,6 +12,7 @@ from ..experiments.arms.recording import Recording
 from ..experiments.bench import memory, overhead, profile, step_price
 from ..experiments.bench import predictors as predictor_bench
 from ..experiments.bench.workloads import WORKLOADS as SMALL_MODELS
+from ..experiments.extras import require
 from ..experiments.harm import program as harm
 from ..experiments.harm import table as harm_table
 from ..experiments.regimes import report as regime_report
@@ -59,6 +60,8 @@ def run_regimes(args: argparse.Namespace) -> Shown:
         predictors=args.predictors, steps=args.steps, budgets=args.budgets, lr_grid=args.lr_grid, set=tuple(args.set),
         options={name: v for name in TASK_OPTIONS if (v := getattr(args, name)) is not None},
     )  # fmt: skip
+    with as_input_error():
+        require("scipy")  # for the tables at the end
     result = regime_runs.run_regime(request, tell=note)
     return result, lambda: regime_report.text(result)
 
@@ -69,6 +72,8 @@ def run_harm(args: argparse.Namespace) -> Shown:
         out=args.report or args.out, settings=args.settings, seeds=args.seeds, quick=args.quick, arms=args.arms,
         tag=args.tag, jobs=args.jobs, report=args.report is not None, set=tuple(args.set),
     )  # fmt: skip
+    with as_input_error():
+        require("scipy")
     found = harm.run_table(request, tell=note)
     if args.markdown is not None:
         with as_input_error():

@@ -100,7 +100,9 @@ def _add_overhead(benchmarks: Benchmarks) -> None:
         "--against", type=Path, metavar="PATH",
         help="a checkout of an earlier build to take turns with (small models)",
     )  # fmt: skip
-    cost.add_argument("--rounds", type=whole, default=3, metavar="N", help="small models: all anew so often (default 3)")
+    cost.add_argument(
+        "--rounds", type=whole, default=3, metavar="N", help="small models: all anew so often (default 3)"
+    )
     _preset(cost, "10M")
     _predictor(cost, "secant")
     cost.add_argument(

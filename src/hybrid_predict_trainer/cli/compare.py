@@ -11,6 +11,7 @@ from typing import Any
 from ..experiments.arms.options import as_input_error
 from ..experiments.compare import run as comparing
 from ..experiments.compare.plan import Said, planned
+from ..experiments.extras import require
 from ..experiments.report import text as table
 from ..experiments.run_arm import Run, in_steps, write_json
 from ..experiments.run_folder import locked, refuse_used
@@ -27,6 +28,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         InputError: the plan cannot be carried out, or is not that of the comparison to be resumed.
     """
+    with as_input_error():
+        require("filelock", "jinja2", "matplotlib", "scipy")  # what the end needs, asked for at the beginning
     out = folder_of(args)
     if not args.overwrite and not args.resume:
         refuse_used(out, COMPARED)

@@ -1,10 +1,14 @@
-"""Progress of a run on standard error: a bar on a terminal, plain lines elsewhere."""
+"""Progress of a run: a bar on a terminal, tqdm's in a notebook, plain lines on standard error elsewhere.
+
+In a loop of one's own: ``trainer.fit(loader, total_steps=n, progress_callback=Progress(trainer, n))``.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import time
-from typing import TextIO
+from typing import Any, TextIO
 
 from ..records import Phase, StepResult
 from ..trainer import HybridTrainer
@@ -29,18 +33,33 @@ class Progress:
         self._first = trainer.run.position
         self._last_line = 0
         self._gone = False
+        self._notebook: Any = _notebook_bar(total_steps, self._first, name) if stream is None else None
 
     def __call__(self, result: StepResult) -> None:
         """Draw the bar, or print a line every ``log_interval`` steps."""
         now = time.perf_counter()
         if result.phase is Phase.PREDICT:
             return  # its loss is the gate's
+        if self._notebook is not None:
+            self._draw_in_notebook(self._notebook, result, now)
+            return
         if self._bar and now - self._drawn >= REFRESH_S:
             self._drawn = now
             self._write(f"\r\x1b[2K{self.line(result, now)}")
         elif not self._bar and result.step - self._last_line >= self._interval:
             self._last_line = result.step - result.step % self._interval
             self._write(self.line(result, now) + "\n")
+
+    def _draw_in_notebook(self, bar: Any, result: StepResult, now: float) -> None:
+        """tqdm knows the speed and the time left; the loss is read only where it is shown."""
+        position = min(self._trainer.run.position, self._total)
+        if now - self._drawn < REFRESH_S and position < self._total:
+            return
+        self._drawn = now
+        c = self._trainer.run.meter
+        jumps = f"{c.num_jumps_accepted}/{c.num_jumps_proposed}"
+        bar.set_postfix({"phase": result.phase.value, "loss": f"{result.loss:.5g}", "jumps": jumps}, refresh=False)
+        bar.update(position - bar.n)
 
     def _write(self, text: str) -> None:
         """Write, unless the terminal has been closed: that ends no run."""
@@ -66,5 +85,16 @@ class Progress:
 
     def close(self) -> None:
         """Leave the cursor on a line of its own."""
-        if self._bar:
+        if self._notebook is not None:
+            self._notebook.close()
+        elif self._bar:
             self._write("\r\x1b[2K")
+
+
+def _notebook_bar(total: int, first: int, name: str) -> Any:
+    """tqdm's bar where this is a notebook and tqdm is installed, else None."""
+    if "ipykernel" not in sys.modules or importlib.util.find_spec("tqdm") is None:
+        return None
+    from tqdm.auto import tqdm
+
+    return tqdm(total=total, initial=first, desc=name or None, unit="step")

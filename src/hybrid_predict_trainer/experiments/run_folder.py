@@ -15,9 +15,10 @@ from typing import Any
 from ..config.settings import HybridTrainerConfig
 from ..config.toml import differences
 from ..keep import housekeeping
-from ..safe_files import open_append, read_json_object, refuse_links
+from ..safe_files import read_json_object, refuse_links, refuse_special
 from ..tell.sinks import jsonable
 from .arms.options import RANGES, InputError, Options, as_input_error, given_config
+from .extras import require
 from .report.text import short_value
 
 #: What a folder of results has at least one of.
@@ -95,20 +96,23 @@ def locked(out: Path) -> Iterator[None]:
         InputError: the folder cannot be made, another process has it, or a name in it is a symbolic link.
     """
     with as_input_error():
+        require("filelock")
+    import filelock
+
+    with as_input_error():
         out.mkdir(parents=True, exist_ok=True)
         refuse_links(out, WRITTEN)
-        lock = os.fdopen(open_append(out / ".lock", written=False), "a")
-    with lock:
+        refuse_special(out / ".lock")
+    lock = filelock.FileLock(out / ".lock", timeout=0)
+    with as_input_error():
         try:
-            import fcntl
-        except ImportError:  # not a POSIX system
-            yield
-            return
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            lock.acquire()
+        except filelock.Timeout:
             raise InputError(f"{out}: another process is writing to it") from None
+    try:
         yield
+    finally:
+        lock.release()
 
 
 # ---- what was asked ------------------------------------------------------------------------------------------

@@ -4,7 +4,8 @@ Every figure of a benchmark is a mean over a handful of seeds.  Its interval is 
 of their logarithms where they are ratios, times or losses (the mean is geometric then).  For normal values it holds
 its level at every number of seeds; a percentile bootstrap at 95 % holds 51 % over 2 seeds, 74 % over 3, 84 % over 5.
 Beside it stands the bootstrap-t (Efron & Tibshirani, An Introduction to the Bootstrap, section 12.5), which needs no
-normality but more seeds: it resamples Student's statistic instead of the mean.
+normality but more seeds: it resamples Student's statistic instead of the mean.  Quantiles and tests are scipy's; the
+bootstrap-t is written here because ``scipy.stats.bootstrap`` has percentile, basic and BCa intervals only.
 
 A seed whose value is only bounded ("at least 16": no plain budget was long enough) counts at its bound.  The mean of
 values cut off at a bound lies below the true mean, so the lower end stays a lower end; there is no upper one.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -24,6 +26,9 @@ Bound = Literal["exact", "at least", "at most"]
 
 #: Words for tables and result files.
 METHOD = "t interval of logarithms over seeds"
+
+#: Fewest seeds of a paired test: two that agree by chance have an interval of no width.
+MIN_PAIRED = 3
 
 NUM_RESAMPLES = 10_000
 #: Below this many values the bootstrap-t has too few resamples: of normal values it holds 81 % over 3, 95 % over 4.
@@ -212,32 +217,52 @@ def bootstrap_t(values: Sequence[float] | np.ndarray, level: float = 0.95, seed:
 
 
 def t_quantile(level: float, freedom: int) -> float:
-    """Upper one-sided quantile of Student's t, by bisection on its distribution; exact to 12 digits.
+    """Upper one-sided quantile of Student's t (``scipy.stats.t.isf``).
 
     Args:
         level: Probability above the quantile, between 0 and 0.5.
         freedom: Degrees of freedom, at least 1.
     """
-    low, high = 0.0, 1.0
-    while _t_tail(high, freedom) > level:
-        low, high = high, 2 * high
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _t_tail(middle, freedom) > level else (low, middle)
-    return (low + high) / 2
+    from scipy import stats  # importing it takes a second, which a run without a table need not wait for
+
+    return float(stats.t.isf(level, freedom))
 
 
-def _t_tail(t: float, freedom: int) -> float:
-    """P(T > t) for t >= 0: the finite sums of Abramowitz & Stegun 26.7.3 and 26.7.4."""
-    angle = math.atan2(t, math.sqrt(freedom))
-    sine, cosine = math.sin(angle), math.cos(angle)
-    term = cosine if freedom % 2 else 1.0
-    total, first = 0.0, 3 if freedom % 2 else 2
-    for k in range(first, freedom + 1, 2):
-        total += term
-        term *= cosine**2 * (k - 1) / k
-    inside = 2 / math.pi * (angle + sine * total) if freedom % 2 else sine * total
-    return (1 - inside) / 2
+def paired_t(differences: Sequence[float]) -> float | None:
+    """Student's t of paired differences; None below two, or if they do not differ."""
+    if len(differences) < 2 or np.ptp(differences) == 0:
+        return None
+    from scipy import stats
+
+    return float(stats.ttest_1samp(differences, 0.0).statistic)
+
+
+def significant(differences: Sequence[float], level: float = 0.05) -> bool | None:
+    """Whether the mean of paired differences is not zero, two-sided; None where :func:`paired_t` is."""
+    t = paired_t(differences)
+    return None if t is None else abs(t) > t_quantile(level / 2, len(differences) - 1)
+
+
+def paired_p(pairs: Sequence[tuple[float, float]]) -> float | None:
+    """Two-sided p of the paired t test over seeds; None below :data:`MIN_PAIRED` seeds or for a diverged run.
+
+    Of the logarithms where all losses are positive, because means over seeds are geometric then: losses of one task
+    may differ by a factor of ten between seeds.
+
+    Args:
+        pairs: (plain, arm) final losses of a seed.
+    """
+    flat = [v for pair in pairs for v in pair]
+    if len(pairs) < MIN_PAIRED or not all(map(math.isfinite, flat)):
+        return None
+    change = [math.log(b) - math.log(a) if min(flat) > 0 else b - a for a, b in pairs]
+    if all(d == 0 for d in change):
+        return 1.0  # the test itself would divide nothing by nothing
+    from scipy import stats
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # equal differences have no spread: p is then 0, rightly
+        return float(stats.ttest_1samp(change, 0.0).pvalue)
 
 
 def _moments(data: np.ndarray) -> tuple[float, float]:

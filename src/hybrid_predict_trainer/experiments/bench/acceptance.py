@@ -14,7 +14,7 @@ from typing import Any
 
 from ...tell.sinks import jsonable
 from ..arms.options import InputError
-from ..statistics import log_interval, t_quantile
+from ..statistics import log_interval, paired_t, significant
 
 #: Published for 100M (validation protocol, D-5): must pass, should pass.
 MAX_LOSS_GAP_PCT = 5.0
@@ -123,19 +123,6 @@ def memory_overhead_pct(memory: Mapping[str, Any] | None) -> float | None:
     peaks = {r["store"]: r.get("peak_bytes") for r in (memory or {"memory": []})["memory"]}
     bare, offload = peaks.get("bare loop"), peaks.get("trainer, offload")
     return None if not bare or offload is None else 100 * (offload / bare - 1)
-
-
-def paired_t(differences: Sequence[float]) -> float | None:
-    """Student's t of paired differences; None below two, or if they do not differ."""
-    if len(differences) < 2 or statistics.stdev(differences) == 0:
-        return None
-    return statistics.fmean(differences) / (statistics.stdev(differences) / math.sqrt(len(differences)))
-
-
-def significant(differences: Sequence[float], level: float = 0.05) -> bool | None:
-    """Whether the mean of paired differences is not zero, two-sided; None where :func:`paired_t` is."""
-    t = paired_t(differences)
-    return None if t is None else abs(t) > t_quantile(level / 2, len(differences) - 1)
 
 
 def _combined(comparisons: Sequence[Comparison], name: str) -> float | None:

@@ -14,7 +14,8 @@ from ...safe_files import read_json, write_named, write_text
 from ..report import charts as svg
 from ..report.charts import escape
 from ..report.data import Record, list_of, number, table_of
-from ..report.parts import CSS, figure, legend, table
+from ..report.parts import figure, legend, table
+from ..report.templates import whole_page
 from ..report.text import aligned
 from ..statistics import METHOD
 from . import readme_rows
@@ -217,38 +218,41 @@ def styles(found: Sequence[Record]) -> dict[str, str]:
 
 def speed_chart(found: Sequence[Record], colours: Mapping[str, str], width: int) -> str:
     """S per arm as bars from 1, with their intervals; an arrow's end marks a bound."""
-    drawn = [r for r in found if number(r.get("S")) is not None]
-    ends = [v for r in drawn for v in ends_of(r)]
-    values = [v for v in (*(number(r.get("S")) for r in drawn), *ends, 1.0) if v is not None and v > 0]
-    left = 14 + svg.CHARACTER_PX * max(len(str(r.get("arm"))[:18]) for r in drawn)
+    rows = [(r, s) for r in found if (s := number(r.get("S"))) is not None]
+    ends = [v for r, _ in rows for v in ends_of(r)]
+    values = [v for v in (*(s for _, s in rows), *ends, 1.0) if v is not None and v > 0]
+    left = 14 + svg.CHARACTER_PX * max(len(str(r.get("arm"))[:18]) for r, _ in rows)
     right, top = width - 128.0, 8.0
-    x = svg.Scale.fit(values, left, right, pad=0.06)
-    bottom, out = top + BAR_PX * len(drawn), []
-    for k, row in enumerate(drawn):
-        middle, s = top + BAR_PX * (k + 0.5), number(row.get("S"))
-        assert s is not None
-        colour, arm = colours.get(str(row.get("arm")), "c0"), str(row.get("arm"))
-        start, end = sorted((x(1.0), x(s)))
-        tip = svg.element("title", escape(f"{arm}: {row.get('verdict')}"))
-        out.append(
-            svg.element(
-                "rect", tip, x=start, y=middle - 6, width=max(end - start, 1.5), height=12.0,
-                class_=f"solid {colour.split()[0]}",
-            )
-        )  # fmt: skip
-        span = ends_of(row)
-        if span:  # an open end is drawn as far as the figure, without a stop
-            low, high = (x(s if v is None else v) for v in span)
-            out.append(svg.line(low, middle, high, middle, "axis"))
-            out += [svg.line(x(v), middle - 4, x(v), middle + 4, "axis") for v in span if v is not None]
-        out.append(svg.label(left - 8, middle + 4, arm if len(arm) <= 18 else f"{arm[:17]}…", "name end"))
-        out.append(svg.label(right + 8, middle + 4, s_cell(row)))
-    ticks = x.ticks(5)
-    for t, words in zip(ticks, svg.tick_labels(ticks), strict=True):
-        out += [svg.line(x(t), bottom, x(t), bottom + 4, "axis"), svg.label(x(t), bottom + 18, words, "mid")]
-    out += [svg.line(left, bottom, right, bottom, "axis"), svg.line(x(1.0), top, x(1.0), bottom, "guide")]
-    out.append(svg.label(right, bottom + 36, f"S by cost{', log scale' if x.log else ''}", "end"))
-    return svg.canvas(width, bottom + 42, "equal-loss speed-up per arm", out)
+    bottom, log = top + BAR_PX * len(rows), svg.logarithmic(values)
+    x = svg.limits(values, 0.06, log=log)
+    with svg.drawing(width, bottom + 42, left, top, right, bottom) as drawn:
+        svg.scale_axes(drawn, x, (len(rows), 0.0), ("S by cost", ""), log_x=log)
+        drawn.axes.yaxis.set_ticks([])
+        for k, (row, s) in enumerate(rows):
+            arm = str(row.get("arm"))
+            bar = drawn.axes.barh(k + 0.5, s - 1.0, left=1.0, height=12 / BAR_PX)[0]
+            tip = f"{arm}: {row.get('verdict')}"
+            drawn.mark(bar, f"solid {colours.get(arm, 'c0').split()[0]}", [tip])
+            for line in _whisker(drawn.axes, ends_of(row), s, k + 0.5):
+                drawn.mark(line, "axis")
+            middle = top + BAR_PX * (k + 0.5) + 4
+            drawn.text(left - 8, middle, arm if len(arm) <= 18 else f"{arm[:17]}…", "name", anchor="right")
+            drawn.text(right + 8, middle, s_cell(row))
+        drawn.mark(drawn.axes.plot([1.0, 1.0], [0.0, len(rows)])[0], "guide")
+        return drawn.svg("equal-loss speed-up per arm")
+
+
+def _whisker(axes: Any, span: Sequence[float | None], s: float, y: float) -> list[Any]:
+    """An interval around ``s``; an open end is drawn as far as the figure, without a stop."""
+    if not span:
+        return []
+    low, high = (s if v is None else v for v in span)
+    stops = [v for v in span if v is not None]
+    reach = 4 / BAR_PX
+    return [
+        axes.plot([low, high], [y, y])[0],
+        *(axes.plot([v, v], [y - reach, y + reach])[0] for v in stops),
+    ]
 
 
 def loss_chart(found: Sequence[Record], colours: Mapping[str, str], width: int) -> str:
@@ -318,14 +322,7 @@ def page(results: Sequence[Record]) -> str:
         sections.append(f"<p><b>{name}</b>: {about}. {escape(conditions(result))}.</p>")
         sections += [f'<p class="notice">{escape(s)}</p>' for s in list_of(result.get("skipped"))]
     sections += [case_section(r, case) for r in results for case in list_of(r.get("cases"))]
-    policy = "default-src 'none'; style-src 'unsafe-inline'"
-    body = "\n".join(f"<section>{section}</section>" for section in sections)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"/>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"/>'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}"/>'
-        f"<title>Regimes</title><style>{CSS}{svg.CSS}</style></head>\n<body><main>{body}</main></body></html>\n"
-    )
+    return whole_page("Regimes", sections)
 
 
 def write(folder: Path, out: Path | None = None, markdown_file: Path | None = None) -> dict[str, Any]:

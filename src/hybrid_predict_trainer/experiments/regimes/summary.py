@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +13,8 @@ from ..compare.equal_loss import Kind, Point, Speedup, over_seeds, seed_speedup
 from ..compare.run import ROUNDING
 from ..report import charts as svg
 from ..run_arm import Run
-from ..statistics import METHOD, ends_words
+from ..statistics import METHOD, MIN_PAIRED, ends_words, paired_p
 from .cache import Measured
-
-#: Fewest seeds a paired test is made for.
-MIN_PAIRED = 3
 
 INVERSE: dict[Kind, Kind] = {"at least": "at most", "at most": "at least", "exact": "exact", "unknown": "unknown"}
 
@@ -182,30 +178,6 @@ def jumps(runs: Sequence[Run]) -> dict[str, float] | None:
         return None
     names = {"proposed": "num_jumps_proposed", "accepted": "num_jumps_accepted", "rolled_back": "num_rollbacks"}
     return {word: _mean([r.counts[key] for r in runs]) for word, key in names.items()}
-
-
-def paired_p(pairs: Sequence[tuple[float, float]]) -> float | None:
-    """Two-sided p of the paired t test over seeds; None below three seeds, for a diverged run, or without scipy.
-
-    Of the logarithms where all losses are positive, as means over seeds are geometric: losses of
-    one task may differ by a factor of ten between seeds.
-
-    Args:
-        pairs: (plain, arm) final losses of a seed.
-    """
-    flat = [v for pair in pairs for v in pair]
-    if len(pairs) < MIN_PAIRED or not all(map(math.isfinite, flat)):
-        return None
-    change = [math.log(b) - math.log(a) if min(flat) > 0 else b - a for a, b in pairs]
-    if all(d == 0 for d in change):
-        return 1.0  # the test itself would divide nothing by nothing
-    try:
-        from scipy import stats
-    except ModuleNotFoundError:  # extra "experiments"
-        return None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # equal differences have no spread: p is then 0, rightly
-        return float(stats.ttest_1samp(change, 0.0).pvalue)
 
 
 def cost_vs_tuned(s: Speedup) -> dict[str, Any]:

@@ -52,21 +52,20 @@ def pooled_error(points: Sequence[Point]) -> float:
 
 def reliability_chart(curves: Sequence[tuple[str, str, Sequence[Point]]], width: int) -> str:
     """Share kept against stated probability on the unit square, with the diagonal; a curve is (name, style, points)."""
-    height, top, left = (380 if width > 400 else 320), 28, svg.left_margin([0.0, 1.0])
-    x, y = svg.Scale(0.0, 1.0, left, width - 10), svg.Scale(0.0, 1.0, height - 42, top)
-    out = [svg.axes(x, y, "stated probability", "share that was kept and paid", 4)]
-    out.append(svg.line(x(0.0), y(0.0), x(1.0), y(1.0), "guide"))
-    for name, style, points in curves:
-        total = sum(p.count for p in points)
-        drawn = [(x(p.stated), y(p.kept)) for p in points]
-        if len(drawn) > 1:
-            out.append(svg.element("path", d=svg.path(drawn), class_=f"line {style}"))
-        for p, (a, b) in zip(points, drawn, strict=True):
-            text = f"{name}: stated {p.stated:.2f}, came true {p.kept:.2f}, {p.count} outcomes"
-            radius = max(WHOLE_PX * math.sqrt(p.count / total), 2.0)
-            out.append(svg.element("circle", svg.element("title", svg.escape(text)), cx=a, cy=b, r=radius,
-                                   class_=f"dot {style}"))  # fmt: skip
-    return svg.canvas(width, height, "share that was kept and paid against stated probability", out)
+    height = 380 if width > 400 else 320
+    with svg.drawing(width, height, svg.left_margin([0.0, 1.0]), 28, width - 10, height - 42) as drawn:
+        square = (0.0, 1.0)
+        svg.scale_axes(drawn, square, square, ("stated probability", "share that was kept and paid"))
+        drawn.mark(drawn.axes.plot(square, square)[0], "guide")
+        for name, style, points in curves:
+            total = sum(p.count for p in points)
+            if len(points) > 1:
+                line = drawn.axes.plot([p.stated for p in points], [p.kept for p in points])[0]
+                drawn.mark(line, f"line {style}")
+            tips = [f"{name}: stated {p.stated:.2f}, came true {p.kept:.2f}, {p.count} outcomes" for p in points]
+            radii = [max(WHOLE_PX * math.sqrt(p.count / total), 2.0) for p in points]
+            drawn.circles([(p.stated, p.kept) for p in points], radii, f"dot {style}", tips)
+        return drawn.svg("share that was kept and paid against stated probability")
 
 
 def confidence_figure(report: Report) -> str:

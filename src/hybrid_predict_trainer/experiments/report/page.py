@@ -18,7 +18,6 @@ from .charts import escape
 from .confidence import confidence_figure
 from .data import LEVELS, PHASES, Record, Report, Run, list_of, load, number, table_of
 from .parts import (
-    CSS,
     MAX_SPANS,
     MAX_STRIPS,
     UNKNOWN,
@@ -34,28 +33,25 @@ from .parts import (
     thinned,
     thinning,
 )
+from .templates import macro, whole_page
 
 
 def headline(report: Report) -> str:
     """Title, task, verdict, and the main figure with its interval or the reason why it is unknown."""
     c = report.compare
-    out = [f"<h1>{escape(report.title)}</h1>"]
     if c is None:
-        out.append('<p class="verdict">No comparison was made here, so no speed-up is claimed.</p>')
         facts = [_gained(run) for run in report.runs if run.summary.get("ledger")][:4]
-    else:
-        task, seeds = c.get("task", "not named"), ", ".join(escape(s) for s in list_of(c.get("seeds")))
-        out.append(f'<p class="task">Task: {escape(task)}. Seeds: {seeds or UNKNOWN}.</p>')
-        out.append(f'<p class="verdict">{escape(c.get("verdict", "No verdict was recorded."))}</p>')
-        gap, saved = percent(c.get("loss_gap_at_equal_cost_pct")), percent(c.get("backward_reduction_pct"))
-        facts = [
-            _speedup(c),
-            ("Loss gap at equal cost", gap, "Below 0: hybrid ends lower."),
-            ("Backward passes saved", saved, ""),
-        ]
-    entry = '<dl><dt>{}</dt><dd class="big">{}</dd><dd>{}</dd></dl>'
-    cells = "".join(entry.format(*fact) for fact in facts)
-    return "".join(out) + (f'<div class="headline">{cells}</div>' if facts else "")
+        told = "No comparison was made here, so no speed-up is claimed."
+        return macro("headline", report.title, None, "", told, facts)
+    seeds = ", ".join(escape(s) for s in list_of(c.get("seeds")))
+    gap, saved = percent(c.get("loss_gap_at_equal_cost_pct")), percent(c.get("backward_reduction_pct"))
+    facts = [
+        _speedup(c),
+        ("Loss gap at equal cost", gap, "Below 0: hybrid ends lower."),
+        ("Backward passes saved", saved, ""),
+    ]
+    verdict = c.get("verdict", "No verdict was recorded.")
+    return macro("headline", report.title, c.get("task", "not named"), seeds or UNKNOWN, verdict, facts)
 
 
 def _speedup(c: Record) -> tuple[str, str, str]:
@@ -310,8 +306,7 @@ def divergence_table(report: Report) -> str:
 
 def words(_: Report) -> str:
     """How to read the page."""
-    body = "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in WORDS)
-    return f'<h2>How to read this page</h2><dl class="words">{body}</dl>'
+    return macro("glossary", WORDS)
 
 
 def flat(value: object, name: str = "", depth: int = 0) -> list[tuple[str, str]]:
@@ -349,15 +344,7 @@ SECTIONS = (headline, arms_table, loss_figure, timeline_figure, jumps_figure, le
 def build_report(run_dir: Path) -> str:
     """The page about a directory of results, as HTML text."""
     report = load(run_dir)
-    body = "\n".join(f"<section>{section(report)}</section>" for section in SECTIONS)
-    policy = "default-src 'none'; style-src 'unsafe-inline'"
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"/>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"/>'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}"/>'
-        f"<title>{escape(report.title)}</title><style>{CSS}{svg.CSS}</style></head>\n"
-        f"<body><main>{body}</main></body></html>\n"
-    )
+    return whole_page(report.title, [section(report) for section in SECTIONS])
 
 
 def write_report(run_dir: Path, out: Path | None = None) -> Path:

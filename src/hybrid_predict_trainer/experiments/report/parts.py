@@ -1,4 +1,4 @@
-"""Pieces a report is put together from: style, glossary, numbers, tables, legends, bars."""
+"""Pieces a report is put together from: glossary, numbers as HTML, and the macros of ``templates/parts.html``."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
-from .charts import escape
 from .data import list_of, number
+from .templates import macro
 
 T = TypeVar("T")
 
@@ -15,56 +15,6 @@ T = TypeVar("T")
 MAX_STRIPS, MAX_SPANS, MAX_MARKS = 12, 400, 600
 WIDE, SLIM = 860, 380
 UNKNOWN = '<span class="none">not measured</span>'
-
-CSS = """
-:root{color-scheme:light dark;--page:#fdfdfb;--ink:#1b1e22;--muted:#626973;--rule:#e2e3df;--soft:#f3f4f0}
-@media screen and (prefers-color-scheme:dark){
-:root{--page:#14171a;--ink:#e6e8ea;--muted:#9aa2ac;--rule:#2b3036;--soft:#1c2024}}
-*{box-sizing:border-box}html{-webkit-text-size-adjust:100%}
-body{margin:0;background:var(--page);color:var(--ink);overflow-wrap:anywhere;
-font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",sans-serif}
-main{max-width:56rem;margin:0 auto;padding:3rem 1.25rem 4rem}
-h1{font-size:1.75rem;line-height:1.2;margin:0;letter-spacing:-.015em}
-h2{font-size:1.15rem;margin:3.25rem 0 .5rem;letter-spacing:-.005em}
-p{margin:.5rem 0;max-width:42rem}.task,figcaption,.notice,.none,dd,small{color:var(--muted)}
-.task{margin:.35rem 0 0}.verdict{font-size:1.15rem;margin:1.5rem 0 0}
-.headline{border-block:1px solid var(--rule);padding:1.1rem 0;margin:1.5rem 0 2rem;
-display:flex;flex-wrap:wrap;gap:.75rem 3rem}
-.headline dl{margin:0;min-width:8rem;max-width:24rem}.headline dt,th,.reasons span{color:var(--muted)}
-.headline dt{font-size:.85rem}.headline dd{margin:0;font-size:.85rem}
-.headline dd.big{color:var(--ink);font-size:1.5rem;line-height:1.45}
-.headline dl:first-child dd.big{font-size:2.1rem;line-height:1.25;font-weight:650}
-.scroll{overflow-x:auto;margin:.75rem 0}
-table{border-collapse:collapse;width:100%;font-size:.85rem;font-variant-numeric:tabular-nums;line-height:1.35}
-th,td{padding:.42rem .48rem;text-align:right;border-bottom:1px solid var(--rule);vertical-align:top}
-th{font-weight:500;vertical-align:bottom;overflow-wrap:normal}
-td{white-space:nowrap;overflow-wrap:break-word}
-td.text,td .none{white-space:normal}
-th:first-child,td:first-child,.text{text-align:left}
-tbody tr:last-child td{border-bottom:0}th:first-child,td:first-child{padding-left:0}
-figure{margin:1rem 0 0}figcaption{font-size:.85rem;max-width:44rem;margin-top:.75rem}
-.slim{display:none}.legend{display:flex;flex-wrap:wrap;gap:.2rem 1.25rem;list-style:none;
-padding:0;margin:.25rem 0 .9rem;font-size:.85rem}
-.legend svg{display:inline-block;width:26px;height:12px;vertical-align:-1px;margin-right:.4rem}
-.pair figure{margin:0}
-.pair{display:grid;grid-template-columns:minmax(0,1.3fr) minmax(0,1fr);gap:2.5rem;align-items:start}
-
-.reasons{list-style:none;padding:0;margin:0;font-size:.85rem;font-variant-numeric:tabular-nums}
-.reasons li{margin:0 0 .6rem}.reasons b{font-weight:600}
-.reasons i{display:block;height:6px;background:var(--c);border-radius:1px;margin-top:.2rem;min-width:2px}
-h3{font-size:.85rem;font-weight:500;margin:0 0 .75rem}.words dt{font-weight:600;margin-top:.8rem}
-.words dd{margin:0;max-width:42rem;color:var(--ink)}details{margin:.4rem 0;font-size:.85rem}
-summary{cursor:pointer}.keys td{
-white-space:normal;text-align:left;overflow-wrap:anywhere}.keys td:first-child{width:16rem}
-.notice{font-size:.85rem}
-@media (max-width:600px){main{padding:1.75rem 1rem 3rem}.wide{display:none}.slim{display:block}
-.pair{grid-template-columns:minmax(0,1fr);gap:1.5rem}.keys td:first-child{width:42%}h2{margin-top:2.5rem}}
-@media print{:root{--page:#fff}body{font-size:10.5pt}
-main{padding:0;max-width:none}.wide{display:block}.slim{display:none}
-figure,tr,.headline dl,.pair{break-inside:avoid}
-h2,.legend{break-after:avoid}details{display:none}.scroll{overflow:visible}
-*{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
-"""
 
 WORDS = (
     ("Cost units", "What a run has spent, counted in forward and backward passes, with everything that "
@@ -129,49 +79,27 @@ def interval(value: object, unit: str = "") -> str:
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], class_: str = "") -> str:
     """A table of ready HTML cells; a cell that starts with ``text:`` is set flush left."""
 
-    def cell(tag: str, content: str) -> str:
-        flush = content.startswith("text:")
-        return f'<{tag} class="text">{content[5:]}</{tag}>' if flush else f"<{tag}>{content}</{tag}>"
+    def cell(content: str) -> tuple[bool, str]:
+        return content.startswith("text:"), content.removeprefix("text:")
 
-    top = f"<thead><tr>{''.join(cell('th', h) for h in head)}</tr></thead>" if head else ""
-    body = "".join(f"<tr>{''.join(cell('td', c) for c in row)}</tr>" for row in rows)
-    return f'<div class="scroll"><table class="{class_}">{top}<tbody>{body}</tbody></table></div>'
+    return macro("table", [cell(h) for h in head], [[cell(c) for c in row] for row in rows], class_)
 
 
 def figure(title: str, caption: str, draw: Callable[[int], str], wide: int = WIDE) -> str:
     """A drawing in two widths, for pages and for phones; the style sheet shows one of them."""
-    heading = f"<h3>{title}</h3>" if title else ""
-    return (
-        f'<figure>{heading}<div class="wide">{draw(wide)}</div><div class="slim">{draw(SLIM)}</div>'
-        f"{f'<figcaption>{caption}</figcaption>' if caption else ''}</figure>"
-    )
+    return macro("figure", title, caption, draw(wide), draw(SLIM))
 
 
 def legend(entries: Iterable[tuple[str, str, str]]) -> str:
     """Names beside swatches; an entry is (name, kind of mark, classes)."""
-    marks = {
-        "line": '<line x1="1" y1="6" x2="25" y2="6" class="line {}"/>',
-        "box": '<rect x="7" y="1" width="12" height="10" class="{}"/>',
-        "dot": '<circle cx="13" cy="6" r="4" class="solid {}"/>',
-        "ring": '<circle cx="13" cy="6" r="3.6" class="ring {}"/>',
-        "cross": '<path d="M9 2l8 8m0 -8l-8 8" class="ring {}"/>',
-        "up": '<path d="M13 11l-4 -9h8z" class="solid {}"/>',
-        "guide": '<line x1="1" y1="6" x2="25" y2="6" class="guide{}"/>',
-    }
-    swatch = '<li><svg viewBox="0 0 26 12" aria-hidden="true">{}</svg>{}</li>'
-    items = (swatch.format(marks[kind].format(style), escape(name)) for name, kind, style in entries)
-    return f'<ul class="legend">{"".join(items)}</ul>'
+    return macro("legend", list(entries))
 
 
 def bar_list(title: str, items: Sequence[tuple[str, float, str]]) -> str:
     """Labelled bars on one scale; an item is (label, value >= 0, colour class)."""
     top = max((v for _, v, _ in items), default=0.0) or 1.0
-    rows = (
-        f'<li class="{c}"><span>{escape(name, 90)}</span> <b>{shown(v)}</b>'
-        f'<i style="width:{100 * max(v, 0.0) / top:.1f}%"></i></li>'
-        for name, v, c in items
-    )
-    return f'<div><h3>{title}</h3><ul class="reasons">{"".join(rows)}</ul></div>'
+    bars = [(name, shown(v), f"{100 * max(v, 0.0) / top:.1f}", style) for name, v, style in items]
+    return macro("bar_list", title, bars)
 
 
 def thinned(items: Sequence[T], limit: int = MAX_MARKS) -> tuple[T, ...]:
