@@ -268,7 +268,7 @@ def test_what_is_not_plain_data_is_refused_by_its_place(value: object, words: st
         *(defaultdict(dict, {"a": {}}), defaultdict(None, {1: 2})),
         state_tree.Mark("object", ["a:B", {"t": torch.ones(2)}]),
     ],
-    ids=repr,
+    ids=lambda value: repr(sorted(value)) if isinstance(value, set) else repr(value),
 )  # fmt: skip
 def test_plain_values_come_back_exactly(value: Any, tmp_path: Path) -> None:
     found = through_bytes({"outer": [0, {7: value}]}, tmp_path / "x")["outer"][1][7]
