@@ -129,6 +129,20 @@ def test_every_key_is_documented_with_its_default() -> None:
             assert (list(value) if isinstance(value, tuple) else value) == default, key
 
 
+def test_every_folder_has_its_row() -> None:
+    root = Path(hybrid_predict_trainer.__file__).parent
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8").partition("## Folders")[2]
+    told = set()
+    for row in re.findall(r"^\| (the root|`\w+/`) \|.*\| (.*) \|$", text, re.MULTILINE):
+        folder = root if row[0] == "the root" else root / row[0].strip("`/")
+        told.add(folder)
+        names = re.findall(r"`(\w+)`", row[1])
+        assert names
+        for name in names:
+            assert (folder / f"{name}.py").exists() or (folder / name).is_dir(), f"{folder.name}/{name}"
+    assert told == {root, *(p.parent for p in root.glob("*/__init__.py"))}
+
+
 def heads(name: Path) -> set[str]:
     """Anchors of a document's headings."""
     titles = re.findall(r"^#+ (.*)$", name.read_text(encoding="utf-8"), re.MULTILINE)

@@ -369,7 +369,7 @@ def test_linear_learns_a_linear_recurrence() -> None:
     predictor = Linear(LinearConfig(l2_regularization=1e-9, forgetting=0.99), 1)
     run = Recurrence(predictor.spec, 0.0)
     for _ in range(60):
-        predictor.observe(run.windows.last())
+        predictor.observe(run.window())
     assert predictor.ready
     assert predictor.explained > 0.99
 
@@ -379,7 +379,7 @@ def test_linear_knows_noise_for_what_it_is() -> None:
     run = Recurrence(predictor.spec, 1.0, steps=20)
     run.A = torch.zeros(2, 2, dtype=D)
     for _ in range(80):
-        predictor.observe(run.windows.last())
+        predictor.observe(run.window())
     # a random walk: half of the mean's displacement is the known way from the mean to the end of the window
     assert 0.0 <= predictor.explained < 0.65
     assert predictor.predict(1).confidence == predictor.explained
@@ -391,12 +391,12 @@ def test_linear_continues_an_oscillation(ahead: int) -> None:
     predictor = Linear(LinearConfig(), 1)
     run = Recurrence(predictor.spec, 0.0)
     for _ in range(40):
-        predictor.observe(run.windows.last())
-    x = run.windows.basis.average()[0].clone()  # its storage is used again
-    [delta] = run.windows.basis.combine(predictor.predict(ahead).coefficients)
+        predictor.observe(run.window())
+    x = run.basis.average()[0].clone()  # its storage is used again
+    [delta] = run.basis.combine(predictor.predict(ahead).coefficients)
     for _ in range(ahead):
-        run.windows.last()
-    torch.testing.assert_close(x + delta, run.windows.basis.average()[0], rtol=1e-3, atol=1e-3)
+        run.window()
+    torch.testing.assert_close(x + delta, run.basis.average()[0], rtol=1e-3, atol=1e-3)
 
 
 def test_linear_does_not_continue_growth_without_bound() -> None:
@@ -404,8 +404,8 @@ def test_linear_does_not_continue_growth_without_bound() -> None:
     run = Recurrence(predictor.spec, 0.0)
     run.A = run.A * 1.3
     for _ in range(20):
-        predictor.observe(run.windows.last())
-    lengths = [float(run.windows.basis.combine(predictor.predict(m).coefficients)[0].norm()) for m in (1, 40)]
+        predictor.observe(run.window())
+    lengths = [float(run.basis.combine(predictor.predict(m).coefficients)[0].norm()) for m in (1, 40)]
     assert lengths[1] < 40 * lengths[0]
 
 
@@ -462,7 +462,7 @@ def test_linear_is_not_ready_at_first() -> None:
     run = Recurrence(predictor.spec, 0.1)
     ready = []
     for _ in range(6):
-        predictor.observe(run.windows.last())
+        predictor.observe(run.window())
         ready.append(predictor.ready)
     assert ready == sorted(ready)
     assert ready[0] is False
@@ -473,7 +473,7 @@ def test_linear_uncertainty_grows_with_the_horizon() -> None:
     predictor = Linear(LinearConfig(), 1)
     run = Recurrence(predictor.spec, 0.1)
     for _ in range(30):
-        predictor.observe(run.windows.last())
+        predictor.observe(run.window())
     widths = [b - a for a, b in (predictor.predict(y).loss_interval for y in (1, 4, 16))]
     assert 0 < widths[0] < widths[1] < widths[2]
 
