@@ -273,7 +273,9 @@ def counted(cuts: EarlyCuts, parameters: list[torch.Tensor], before: list[torch.
         return inside
 
     sys.settrace(
-        lambda frame, event, arg: inside if frame.f_code.co_filename.endswith(("cuts.py", "weights.py")) else None
+        lambda frame, event, arg: (
+            inside if frame.f_code.co_filename.endswith(("group_warmup.py", "algebra.py")) else None
+        )
     )
     try:
         cuts.count_step(parameters, before, (0, 1, 0))

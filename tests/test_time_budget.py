@@ -133,5 +133,5 @@ def test_it_changes_nothing_else() -> None:
         trainer, _ = slow_trainer("predict", seconds)
         made = trainer.run
         trainer.fit(make_batches(60))
-        runs.append({n: p.detach().clone() for n, p in made.model.named_parameters()})
+        runs.append({n: p.detach().clone() for n, p in made.subject.model.named_parameters()})
     assert_same(*runs)
