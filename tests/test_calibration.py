@@ -14,6 +14,7 @@ from scipy.optimize import minimize_scalar
 from sklearn.calibration import calibration_curve
 from sklearn.linear_model import LogisticRegression
 
+from hybrid_predict_trainer.numerics import calibration
 from hybrid_predict_trainer.propose import confidence as cal
 from hybrid_predict_trainer.propose.confidence import Confidence, Evidence, TrackRecord
 
@@ -31,36 +32,36 @@ def outcomes(generator, truth):
 @given(st.lists(st.tuples(st.floats(-7, 7), st.booleans()), min_size=1, max_size=40))
 def test_temperature_never_raises_the_log_loss_and_never_changes_the_order(pairs):
     logits, kept = np.array([z for z, _ in pairs]), np.array([float(y) for _, y in pairs])
-    temperature = cal.fit_temperature(logits, kept)
+    temperature = calibration.fit_temperature(logits, kept)
     assert 1 / 20 <= temperature <= 20
-    assert cal.log_loss(logits / temperature, kept) <= cal.log_loss(logits, kept) + 1e-12
+    assert calibration.log_loss(logits / temperature, kept) <= calibration.log_loss(logits, kept) + 1e-12
     order = np.argsort(logits, kind="stable")
-    assert (np.diff(cal.scaled(logits, temperature)[order]) >= 0).all()
+    assert (np.diff(calibration.scaled(logits, temperature)[order]) >= 0).all()
 
 
 @pytest.mark.parametrize("true", [0.4, 1.0, 2.5])
 def test_temperature_is_recovered_from_many_outcomes(true):
     generator = np.random.default_rng(0)
     honest = 2 * generator.standard_normal(20_000)
-    kept = outcomes(generator, cal.sigmoid(honest))
-    assert cal.fit_temperature(true * honest, kept) == pytest.approx(true, rel=0.05)
+    kept = outcomes(generator, calibration.sigmoid(honest))
+    assert calibration.fit_temperature(true * honest, kept) == pytest.approx(true, rel=0.05)
 
 
 def test_temperature_is_the_minimum_of_its_objective():
     generator = np.random.default_rng(1)
     logits = 3 * generator.standard_normal(60)
-    kept = outcomes(generator, cal.sigmoid(0.4 * logits))
+    kept = outcomes(generator, calibration.sigmoid(0.4 * logits))
 
     def objective(b):
-        return 60 * cal.log_loss(b * logits, kept) + 10 / 2 * (b - 1) ** 2
+        return 60 * calibration.log_loss(b * logits, kept) + 10 / 2 * (b - 1) ** 2
 
     best = minimize_scalar(objective, bounds=(1 / 20, 20), method="bounded", options={"xatol": 1e-9}).x
-    assert 1 / cal.fit_temperature(logits, kept, prior_weight=10) == pytest.approx(best, abs=1e-5)
+    assert 1 / calibration.fit_temperature(logits, kept, prior_weight=10) == pytest.approx(best, abs=1e-5)
 
 
 def test_few_outcomes_hardly_move_the_temperature():
     logits, kept = np.array([3.0, 3.0, -3.0, 3.0]), np.array([0.0, 1.0, 1.0, 1.0])
-    few, many = (cal.fit_temperature(np.tile(logits, k), np.tile(kept, k)) for k in (1, 200))
+    few, many = (calibration.fit_temperature(np.tile(logits, k), np.tile(kept, k)) for k in (1, 200))
     assert few < 2 < 4 < many
 
 
@@ -70,19 +71,19 @@ def test_few_outcomes_hardly_move_the_temperature():
 def test_logistic_agrees_with_scikit_learn():
     generator = np.random.default_rng(2)
     Z = generator.standard_normal((200, 4))
-    kept = outcomes(generator, cal.sigmoid(Z @ np.array([1.0, -2.0, 0.0, 0.5])))
-    ours = cal.fit_logistic(Z, kept, np.zeros(4), precision=2.0)
+    kept = outcomes(generator, calibration.sigmoid(Z @ np.array([1.0, -2.0, 0.0, 0.5])))
+    ours = calibration.fit_logistic(Z, kept, np.zeros(4), precision=2.0)
     theirs = LogisticRegression(C=1 / 2.0, fit_intercept=False, tol=1e-10, max_iter=1000).fit(Z, kept)
     np.testing.assert_allclose(ours, theirs.coef_[0], atol=1e-6)
 
 
 def test_logistic_prior_is_where_no_outcomes_lead():
     prior = np.array([0.3, 1.0, -2.0])
-    np.testing.assert_array_equal(cal.fit_logistic(np.zeros((0, 3)), np.zeros(0), prior, 1.0), prior)
+    np.testing.assert_array_equal(calibration.fit_logistic(np.zeros((0, 3)), np.zeros(0), prior, 1.0), prior)
     generator = np.random.default_rng(3)
     Z, kept = 10 * generator.standard_normal((30, 3)), np.ones(30)  # separable: only the prior keeps it finite
-    w = cal.fit_logistic(Z, kept, prior, 1.0)
-    gradient = Z.T @ (cal.sigmoid(Z @ w) - kept) + (w - prior)
+    w = calibration.fit_logistic(Z, kept, prior, 1.0)
+    gradient = Z.T @ (calibration.sigmoid(Z @ w) - kept) + (w - prior)
     assert np.abs(gradient).max() < 1e-4
 
 
@@ -104,7 +105,7 @@ def guo(stated, kept, num_bins):
 @given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=60))
 def test_calibration_error_is_the_published_formula(pairs):
     stated, kept = [p for p, _ in pairs], [float(y) for _, y in pairs]
-    error = cal.calibration_error(cal.reliability_curve(stated, kept, 10))
+    error = calibration.calibration_error(calibration.reliability_curve(stated, kept, 10))
     assert error == pytest.approx(guo(stated, kept, 10), abs=1e-9)
 
 
@@ -113,7 +114,7 @@ def test_reliability_curve_agrees_with_scikit_learn(kind, strategy):
     generator = np.random.default_rng(4)
     stated = generator.beta(2, 1, 333)
     kept = outcomes(generator, stated)
-    curve = cal.reliability_curve(stated, kept, 10, kind)
+    curve = calibration.reliability_curve(stated, kept, 10, kind)
     accuracy, confidence = calibration_curve(kept, stated, n_bins=10, strategy=strategy)
     np.testing.assert_allclose([b.accuracy for b in curve], accuracy)
     np.testing.assert_allclose([b.confidence for b in curve], confidence)
@@ -125,8 +126,8 @@ def test_reliability_curve_agrees_with_scikit_learn(kind, strategy):
 
 
 def test_empty_curve():
-    assert cal.reliability_curve([], []) == []
-    assert math.isnan(cal.calibration_error([]))
+    assert calibration.reliability_curve([], []) == []
+    assert math.isnan(calibration.calibration_error([]))
 
 
 def test_noise_of_the_calibration_error_is_what_honest_streams_show():
@@ -134,9 +135,9 @@ def test_noise_of_the_calibration_error_is_what_honest_streams_show():
     errors, expected = [], []
     for _ in range(200):
         stated = generator.random(500)
-        curve = cal.reliability_curve(stated, outcomes(generator, stated))
-        errors.append(cal.calibration_error(curve))
-        expected.append(cal.calibration_noise(curve))
+        curve = calibration.reliability_curve(stated, outcomes(generator, stated))
+        errors.append(calibration.calibration_error(curve))
+        expected.append(calibration.calibration_noise(curve))
     assert np.mean(expected) == pytest.approx(np.mean(errors), rel=0.1)
     assert np.mean(errors) > 0.03  # an ECE of 0.05 after 500 outcomes is hardly more than chance
 
@@ -167,7 +168,7 @@ def drawn(generator, num):
     """A record, what a proposal promises, and the probability that follows from both."""
     record = generator.uniform(0.2, 0.6, num)
     worth = generator.standard_normal(num)
-    return record, worth, cal.sigmoid(np.log(record / (1 - record)) + 0.8 * worth - 0.3)
+    return record, worth, calibration.sigmoid(np.log(record / (1 - record)) + 0.8 * worth - 0.3)
 
 
 def truth_of(seed, num):
@@ -179,7 +180,7 @@ def stream(seed, num):
     """Raw confidences that are far too sure and too high, a record worth something, and outcomes."""
     generator = np.random.default_rng(seed)
     record, worth, truth = drawn(generator, num)
-    raw = cal.sigmoid(3 * np.log(truth / (1 - truth)) + 2.0)  # the order is right, the numbers are not
+    raw = calibration.sigmoid(3 * np.log(truth / (1 - truth)) + 2.0)  # the order is right, the numbers are not
     evidence = [
         Evidence(raw=float(r), record=float(t), reduction=math.exp(w), price=1.0, noise=0.05)
         for r, t, w in zip(raw, record, worth, strict=True)
@@ -195,8 +196,8 @@ def test_calibrated_after_500_outcomes(seed):
         model.observe(e, bool(y))
     later = [model.predict(e) for e in evidence[500:]]  # outcomes it never saw
     for kind in ("width", "mass"):
-        assert cal.calibration_error(cal.reliability_curve(later, kept[500:], 10, kind)) < 0.05
-        assert cal.calibration_error(cal.reliability_curve(raw[500:], kept[500:], 10, kind)) > 0.1
+        assert calibration.calibration_error(calibration.reliability_curve(later, kept[500:], 10, kind)) < 0.05
+        assert calibration.calibration_error(calibration.reliability_curve(raw[500:], kept[500:], 10, kind)) > 0.1
     report = model.report()
     assert report["num_outcomes"] == 500
     assert report["ece"] < report["ece_by_chance"] + 0.03
@@ -218,7 +219,7 @@ def test_calibrated_as_stated_from_the_first_outcome_on():
         sweeps.append(report["ece_sweep"])
         debiased.append(report["ece_debiased"])
         plain.append(report["ece"])
-        by_truth.append(cal.calibration_error(cal.reliability_curve(truth_of(seed, 500), kept)))
+        by_truth.append(calibration.calibration_error(calibration.reliability_curve(truth_of(seed, 500), kept)))
     assert max(sweeps) < 0.05
     assert max(debiased) < 0.05
     assert np.mean(plain) < 0.05 < max(by_truth)
@@ -227,38 +228,42 @@ def test_calibrated_as_stated_from_the_first_outcome_on():
 def test_errors_without_bias_see_real_miscalibration():
     for seed in range(5):
         _, kept, raw = stream(seed, 500)
-        curve = cal.reliability_curve(raw, kept, 10, "mass")
-        assert cal.debiased_error(curve) > 0.1
-        assert cal.calibration_error(cal.monotone_curve(raw, kept)) > 0.1
+        curve = calibration.reliability_curve(raw, kept, 10, "mass")
+        assert calibration.debiased_error(curve) > 0.1
+        assert calibration.calibration_error(calibration.monotone_curve(raw, kept)) > 0.1
 
 
 def test_debiased_error_of_known_gaps():
-    honest = [cal.ReliabilityBin(center=0.5, confidence=0.5, accuracy=0.5, count=100)]
-    assert cal.debiased_error(honest) == 0
-    sure = [cal.ReliabilityBin(center=0.5, confidence=0.7, accuracy=1.0, count=100)]
-    assert cal.debiased_error(sure) == pytest.approx(0.3)
-    assert math.isnan(cal.debiased_error([cal.ReliabilityBin(center=0.5, confidence=0.5, accuracy=1.0, count=1)]))
+    honest = [calibration.ReliabilityBin(center=0.5, confidence=0.5, accuracy=0.5, count=100)]
+    assert calibration.debiased_error(honest) == 0
+    sure = [calibration.ReliabilityBin(center=0.5, confidence=0.7, accuracy=1.0, count=100)]
+    assert calibration.debiased_error(sure) == pytest.approx(0.3)
+    assert math.isnan(
+        calibration.debiased_error([calibration.ReliabilityBin(center=0.5, confidence=0.5, accuracy=1.0, count=1)])
+    )
     generator = np.random.default_rng(7)
     squares = []
     for _ in range(4000):  # unbiased before the root: the mean over streams is the true squared gap
         bins = [(0.3, 0.4), (0.8, 0.65)]
         curve = [
-            cal.ReliabilityBin(center=p, confidence=p, accuracy=float((generator.random(40) < q).mean()), count=40)
+            calibration.ReliabilityBin(
+                center=p, confidence=p, accuracy=float((generator.random(40) < q).mean()), count=40
+            )
             for p, q in bins
         ]
         gaps = [(b.accuracy - b.confidence) ** 2 - b.accuracy * (1 - b.accuracy) / 39 for b in curve]
         squares.append(sum(gaps) / 2)
-        assert cal.debiased_error(curve) == pytest.approx(math.sqrt(max(squares[-1], 0)), abs=1e-6)
+        assert calibration.debiased_error(curve) == pytest.approx(math.sqrt(max(squares[-1], 0)), abs=1e-6)
     assert np.mean(squares) == pytest.approx((0.1**2 + 0.15**2) / 2, rel=0.1)
 
 
 def test_monotone_curve_has_as_many_bins_as_rise():
     stated = np.linspace(0, 1, 60)
     step = (stated > 0.5).astype(float)
-    assert len(cal.monotone_curve(stated, step)) == 60  # rises however fine
+    assert len(calibration.monotone_curve(stated, step)) == 60  # rises however fine
     falling = 1 - step
-    assert len(cal.monotone_curve(stated, falling)) == 1
-    assert cal.monotone_curve([], []) == []
+    assert len(calibration.monotone_curve(stated, falling)) == 1
+    assert calibration.monotone_curve([], []) == []
 
 
 def test_without_outcomes_the_track_record_speaks():

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import random
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -753,9 +754,7 @@ def test_deepcopy_trains_on_independently() -> None:
 
 def test_clock_without_resolution(monkeypatch: pytest.MonkeyPatch) -> None:
     """A timer that stands still: figures are null or zero, never infinite."""
-    from hybrid_predict_trainer import trainer as module
-
-    monkeypatch.setattr(module.time, "perf_counter", lambda: 5.0)
+    monkeypatch.setattr(time, "perf_counter", lambda: 5.0)
     trainer = setup().trainer(config(), predictor=Fake())
     epoch = trainer.fit(make_batches(20))
     assert epoch.epoch_time_s == 0
