@@ -15,6 +15,7 @@ from sklearn.calibration import calibration_curve
 from sklearn.linear_model import LogisticRegression
 
 from hybrid_predict_trainer.numerics import calibration
+from hybrid_predict_trainer.numerics.calibration import ReliabilityBin
 from hybrid_predict_trainer.propose import confidence as cal
 from hybrid_predict_trainer.propose.confidence import Confidence, Evidence, TrackRecord
 
@@ -234,21 +235,17 @@ def test_errors_without_bias_see_real_miscalibration():
 
 
 def test_debiased_error_of_known_gaps():
-    honest = [calibration.ReliabilityBin(center=0.5, confidence=0.5, accuracy=0.5, count=100)]
+    honest = [ReliabilityBin(center=0.5, confidence=0.5, accuracy=0.5, count=100)]
     assert calibration.debiased_error(honest) == 0
-    sure = [calibration.ReliabilityBin(center=0.5, confidence=0.7, accuracy=1.0, count=100)]
+    sure = [ReliabilityBin(center=0.5, confidence=0.7, accuracy=1.0, count=100)]
     assert calibration.debiased_error(sure) == pytest.approx(0.3)
-    assert math.isnan(
-        calibration.debiased_error([calibration.ReliabilityBin(center=0.5, confidence=0.5, accuracy=1.0, count=1)])
-    )
+    assert math.isnan(calibration.debiased_error([ReliabilityBin(center=0.5, confidence=0.5, accuracy=1.0, count=1)]))
     generator = np.random.default_rng(7)
     squares = []
     for _ in range(4000):  # unbiased before the root: the mean over streams is the true squared gap
         bins = [(0.3, 0.4), (0.8, 0.65)]
         curve = [
-            calibration.ReliabilityBin(
-                center=p, confidence=p, accuracy=float((generator.random(40) < q).mean()), count=40
-            )
+            ReliabilityBin(center=p, confidence=p, accuracy=float((generator.random(40) < q).mean()), count=40)
             for p, q in bins
         ]
         gaps = [(b.accuracy - b.confidence) ** 2 - b.accuracy * (1 - b.accuracy) / 39 for b in curve]
