@@ -87,7 +87,7 @@ class Evaluation:
 
     def losses_of(self, pieces: Sequence[Any], isolation: Isolation) -> list[float]:
         """Losses of pieces one after the other, each call of this function under the same random numbers."""
-        isolation.rewind()
+        isolation.begin()
         known = self.needs_grad_mode
         losses = [self.loss_of(piece) for piece in pieces]
         if self.needs_grad_mode is not known:  # found out half-way: those before it drew other random numbers

@@ -34,11 +34,12 @@ def places(model: nn.Module) -> dict[str, Place]:
 
 def stateful(model: nn.Module) -> dict[str, nn.Module]:
     """Qualified name -> module, of those that have an extra state."""
-    return {
-        prefix: module
-        for prefix, module in model.named_modules()
-        if type(module).get_extra_state is not nn.Module.get_extra_state
-    }
+    return {prefix: module for prefix, module in model.named_modules() if has_extra_state(module)}
+
+
+def has_extra_state(module: nn.Module) -> bool:
+    """Whether a module has a state beside parameters and buffers."""
+    return type(module).get_extra_state is not nn.Module.get_extra_state
 
 
 def same(a: Any, b: Any) -> bool:

@@ -2,7 +2,7 @@
 
 Inside, a loss function may be called as often as one likes: modes, buffers (rebound ones included), attributes that a
 forward writes, gradients, grad mode and the random states come back as they were, those of modules that the loss
-function uses besides the model as well.  Between two evaluations :meth:`Isolation.rewind` puts back what the first one
+function uses besides the model as well.  Between two evaluations :meth:`Isolation.begin` puts back what the first one
 changed, so that both see the same random numbers and the same carried state.
 """
 
@@ -20,8 +20,8 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils.hooks import RemovableHandle
 
 from ..weights import offload as host
-from .buffers import same, stateful
-from .rng import rng_state, set_rng_state
+from .buffers import has_extra_state, same
+from .rng import RandomStates
 
 #: ``quiet``: dropout and everything else in evaluation, norms with batch statistics in training mode: their running
 #: ones belong to the weights before a jump.  ``training``: as the real steps run.  ``evaluation``: all in evaluation.
@@ -60,7 +60,7 @@ class _Kept:
     def put_back(self, *, values: bool) -> None:
         """Everything as it was; ``values``: numbers that are changed in place as well."""
         own = vars(self.module)
-        for key in [k for k in own if k not in self.attributes and k not in _OWN]:
+        for key in own.keys() - self.attributes.keys() - _OWN:
             del own[key]
         own.update(self.attributes)
         for key, content in self.contents.items():
@@ -110,13 +110,17 @@ class Isolation:
     def __init__(self, model: nn.Module) -> None:
         """Keep what a forward of ``model`` may change."""
         self._kept = {m: _Kept(m) for m in model.modules()}
-        self._model = model
         self._gradients: list[tuple[Tensor, Tensor | None]] = [
-            (p, p.grad) for p in model.parameters() if p.grad is not None
+            (p, p.grad) for p in self._parameters() if p.grad is not None
         ]
-        self._extra = {m: copy.deepcopy(m.get_extra_state()) for m in stateful(model).values()}
-        self._rng = rng_state()
+        self._extra = {m: copy.deepcopy(m.get_extra_state()) for m in self._kept if has_extra_state(m)}
+        self._random = RandomStates()
+        self._fresh = True  # nothing was evaluated yet
         self._carries: list[_Kept] | None = None  # modules that carry numbers from forward to forward
+
+    def _parameters(self) -> Iterator[Tensor]:
+        """Those that the modules have now; one that two modules share comes twice."""
+        return (p for m in self._kept for p in m._parameters.values() if p is not None)
 
     def enter(self, mode: Mode) -> None:
         """Set the modes of the model's modules; gradients are put aside."""
@@ -135,10 +139,17 @@ class Isolation:
                     self._kept[m] = _Kept(m)
                     self._gradients += [(p, p.grad) for p in m.parameters(recurse=False)]
 
+    def begin(self) -> None:
+        """Before an evaluation that is to see what the first one saw."""
+        if self._fresh:  # there is nothing to put back, nor anything that a forward is known to carry on
+            self._fresh = False
+        else:
+            self.rewind()
+
     @torch.no_grad()
     def rewind(self) -> None:
-        """Before the next evaluation: random states and carried state as they were before the first one."""
-        set_rng_state(self._rng)
+        """After an evaluation: random states and carried state as they were before the first one."""
+        self._random.put_back()
         for kept in self._kept.values():
             training = kept.module.training
             kept.put_back(values=False)
@@ -158,11 +169,11 @@ class Isolation:
         for module, state in self._extra.items():
             if not same(module.get_extra_state(), state):
                 module.set_extra_state(state)
-        for parameter in self._model.parameters():
+        for parameter in self._parameters():
             parameter.grad = None
         for held, grad in self._gradients:
             held.grad = grad
-        set_rng_state(self._rng)
+        self._random.put_back()
 
 
 @contextmanager

@@ -10,6 +10,30 @@ import torch
 from ..records import State
 
 
+class RandomStates:
+    """States of all global generators as they are now, to be put back within the same process."""
+
+    def __init__(self) -> None:
+        """Take them; nothing is converted to what a file can hold."""
+        self._torch = torch.get_rng_state()
+        self._python = random.getstate()
+        self._numpy = np.random.get_state(legacy=True)
+        self._cuda = (
+            torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+        )
+        self._mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+
+    def put_back(self) -> None:
+        """Every generator as it was."""
+        torch.set_rng_state(self._torch)
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)
+        if self._cuda is not None:
+            torch.cuda.set_rng_state_all(self._cuda)
+        if self._mps is not None:
+            torch.mps.set_rng_state(self._mps)
+
+
 def rng_state() -> State:
     """States of the global generators of torch (all devices), numpy and Python."""
     version, words, gauss = random.getstate()

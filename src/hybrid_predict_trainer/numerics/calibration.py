@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -20,7 +20,10 @@ EPSILON = 1e-3
 
 def sigmoid(z: Array) -> Array:
     """1 / (1 + exp(-z)) without overflow."""
-    return np.asarray(0.5 * (1 + np.tanh(0.5 * z)))
+    p = np.tanh(0.5 * np.asarray(z))
+    p = 1 + p
+    p *= 0.5
+    return p
 
 
 def logit(p: float) -> float:
@@ -59,10 +62,28 @@ def fit_temperature(logits: Array, kept: Array, *, prior_weight: float = 10.0) -
     def derivative(b: float) -> float:
         return float((sigmoid(b * logits) - kept) @ logits) + prior_weight * (b - 1)
 
+    below, above = _bracket(derivative, logits, prior_weight)
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if derivative(middle) < 0 else (low, middle)
+        rises = middle > below and (middle >= above or derivative(middle) >= 0)
+        low, high = (low, middle) if rises else (middle, high)
     return 2 / (low + high)
+
+
+def _bracket(derivative: Callable[[float], float], logits: Array, prior_weight: float) -> tuple[float, float]:
+    """Two numbers between which the rising derivative has its zero, so that halving need not ask outside of them.
+
+    Newton's iteration finds them within 1e-11 of each other; where it doesn't they are minus and plus infinity.
+    """
+    b, squares = 1.0, logits * logits
+    for _ in range(8):
+        p = sigmoid(b * logits)
+        step = derivative(b) / (float((p * (1 - p)) @ squares) + prior_weight)
+        b -= step
+        if abs(step) < 1e-12 * abs(b):
+            break
+    below, above = b - 1e-11 * abs(b), b + 1e-11 * abs(b)
+    return (below, above) if derivative(below) < 0 < derivative(above) else (-math.inf, math.inf)
 
 
 def fit_logistic(Z: Array, kept: Array, prior: Array, precision: float) -> Array:
@@ -80,13 +101,14 @@ def fit_logistic(Z: Array, kept: Array, prior: Array, precision: float) -> Array
 
     def objective(v: Array) -> float:
         z = Z @ v
-        return float(np.sum(np.logaddexp(0, z) - kept * z) + precision / 2 * np.sum((v - prior) ** 2))
+        away = v - prior
+        return float(np.add.reduce(np.logaddexp(0, z) - kept * z) + precision / 2 * np.add.reduce(away * away))
 
-    value = objective(w)
+    value, ridge = objective(w), precision * np.eye(len(w))
     for _ in range(30):
         p = sigmoid(Z @ w)
         gradient = Z.T @ (p - kept) + precision * (w - prior)
-        hessian = (Z.T * (p * (1 - p))) @ Z + precision * np.eye(len(w))
+        hessian = (Z.T * (p * (1 - p))) @ Z + ridge
         step = np.linalg.solve(hessian, gradient)
         length = 1.0
         while (new := objective(w - length * step)) > value and length > 1e-4:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -21,7 +22,10 @@ OSCILLATION_STEPS = 10
 OSCILLATION_SMOOTHING = 5
 _KERNEL = np.full(OSCILLATION_SMOOTHING, 1 / OSCILLATION_SMOOTHING)
 _LINE = np.stack([np.ones(OSCILLATION_STEPS), np.arange(OSCILLATION_STEPS, dtype=np.float64)], axis=1)
+_NEEDED = OSCILLATION_STEPS + OSCILLATION_SMOOTHING - 1
 _DETREND = np.eye(OSCILLATION_STEPS) - _LINE @ np.linalg.pinv(_LINE)  # residual of the least-squares line
+#: (14, 10) losses of a window -> its smoothed and detrended steps.
+_RESIDUAL = np.stack([_DETREND @ np.convolve(row, _KERNEL, mode="valid") for row in np.eye(_NEEDED)])
 
 
 def loss_deviation(loss: float, mean: float, std: float, sigma: float, previous: float | None = None) -> Alarm:
@@ -116,12 +120,21 @@ def prediction_error(
 
 def sign_changes(losses: Sequence[float]) -> tuple[int, float]:
     """Sign changes of the detrended, smoothed loss over the last 10 steps, and its RMS."""
-    need = OSCILLATION_STEPS + OSCILLATION_SMOOTHING - 1
-    if len(losses) < need:
+    if len(losses) < _NEEDED:
         return 0, 0.0
-    residual = _DETREND @ np.convolve(np.asarray(losses[-need:], dtype=np.float64), _KERNEL, mode="valid")
-    signs = np.sign(residual[residual != 0])
-    return int(np.count_nonzero(signs[1:] != signs[:-1])), float(np.sqrt(np.mean(residual**2)))
+    residual = _DETREND @ np.convolve(np.asarray(losses[-_NEEDED:], dtype=np.float64), _KERNEL, mode="valid")
+    above = [value > 0 for value in residual.tolist() if value != 0]
+    return sum(a != b for a, b in pairwise(above)), math.sqrt(float(residual @ residual) / OSCILLATION_STEPS)
+
+
+def _usual_width(losses: Sequence[float]) -> float | None:
+    """Median RMS, as of :func:`sign_changes`, over the 64 steps before the last 14; None where there are too few."""
+    ends = [len(losses) - back for back in range(14, min(78, len(losses) - 13), 8)]
+    if not ends:
+        return None
+    residuals = np.array([losses[end - _NEEDED : end] for end in ends]) @ _RESIDUAL
+    squares = sorted(np.einsum("ij,ij->i", residuals, residuals).tolist())
+    return math.sqrt(squares[len(squares) // 2] / OSCILLATION_STEPS)
 
 
 def oscillation(losses: Sequence[float], max_changes: int) -> Alarm:
@@ -134,8 +147,8 @@ def oscillation(losses: Sequence[float], max_changes: int) -> Alarm:
     changes, width = sign_changes(losses)
     if changes <= max_changes:
         return Alarm()
-    usual = sorted(sign_changes(losses[:-back])[1] for back in range(14, min(78, len(losses) - 13), 8))
-    if not usual or not width > 3 * usual[len(usual) // 2]:
+    usual = _usual_width(losses)
+    if usual is None or not width > 3 * usual:
         return Alarm()
     return Alarm(level=Level.WARNING, action=Action.CORRECT, signal="oscillation", value=changes, threshold=max_changes)
 

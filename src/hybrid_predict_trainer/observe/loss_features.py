@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -22,15 +24,28 @@ def log_scale(losses: Array) -> Array:
     return np.asarray(np.sign(losses) * np.log1p(np.abs(losses)))
 
 
+@lru_cache(maxsize=_SPANS[-1])
+def _centred_times(n: int) -> tuple[Array, float]:
+    """(n,) times around their mean, and the sum of their squares."""
+    t: Array = np.arange(n, dtype=np.float64) - (n - 1) / 2
+    return t, float(t @ t)
+
+
 def _trend(values: Array) -> tuple[float, float, Array]:
     """(total change of the fitted line, residual standard deviation, residuals)."""
     n = len(values)
     if n < 2:
         return 0.0, 0.0, np.zeros(n)
-    t = np.arange(n) - (n - 1) / 2
-    rate = float(t @ values / (t @ t))
-    residual = values - values.mean() - rate * t
-    return rate * (n - 1), float(residual.std()), residual
+    t, square = _centred_times(n)
+    rate = float(t @ values / square)
+    residual = values - _mean(values) - rate * t
+    around = residual - _mean(residual)
+    return rate * (n - 1), math.sqrt(_mean(around * around)), residual
+
+
+def _mean(values: Array) -> float:
+    """What ``values.mean()`` comes to, at a third of its price."""
+    return float(np.add.reduce(values)) / len(values)
 
 
 def _autocorrelation(residual: Array) -> float:
@@ -39,7 +54,10 @@ def _autocorrelation(residual: Array) -> float:
 
 
 def _sign_change_rate(residual: Array) -> float:
-    return float(np.mean(np.signbit(residual[1:]) != np.signbit(residual[:-1]))) if len(residual) > 2 else 0.0
+    if len(residual) <= 2:
+        return 0.0
+    below = np.signbit(residual)
+    return float(np.count_nonzero(below[1:] != below[:-1])) / (len(residual) - 1)
 
 
 def loss_features(losses: Sequence[float], step: int) -> Tensor:
@@ -59,7 +77,7 @@ def loss_features(losses: Sequence[float], step: int) -> Tensor:
     if not losses:
         return torch.zeros(NUM_LOSS_FEATURES)
     y = log_scale(np.asarray(losses, dtype=np.float64)[-_SPANS[-1] :])
-    now = float(y[-8:].mean())
+    now = _mean(y[-8:])
     trends = {span: _trend(y[-span:]) for span in _SPANS}
     halves = []
     for span in (32, 128):
@@ -67,10 +85,10 @@ def loss_features(losses: Sequence[float], step: int) -> Tensor:
         middle = len(window) // 2
         halves.append(_trend(window[middle:])[0] - _trend(window[:middle])[0])
     steps = np.log(np.arange(max(step - len(y), 0) + 1, max(step - len(y), 0) + len(y) + 1))
-    centred = steps - steps.mean()
+    centred = steps - _mean(steps)
     spread = float(centred @ centred)
     values = [
-        *(float(y[-span:].mean()) - now for span in _SPANS),
+        *(_mean(y[-span:]) - now for span in _SPANS),
         *(trends[span][0] for span in _SPANS),
         *(trends[span][1] for span in _SPANS),
         *(_autocorrelation(trends[span][2]) for span in (16, 64, 256)),

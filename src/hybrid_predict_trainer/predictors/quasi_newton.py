@@ -182,6 +182,7 @@ class QuasiNewton:
         )
         self._window: Window | None = None
         self._step: Step | None = None  # of that window, once it was asked for
+        self._asked: tuple[Step, PhasePrediction] | None = None  # the last answer, and the step that it tells
         self._log_tau = torch.zeros(config.history, dtype=torch.float64)  # by place in the ring
         self._num_pairs = 0  # newest ones that are believed
 
@@ -199,7 +200,7 @@ class QuasiNewton:
             self._num_pairs = min(self._num_pairs + 1, self.config.history)
             scaling = log_scaling(products, self._step, self.config.history) if self.config.self_scaling else 0.0
             self._log_tau[products.newest] = scaling
-        self._window, self._step = window, None
+        self._window, self._step, self._asked = window, None, None
 
     def predict(self, horizon: int) -> PhasePrediction:
         """The step, and shorter ones the gate may fall back on; ``horizon`` changes nothing but the claim."""
@@ -209,27 +210,29 @@ class QuasiNewton:
         if self._step is None:
             self._step = step_of(window.products, self._log_tau, self._num_pairs, self.config.history)
         step = self._step
-        c = newest_first(step.c, window.products.newest, self.config.history)
-        candidates = []
-        for multiple in (*self.config.shrink, 0.0):  # 0: back to x
-            coefficients = zeros_like_coefficients(1, self.spec.num_columns)
-            coefficients[0, :lag] = multiple * c
-            coefficients[0, lag] = 1.0
-            coefficients[0, lag + 1] = multiple * step.of_g
-            candidates.append(coefficients)
+        if self._asked is not None and self._asked[0] is step and self._asked[1].horizon == horizon:
+            return self._asked[1]  # a proposal is looked at before it is made
+        multiples = torch.tensor((*self.config.shrink, 0.0), dtype=torch.float64)[:, None]  # 0: back to x
+        coefficients = zeros_like_coefficients(len(multiples), self.spec.num_columns)
+        coefficients[:, :lag] = multiples * newest_first(step.c, window.products.newest, self.config.history)
+        coefficients[:, lag] = 1.0
+        coefficients[:, lag + 1 : lag + 2] = multiples * step.of_g
+        candidates = coefficients.split(1)
         reduction = max(-step.slope / 2, 0.0)  # of a quadratic whose minimum along d lies at d
         trajectory = linear_loss_trajectory(window.loss, -reduction / max(horizon, 1), horizon)
-        return PhasePrediction(
+        prediction = PhasePrediction(
             coefficients=candidates[0],
             horizon=horizon,
             predicted_loss=trajectory[-1][1],
             loss_trajectory=trajectory,
             predicted_reduction=reduction,
-            alternatives=tuple(candidates[1:]),
+            alternatives=candidates[1:],
             max_scale=1.0,
             first_fit=True,
             way_back=True,
         )
+        self._asked = step, prediction
+        return prediction
 
     def memory_bytes(self) -> int:
         """A handful of numbers: the pairs belong to the basis."""
@@ -255,5 +258,5 @@ class QuasiNewton:
 
 def newest_first(by_place: Tensor, newest: int, num_places: int) -> Tensor:
     """(2K,) numbers of s and y by place in the ring -> in the order of :class:`..records.BasisSpec`."""
-    places = (newest - torch.arange(num_places)) % num_places
-    return torch.cat([by_place[:num_places][places], by_place[num_places:][places]])
+    # from the newest down to the first place, then from the last place down to the one after the newest
+    return by_place.view(2, num_places).roll(num_places - 1 - newest, 1).flip(1).view(-1)

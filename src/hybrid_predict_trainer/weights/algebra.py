@@ -82,7 +82,12 @@ def on_host(tensors: Sequence[Tensor]) -> Tensor:
 @torch.no_grad()
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:
     """Euclidean norm over all tensors, shape (), on their device."""
-    return torch.nn.utils.get_total_norm(tensors)
+    if len({(t.device, t.dtype) for t in tensors}) != 1 or any(type(t) is not Tensor for t in tensors):
+        return torch.nn.utils.get_total_norm(tensors)
+    # what torch does for tensors of one kind, without its passage through the compiler's front door
+    norms: tuple[Tensor, ...] = torch._foreach_norm(list(tensors), 2.0)
+    total: Tensor = torch.linalg.vector_norm(torch.stack(norms), 2.0)
+    return total
 
 
 @torch.no_grad()

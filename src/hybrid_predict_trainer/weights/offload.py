@@ -7,7 +7,7 @@ anew for every copy pays for its pages every time.  On other devices copies are 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -15,26 +15,37 @@ from torch import Tensor, nn
 CPU = torch.device("cpu")
 
 
-@contextmanager
-def own_defaults() -> Iterator[None]:
+class own_defaults:  # noqa: N801 - it reads as a function, as nullcontext does
     """Around code of this package: new tensors are float32 in host memory, whatever defaults the user has set.
 
     ``torch.set_default_dtype`` and ``torch.set_default_device`` are meant for the user's own tensors; what predictors
-    and the encoder compute with would be of another type, or elsewhere, than what it meets.
+    and the encoder compute with would be of another type, or elsewhere, than what it meets.  A step enters this several
+    times, so where the defaults are torch's own it costs next to nothing.
     """
-    dtype = torch.get_default_dtype()
-    elsewhere = torch.get_default_device().type != "cpu"
-    if dtype is torch.float32 and not elsewhere:
-        yield
-        return
-    _users.append((dtype, torch.get_default_device()))
-    torch.set_default_dtype(torch.float32)
-    try:
-        with CPU if elsewhere else nullcontext():
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
-        _users.pop()
+
+    __slots__ = ("_stack",)
+
+    def __enter__(self) -> None:
+        """Set the defaults."""
+        self._stack: ExitStack | None = None
+        # a default device is a mode, so where there is no mode there is none
+        if torch.get_default_dtype() is torch.float32 and not torch._C._len_torch_function_stack():
+            return
+        dtype, device = torch.get_default_dtype(), torch.get_default_device()
+        if dtype is torch.float32 and device.type == "cpu":
+            return
+        self._stack = ExitStack()
+        _users.append((dtype, device))
+        self._stack.callback(_users.pop)
+        torch.set_default_dtype(torch.float32)
+        self._stack.callback(torch.set_default_dtype, dtype)
+        if device.type != "cpu":
+            self._stack.enter_context(CPU)
+
+    def __exit__(self, *error: object) -> None:
+        """Set them back."""
+        if self._stack is not None:
+            self._stack.close()
 
 
 @contextmanager
