@@ -26,7 +26,7 @@ VOID = {"meta", "br", "hr", "img", "input", "link"}
 REFUSALS = (
     "no length of the jump lowers the loss",
     "the improvement is not significant at its price",
-    "approved, but skipped as a control for the ledger",
+    "approved, but held out to measure what jumps are worth",
     "the jump leaves the trust radius",
 )
 Row = dict[str, Any]

@@ -65,7 +65,7 @@ class Reason(StrEnum):
     SEGMENT = "next segment of the jump"
     PROBATION = "a jump is on probation"
     # verdicts
-    WAY_BACK = "no step is better than where the last real step began, and that was better than here"
+    WAY_BACK = "no multiple of the step lowers the loss; the weights go back to the start of the last real step"
     ACCEPTED = "the loss fell by more than the jump cost"
     NOT_FINITE = "the proposal holds NaN or infinity"
     WRONG_SHAPE = "the proposal has the wrong shape"
@@ -78,7 +78,7 @@ class Reason(StrEnum):
     NO_DESCENT = "no length of the jump lowers the loss"
     NOT_SIGNIFICANT = "the improvement is not significant at its price"
     MODEL_DISAGREES = "the measured reduction is far from the predicted one"
-    CONTROL_SKIP = "approved, but skipped as a control for the ledger"
+    CONTROL_SKIP = "approved, but held out to measure what jumps are worth"
     # probation
     KEPT = "probation passed"
     DEGRADED = "the loss degraded on probation, the jump was taken back"
@@ -174,10 +174,9 @@ class Products:
     zero in every product; BY and Bg are kept for displacement columns and only if the predictor's
     :class:`BasisSpec` asks for curvature.
 
-    With ``differences`` there are hundreds of columns, and to sort their products at every step would take longer
-    than the step: they come as the ring holds them, the newest displacement in place ``newest``, the one before it
-    in the place before.  BY is empty, and of BB is known: |s|^2, s'y for every y newer than s, each s with the y
-    before it, and all of Y'Y.
+    With ``differences`` the ring holds hundreds of columns; sorting them at every step would take longer than the step.
+    The products therefore stay in ring order: ``newest`` is the slot of the newest displacement.  Valid in BB are only
+    |s|^2, s'y for every y newer than s, each s with the y just before it, and all of Y'Y.  BY is empty.
     """
 
     BB: Tensor  # (G, K, K)  b_k . b_l
@@ -203,7 +202,11 @@ class Hindsight:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Window:
-    """One closed window of N real steps, as the predictors observe it."""
+    """One closed window of N real steps: what predictors observe.
+
+    Losses are in units of the training loss, slopes in loss per real step, learning rates as in the optimizer's first
+    group.  Tensors are float64 on the CPU unless said otherwise.  See :class:`Products` for the letters.
+    """
 
     index: int
     num_steps: int  # N
@@ -226,10 +229,11 @@ class Window:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PhasePrediction:
-    """Where a predictor says the weights will be after Y real steps.
+    """A forecast: the displacement of the weights over the next Y real steps, and the loss there.
 
-    ``alternatives`` are other coefficients of the same model (more damping, say) that the gate may
-    try where it tries ``coefficients``.
+    The displacement of group g is ``sum_k coefficients[g, k] * b_k`` with the K basis columns b_k.  ``alternatives``
+    are other coefficients (G, K) of the same model, more damped ones say, that the gate may try in their order beside
+    ``coefficients``.  Losses and reductions are in units of the training loss, ``confidence`` is a probability.
     """
 
     coefficients: Tensor  # (G, K)
@@ -249,7 +253,11 @@ class PhasePrediction:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What the gate says of a proposal."""
+    """The gate's decision on a proposal, with what it measured.
+
+    Losses, ``upper_bound`` and ``price`` are in units of the training loss; ``scale`` is a multiple of the proposal;
+    NaN where something was not measured.
+    """
 
     accepted: bool
     reason: Reason
@@ -301,6 +309,19 @@ class StepResult:
 
     ``loss`` and ``gradient_norm`` are read from the device when they are asked for, so that a loop
     which does not look at them never waits for the device.
+
+    Attributes:
+        loss_tensor: Scalar loss of this batch, before the step; of the accepted point where ``was_predicted``.
+        phase: Of this step.
+        was_predicted: A jump was accepted and the weights have moved by it.
+        prediction_error: |measured - predicted loss| / |measured|; None without an accepted jump.
+        confidence: Stated probability, in [0, 1], that the next jump is kept and pays.
+        step: Calls of ``step`` so far, this one included.
+        reason: One sentence: why this phase, or why the verdict.
+        num_forward: Forwards of a whole batch that this step took, halves counted as halves.
+        num_claimed_steps: Real steps that an accepted jump stands for.
+        verdict: Of the gate; None where nothing was proposed.
+        alarm: The most severe divergence signal.
     """
 
     loss_tensor: Tensor

@@ -22,7 +22,11 @@ NOT_COMPARED = frozenset(
 #: Today's name -> its earlier one.  Who renames a figure of ``statistics()``, the summary or a record adds a line.
 RENAMED: dict[str, str] = {}
 #: Today's wording -> its earlier one, for texts that are compared (reasons, signals, events).
-REWORDED: dict[str, str] = {}
+REWORDED: dict[str, str] = {
+    "no multiple of the step lowers the loss; the weights go back to the start of the last real step":
+        "no step is better than where the last real step began, and that was better than here",
+    "approved, but held out to measure what jumps are worth": "approved, but skipped as a control for the ledger",
+}  # fmt: skip
 
 Row = dict[str, Any]
 

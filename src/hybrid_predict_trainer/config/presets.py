@@ -38,16 +38,16 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "gate.control_fraction": 0.02, "gate.max_backoff": 64,
     },
     "epochs": EPOCHS,
-    # with steps of one length, whatever the gradient, there is swing to take out (AdamW); SGD with momentum is the
-    # worse for it (LOG.md)
+    # Adam's steps have the same length whatever the gradient, so they oscillate, and damping helps; SGD with momentum
+    # gets worse (LOG.md)
     "epochs_adam": {
         **EPOCHS, "training.smoothing": 0.25, "training.drift": 0.0, "training.lookahead_scope": "all",
     },
-    # a pretrained model and few steps: no time to know the drift, but calm is worth as much as Lookahead finds (LOG.md)
+    # short fine-tuning: too few steps to know the drift; damping helps as much as Lookahead (LOG.md)
     "finetune": {
         "training.lookahead": 0.0, "training.smoothing": 0.4, "training.drift": 0.0, "training.lookahead_scope": "all",
     },
-    # steps of orthogonal matrices do not swing, cutting them only slows them down, and their drift is worth more
+    # orthogonal steps do not oscillate, group warm-up only slows them down, and extrapolating their drift gains more
     # (EMA-Nesterov was published with 0.6 for them; twice that is better here)
     "muon": {
         "training.lookahead": 1.2, "training.smoothing": 0.0, "training.min_learned_scale": 1.0,

@@ -1,4 +1,4 @@
-"""Settings: frozen dataclasses that check their ranges.  Reading and writing is in ``toml_io``."""
+"""Settings: frozen dataclasses that check their ranges.  Reading and writing is in :mod:`.toml`."""
 
 from __future__ import annotations
 
@@ -354,7 +354,13 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HybridTrainerConfig:
-    """All settings of a :class:`~hybrid_predict_trainer.HybridTrainer`; see docs/configuration.md."""
+    """All settings of a :class:`~hybrid_predict_trainer.HybridTrainer`; docs/configuration.md has a row for each.
+
+    Frozen; ``dataclasses.replace`` or :func:`~hybrid_predict_trainer.with_values` make changed ones.
+
+    Raises:
+        ConfigError: a value is out of range; the message names the key and the legal range.
+    """
 
     warmup_steps: int = 100
     full_steps: int = 20  # between proposals, at least; where losses are exact a closed window is enough

@@ -30,9 +30,13 @@ Evaluate = Callable[[int, float, Part], Sequence[float]]
 def parabola_minimum(scales: Sequence[float], losses: Sequence[float]) -> float:
     """Multiple at which the least-squares parabola through three or more points is lowest.
 
-    Falls back on the best measured point where the parabola opens downwards.  The result never lies
-    beyond the first measured multiple at which the loss rises: past that the fit is not to be
-    trusted (critical sharpness, arXiv 2601.16979).
+    Falls back on the best measured point where the parabola opens downwards.  The result never lies beyond the first
+    measured multiple at which the loss rises, because the fit is not to be trusted there (critical sharpness, arXiv
+    2601.16979).
+
+    Args:
+        scales: Multiples of the proposal, at least one, in any order.
+        losses: As many, in units of the loss.
     """
     import numpy as np  # scalar path stays free of numpy
 
@@ -64,8 +68,9 @@ def judge_exact(
 ) -> Verdict:  # fmt: skip
     """Judge where every batch is the same and losses are exact.
 
-    Any reduction is accepted: the forwards are spent either way, and whether to propose again is the
-    ledger's question.  Asking for more than their price here was measured to lose (LOG.md).
+    A line search: the best candidate is lengthened by doubling while the loss falls.  Any reduction is accepted,
+    because the forwards are spent either way; the ledger decides whether to propose again.  Asking for their price here
+    was measured to lose (LOG.md).
 
     Args:
         evaluate: Loss of a candidate at a multiple.
@@ -79,6 +84,10 @@ def judge_exact(
         min_ratio: Least share of it that must be measured.
         first_fit: Take the first candidate that lowers the loss: where proposals come at every step, a
             forward spent on a better length is worth less than the next step.
+
+    Returns:
+        ``scale`` is a multiple of the candidate, losses are in units of the loss, ``num_forward`` in forwards of the
+        batch.  A loss that is not finite counts as infinite.
     """
     forwards = 0.0
 
@@ -151,6 +160,10 @@ def judge_noisy(
         split: Whether the batch could be split; if not, both parts are the whole batch.
         predicted_reduction: Of the predictor's model.
         min_ratio: Least share of it that must be measured.
+
+    Returns:
+        ``upper_bound`` is the upper end of the one-sided interval of the mean loss difference; the jump is accepted
+        where it lies below minus ``price`` (both in units of the loss).  ``num_forward`` counts halves as halves.
     """
     share = 0.5 if split else 1.0
     scales = [0.0, 1.0]
@@ -158,8 +171,8 @@ def judge_noisy(
     forwards = 2 * share
     if not math.isfinite(losses[0]):
         return Verdict(accepted=False, reason=Reason.LOSS_NOT_FINITE, loss_before=losses[0], num_forward=forwards)
-    # the next length tells on which side of the minimum 1 lies; a proposal that is worse at 1 and at
-    # 1/2 is given up, which is most refusals for two thirds of the price of a full search
+    # The third length depends on the first two: 2 if the loss fell at 1, else 1/2.  A proposal that is worse at both
+    # is refused after 1.5 forwards; a full test takes 2.5.
     further = 2.0 if losses[1] < losses[0] and max_scale >= 2.0 else 0.5
     scales.append(further)
     losses.append(_mean(evaluate(0, further, "length")))

@@ -4,15 +4,17 @@ Everything that moves weights or rates is tested where it acts, on the scale of 
 tests a little at a time is seen here.  Losses are averaged over blocks, and blocks over a window of ``WINDOW_BLOCKS``;
 when the window's mean stands above the lowest one so far by more than its noise for ``PATIENCE_BLOCKS`` blocks in a
 row, the guard raises an alarm.  All motions rest from there on, and for the next batches the present weights and those
-of the anchor, a copy from a time when the loss was at its best, are compared on the same data: pairs, so that data that
-have become harder accuse nobody.  If the present weights are worse, the anchor's state comes back.  In either case the
+of the rollback point, a copy from a time when the loss was at its best, are compared on the same data: pairs, because
+data that have become harder would accuse everybody.  If the present weights are worse, the rollback point's state comes
+back.  In either case the
 run goes on as the plain loop.
 
 The lowest of many means is lower than their true best by chance; of K means, by sqrt(2 log K) of their standard errors
 at most, which the threshold allows for.  Where losses are exact their logarithms are averaged, and the excess must be
 ``EXACT_EXCESS``: jumps land far below what the next steps of an optimizer can hold.
 
-Pure bookkeeping: losses come in, requests come out.  Who owns the weights carries them out (:mod:`.withdrawal`).
+Pure bookkeeping: losses come in, requests come out.  The owner of the weights carries them out
+(:mod:`..cycle.withdrawal`).
 """
 
 from __future__ import annotations
@@ -46,7 +48,11 @@ class Request(StrEnum):
 
 
 class Guard:
-    """Losses in blocks, their best, and an open comparison."""
+    """A change-point test on block means of the training loss, then a paired test against the rollback point.
+
+    Losses are in the units of the loss (their logarithms where losses are exact); the comparison's interval is valid
+    however often it is looked at (:mod:`..numerics.sequential`).
+    """
 
     def __init__(self) -> None:
         """Nothing is known yet."""

@@ -2,15 +2,15 @@
 
 A jump's gate gain is measured at the moment of the jump; most of it may be progress the next real
 steps would have made anyway.  So every approved jump opens an *account*, a random share of approved
-jumps is skipped (the control group), and N real steps later each account is settled: the averaged
+jumps is skipped (the holdout), and N real steps later each account is settled: the averaged
 loss then, against what windows without a jump did lately.  All in shares of the loss:
 
     left_i      = usual_i - loss_later_i / loss_before_i             what is still there
-    persistence = sum(left of jumps - mean left of controls) / sum(gate gain of jumps)
+    persistence = sum(left of jumps - mean left of the holdout) / sum(gate gain of jumps)
     credit_i    = gain_i * persistence / pace_i                      in steps, within [0, Y]
 
 ``usual`` is the median ratio of successive windows without a jump; a promise from the slope of the
-loss would be too high on every curve that flattens.  Subtracting the controls' mean takes out what is
+loss would be too high on every curve that flattens.  Subtracting the holdout's mean takes out what is
 left of that.  The gain that is credited is the proven one: the confidence bound where losses are noisy.
 """
 
@@ -36,7 +36,17 @@ NUM_FREE_WINDOWS = 16
 
 
 class Ledger:
-    """Accounts, costs, the budget and the waiting after refusals."""
+    """What jumps cost and returned: accounts, persistence, budget, and the waiting after refusals.
+
+    Costs are in units of a forward (:mod:`..cost`), gains in shares of the loss, credits in real steps.
+
+    Attributes:
+        spent_units, watched_units: What prediction has cost, and the part of it that observing has.
+        returned_units: What its credits are worth.
+        num_credited_steps: Real steps that accepted jumps have proved to be worth.
+        wait_windows: Windows before the next proposal.
+        switched_off: Prediction has been found not to pay.
+    """
 
     def __init__(self, config: GateConfig) -> None:
         """Args: config: budget, back-off and off-switch settings."""

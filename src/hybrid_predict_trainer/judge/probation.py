@@ -15,7 +15,16 @@ from ..weights import algebra as weights
 
 @dataclass(slots=True)
 class Probation:
-    """A jump on trial: how to take it back, and what it must not be worse than."""
+    """A jump on probation: how to take it back, and the loss it must not exceed.
+
+    Attributes:
+        snapshot: Exact state before the jump.
+        basis: State of the basis before it.
+        num_steps_left: Real steps until the verdict.
+        loss_before, std_before: Smoothed training loss before the jump, and its standard deviation.
+        predicted_loss: Of the predictor, at the end of the jump.
+        claimed: Real steps that the jump stands for.
+    """
 
     snapshot: Snapshot
     basis: State

@@ -10,12 +10,12 @@ training loss of block i,
 whose two blocks both have the motion, whatever block i had (controls are never neighbours).  L is the mean of a block's
 latter half: what the motion does for as long as it is there comes and goes within a few steps of its first half.
 If y of the blocks with the motion is higher than that of the controls, and by more than chance allows, the motion
-ends for the rest of the run; if it is lower, the trial ends, and with it the controls.  The interval that decides is
-valid however often it is looked at (:mod:`.sequential`).
+ends for the rest of the run; if it is lower, the trial ends, and with it the holdout.  The interval that decides is
+valid however often it is looked at (:mod:`..numerics.sequential`).
 
-Gains of a few percent of the progress are far below the noise of such blocks: this finds out harm, not worth.  The
-first blocks have no controls, so that a short run loses nothing to them; nor are they compared with later ones, because
-a loss falls fastest at first.
+The trial finds harm, not benefit: a gain of a few percent is far below the noise between blocks.  Harm takes some two
+thousand steps to find.  The first blocks have no holdout, so that a short run loses nothing to them; nor are they
+compared with later ones, because a loss falls fastest at first.
 """
 
 from __future__ import annotations
@@ -42,7 +42,15 @@ MAX_COMPARISONS = 1000
 
 
 class Switchback:
-    """Which blocks move, and what became of them."""
+    """A switchback experiment (Bojinov, Simchi-Levi & Zhao, Management Science 69, 2023) over blocks of real steps.
+
+    Attributes:
+        control_fraction: Share of the later blocks that are held out, in [0, 0.5]; 0: no trial.
+        moving: Whether the present block has the motion.
+        switched_off: Harm was found: no block has the motion any more.
+        proved: Benefit was found: no block is held out any more.
+        num_blocks: Blocks closed so far.
+    """
 
     def __init__(self, control_fraction: float) -> None:
         """Args: control_fraction: share of the later blocks that go without the motion; 0: no trial."""

@@ -3,7 +3,8 @@
 The mean of h = cos(g, u), a step u held against the next gradient g, is negative while the loss still falls at the
 end of a step.  Two questions are asked of what was measured:
 
-* Is the mean negative at all?  By an always-valid interval (:mod:`.sequential`), because it is asked again and again.
+* Is the mean negative at all?  By an always-valid interval (:mod:`..numerics.sequential`), because it is asked again
+  and again.
 * Is h of a *single* step negative beyond its own noise?  Where it is, curvature bounds the rate and h says how far
   away the bound is.  Where it takes dozens of steps to see a mean at all, the noise of the gradient bounds the rate,
   and that shows in the loss a run settles at and not in h: at batches of 8 to 16 the mean of h is negative for

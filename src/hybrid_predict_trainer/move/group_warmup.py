@@ -1,4 +1,4 @@
-"""Early cuts: a group of weights whose first steps end beyond the edge of stability is slowed down, and let go again.
+"""Per-group step sizes for the first steps: multiplicative back-off beyond the edge of stability, additive recovery.
 
 A learning rate is one number, the edge of stability is not: in the first steps of a transformer the hidden
 matrices are beyond it while embeddings and head are far below.  What those steps break is not mended later:
@@ -12,13 +12,13 @@ already rises where it ended.  As in congestion control (additive increase, mult
     f_g <- f_g / 2       when the newest ``NUM_COSINES`` h_g are above ``BEYOND`` on the mean, by more than their noise,
     f_g <- f_g + 1/100   at every step, up to 1,
 
-and the step of the group is shortened to f_g of itself.  In a network that has never been trained the blocks begin
-at the bottom, f_g = ``least``: what their first hundred steps would gain is less than what they would break; and a
-raise of the common multiplier before the edge is taken out of their f_g again, so that they come up to it at the
-same pace.  One that has been trained begins at 1: there the same ramp loses more than it saves (LOG.md).
+and the step of the group is shortened to f_g of itself.  In an untrained network attention and MLP matrices start at
+f_g = ``least`` and ramp up over 100 steps, because their first steps destroy more than they gain.  When m is raised
+before the edge is reached, their f_g is divided by the same factor, so that their steps do not jump.  In a network that
+has been trained every f_g starts at 1, because the same ramp loses more than it saves there (LOG.md).
 
 Is it harm?  Where the blocks alone could lower the loss, a slow beginning only costs: if the loss has not fallen by
-the ``MUST_FALL``-th step, the cuts end and every group steps as it is.
+the ``MUST_FALL``-th step, group warm-up ends and every group takes its whole step.
 
 No cuts later: a run at a tuned rate spends its stable phase at slightly positive h_g, and cutting there only slows
 it down.  And only where attention or MLP blocks are trained together with what is around them: a plain MLP and
@@ -50,7 +50,14 @@ MUST_FALL = 30
 
 
 class EarlyCuts:
-    """Factors f_g of the groups' steps, in (0, 1]."""
+    """Group warm-up: one factor f_g in (0, 1] per group, by which the group's step is shortened.
+
+    Attributes:
+        least: Bound on every f_g from below; 1: no group warm-up.
+        factors: (G,) f_g of the next step, dimensionless.
+        num_cuts: Back-offs so far.
+        num_steps: Real steps counted.
+    """
 
     def __init__(self, roles: Sequence[str], least: float, *, untrained: bool = False) -> None:
         """Start; in a network without blocks, and inside frozen ones, there will be no cuts.

@@ -1,9 +1,8 @@
 """Low-pass lookahead: every few real steps part of what the optimizer computed is replaced by what was predicted.
 
-A jump is tested and applied at once.  On one pass over new data the drift of the weights is too small
-against the noise of any test, and a jump along it makes the loss worse at first: it holds the walls of
-the valley too, which the next steps have to come down again.  Spread over many steps the same motion
-helps, because in between the optimizer damps what does not belong to the drift.
+A jump is tested and applied at once.  In one-pass training the drift is too small for any test, and a jump along it
+first raises the loss, because it also moves along directions of high curvature.  Spread over many steps the same motion
+helps: in between, the optimizer damps those directions.
 
 Every n steps, with theta_0 the weights after the last application (at first those the run began with) and
 Lambda the sum of the n learning rates,
@@ -13,16 +12,15 @@ Lambda the sum of the n learning rates,
     a <- sum gamma'^i <s, Lambda b> / sum gamma'^i |Lambda b|^2, in [0, 1]      the share of the drift that went on
     theta <- theta_0 + (1 - kappa) s + a (delta kappa + beta_t) Lambda b      ... and part of it predicted.
 
-kappa takes out of s what is not drift (along an unstable direction the weights swing to and fro, and a learning
-rate that suits the rest is too large there), delta puts the drift back.  Lookahead (arXiv 1907.08610) is
-kappa = 1/2, delta = 0: it pays for its calm with half of the drift, and where a run is too short to know its drift
-that is cheap.  beta carries the drift on (EMA-Nesterov, arXiv 2605.25395); beta_t = beta lr / lr_max: the
-schedule's decay takes it out with the rate.  The drift is one per unit of learning rate, because in a decay the
-last seventy steps were longer than the next ones will be.  a is the least-squares prediction of the newest
-displacements from the drift before them: 0.2 to 0.9 in ordinary training, zero or below where the weights have turned a
-corner.  The drift carried on regardless made physics-informed networks on new points end two to six times as high
-(LOG.md).  b starts at zero, so that the first steps are shortened
-by kappa as a longer warm-up would shorten them; correcting that bias was worse in trials.
+kappa, the damping, removes what is not drift: the oscillation along directions for which the learning rate is too
+large.  delta puts the drift back.  Lookahead (arXiv 1907.08610) is kappa = 1/2, delta = 0: it damps oscillation and
+also halves the drift, which is cheap where a run is too short to know its drift.  beta, the extrapolation, carries the
+drift on (EMA-Nesterov, arXiv 2605.25395); beta_t = beta lr / lr_max, so that the schedule's decay removes it with the
+rate.  The drift is one per unit of learning rate, because in a decay the last seventy steps were longer than the next
+ones will be.  a is the least-squares prediction of the newest displacements from the drift before them: 0.2 to 0.9 in
+ordinary training, zero or below where the weights have turned a corner.  Without it physics-informed networks on new
+points ended two to six times as high (LOG.md).  b starts at zero, so that the first steps are shortened by kappa as a
+longer warm-up would shorten them; correcting that bias was worse in trials.
 """
 
 from __future__ import annotations
@@ -134,7 +132,12 @@ class NoLookahead:
 
 
 class DriftLookahead:
-    """The motion towards the drift, and along it."""
+    """Lookahead with a drift: every n steps theta <- theta_0 + (1 - kappa) s + a (delta kappa + beta_t) Lambda b.
+
+    Holds two weight copies: theta_0 and the drift b, which is in weights per unit of learning rate.  kappa = 1/2,
+    delta = 0, beta = 0 is Lookahead (arXiv 1907.08610); kappa = 0 is an outer momentum as in EMA-Nesterov (arXiv
+    2605.25395).
+    """
 
     def __init__(
         self, beta: float, kappa: float = 0.0, delta: float = 1.0, *, every: int = EVERY, gamma: float = GAMMA
@@ -142,9 +145,9 @@ class DriftLookahead:
         """Nothing is known of the drift yet.
 
         Args:
-            beta: share of the drift added.
-            kappa: share of a displacement that is taken out of it.
-            delta: share of that which the drift stands for.
+            beta: Extrapolation: weight of the drift that is added, at least 0.
+            kappa: Damping: share of each displacement that is removed, in [0, 1].
+            delta: How much of the removed share the drift replaces, in [0, 1].
             every: steps between applications, n.
             gamma: of the drift's mean, per step.
         """

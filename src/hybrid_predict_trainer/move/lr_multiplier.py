@@ -1,4 +1,4 @@
-"""The learned scale: a multiplier of the base optimizer's own steps, learned from gradients training computes anyway.
+"""The learning-rate multiplier: a factor m of the optimizer's own steps, learned from gradients that training computes.
 
 After a step u the next batch's gradient g says whether the step could have been longer.  Its noise is
 independent of u, so the mean of
@@ -10,29 +10,30 @@ along its own line, and slightly positive on the edge of stability, where a run 
 rate spends its stable phase (Cohen et al., arXiv 2103.00065; the same product drives hypergradient
 descent, Baydin et al., arXiv 1703.04782).  So
 
-    slow start: while single steps show h negative (:mod:`.edge_test`) the multiplier m doubles (``GROWTH``);
-    the edge: once they do not, one step per check is measured, and m creeps on by ``CREEP`` only on significant
-    evidence that h is negative, only while the schedule stands at its peak (a decay is meant to go below the edge,
-    and must not be worked against), and to ``ROOM`` times its value at the edge at most;
-    while the schedule rises (warm-up) nothing is learned.
+    slow start: while single steps show that h is negative (:mod:`.edge_test`), m doubles at every check (``GROWTH``).
+    edge: once they do not, one step per check is measured and m grows by ``CREEP``, only on significant evidence that
+    h is negative, only while the schedule stands at its peak (a decay is meant to go below the edge), and to at most
+    ``ROOM`` times its value at the edge.
+    While the schedule rises (warm-up), m does not change.
 
 Ignorance is no reason for a raise: every test is valid however often it is looked at, and all tests after the edge
 share one level.  Nothing is raised before the loss has fallen once, nor where the same data come round again
-(:mod:`.recurrence`): there the training loss cannot tell a faster start from a faster overfitting.
+(:mod:`..observe.recurrence`): there the training loss cannot tell a faster start from a faster overfitting.
 
 What m does wrong is judged by loss, three times.  The state at the start of a raise is kept until the raise is settled
 ``PATIENCE`` checks later; if the smoothed loss then stands above the one before or above its best by more
 than its noise (where losses are exact: above the largest of the last steps before, at once), m and the state go back.
-Later, blocks with m are compared with blocks at the schedule's own rate, drawn by lot (:mod:`.switchback`).  And the
-guard (:mod:`.guard`) watches the run as a whole.  After ``MAX_TAKEN_BACK`` takebacks m is 1 for good.
+Later, blocks with m are compared with a random holdout of blocks at the schedule's own rate
+(:mod:`..judge.switchback`).  The guard (:mod:`..judge.guard`) watches the run as a whole.  After ``MAX_TAKEN_BACK``
+takebacks m is 1 for good.
 
 m never falls below 1 through h: over all weights h cannot tell a tuned rate from one three times too
-large.  Group by group it can, in the first steps: :mod:`.early_cuts` shortens the steps of groups that are
+large.  Group by group it can, in the first steps: :mod:`.group_warmup` shortens the steps of groups that are
 beyond the edge there.
 
 m is applied as a factor of the optimizer groups' ``lr`` around one step, so decoupled weight decay scales with
-it, as it would with a larger rate, and the schedule never sees it.  A cut shortens the step that was made
-instead: the groups it is about are not the optimizer's, and it soon ends.
+it, as it would with a larger rate, and the schedule never sees it.  Group warm-up shortens the step after it was
+made, because its groups are not those of the optimizer.
 """
 
 from __future__ import annotations
@@ -62,7 +63,14 @@ MEASURED_AT_EDGE = 1
 
 
 class LearnedScale:
-    """Slow start up to the edge of stability, with every raise on account."""
+    """The learning-rate multiplier m >= 1, and the group warm-up factors f_g in (0, 1].
+
+    Slow start up to the edge of stability (Cohen et al., arXiv 2103.00065) by the sign of cos(g, u); a raise that the
+    loss does not bear out is taken back.  Dimensionless: the step is that of the schedule's rate times m.
+
+    Attributes:
+        last_cosine: h of the last measured step over all weights, in [-1, 1]; NaN before the first.
+    """
 
     def __init__(
         self, groups: Groups, maximum: float, minimum: float = 1.0, check_steps: int = CHECK_STEPS, *,
@@ -73,7 +81,7 @@ class LearnedScale:
         Args:
             groups: Of the parameters.
             maximum: Bound on m; 1: no raises.
-            minimum: Bound on the early cuts' factors; 1: no cuts.
+            minimum: Bound from below on the group warm-up factors; 1: no group warm-up.
             check_steps: Real steps between checks.
             untrained: Whether the weights are as they were drawn.
             control_fraction: Share of later blocks that step at the schedule's own rate, to compare with.

@@ -1,7 +1,7 @@
-"""The learned multiplier m of the learning rate: when it is raised, when a raise is settled, when it goes back.
+"""Bookkeeping of the learning-rate multiplier m: when it is raised, when a raise is settled, when it goes back.
 
-Pure bookkeeping: cosines and losses come in, advice comes out.  Whoever calls keeps the state of a raise's start and
-puts it back (:mod:`.withdrawal`); measuring and applying are :mod:`.step_scale`'s.
+Cosines and losses come in, advice comes out.  The caller keeps the state of a raise's start and puts it back
+(:mod:`..cycle.withdrawal`); :mod:`.lr_multiplier` measures and applies.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..records import State
 from .edge_test import Edge, locate
 
 #: Factor of one raise in the slow start.  At 2 per 5 to 10 steps a rate that is 10 times too small is made up for in 20
-#: to 40 steps; what that overshoots the early cuts take back, group by group.
+#: to 40 steps; what that overshoots group warm-up takes back, group by group.
 GROWTH = 2.0
 #: Where the rate was below the edge at the start, the edge itself moves: a network trained at it grows flatter.
 #: There m follows, by this factor and to so many times its value at the edge.

@@ -1,4 +1,4 @@
-"""What a run needs of a multiplier of its optimizer's steps, and the null object (:mod:`.step_scale` has the other)."""
+"""What a run needs of a multiplier of its optimizer's steps, and the null object (the other: :mod:`.lr_multiplier`)."""
 
 from __future__ import annotations
 

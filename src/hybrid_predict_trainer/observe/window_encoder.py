@@ -41,7 +41,7 @@ _TINY = 1e-30  # keeps logarithms of vanished factors finite
 
 
 class Observer(Protocol):
-    """What executors, the cycle and the record ask of it."""
+    """What the steps of the cycle and the recorder ask of it."""
 
     def watching(self, *, last: bool) -> AbstractContextManager[None]:
         """Around forward and backward of a real step; ``last`` if it closes a window."""

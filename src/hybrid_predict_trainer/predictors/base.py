@@ -8,12 +8,16 @@ from ..records import BasisSpec, PhasePrediction, State, Window
 
 
 class Predictor(Protocol):
-    """Learns from windows of real training, says where the weights will be Y steps later.
+    """A forecaster of the weights: observes windows of real training, predicts the displacement of the next Y steps.
 
-    A predictor sees weight space only through :class:`~..records.Products` (inner products of the
-    basis columns it asked for in ``spec``) and answers with coefficients on those columns.  It must
-    not touch the global random state and must not raise on degenerate windows (zero displacement,
-    constant loss); if it raises all the same, the run goes on without it.
+    A predictor sees weight space only through :class:`~..records.Products`, the inner products of the basis columns it
+    asked for in ``spec``, and answers with coefficients on those columns.  It must not touch the global random state
+    and must not raise on degenerate windows (zero displacement, constant loss); if it raises all the same, training
+    goes on, and after three times without it.  docs/extending.md has one in twenty lines.
+
+    Attributes:
+        name: As in ``predictor.type``.
+        spec: Which columns, and whether their products with gradients are wanted.
     """
 
     name: str
@@ -27,9 +31,15 @@ class Predictor(Protocol):
         """Learn from one closed window."""
 
     def predict(self, horizon: int) -> PhasePrediction:
-        """Predict the aggregate of the next ``horizon`` real steps after the last observed window.
+        """Predict the displacement of the next ``horizon`` real steps after the last observed window.
 
-        Only called when :attr:`ready`.  Coefficients have shape (G, K) with K = ``spec.num_columns``.
+        Only called when :attr:`ready`.
+
+        Args:
+            horizon: Y, real steps, at least 1.
+
+        Returns:
+            Coefficients (G, K), float64 on the CPU, with K = ``spec.num_columns``; losses as the training loss.
         """
 
     def memory_bytes(self) -> int:

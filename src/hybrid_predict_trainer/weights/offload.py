@@ -1,7 +1,7 @@
 """Copies of device tensors in host memory that is taken once and written over.
 
-Memory is page-locked for tensors on CUDA: only then a copy runs while the host goes on, and what takes memory
-anew for every copy pays for its pages every time.  On other devices copies are waited for.
+On CUDA host copies are pinned, because only then are copies asynchronous.  The buffers are reused, because pinning
+memory is slow.  On other devices copies are synchronous.
 """
 
 from __future__ import annotations

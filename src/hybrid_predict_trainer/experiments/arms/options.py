@@ -188,7 +188,7 @@ def config_of(options: Options, recipe: TaskDefaults, steps_per_epoch: int | Non
 
 
 def file_layers(path: Path) -> list[Mapping[str, Any]]:
-    """What a TOML file sets, its preset first; unlike :func:`~..toml_io.load`, nothing it does not set."""
+    """What a TOML file sets, its preset first; unlike :func:`~..config.toml.load`, nothing it does not set."""
     text = read(path)
     loads(text, str(path))  # every check, with the file's name in the message
     table = parse(text)
