@@ -14,6 +14,7 @@ from hybrid_predict_trainer.cycle.phases import (
     IllegalTransitionError,
     NeverPredict,
     PhaseController,
+    PhaseState,
     Signals,
     controller_for,
     validate_transition,
@@ -224,3 +225,14 @@ def test_step_n() -> None:
     assert len(trainer.step_n(make_batches(5), 3)) == 3
     with pytest.raises(ValueError, match="needs 9 batches, got 5"):
         trainer.step_n(make_batches(5), 9)
+
+
+def test_the_place_in_the_cycle_goes_through_a_state_dict() -> None:
+    place, again = PhaseState(CONTROLLER), PhaseState(CONTROLLER)
+    place.enter(F)
+    place.force_full(7, by_alarm=True)
+    place.count_real_step()
+    again.load_state_dict(place.state_dict())
+    assert again.current is F
+    assert (again.num_forced_full_steps, again.forced_by_alarm, again.num_real_steps_since_predict) == (6, True, 1)
+    assert again.state_dict() == place.state_dict()
