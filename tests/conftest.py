@@ -19,15 +19,22 @@ settings.register_profile("search", deadline=None)
 settings.load_profile("ci" if os.environ.get("CI") else "search")
 
 
-@pytest.fixture(autouse=True)
-def _repeatable() -> Iterator[None]:
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """From before the first fixture of a module: what it computes is compared with what tests compute."""
     threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _repeatable(_one_thread: None) -> Iterator[None]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     np.random.seed(0)
     random.seed(0)
     yield
-    torch.set_num_threads(threads)
 
 
 class _Collecting(logging.Handler):
