@@ -28,6 +28,7 @@ CORE = [p for p in sorted(ROOT.rglob("*.py")) if p.relative_to(ROOT).parts[0] no
 
 #: What may be assigned on something else than ``self``: torch's own, or a record that its maker fills in.
 ALLOWED = {
+    "optimizer.grad_scale": "torch's own, from a scaler to a fused optimizer",
     ".grad": "of a parameter", ".training": "of a module", "drawn.bit_generator.state": "numpy's",
     "view.base": "where a view is made", "made.": "a fingerprint, where it is made", "current.digest": "likewise",
     "walk.": "a walk over an object, by whoever walks", "self._walk.stay": "likewise",

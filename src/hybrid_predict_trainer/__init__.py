@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from .config.toml import load as load_config
     from .config.toml import preset_config as preset_config
     from .config.toml import with_values as with_values
+    from .cycle.engine import Engine as Engine
+    from .cycle.engine import attach as attach
     from .predictors import Predictor as Predictor
     from .records import BasisSpec as BasisSpec
     from .records import CheckpointError as CheckpointError
@@ -45,7 +47,8 @@ _HOMES = {
     "HybridTrainerConfig": "config.settings", "LinearConfig": "config.settings", "MetricsConfig": "config.settings",
     "Phase": "records", "PhasePrediction": "records", "Predictor": "predictors",
     "PredictorConfig": "config.settings", "SecantConfig": "config.settings", "StepResult": "records",
-    "Verdict": "records", "Window": "records", "load_config": "config.toml:load", "preset_config": "config.toml",
+    "Verdict": "records", "Window": "records", "Engine": "cycle.engine",
+    "attach": "cycle.engine", "load_config": "config.toml:load", "preset_config": "config.toml",
     "with_values": "config.toml",
 }  # fmt: skip
 
@@ -57,9 +60,9 @@ _INNER = frozenset({
 
 __all__ = [
     "BasisSpec", "CheckpointConfig", "CheckpointError", "ConfigError", "DivergenceConfig", "DivergenceError",
-    "EpochResult", "GateConfig", "HybridError", "HybridTrainer", "HybridTrainerConfig", "LinearConfig",
+    "Engine", "EpochResult", "GateConfig", "HybridError", "HybridTrainer", "HybridTrainerConfig", "LinearConfig",
     "MetricsConfig", "Phase", "PhasePrediction", "Predictor", "PredictorConfig", "SecantConfig", "StepResult",
-    "Verdict", "Window", "load_config", "preset_config", "with_values",
+    "Verdict", "Window", "attach", "load_config", "preset_config", "with_values",
 ]  # fmt: skip
 
 if not TYPE_CHECKING:  # seen by a type checker, it would let every misspelt name pass

@@ -4,51 +4,33 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence, Sized
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor, nn
-from torch.optim import LBFGS, Optimizer
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch import nn
+from torch.optim import Optimizer
 
 from .config.settings import HybridTrainerConfig
 from .cost import STEP_UNITS
 from .cycle import outside
+from .cycle.construction import Handed, build_run
+from .cycle.construction import default_loss as default_loss
 from .cycle.learning import settle_readings
 from .cycle.loop import take_step
 from .cycle.passes import Rounds, Tally, goes_round, has_ended, replaying
-from .cycle.state import Run
 from .cycle.transaction import interrupted
-from .distributed.processes import refuse_distributed, refuse_several_processes
-from .judge.validation import ValFn, Validation
+from .distributed.processes import refuse_several_processes
+from .judge.validation import ValFn
 from .keep import resume as persistence
 from .keep.finiteness import trained_weights_finite, whereabouts
-from .keep.subject import LossFn, Subject
+from .keep.subject import LossFn
 from .predictors import Predictor
-from .records import ConfigError, DivergenceError, EpochResult, StepResult
+from .records import DivergenceError, EpochResult, StepResult
 from .tell.figures import statistics
 from .tell.recorder import Metrics
-from .tell.sinks import Sink, Writer, sink_of
+from .tell.sinks import Sink, Writer
 from .weights.offload import own_defaults
-from .weights.parameters import optimizer_parameters
-
-
-def default_loss(model: nn.Module, batch: Any) -> Tensor:
-    """``model(**batch).loss`` for mappings, as the model libraries return it.
-
-    Raises:
-        TypeError: the batch is not a mapping: then a ``loss_fn`` is needed.
-    """
-    if not isinstance(batch, Mapping):
-        raise TypeError(
-            f"batches are {type(batch).__name__}: pass loss_fn=lambda model, batch: ... (the default needs mappings)"
-        )
-    output = model(**batch)
-    loss = output["loss"] if isinstance(output, Mapping) else output.loss
-    assert isinstance(loss, Tensor), "the model's output has no loss: pass loss_fn"
-    return loss
 
 
 class HybridTrainer:
@@ -98,30 +80,12 @@ class HybridTrainer:
             ConfigError: the optimizer needs a closure (LBFGS), the schedule a metric, nothing can be trained, or
                 prediction is on and there is more than one process (DistributedDataParallel, FSDP, DTensor).
         """
-        self.config = config if config is not None else HybridTrainerConfig()
-        if lr_interval is not None:
-            self.config = replace(self.config, lr_interval=lr_interval)
-        if self.config.enabled:
-            refuse_distributed(model, optimizer_parameters(optimizer))
-        if isinstance(optimizer, LBFGS):
-            raise ConfigError(
-                "LBFGS evaluates the loss several times per step through a closure and cannot be wrapped; "
-                "use Adam or SGD: the secant predictor supplies the curvature"
-            )
-        if isinstance(lr_scheduler, ReduceLROnPlateau):
-            raise ConfigError(
-                "ReduceLROnPlateau needs a metric at every step and cannot follow the trainer's clock; use another "
-                "schedule, or step it yourself and pass lr_scheduler=None"
-            )
-        if not val_cost >= 0:
-            raise ConfigError(f"val_cost = {val_cost!r} is out of range: forwards of a training batch, at least 0")
-        validation = None if val_fn is None else Validation(val_fn, val_cost)
-        with own_defaults():
-            subject = Subject.of(model, optimizer, loss_fn or default_loss, grad_scaler, roles)
-            self.run = Run(subject, self.config, lr_scheduler, predictor=predictor, validation=validation)
-        self.metrics.write_to(sink_of(self.config, sinks))
-        if self.config.checkpoint.directory:
-            persistence.warn_unless_savable(self.run, self.metrics)
+        handed = Handed(
+            loss_fn=loss_fn, lr_scheduler=lr_scheduler, grad_scaler=grad_scaler, predictor=predictor, roles=roles,
+            lr_interval=lr_interval, val_fn=val_fn, val_cost=val_cost,
+        )  # fmt: skip
+        self.run = build_run(model, optimizer, config, handed)
+        self.config = self.run.proposer.settings
         self._busy = False
 
     @property

@@ -93,6 +93,11 @@ class RealStep:
         run.windows.add_step(run.learning_rate)
         return True
 
+    def overflow(self, loss: Tensor) -> None:
+        """Instead of :meth:`after_backward` where a scaler of the loop's has left the step out."""
+        self.loss, self.norm, self.usable = loss.detach(), torch.full_like(loss, math.inf), False
+        self.run.windows.observer.after_backward(self.run.losses.history, usable=False)
+
     def before_step(self) -> None:
         """Gradients are clipped, the optimizer is about to step: multiplier and lookahead keep what they need."""
         run = self.run
@@ -116,9 +121,19 @@ class RealStep:
         return Execution(self.loss, self.norm, forwards=1, backwards=1)
 
     def skip(self) -> Execution:
-        """Instead of ``step_optimizer`` and ``end`` where the step cannot be used."""
+        """Instead of ``step_optimizer`` and ``end`` where the step cannot be used.
+
+        Buffers are as before, weights and optimizer were never touched.  A scaler is the driver's to update.
+        """
         assert self.norm is not None, "skip() before after_backward()"
-        return _skip(self.run, self.loss, self.norm)
+        run = self.run
+        run.buffers.undo()
+        run.optimizer_step.on_skip()
+        overflowed = math.isfinite(float(self.loss)) and not math.isfinite(float(self.norm))
+        searching = run.optimizer_step.scale_search.look(overflowed=overflowed)
+        run.meter.skipped()
+        run.step_scheduler()
+        return Execution(self.loss, self.norm, skipped=True, searching=searching, forwards=1, backwards=1)
 
 
 def run_full(run: Run, batch: Any, decision: Decision) -> Execution:
@@ -131,6 +146,9 @@ def run_full(run: Run, batch: Any, decision: Decision) -> Execution:
         run.windows.observer.before_backward()
         _backward(run, loss)
     if not step.after_backward(loss):
+        if run.subject.grad_scaler is not None:
+            run.subject.grad_scaler.update()  # shrinks its scale if it saw an overflow; the optimizer is not stepped
+        run.subject.optimizer.zero_grad(set_to_none=True)
         return step.skip()
     if run.config.gradient_clip_norm > 0:
         assert step.norm is not None
@@ -183,21 +201,6 @@ def _usable(run: Run, loss: Tensor, norm: Tensor) -> bool:
     limit = run.config.divergence.critical_multiplier * baseline
     # where every batch is the same a step that is skipped for its gradient is skipped for ever
     return run.full_batch or run.phases.current is Phase.WARMUP or not baseline > 0 or float(norm) <= limit
-
-
-def _skip(run: Run, loss: Tensor, norm: Tensor) -> Execution:
-    """A step that does not count: buffers as before, weights and optimizer never touched."""
-    run.buffers.undo()
-    run.optimizer_step.on_skip()
-    if run.subject.grad_scaler is not None:
-        run.subject.grad_scaler.update()  # shrinks its scale if it saw an overflow; the optimizer is not stepped
-    searching = run.optimizer_step.scale_search.look(
-        overflowed=math.isfinite(float(loss)) and not math.isfinite(float(norm))
-    )
-    run.subject.optimizer.zero_grad(set_to_none=True)
-    run.meter.skipped()
-    run.step_scheduler()
-    return Execution(loss, norm, skipped=True, searching=searching, forwards=1, backwards=1)
 
 
 def _keep_anchor(run: Run) -> None:

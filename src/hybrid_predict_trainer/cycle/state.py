@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from .. import former_names
@@ -22,7 +23,7 @@ from ..keep.snapshot import Snapshot
 from ..keep.subject import LossFn, Subject
 from ..move.optimizer_memory import left_alone
 from ..move.optimizer_step import OptimizerStep, lookahead_for, multiplier_for
-from ..move.schedule import LrSchedule
+from ..move.schedule import LrSchedule, scheduled_settings_stay
 from ..observe.data import Batches
 from ..observe.divergence import Monitor
 from ..observe.history import Losses
@@ -67,7 +68,7 @@ class Run:
 
     def __init__(
         self, subject: Subject, config: HybridTrainerConfig, lr_scheduler: Any = None, *,
-        predictor: Predictor | None = None, validation: Validation | None = None,
+        predictor: Predictor | None = None, validation: Validation | None = None, owns_schedule: bool = True,
     ) -> None:  # fmt: skip
         """Bind everything; no memory beyond Python objects is taken before training starts.
 
@@ -77,13 +78,14 @@ class Run:
             lr_scheduler: Or None.
             predictor: The user's own; None: the one that is named in the settings.
             validation: Or None.
+            owns_schedule: We step it; else the caller's loop does.
         """
         self.subject, self.config = subject, config
         self.origin = Origin.of(subject.model, subject.optimizer, config.checkpoint.include_frozen)
         self.failures = Failures()
         self.recorder = Metrics(NullSink(), log_interval=config.metrics.log_interval, failures=self.failures)
         self.meter = CostMeter()
-        self.schedule = LrSchedule(lr_scheduler, config.lr_interval)
+        self.schedule = LrSchedule(lr_scheduler, config.lr_interval, owned=owns_schedule)
         hands_off = None if config.never_predicts else left_alone(subject.optimizer)
         look_every = 1 if subject.on_cpu else max(config.divergence.check_interval_steps, 1)
         self.watch = Watch(subject.parameters, subject.optimizer, look_every, hands_off)
@@ -138,8 +140,10 @@ class Run:
 
     @property
     def others(self) -> list[HasState]:
-        """What a snapshot holds beside model and optimizer: scheduler and scaler where given, lookahead and scale."""
-        schedule = [] if self.schedule.scheduler is None else [stateful(self.schedule.scheduler)]
+        """What a snapshot holds beside model and optimizer: our scheduler, the scaler, lookahead and scale."""
+        schedule = (
+            [] if self.schedule.scheduler is None or not self.schedule.owned else [stateful(self.schedule.scheduler)]
+        )
         scaler = [] if self.subject.grad_scaler is None else [self.subject.grad_scaler]
         return [*schedule, *scaler, self.optimizer_step.lookahead, self.optimizer_step.scale]
 
@@ -211,8 +215,13 @@ class Run:
         return Snapshot.take(self.subject.model, self.subject.optimizer, self.others, offload=offload, into=into)
 
     def restore(self, snapshot: Snapshot, *, rng: bool = True) -> None:
-        """The one call that puts a snapshot back; :meth:`restored` is to follow."""
-        snapshot.restore(self.subject.model, self.subject.optimizer, self.others, rng=rng)
+        """The one call that puts a snapshot back; :meth:`restored` is to follow.
+
+        A schedule that the caller's loop steps stays where it is, with the rates that it has set.
+        """
+        optimizer = self.subject.optimizer
+        with nullcontext() if self.schedule.owned else scheduled_settings_stay(optimizer):
+            snapshot.restore(self.subject.model, optimizer, self.others, rng=rng)
         self.watch.writes.record()  # this write is the run's own
         self.schedule.resynchronize()
 

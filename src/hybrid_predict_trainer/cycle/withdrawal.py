@@ -14,7 +14,7 @@ import torch
 from ..judge.guard import Request
 from ..keep.snapshot import Snapshot
 from ..move.multiplier import Advice
-from ..move.schedule import copied, set_value
+from ..move.schedule import scheduled_settings_stay
 from ..notices import warn
 from ..weights import algebra as weights
 from ..weights.parameters import named_parameters
@@ -23,8 +23,6 @@ from .state import Run
 
 #: Passes over the weights that a copy of weights and two moments costs, read and written; and a swap of the weights.
 COPY_PASSES, SWAP_PASSES = 8, 4
-#: Settings of a group that schedules write (OneCycleLR the momentum too): they stay where the schedule stands.
-SCHEDULED = ("lr", "initial_lr", "momentum", "betas", "weight_decay")
 
 
 def keep(run: Run, into: Snapshot | None = None) -> Snapshot:
@@ -38,11 +36,8 @@ def keep(run: Run, into: Snapshot | None = None) -> Snapshot:
 
 def put_back(run: Run, kept: Snapshot) -> None:
     """Weights, buffers and optimizer as they were; rates, schedule and clock as they are."""
-    settings = [{k: copied(group[k]) for k in SCHEDULED if k in group} for group in run.subject.optimizer.param_groups]
-    kept.restore(run.subject.model, run.subject.optimizer, [run.optimizer_step.lookahead], rng=False)
-    for group, values in zip(run.subject.optimizer.param_groups, settings, strict=True):
-        for key, value in values.items():
-            set_value(group, key, group.get(key), value)
+    with scheduled_settings_stay(run.subject.optimizer):
+        kept.restore(run.subject.model, run.subject.optimizer, [run.optimizer_step.lookahead], rng=False)
     run.meter.add_passes(COPY_PASSES)
     run.overwritten()
     run.rollback.drop()  # it holds the weights that did harm

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..config.settings import EXACT, NOISY
 from ..config.toml import to_toml
 from ..records import CheckpointError, State
 from ..weights.parameters import optimizer_parameters
@@ -19,7 +21,7 @@ from .manifest import MALFORMED, refusal
 from .migration import upgraded
 from .object_state import stateful
 from .rng import rng_state, set_rng_state
-from .state_tree import check_plain
+from .state_tree import check_plain, decode, encode
 
 if TYPE_CHECKING:
     from ..cycle.state import Run
@@ -92,7 +94,7 @@ def warn_unless_savable(run: Run, metrics: Metrics) -> None:
     try:
         check_savable(run, metrics)
     except CheckpointError as error:
-        warnings.warn(f"no checkpoint of this run can be written: {error}", stacklevel=3)
+        warnings.warn(f"no checkpoint of this run can be written: {error}", stacklevel=4)
 
 
 def _written(run: Run, saved: dict[str, State], directory: Path) -> Path:
@@ -150,6 +152,67 @@ def load(run: Run, metrics: Metrics, path: Path) -> dict[str, State]:
         backup.put_back()
         raise
     return loaded.parts
+
+
+def own_state(run: Run) -> State:
+    """What the library itself remembers of a run, beside model, optimizer, schedule, scaler and random states.
+
+    Returns:
+        ``tree``, a JSON text, and ``tensors`` by name: plain data, which ``torch.load(weights_only=True)`` reads.
+
+    Raises:
+        CheckpointError: something in it cannot be held; the message names it.
+    """
+    state = {
+        "run": run.state_dict(), "metrics": run.recorder.state_dict(), "name": run.proposer.predictor.name,
+        "predictor": run.proposer.predictor.state_dict(), "basis": run.windows.basis.state_dict(),
+        "observer": run.windows.observer.state_dict(),
+    }  # fmt: skip
+    try:
+        tree, tensors = encode(state)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"the state cannot be saved: {error}") from error
+    return {"tree": json.dumps(tree), "tensors": tensors}
+
+
+def load_own_state(run: Run, state: State) -> None:
+    """Inverse of :func:`own_state`: all of it is taken, or nothing.
+
+    Raises:
+        CheckpointError: it is malformed, or of another model or predictor.  Nothing has been changed.
+    """
+    try:
+        found = decode(json.loads(state["tree"]), state["tensors"])
+        name = found["name"]
+        for part, live in (("run", run.state_dict()), ("metrics", run.recorder.state_dict())):
+            schema.check(found[part], live, (part,), free=failures.TABLES)
+    except (*MALFORMED, IndexError) as error:
+        raise CheckpointError(f"the state cannot be read ({type(error).__name__}: {error})") from error
+    if name != run.proposer.predictor.name and not (run.proposer.chooses and name in (NOISY, EXACT)):
+        raise CheckpointError(
+            f"it was saved with predictor {name!r}, this run has {run.proposer.predictor.name!r}: set predictor.type "
+            "to match"
+        )
+    backup = Backup(run, run.recorder)
+    try:
+        _apply_own(run, found)
+        schema.check_fields([run, run.recorder])
+    except Exception as error:
+        backup.put_back()
+        why = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"the state does not fit this run ({why}); nothing was changed") from error
+    except BaseException:  # an interrupt
+        backup.put_back()
+        raise
+
+
+def _apply_own(run: Run, found: State) -> None:
+    run.adopt(found["name"])
+    run.proposer.predictor.load_state_dict(found["predictor"])
+    run.windows.basis.load_state_dict(found["basis"])
+    run.windows.observer.load_state_dict(found["observer"])
+    run.load_state_dict(found["run"])
+    run.recorder.load_state_dict(found["metrics"])
 
 
 def _check_forms(path: Path, found: dict[str, State]) -> None:

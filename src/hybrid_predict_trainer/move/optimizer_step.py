@@ -11,6 +11,7 @@ after three times it is so for the rest of the run.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from torch import Generator, Tensor
@@ -96,6 +97,14 @@ class OptimizerStep:
             else:
                 scaler.step(optimizer)
                 scaler.update()
+
+    def rates(self, position: int) -> ExitStack:
+        """The same rates, for a loop that steps the optimizer itself: they stand until the stack is closed."""
+        stack = ExitStack()
+        with stack:
+            stack.enter_context(self._schedule.applied(self._subject.optimizer, position))
+            stack.enter_context(self.scale.applied(self._subject.optimizer))
+            return stack.pop_all()
 
     def after(self, rate: float, *, exact: bool, resting: bool) -> int:
         """After the optimizer's step; returns passes over the weights.

@@ -47,13 +47,14 @@ class LrSchedule:
         num_steps: Steps of the schedule that are accounted for.
         num_epochs: Passes over the data that have ended.
         in_epoch: Whether there was a step since.
+        owned: Whether we step it; if not the caller's loop does, once per step of the optimizer.
         end: Position on the clock at which a planned run ends, None while there is no plan.
         peak: Highest rate that the optimizer has stepped with.
     """
 
-    def __init__(self, scheduler: Any, interval: Interval = "step") -> None:
+    def __init__(self, scheduler: Any, interval: Interval = "step", *, owned: bool = True) -> None:
         """Bind to a scheduler that stands where training begins."""
-        self.scheduler, self.interval = scheduler, interval
+        self.scheduler, self.interval, self.owned = scheduler, interval, owned
         self.factor = 1.0
         self.num_steps = 0
         self.num_epochs = 0
@@ -61,6 +62,8 @@ class LrSchedule:
         self.end: int | None = None
         self.peak = 0.0
         self._seen = count_of(scheduler)  # the schedule's own count when it was last looked at
+        self._first = self._seen or 0  # likewise, when the run began
+        self._num_beyond = 0  # steps that a loop of its own has made beyond one per step of the optimizer
         self._under_way = False  # a step of ours has begun, and perhaps was interrupted
         self._rates: list[Any] = []  # the schedule's, of the last real step before the planned end
         self._annealing: tuple[int, bool] | None = None  # (last step looked at, answer)
@@ -178,7 +181,7 @@ class LrSchedule:
         target = position if self.interval == "step" else self.num_epochs
         # OneCycleLR raises beyond its end, which the last steps on probation may pass
         target = min(target, getattr(self.scheduler, "total_steps", None) or target)
-        if self.scheduler is None:
+        if self.scheduler is None or not self.owned:
             self.num_steps = max(self.num_steps, target)
             return
         self.notice()
@@ -186,6 +189,19 @@ class LrSchedule:
             self._under_way = True
             self.scheduler.step()
             self._seen, self.num_steps, self._under_way = count_of(self.scheduler), self.num_steps + 1, False
+
+    def owed(self, position: int, num_loop_steps: int) -> int:
+        """Steps that the clock is ahead of a schedule that its loop steps.
+
+        The loop makes one per step of the optimizer, before or after it asks; what it has made beyond is paid.
+
+        Args:
+            position: Of the run on its clock.
+            num_loop_steps: Steps of the optimizer that the loop has attempted.
+        """
+        made = (count_of(self.scheduler) or 0) - self._first
+        self._num_beyond = max(self._num_beyond, made - num_loop_steps)
+        return max(position - num_loop_steps - self._num_beyond, 0)
 
     def settle(self) -> None:
         """Account for a step of ours that was interrupted: its count says whether it was made."""
@@ -229,6 +245,7 @@ class LrSchedule:
         return {
             "factor": self.factor, "num_epochs": self.num_epochs, "in_epoch": self.in_epoch,
             "rates": [float(rate) for rate in self._rates], "num_steps": self.num_steps, "peak": self.peak,
+            **({} if self.owned else {"first": self._first, "num_beyond": self._num_beyond}),
         }  # fmt: skip
 
     def load_state_dict(self, state: State) -> None:
@@ -236,6 +253,7 @@ class LrSchedule:
         self.factor, self.num_epochs = float(state.get("factor", 1.0)), int(state.get("num_epochs", 0))
         self.in_epoch, self._rates = bool(state.get("in_epoch", False)), [float(r) for r in state.get("rates", ())]
         self.num_steps, self.peak = int(state["num_steps"]), float(state["peak"])
+        self._first, self._num_beyond = int(state.get("first", self._first)), int(state.get("num_beyond", 0))
         self.resynchronize()
 
 
@@ -293,6 +311,20 @@ def set_value(group: dict[str, Any], key: str, live: Any, value: Any) -> None:
         live.detach().fill_(value)
         value = live
     group[key] = value
+
+
+#: Settings of a group that schedules write (OneCycleLR the momentum too).
+SCHEDULED = ("lr", "initial_lr", "momentum", "betas", "weight_decay")
+
+
+@contextmanager
+def scheduled_settings_stay(optimizer: Optimizer) -> Iterator[None]:
+    """A block that puts back an optimizer's state: what a schedule writes stays where the schedule stands."""
+    kept = [{k: copied(group[k]) for k in SCHEDULED if k in group} for group in optimizer.param_groups]
+    yield
+    for group, values in zip(optimizer.param_groups, kept, strict=True):
+        for key, value in values.items():
+            set_value(group, key, group.get(key), value)
 
 
 def _put_back(rates: Sequence[tuple[dict[str, Any], Any, Any]]) -> None:

@@ -1,0 +1,96 @@
+"""A run from what a user hands in, checked: what a trainer and an engine that rides along are both built from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from ..config.settings import HybridTrainerConfig
+from ..distributed.processes import refuse_distributed
+from ..judge.validation import ValFn, Validation
+from ..keep import resume
+from ..keep.subject import LossFn, Subject
+from ..predictors import Predictor
+from ..records import ConfigError
+from ..tell.sinks import JsonlSink
+from ..weights.offload import own_defaults
+from ..weights.parameters import optimizer_parameters
+from .state import Run
+
+
+def default_loss(model: nn.Module, batch: Any) -> Tensor:
+    """``model(**batch).loss`` for mappings, as the model libraries return it.
+
+    Raises:
+        TypeError: the batch is not a mapping: then a ``loss_fn`` is needed.
+    """
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"batches are {type(batch).__name__}: pass loss_fn=lambda model, batch: ... (the default needs mappings)"
+        )
+    output = model(**batch)
+    loss = output["loss"] if isinstance(output, Mapping) else output.loss
+    assert isinstance(loss, Tensor), "the model's output has no loss: pass loss_fn"
+    return loss
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Handed:
+    """What a user may hand in beside model, optimizer and settings; see :class:`.HybridTrainer`.
+
+    Attributes:
+        owns_schedule: We step the schedule; else the caller's loop does.
+    """
+
+    loss_fn: LossFn | None = None
+    lr_scheduler: Any = None
+    grad_scaler: Any = None
+    predictor: Predictor | None = None
+    roles: dict[str, str] | None = None
+    lr_interval: Literal["step", "epoch"] | None = None
+    val_fn: ValFn | None = None
+    val_cost: float = 1.0
+    owns_schedule: bool = True
+
+
+def build_run(model: nn.Module, optimizer: Optimizer, config: HybridTrainerConfig | None, handed: Handed) -> Run:
+    """Check what was handed in, and bind it; nothing is changed before the first step.
+
+    Raises:
+        ConfigError: the optimizer needs a closure (LBFGS), the schedule a metric, nothing can be trained, or
+            prediction is on and there is more than one process (DistributedDataParallel, FSDP, DTensor).
+    """
+    config = config if config is not None else HybridTrainerConfig()
+    if handed.lr_interval is not None:
+        config = replace(config, lr_interval=handed.lr_interval)
+    if config.enabled:
+        refuse_distributed(model, optimizer_parameters(optimizer))
+    if isinstance(optimizer, LBFGS):
+        raise ConfigError(
+            "LBFGS evaluates the loss several times per step through a closure and cannot be wrapped; "
+            "use Adam or SGD: the secant predictor supplies the curvature"
+        )
+    if isinstance(handed.lr_scheduler, ReduceLROnPlateau) and handed.owns_schedule:
+        raise ConfigError(
+            "ReduceLROnPlateau needs a metric at every step and cannot follow the trainer's clock; use another "
+            "schedule, or step it yourself and pass lr_scheduler=None"
+        )
+    if not handed.val_cost >= 0:
+        raise ConfigError(f"val_cost = {handed.val_cost!r} is out of range: forwards of a training batch, at least 0")
+    validation = None if handed.val_fn is None else Validation(handed.val_fn, handed.val_cost)
+    with own_defaults():
+        subject = Subject.of(model, optimizer, handed.loss_fn or default_loss, handed.grad_scaler, handed.roles)
+        run = Run(
+            subject, config, handed.lr_scheduler, predictor=handed.predictor, validation=validation,
+            owns_schedule=handed.owns_schedule,
+        )  # fmt: skip
+    if config.collect_metrics and config.metrics.path:
+        run.recorder.write_to(JsonlSink(config.metrics.path))
+    if config.checkpoint.directory:
+        resume.warn_unless_savable(run, run.recorder)
+    return run

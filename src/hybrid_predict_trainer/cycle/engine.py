@@ -1,0 +1,886 @@
+"""The engine that rides along: prediction for loops that somebody else owns.
+
+:func:`attach` hooks on to an optimizer.  The loop computes losses, gradients and steps as it always did; the engine
+goes through the same stations as :func:`.loop.take_step`, from the optimizer's hooks::
+
+    note(loss, batch)    what the step is trained on: handed over, or seen by a hook on a model that returns its loss
+    after_backward()     gradients are complete, unscaled and not clipped; by itself right before the step
+    before_step()        the optimizer's pre-hook: multiplier and lookahead keep what they need, the rate is set
+    after_step()         the post-hook: the rate is put back, the step is counted, checked and learnt from
+    between_steps()      proposes, judges, applies; the post-hook calls it, or the loop (``auto=False``)
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..config.settings import HybridTrainerConfig
+from ..distributed.processes import refuse_several_processes
+from ..judge.validation import ValFn
+from ..keep import resume
+from ..keep.periodic import PeriodicSaver
+from ..keep.subject import LossFn
+from ..move.schedule import count_of
+from ..notices import warn
+from ..predictors import Predictor
+from ..records import CheckpointError, ConfigError, Decision, Execution, Phase, Reason, State, StepResult
+from ..tell.figures import statistics
+from ..weights import algebra as weights
+from ..weights.offload import own_defaults
+from ..weights.parameters import optimizer_parameters
+from . import outside
+from .construction import Handed, build_run
+from .correct_step import conclude
+from .handover import Call, Handover, MicroBatches, StepLoss, is_whole, loss_in
+from .hooks import is_attached, on_forward, on_step, with_hooks
+from .learning import enter, settle_readings
+from .loop import Stopwatch, close_step, decide, look_at, prepare
+from .passes import has_ended
+from .real_step import RealStep, count_real
+from .state import Run
+from .transaction import execute, finish_real, interrupted, versions_of
+
+#: What a model library hands to a forward that is no part of the batch: the gate takes the model's own mean.
+NOT_DATA = ("num_items_in_batch",)
+
+#: What a loop has to call where its optimizer's step fires no hooks.
+MISSING = ("engine.before_step() right before the optimizer's step", "engine.after_step() right after it")
+
+#: Said of what was not handed over.
+NO_BATCH = "no batch was handed over: call engine.note(loss, batch) before optimizer.step(), and do not free it before"
+NO_LOSS = "no loss was handed over before optimizer.step(): call engine.note(loss, batch); the step is only counted"
+NO_LOSS_FN = "there is no loss_fn for batches of type {name}: pass attach(..., loss_fn=lambda model, batch: ...)"
+NOT_ASKED = "auto=False, and the loop does not call engine.between_steps()"
+
+
+#: In the place of the batch of the coming step, where it was looked at before the run was resumed.
+_ANY = object()
+
+
+class _Pending:
+    """A real step from its gradients to its end.
+
+    Attributes:
+        decision: What it is.
+        step: Its stations; None where no loss was handed over, and it is only counted.
+        batch: It is trained on, None if there is none.
+        measured: Forwards spent on looking at the batch.
+        armed: The optimizer is stepping.
+    """
+
+    def __init__(self, run: Run, decision: Decision, step: RealStep | None, batch: Any, measured: float) -> None:
+        """Remember where the weights stand."""
+        self.decision, self.step, self.batch, self.measured = decision, step, batch, measured
+        self.armed = False
+        self._run, self._versions = run, versions_of(run.subject.parameters)
+        self._num_attempted = run.meter.num_attempted_steps
+        self._done = run.optimizer_step.scale.num_steps, run.optimizer_step.lookahead.num_steps
+        self._rates = ExitStack()
+        self._withheld: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def usable(self) -> bool:
+        """Whether the optimizer may step."""
+        return self.step is None or self.step.usable
+
+    @property
+    def moved(self) -> bool:
+        """Whether the optimizer has moved the weights."""
+        return versions_of(self._run.subject.parameters) != self._versions
+
+    def arm(self) -> None:
+        """The optimizer steps next: its rates are set; where the step is left out it finds no gradients."""
+        self.armed = True
+        if self.usable:
+            self._rates = self._run.optimizer_step.rates(self._run.position)
+            return
+        for parameter in optimizer_parameters(self._run.subject.optimizer):
+            if parameter.grad is not None:
+                self._withheld.append((parameter, parameter.grad))
+                parameter.grad = None
+
+    def disarm(self) -> None:
+        """The optimizer has stepped, or has raised: rates and gradients are the loop's again."""
+        self._rates.close()
+        for parameter, gradient in self._withheld:
+            parameter.grad = gradient
+        self._withheld = []
+
+    def end(self) -> Execution:
+        """What came of it; a step whose weights have moved is carried to its end even if that is interrupted."""
+        run, step = self._run, self.step
+        if step is None:
+            count_real(run)
+            return Execution(torch.tensor(math.nan, device="cpu"), forwards=1, backwards=1)
+        if not step.usable:
+            return step.skip()
+        try:
+            return step.end()
+        except BaseException:
+            self.complete()
+            raise
+
+    def complete(self) -> None:
+        """Count a step whose weights have moved, unless it was."""
+        if self._run.meter.num_attempted_steps == self._num_attempted:
+            finish_real(self._run, *self._done)
+
+
+class Engine:
+    """Rides along with a loop; made by :func:`attach`.
+
+    Attributes:
+        run: What the library knows of the run.
+        missing: What the loop has to call itself, because no hook can; empty where nothing is missing.
+        result: Of the last step or proposal; None before the first.
+    """
+
+    def __init__(self, run: Run, *, auto: bool, missing: tuple[str, ...] = ()) -> None:
+        """Bind; :func:`attach` sets the hooks."""
+        self.run, self.missing = run, missing
+        self.result: StepResult | None = None
+        self._auto = auto
+        self._handover, self._seen = Handover(), Handover()  # by the loop; by the hook on the model's forward
+        self._aside = Handover()  # likewise, in evaluation mode
+        self._handles: list[Any] = []
+        self._attached = True
+        self._step: RealStep | None = None  # begun
+        self._watching = ExitStack()
+        self._began = (0.0, 0.0)
+        self._pending: _Pending | None = None
+        self._decision: Decision | None = None  # of the real step to come
+        self._batch: Any = None  # of the last step
+        self._looked: list[Any] = []  # the batch of the coming step, once looked at
+        self._spent = 0.0  # forwards for that
+        self._consumed: Any = None  # batch that an accepted jump was judged on
+        self._forward_batch: Any = None
+        self._forms: set[Any] = set()  # of forwards that returned a loss
+        self._inside = False  # an evaluation of our own is under way
+        self._said: set[str] = set()
+        self._lack = ""  # what a judgement lacks
+        self._lost = self._unasked = False  # the last step had no loss; nobody calls between_steps()
+        self._scale = self._scale_now()
+        config = run.config.checkpoint
+        self._saver = PeriodicSaver(config.directory, config.save_interval, self._save) if config.directory else None
+
+    def connect(self, optimizer: Optimizer | None, *, watch_forward: bool) -> None:
+        """Set the hooks; done by :func:`attach`.
+
+        Args:
+            optimizer: Whose step fires hooks, or None.
+            watch_forward: The model may return its loss.
+        """
+        if optimizer is not None:
+            self._handles += on_step(optimizer, self)
+        if watch_forward:
+            self._handles += on_forward(self.run.subject.model, self._before_forward, self._after_forward)
+        if self.run.subject.on_cpu:  # elsewhere it is a copy of everything: not before it is needed
+            self._begin()
+
+    # ---- what the loop calls -----------------------------------------------------------------------
+
+    def note(self, loss: Any = None, batch: Any = None) -> None:
+        """Hand over the loss of a batch, and the batch, any time before ``optimizer.step()``.
+
+        With accumulation once per micro-batch, the loss before it is divided; the batch is kept until the next step.
+
+        Raises:
+            TypeError: the loss is not a scalar.
+        """
+        self._check_attached()
+        self._notice_overflow(undo=False)
+        if loss is not None:
+            self._handover.note_loss(loss)
+            if isinstance(loss, Tensor) and loss.requires_grad and self._step is not None:
+                self.run.windows.observer.before_backward()
+        if batch is not None:
+            self._handover.note_batch(batch)
+
+    def after_backward(self, loss: Any = None) -> bool:
+        """Look at the gradients: complete, unscaled (``scaler.unscale_``) and not clipped.
+
+        Loops that clip call it before they do; otherwise it is done right before the optimizer steps, and norms and
+        curvature are those of clipped gradients.
+
+        Returns:
+            Whether the step may be taken; if not, the optimizer finds no gradients and moves nothing.
+        """
+        self._check_attached()
+        self._notice_overflow(undo=False)
+        if loss is not None:
+            self.note(loss)
+        if self._pending is not None and not (self._handover.empty and self._seen.empty):
+            self._drop_pending()  # its optimizer never stepped, and another step is under way
+        if self._pending is None and self.run.config.enabled:
+            self._look_at_gradients()
+        return self._pending is None or self._pending.usable
+
+    def before_step(self, loss: Any = None) -> None:
+        """Right before the optimizer's step; its pre-hook calls it where it has one."""
+        if not self._attached or self._inside:
+            return
+        self._close_left_open()
+        self._notice_overflow(undo=False)
+        if loss is not None and not (self._handover.has_loss or self._seen.has_loss):
+            self._handover.note_loss(loss)
+        try:
+            self._prepare_step()
+        except BaseException:
+            self._drop_pending()
+            interrupted(self.run)
+            outside.remember(self.run)
+            raise
+
+    def after_step(self) -> None:
+        """Right after the optimizer's step; its post-hook calls it where it has one."""
+        pending = self._pending
+        if not self._attached or self._inside or pending is None or not pending.armed:
+            return
+        try:
+            self._finish(pending)
+            self._save_if_due(stepping=True)
+            if self._auto and not self._waits_for_forward():
+                self._propose_between(None)
+            else:
+                self._begin()
+        except BaseException:
+            interrupted(self.run)
+            outside.remember(self.run)
+            raise
+
+    def between_steps(self, batch: Any = None) -> StepResult | None:
+        """Propose a jump if one is due, judge it, and apply it if it was accepted.
+
+        Args:
+            batch: That will be trained on next, before its first forward: losses on it are of data that the weights
+                have not seen.  None: the batch of the last step.
+
+        Returns:
+            What became of the last proposal; None if none was made.  ``consumed`` says whether the batch has been used.
+
+        Raises:
+            RuntimeError: it is called between backward and the optimizer's step.
+        """
+        self._check_attached()
+        self._notice_overflow(undo=True)
+        if not (self._handover.empty and self._seen.empty):
+            raise RuntimeError(
+                "between_steps() was called in the middle of a step: losses were noted since the last one"
+            )
+        self._drop_pending()
+        self._unasked = False
+        try:
+            result = self._propose_between(batch)
+            self._save_if_due(stepping=False)
+        except BaseException:
+            interrupted(self.run)
+            outside.remember(self.run)
+            raise
+        return result
+
+    def step_skipped(self) -> None:
+        """A gradient scaler has left the optimizer's step out: no hook tells.
+
+        Noticed without it where ``attach`` was given the scaler, at the next thing the loop hands over.
+        """
+        self._check_attached()
+        self._skip(undo=True)
+
+    def end_epoch(self) -> None:
+        """A pass over the data has ended: a schedule in epochs (``lr_interval="epoch"``) takes its step."""
+        self.run.schedule.end_epoch()
+        self.run.step_scheduler()
+
+    def owed_schedule_steps(self) -> int:
+        """Steps that a schedule stepped by the loop is behind the clock, beyond the loop's own one per optimizer step.
+
+        What claimed or credited steps, and the price of proposals, have advanced.  A loop that wants the schedule to
+        end with the run takes them: ``for _ in range(engine.owed_schedule_steps()): scheduler.step()``.
+        """
+        run = self.run
+        return 0 if run.schedule.owned else run.schedule.owed(run.position, run.meter.num_attempted_steps)
+
+    def detach(self) -> None:
+        """Remove all hooks; model, optimizer and rates are from here on what the loop makes of them."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if self._attached:
+            self._drop_pending()
+            self._watching.close()
+            self._step = None
+            self._attached = False
+            settle_readings(self.run, self.run.recorder)
+
+    def __enter__(self) -> Engine:
+        """Detached at the end of the block."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """See :meth:`detach`."""
+        self.detach()
+
+    # ---- questions -----------------------------------------------------------------------------------
+
+    @property
+    def why_not(self) -> str:
+        """Why no jumps are proposed as things stand; empty where they can be."""
+        run = self.run
+        if not run.config.enabled:
+            return "enabled = False"
+        if run.config.never_predicts:
+            return "these settings rule out every jump"
+        if run.watch.hands_off is not None:
+            return str(run.watch.hands_off)
+        return NOT_ASKED if self._unasked else self._lack
+
+    @property
+    def clock(self) -> str:
+        """Who moves the schedule: the configured clock, or "loop"."""
+        return self.run.config.clock if self.run.schedule.owned else "loop"
+
+    @property
+    def position(self) -> int:
+        """Steps of the configured clock so far."""
+        return self.run.position
+
+    @property
+    def finished(self) -> bool:
+        """Whether the clock has reached ``total_steps``, with no jump on probation."""
+        return has_ended(self.run, self.run.schedule.end)
+
+    def statistics(self) -> dict[str, Any]:
+        """Counts and the ledger's estimate, JSON-able."""
+        return statistics(self.run)
+
+    def summary(self) -> dict[str, Any]:
+        """Metrics summary in the published schema."""
+        settle_readings(self.run, self.run.recorder)
+        return self.run.recorder.summary(self.run)
+
+    # ---- state ---------------------------------------------------------------------------------------
+
+    def state_dict(self) -> State:
+        """What is the engine's own, between two steps; model, optimizer, schedule and scaler are the loop's to save.
+
+        Raises:
+            CheckpointError: something in it cannot be held.
+        """
+        settle_readings(self.run, self.run.recorder)
+        return {**resume.own_state(self.run), "engine": self._own_state()}
+
+    def load_state_dict(self, state: State) -> None:
+        """Inverse of :meth:`state_dict`, after model, optimizer, schedule and scaler were loaded.
+
+        Raises:
+            CheckpointError: it is malformed, or of another run.  Nothing has been changed.
+        """
+        own = _checked(state.get("engine"))
+        with own_defaults():
+            resume.load_own_state(self.run, state)
+        self._restart(own)
+
+    def save_checkpoint(self, path: str | Path) -> Path:
+        """Write a checkpoint folder below ``path``: model, optimizer, schedule, scaler, random states and ours.
+
+        Raises:
+            CheckpointError: it could not be written; older checkpoints are untouched.
+        """
+        return self._save(Path(path))
+
+    def load_checkpoint(self, path: str | Path) -> None:
+        """Continue from a checkpoint folder, bit for bit.
+
+        Raises:
+            CheckpointError: missing, damaged, or of another model; nothing has been changed then.
+        """
+        with own_defaults():
+            found = resume.load(self.run, self.run.recorder, Path(path))
+        self._restart(_checked(found.get("engine", _FRESH)))
+        if self._saver is not None:
+            self._saver.loaded(Path(path), self.run.meter.num_steps)
+
+    def save_if_due(self) -> None:
+        """Write a checkpoint below ``checkpoint.directory`` if ``save_interval`` steps have passed.
+
+        Called by itself where the loop leaves nothing to be done after ``optimizer.step()``; loops that step a schedule
+        or a scaler of their own call it (or :meth:`between_steps`) after that.
+        """
+        self._check_attached()
+        self._save_if_due(stepping=False)
+
+    def _save(self, directory: Path) -> Path:
+        settle_readings(self.run, self.run.recorder)
+        with own_defaults():
+            return resume.save(self.run, self.run.recorder, directory, extra={"engine": self._own_state()})
+
+    def _save_if_due(self, *, stepping: bool) -> None:
+        run, saver = self.run, self._saver
+        theirs = run.subject.grad_scaler is not None or not run.schedule.owned  # not updated before the hook returns
+        if saver is not None and not (stepping and theirs) and saver.due(run.meter.num_steps):
+            saver.attempt(run.meter.num_steps)
+
+    def _own_state(self) -> State:
+        decision = self._decision
+        return {
+            "decision": None if decision is None else {
+                "phase": decision.phase.value, "reason": decision.reason.value, "horizon": decision.horizon,
+                "confidence": decision.confidence, "fallback_threshold": decision.fallback_threshold,
+            },
+            "looked": bool(self._looked), "spent": self._spent,
+            "forms": [[number, list(names)] for number, names in sorted(self._forms)],
+        }  # fmt: skip
+
+    def _restart(self, own: State) -> None:
+        self._drop_pending()
+        for handover in (self._handover, self._seen, self._aside):
+            handover.take()
+        self._batch = self._consumed = self._forward_batch = self._step = None
+        self._decision = None
+        if own["decision"] is not None:
+            found = own["decision"]
+            self._decision = Decision(**{**found, "phase": Phase(found["phase"]), "reason": Reason(found["reason"])})
+        self._looked, self._spent = [_ANY] if own["looked"] else [], own["spent"]
+        self._forms = {(number, tuple(names)) for number, names in own["forms"]}
+        self._scale = self._scale_now()
+        if self.run.subject.on_cpu:
+            self._begin()
+
+    # ---- stations --------------------------------------------------------------------------------------
+
+    def _check_attached(self) -> None:
+        if not self._attached:
+            raise RuntimeError("the engine is detached: attach() another one")
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Forwards in here are our own: no hook looks at them."""
+        self._inside = True
+        try:
+            yield
+        finally:
+            self._inside = False
+
+    def _say(self, text: str) -> None:
+        if text not in self._said and self.run.windows.observing:
+            self._said.add(text)
+            warn(text, stacklevel=4)
+
+    def _begin(self) -> None:
+        """Before a forward: keep what a step that cannot be used has to put back, and watch where that is asked."""
+        run = self.run
+        if not run.config.enabled:
+            return
+        self._watching.close()
+        step = RealStep(run)
+        step.begin()
+        self._watching.enter_context(run.windows.observer.watching(last=step.last))
+        self._began = time.perf_counter(), run.proposer.time.clock()
+        self._step = step
+
+    def _taken(self) -> tuple[Tensor | None, Any]:
+        """Loss and batch of the step: what the loop handed over, else what the hook on the forward has seen."""
+        found = [h.take() for h in (self._handover, self._seen, self._aside)]
+        losses = [loss for loss, _ in found if loss is not None]
+        batches = [batch for _, batch in found if batch is not None and is_whole(batch)]
+        return (losses[0] if losses else None), (batches[0] if batches else None)
+
+    def _look_at_gradients(self) -> None:
+        """From the loop's backward to its clipping."""
+        run = self.run
+        refuse_several_processes()
+        loss, batch = self._taken()
+        if loss is None:
+            self._say(NO_LOSS)
+            return
+        with own_defaults():
+            outside.notice(run)
+        with self._evaluating():
+            measured = self._look(batch)
+            decision = self._next_decision()
+            enter(run, decision)
+            prepare(run, batch, decision)
+        if self._step is None:
+            self._begin()
+        step = self._step
+        assert step is not None, "begun above"
+        self._watching.close()
+        step.after_backward(loss)
+        self._pending = _Pending(run, decision, step, batch, measured)
+
+    def _look(self, batch: Any) -> float:
+        """Look at the batch of a step, unless that was done before it; returns forwards spent."""
+        run, looked, spent = self.run, self._looked, self._spent
+        self._looked, self._spent = [], 0.0
+        if (
+            batch is None
+            or not self._judgeable(batch)
+            or (looked and (looked[0] is batch or (looked[0] is _ANY and run.full_batch)))
+        ):
+            return spent
+        if batch is self._consumed:  # an accepted jump used it, and it is trained on all the same
+            run.batches.used(False)
+        return spent + look_at(run, batch)
+
+    def _next_decision(self) -> Decision:
+        """Of the real step that comes: made between the steps, or now, when it is too late for a proposal."""
+        decision, self._decision = self._decision, None
+        if decision is None:
+            if not self._auto and self.run.meter.num_real_steps > 1 and self._consumed is None:
+                self._unasked = True
+                self._say(NOT_ASKED)
+            decision = self._decide(can_judge=False)
+        return decision
+
+    def _decide(self, *, can_judge: bool) -> Decision:
+        """What comes next; no proposal where there is nothing to judge it on."""
+        run = self.run
+        if not can_judge and run.windows.observing:
+            run.proposer.go_on_with(None)
+            phases = run.phases
+            phases.force_full(1, by_alarm=phases.forced_by_alarm and phases.num_forced_full_steps > 0)
+        return decide(run)
+
+    def _prepare_step(self) -> None:
+        """From the loop's clipping to its optimizer's step."""
+        run = self.run
+        if not run.config.enabled:
+            self._prepare_plain()
+            return
+        if self._pending is not None and not (self._handover.empty and self._seen.empty):
+            self._drop_pending()  # its optimizer never stepped, and another step is under way
+        self._unscale()
+        if self._pending is None:
+            self._look_at_gradients()
+        pending = self._pending
+        if pending is None:
+            decision = self._next_decision()
+            enter(run, decision)
+            pending = self._pending = _Pending(run, decision, None, None, 0.0)
+            self._watching.close()
+            run.windows.restart_window()
+            run.optimizer_step.on_skip()
+        elif pending.step is not None and pending.usable:
+            limit, norm = run.config.gradient_clip_norm, pending.step.norm
+            if limit > 0 and norm is not None:
+                torch.nn.utils.clip_grads_with_norm_(optimizer_parameters(run.subject.optimizer), limit, norm)
+            pending.step.before_step()
+        pending.arm()
+
+    def _prepare_plain(self) -> None:
+        """The plain loop and nothing else."""
+        run = self.run
+        decision = decide(run)
+        enter(run, decision)
+        run.schedule.begin_step()
+        if run.config.gradient_clip_norm > 0:
+            torch.nn.utils.clip_grad_norm_(optimizer_parameters(run.subject.optimizer), run.config.gradient_clip_norm)
+        self._pending = _Pending(run, decision, None, None, 0.0)
+        self._pending.arm()
+
+    def _unscale(self) -> None:
+        """A scaler leaves it to a fused optimizer to divide by its scale: do it before the gradients are looked at."""
+        optimizer: Any = self.run.subject.optimizer
+        scale = getattr(optimizer, "grad_scale", None)
+        if scale is None:
+            return
+        with torch.no_grad():
+            for gradient in weights.gradients(optimizer_parameters(optimizer)):
+                gradient.div_(scale.to(gradient.device))
+        optimizer.grad_scale = None
+
+    def _finish(self, pending: _Pending) -> None:
+        """From the optimizer's step to its end."""
+        run = self.run
+        pending.disarm()
+        self._pending = None
+        loss, _ = self._taken()
+        self._lost = pending.step is None
+        execution = pending.end()
+        if loss is not None and not run.config.enabled:
+            execution.loss = loss
+        if pending.step is None and run.config.enabled:  # no loss: nothing to check or to learn from
+            if run.judge.probation is not None:
+                run.judge.probation.count_step(None)
+            outside.remember(run)
+            self._batch = self._step = None
+            return
+        if pending.decision.phase is Phase.CORRECT:
+            conclude(run, execution)
+        execution.forwards += pending.measured
+        began, clock = self._began
+        watch = Stopwatch(began, began, run.proposer.time.clock() - clock)
+        self.result = close_step(run, pending.decision, execution, watch)
+        outside.remember(run)
+        self._batch, self._step, self._consumed = pending.batch, None, None
+        self._judgeable(pending.batch)
+
+    def _judgeable(self, batch: Any) -> bool:
+        """Whether a proposal can be judged on a batch; if not, why is said once."""
+        why = ""
+        loss_fn = self.run.subject.loss_fn
+        if batch is None or not is_whole(batch):
+            why = NO_LOSS if self._lost else NO_BATCH
+        elif isinstance(loss_fn, StepLoss) and loss_fn.is_default:
+            each = batch[0] if isinstance(batch, MicroBatches) else batch
+            if not isinstance(each, Mapping | Call):
+                why = NO_LOSS_FN.format(name=type(each).__name__)
+        self._lack = why
+        if why and self._auto:
+            self._say(why)
+        return not why
+
+    def _propose_between(self, batch: Any) -> StepResult | None:
+        """Between two steps: propose for as long as the controller asks for it, and know what comes then."""
+        run, fresh = self.run, batch is not None
+        if not run.config.enabled or not (self._handover.empty and self._seen.empty):
+            return None
+        result: StepResult | None = None
+        judged = batch if fresh else self._batch
+        judgeable = self._judgeable(judged) if run.windows.observing else False
+        judged = judged if judgeable else None
+        while self._decision is None:
+            called = time.perf_counter()
+            with own_defaults():
+                outside.notice(run)
+            with self._evaluating():
+                if judged is not None and (fresh or run.full_batch):
+                    self._spent += look_at(run, judged)
+                    self._looked = [judged]
+                decision = self._decide(can_judge=judgeable)
+                if decision.phase is not Phase.PREDICT:
+                    self._decision = decision
+                    break
+                result = self._propose(judged, decision, called)
+            if not fresh:
+                run.batches.used(True)  # another one comes next
+            elif result.consumed:
+                self._consumed, self._looked = judged, []
+                break
+        self._begin()
+        return result
+
+    def _propose(self, batch: Any, decision: Decision, called: float) -> StepResult:
+        run = self.run
+        enter(run, decision)
+        prepare(run, batch, decision)
+        execution = execute(run, batch, decision)
+        execution.forwards, self._spent, self._looked = execution.forwards + self._spent, 0.0, []
+        self.result = close_step(run, decision, execution, Stopwatch(called, called, None))
+        outside.remember(run)
+        return self.result
+
+    # ---- what hooks do not tell ------------------------------------------------------------------------
+
+    def _scale_now(self) -> float:
+        """The scaler's scale; infinity where there is none."""
+        scaler = self.run.subject.grad_scaler
+        return float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else math.inf
+
+    def _notice_overflow(self, *, undo: bool) -> None:
+        """A scaler that has left a step out has lowered its scale.
+
+        Args:
+            undo: Buffers may be written to: no forward of the next step has been made yet.
+        """
+        pending = self._pending
+        if pending is not None and pending.armed:
+            self._close_left_open()
+            return
+        before, self._scale = self._scale, self._scale_now()
+        if self._scale < before:
+            self._skip(undo=undo)
+
+    def _skip(self, *, undo: bool) -> None:
+        """The optimizer did not step, because the gradients had overflowed."""
+        run, pending = self.run, self._pending
+        if not run.config.enabled:
+            self._taken()
+            enter(run, decide(run))
+            count_real(run)
+            return
+        if pending is None:
+            loss, batch = self._taken()
+            decision = self._next_decision()
+            enter(run, decision)
+            run.schedule.begin_step()
+            if self._step is None:
+                self._begin()
+            step = self._step
+            assert step is not None, "begun above"
+            self._watching.close()
+            step.overflow(torch.tensor(math.nan) if loss is None else loss)
+            pending = _Pending(run, decision, step, batch, self._spent)
+            self._looked, self._spent = [], 0.0
+        if not undo:
+            run.buffers.after()
+        self._finish(pending)
+        self._begin()
+
+    def _close_left_open(self) -> None:
+        """The optimizer raised in its step: put the rates back, and count the step if the weights have moved."""
+        pending, run = self._pending, self.run
+        if pending is None or not pending.armed:
+            return
+        moved = pending.moved
+        pending.disarm()
+        self._pending = self._step = None
+        if moved:
+            pending.complete()
+            if pending.decision.phase is Phase.CORRECT and pending.step is not None:
+                conclude(run, Execution(pending.step.loss))
+        interrupted(run)
+        outside.remember(run)
+
+    def _drop_pending(self) -> None:
+        """A step that was begun and never taken."""
+        self._close_left_open()
+        if self._pending is not None:
+            self._pending = self._step = None
+            self.run.windows.restart_window()
+            self.run.optimizer_step.on_skip()
+
+    # ---- a model that returns its loss -----------------------------------------------------------------
+
+    def _waits_for_forward(self) -> bool:
+        """Whether the next forward tells the batch that will be trained on: a better judge than the last one."""
+        return bool(self._forms) and self.run.subject.model.training
+
+    def _before_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._inside or not self._attached or not torch.is_grad_enabled():
+            return
+        named = {k: v for k, v in kwargs.items() if k not in NOT_DATA}
+        self._forward_batch = Call(args, named) if args else named
+        if not (self._handover.empty and self._seen.empty and self._aside.empty):
+            return
+        self._notice_overflow(undo=True)
+        if self._pending is not None or not self.run.config.enabled:
+            return
+        if self._auto and self._waits_for_forward() and self._decision is None and _form(args, named) in self._forms:
+            try:
+                self._propose_between(self._forward_batch)
+            except BaseException:
+                interrupted(self.run)
+                outside.remember(self.run)
+                raise
+        else:
+            self._begin()
+
+    def _after_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self._inside or not self._attached or not torch.is_grad_enabled():
+            return
+        loss, batch = loss_in(output), self._forward_batch
+        if loss is None or not loss.requires_grad or batch is None:
+            return
+        training = self.run.subject.model.training
+        if training:
+            self._forms.add(_form(args, batch.kwargs if isinstance(batch, Call) else batch))
+        into = self._seen if training else self._aside  # a validation with gradients says nothing of the step
+        into.note_loss(loss)
+        into.note_batch(batch)
+        if self._step is not None:
+            self.run.windows.observer.before_backward()
+
+
+def _form(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, tuple[str, ...]]:
+    """What a forward is called with, as far as it tells whether a loss comes back."""
+    return len(args), tuple(sorted(kwargs))
+
+
+#: The engine's own part of a checkpoint that a trainer has written.
+_FRESH: State = {"decision": None, "looked": False, "spent": 0.0, "forms": []}
+
+
+def _checked(own: Any) -> State:
+    """The engine's own part of a state.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        found = own["decision"]
+        if found is not None:
+            Decision(**{**found, "phase": Phase(found["phase"]), "reason": Reason(found["reason"])})
+        checked = {"decision": found, "looked": bool(own["looked"]), "spent": float(own["spent"])}
+        return {**checked, "forms": [[int(number), [str(n) for n in names]] for number, names in own["forms"]]}
+    except (KeyError, ValueError, TypeError) as error:
+        raise CheckpointError(f"the engine's state cannot be read ({type(error).__name__}: {error})") from error
+
+
+def attach(
+    model: nn.Module, optimizer: Optimizer, config: HybridTrainerConfig | None = None, *,
+    loss_fn: LossFn | None = None, lr_scheduler: Any = None, auto: bool = True, grad_scaler: Any = None,
+    val_fn: ValFn | None = None, val_cost: float = 1.0, predictor: Predictor | None = None,
+    roles: dict[str, str] | None = None, lr_interval: Literal["step", "epoch"] | None = None,
+    schedule: Literal["owned", "external"] = "owned", total_steps: int | None = None,
+) -> Engine:  # fmt: skip
+    """Ride along with a loop of your own: it keeps its forward, backward and step, the engine adds the prediction.
+
+    Example::
+
+        engine = attach(model, optimizer, loss_fn=loss_fn, lr_scheduler=scheduler)
+        for batch in loader:
+            optimizer.zero_grad()
+            loss = loss_fn(model, batch)
+            loss.backward()
+            engine.note(loss, batch)
+            optimizer.step()  # and no scheduler.step(): the engine does that
+
+    Args:
+        model: Any module.
+        optimizer: Any optimizer whose step fires hooks; of a wrapper the optimizer inside is taken.
+        config: Defaults if None.
+        loss_fn: (model, batch) -> scalar tensor, for the gate; None: the model returns its loss, and a hook on its
+            forward sees loss and batch.
+        lr_scheduler: The schedule.
+        auto: The optimizer's post-hook proposes (:meth:`Engine.between_steps`); else the loop calls it.
+        grad_scaler: The loop's ``torch.amp.GradScaler``: steps that it leaves out are noticed.
+        val_fn: model -> validation loss, see :class:`.HybridTrainer`.
+        val_cost: What one answer of it costs, in forwards of a training batch.
+        predictor: One of your own instead of ``config.predictor_type``.
+        roles: Overrides of parameter roles, qualified name -> role.
+        lr_interval: What one step of the schedule stands for; None: as configured.
+        schedule: ``"owned"``: the engine steps it.  ``"external"``: the loop does, once per step of the optimizer, and
+            may ask for :meth:`Engine.owed_schedule_steps`; a jump that is taken back leaves the schedule where it is.
+        total_steps: Planned end of the run on the configured clock, for the budget; None: not known.
+
+    Raises:
+        ConfigError: as :class:`.HybridTrainer`; or there is an engine on this optimizer already.
+    """
+    if schedule not in ("owned", "external"):
+        raise ConfigError(f"schedule = {schedule!r} is unknown: must be owned or external")
+    if schedule == "external" and count_of(lr_scheduler) is None:
+        raise ConfigError('schedule="external" needs the schedule to look at: pass lr_scheduler=')
+    hooked = with_hooks(optimizer)
+    if hooked is not None and is_attached(hooked):
+        raise ConfigError("an engine rides along with this optimizer already: detach() it first")
+    handed = Handed(
+        loss_fn=StepLoss(loss_fn), lr_scheduler=_inner_schedule(lr_scheduler), grad_scaler=grad_scaler,
+        predictor=predictor, roles=roles, lr_interval=lr_interval, val_fn=val_fn, val_cost=val_cost,
+        owns_schedule=schedule == "owned",
+    )  # fmt: skip
+    run = build_run(model, optimizer if hooked is None else hooked, config, handed)
+    if total_steps is not None:
+        run.meter.plan(total_steps)
+        run.schedule.plan(total_steps)
+    missing = () if hooked is not None else MISSING
+    engine = Engine(run, auto=auto, missing=missing)
+    engine.connect(hooked, watch_forward=loss_fn is None)
+    if missing:
+        warn(f"{type(optimizer).__name__} has no step hooks: call {' and '.join(missing)}", stacklevel=2)
+    return engine
+
+
+def _inner_schedule(scheduler: Any) -> Any:
+    """Of a wrapper without a count of its own (accelerate's skips steps as it sees fit) the schedule inside."""
+    inner = getattr(scheduler, "scheduler", None)
+    return inner if inner is not None and not hasattr(scheduler, "last_epoch") else scheduler

@@ -1,0 +1,115 @@
+"""What a loop of somebody else's hands over during one step: losses, and the batches they are of.
+
+With gradient accumulation a step has several of both.  Its loss is their mean, and its batch all of them, of which the
+gate takes the mean loss in the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..keep.subject import LossFn
+from ..observe.batches import tensors
+from .construction import default_loss
+
+
+class MicroBatches(list[Any]):
+    """The batches of one step of the optimizer, in order."""
+
+
+class Call(NamedTuple):
+    """What a model's forward was called with, where that is not by name alone."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class StepLoss:
+    """Loss of all that one step of the optimizer is trained on."""
+
+    def __init__(self, loss_fn: LossFn | None) -> None:
+        """Bind.
+
+        Args:
+            loss_fn: (model, one batch) -> loss; None: the model returns it.
+        """
+        self.loss_fn, self.is_default = loss_fn or default_loss, loss_fn is None
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        """Mean over the micro-batches, or the loss of a single batch."""
+        if isinstance(batch, MicroBatches):
+            return torch.stack([self(model, each) for each in batch]).mean()
+        if isinstance(batch, Call):
+            loss = loss_in(model(*batch.args, **batch.kwargs))
+            if loss is None:
+                raise TypeError("the model returned no loss: pass loss_fn")
+            return loss
+        return self.loss_fn(model, batch)
+
+
+def loss_in(output: Any) -> Tensor | None:
+    """The scalar loss in what a model has returned; None if there is none."""
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    return loss.reshape(()) if isinstance(loss, Tensor) and loss.numel() == 1 else None
+
+
+def is_whole(batch: Any) -> bool:
+    """Whether the memory of a batch is still there: a loop may have freed it, and reading it would crash."""
+    return not any(_is_freed(tensor) for tensor in tensors(batch))
+
+
+def _is_freed(tensor: Tensor) -> bool:
+    if type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.numel() == 0:
+        return False
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    needed = (tensor.storage_offset() + last + 1) * tensor.element_size()
+    return tensor.untyped_storage().nbytes() < needed
+
+
+class Handover:
+    """Losses and batches since the last step of the optimizer."""
+
+    def __init__(self) -> None:
+        """Nothing was handed over yet."""
+        self._losses: list[Tensor] = []
+        self._batches: list[Any] = []
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was handed over since the last step."""
+        return not self._losses and not self._batches
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether a loss was handed over since the last step."""
+        return bool(self._losses)
+
+    def note_loss(self, loss: Any) -> None:
+        """Add the loss of a batch.
+
+        Args:
+            loss: Scalar, with or without a graph, before it is divided by the number of micro-batches.
+
+        Raises:
+            TypeError: it is not a scalar.
+        """
+        value = loss.detach() if isinstance(loss, Tensor) else torch.as_tensor(loss, device="cpu")
+        if value.numel() != 1 or value.is_complex():
+            raise TypeError(f"the loss must be a real scalar, not of shape {tuple(value.shape)}: take its mean")
+        self._losses.append(value if value.dim() == 0 else value.reshape(()))
+
+    def note_batch(self, batch: Any) -> None:
+        """Add a batch; it is kept until the next step, not copied."""
+        self._batches.append(batch)
+
+    def take(self) -> tuple[Tensor | None, Any]:
+        """Loss and batch of the step, None for what was not handed over; forgets both."""
+        losses, batches = self._losses, self._batches
+        self._losses, self._batches = [], []
+        loss = None if not losses else losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+        batch = None if not batches else batches[0] if len(batches) == 1 else MicroBatches(batches)
+        return loss, batch

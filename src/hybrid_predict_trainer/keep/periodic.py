@@ -1,0 +1,77 @@
+"""Checkpoints while a run goes on: every so many steps, and one that cannot be written ends no run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ..notices import warn
+from ..records import CheckpointError
+from .housekeeping import checkpoints
+from .manifest import CHECKPOINT_NAME
+
+
+class PeriodicSaver:
+    """Writes a checkpoint whenever an interval has passed.
+
+    A folder that holds the checkpoints of another run is not written to: the newest of them would be taken for this
+    run's, and the older ones would be deleted.
+
+    Attributes:
+        saved: Step of the newest checkpoint that was written or loaded, -1 if there is none.
+    """
+
+    def __init__(self, directory: str | Path, interval: int, save: Callable[[Path], object]) -> None:
+        """Bind.
+
+        Args:
+            directory: Made if missing.
+            interval: Steps between two checkpoints.
+            save: Writes one below a directory.
+        """
+        self.directory, self._interval, self._save = Path(directory), interval, save
+        self.saved = -1
+        self._looked = self._failing = False
+
+    def loaded(self, path: Path, step: int) -> None:
+        """The run goes on from a checkpoint; if it is one of this folder the others there are of the same run."""
+        self.saved = step
+        self._looked = path.resolve().parent == self.directory.resolve()
+
+    def due(self, step: int) -> bool:
+        """Whether an interval has ended since the newest one."""
+        return step // self._interval > max(self.saved, 0) // self._interval
+
+    def attempt(self, step: int) -> CheckpointError | None:
+        """Write one, unless the newest is of this step; what fails is said once until one is written again.
+
+        Args:
+            step: Of the run, between two steps.
+
+        Returns:
+            Why it could not be written.
+        """
+        if step == self.saved:
+            return None
+        try:
+            self._refuse_those_of_another_run()
+            self._save(self.directory)
+        except CheckpointError as error:
+            if not self._failing:
+                kept = "there is none yet" if self.saved < 0 else f"the newest is of step {self.saved}"
+                warn(f"{error}; training goes on, and the next interval tries again ({kept})", stacklevel=3)
+            self._failing = True
+            return error
+        self.saved, self._looked, self._failing = step, True, False
+        return None
+
+    def _refuse_those_of_another_run(self) -> None:
+        found = [] if self._looked else checkpoints(self.directory)
+        if not found:
+            return
+        match = CHECKPOINT_NAME.match(found[-1].name)
+        newest = match[1] if match else "?"
+        raise CheckpointError(
+            f"{self.directory} holds checkpoints of another run, up to step {newest}: load one to continue that run, "
+            "or set checkpoint.directory to another folder"
+        )
