@@ -24,9 +24,10 @@ from .distributed.processes import refuse_several_processes
 from .judge.validation import ValFn
 from .keep import resume as persistence
 from .keep.finiteness import trained_weights_finite, whereabouts
+from .keep.periodic import PeriodicSaver
 from .keep.subject import LossFn
 from .predictors import Predictor
-from .records import DivergenceError, EpochResult, StepResult
+from .records import DivergenceError, EpochResult, State, StepResult
 from .tell.figures import statistics
 from .tell.recorder import Metrics
 from .tell.sinks import Sink, Writer
@@ -87,6 +88,8 @@ class HybridTrainer:
         self.run = build_run(model, optimizer, config, handed)
         self.config = self.run.proposer.settings
         self._busy = False
+        own = self.config.checkpoint
+        self._saver = PeriodicSaver(own.directory, own.save_interval, self.save_checkpoint) if own.directory else None
 
     @property
     def metrics(self) -> Metrics:
@@ -112,12 +115,18 @@ class HybridTrainer:
             result = take_step(self.run, batch)
             outside.remember(self.run)
             self._busy = False
+            self._save_if_due()
         except BaseException:
             self._busy = False
             interrupted(self.run)
             outside.remember(self.run)
             raise
         return result
+
+    def _save_if_due(self) -> None:
+        """Every ``save_interval`` steps a checkpoint is written where a directory is set; one that fails warns."""
+        if self._saver is not None and self._saver.due(self.current_step):
+            self._saver.attempt(self.current_step)
 
     def step_n(self, batches: Sequence[Any], n: int) -> list[StepResult]:
         """Take ``n`` steps with the first ``n`` batches.
@@ -139,7 +148,7 @@ class HybridTrainer:
         Raises:
             DivergenceError: too many consecutive steps were not finite, or the weights are not at the end.
         """
-        return self.fit(dataloader, progress_callback=progress_callback)
+        return self._go_through(dataloader, None, progress_callback, None)
 
     def fit(
         self,
@@ -149,6 +158,8 @@ class HybridTrainer:
         should_stop: Callable[[], bool] | None = None,
     ) -> EpochResult:
         """Train until the clock reaches ``total_steps``, round after round over the loader, or once through it.
+
+        Where ``checkpoint.directory`` is set a checkpoint is written every ``save_interval`` steps and at the end.
 
         Args:
             loader: Batches.  A list or a data loader is gone through again (``set_epoch`` of its sampler is called);
@@ -161,6 +172,18 @@ class HybridTrainer:
             DivergenceError: too many consecutive steps were not finite, or the weights are not at the end.
             ConfigError: there is no batch, or prediction is on and there is more than one process.
         """
+        result = self._go_through(loader, total_steps, progress_callback, should_stop)
+        if self._saver is not None and result.num_steps:
+            self._saver.attempt(self.current_step)
+        return result
+
+    def _go_through(
+        self,
+        loader: Iterable[Any],
+        total_steps: int | None,
+        progress_callback: Callable[[StepResult], None] | None,
+        should_stop: Callable[[], bool] | None,
+    ) -> EpochResult:
         run, tally = self.run, Tally(self.run)
         stopped = False
         if total_steps is not None:
@@ -191,7 +214,7 @@ class HybridTrainer:
             warnings.warn(
                 f"the loader ended after {tally.num_steps} steps, at {run.position} of {total_steps} on the clock, and "
                 "can't be gone through again: pass a list or a data loader, or call fit again with more batches",
-                stacklevel=2,
+                stacklevel=3,
             )
         if tally.num_steps and not trained_weights_finite(run.subject.optimizer):
             raise DivergenceError(
@@ -280,21 +303,43 @@ class HybridTrainer:
 
     # ---- checkpoints -----------------------------------------------------------------------------------------
 
-    def save_checkpoint(self, path: str | Path) -> Path:
+    @property
+    def num_batches(self) -> int:
+        """Batches used up so far: where the data go on after a resume.
+
+        That of a refused proposal is not, because nothing was learnt from it.
+        """
+        return self.run.meter.num_attempted_steps + self.run.meter.num_jumps_accepted
+
+    def keep_no_checkpoints(self) -> None:
+        """Write none while training goes on, whatever ``checkpoint.directory`` says: the caller does."""
+        self._saver = None
+
+    def save_checkpoint(self, path: str | Path, *, extra: dict[str, State] | None = None) -> Path:
         """Write a checkpoint folder below ``path``; returns it.
+
+        Args:
+            path: Made if missing.
+            extra: More parts, such as the position in the data; plain data and tensors.
 
         Raises:
             CheckpointError: it could not be written; older checkpoints are untouched.
         """
         settle_readings(self.run, self.metrics)
         with own_defaults():
-            return persistence.save(self.run, self.metrics, Path(path))
+            return persistence.save(self.run, self.metrics, Path(path), extra=extra)
 
-    def load_checkpoint(self, path: str | Path) -> None:
+    def load_checkpoint(self, path: str | Path) -> dict[str, State]:
         """Continue from a checkpoint folder, bit for bit.
+
+        Returns:
+            All parts, for what was saved beside the trainer's own.
 
         Raises:
             CheckpointError: missing, damaged, or of another model; nothing has been changed then.
         """
         with own_defaults():
-            persistence.load(self.run, self.metrics, Path(path))
+            parts = persistence.load(self.run, self.metrics, Path(path))
+        if self._saver is not None:
+            self._saver.loaded(Path(path), self.current_step)
+        return parts

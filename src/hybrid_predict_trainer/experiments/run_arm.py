@@ -74,9 +74,11 @@ def build_trainer(
     if wrap is not None:
         groups = predicted_parameters(model, optimizer)[1]
         predictor = wrap(build(config, groups.num_groups, groups.num_weights))
-    return HybridTrainer(
+    trainer = HybridTrainer(
         model, optimizer, config, loss_fn=setup.task.loss_fn, lr_scheduler=schedule, predictor=predictor
     )
+    trainer.keep_no_checkpoints()  # many runs share these settings: they would write into one folder
+    return trainer
 
 
 class UndoneJumps:

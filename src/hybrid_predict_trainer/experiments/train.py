@@ -17,8 +17,8 @@ from typing import Any
 
 from ..config.toml import load, to_toml
 from ..keep import housekeeping
-from ..keep import resume as persistence
 from ..keep.manifest import CONFIG
+from ..keep.periodic import PeriodicSaver
 from ..keep.stop_signal import StopSignal
 from ..records import CheckpointError, DivergenceError, StepResult
 from ..safe_files import UnusableFileError, write_text
@@ -121,12 +121,11 @@ def _train(
     if resume:
         latest = housekeeping.latest(folder)
         agree_checkpoint(out / "config.toml", load(latest / CONFIG), trainer.config)
-        data = Position.of(persistence.load(trainer.run, trainer.metrics, latest))
+        data = Position.of(trainer.load_checkpoint(latest))
     with as_input_error():
         trainer.metrics.sink = JsonlSink(out / "metrics.jsonl", follow_links=False)
     validation = Validation(trainer, setup.task, setup.steps, before_s=data.wall_s)
     note = watch("", trainer, setup.steps) if watch is not None else _silent
-    every = setup.config.checkpoint.save_interval
     saver = Saver(trainer, folder, data, validation, saved=trainer.current_step if resume else -1)
 
     def after_step(result: StepResult) -> None:
@@ -136,7 +135,7 @@ def _train(
         validation.outside_s += time.perf_counter() - started
         if validation.due():
             validation.measure()
-        if trainer.current_step % every == 0:
+        if saver.due:
             saver.attempt()
 
     with StopSignal() as stop, contextlib.closing(trainer.metrics.sink):
@@ -187,9 +186,20 @@ class Saver:
 
         saved: step of the newest checkpoint, -1 if there is none.
         """
-        self.saved = saved
-        self._trainer, self._folder, self._data, self._validation = trainer, folder, data, validation
-        self._failing = False
+        self._trainer, self._data, self._validation = trainer, data, validation
+        self._periodic = PeriodicSaver(folder, trainer.config.checkpoint.save_interval, self._write)
+        if saved >= 0:
+            self._periodic.loaded(folder / f"checkpoint_step_{saved}", saved)
+
+    @property
+    def saved(self) -> int:
+        """Step of the newest checkpoint, -1 if there is none."""
+        return self._periodic.saved
+
+    @property
+    def due(self) -> bool:
+        """Whether an interval has ended."""
+        return self._periodic.due(self._trainer.current_step)
 
     def save(self) -> None:
         """Write one, unless the newest is of this step.
@@ -197,26 +207,15 @@ class Saver:
         Raises:
             CheckpointError: it cannot be written.
         """
-        step = self._trainer.current_step
-        if step == self.saved:
-            return
-        self._data.wall_s = self._validation.wall_s()
-        extra = {"data": asdict(self._data)}
-        persistence.save(self._trainer.run, self._trainer.metrics, self._folder, extra=extra)
-        self.saved = step
+        self._periodic.save(self._trainer.current_step)
 
     def attempt(self) -> CheckpointError | None:
         """:meth:`save`, whose failure is returned; said once until one is written again."""
-        try:
-            self.save()
-        except CheckpointError as error:
-            if not self._failing:
-                kept = "there is none yet" if self.saved < 0 else f"the newest is of step {self.saved}"
-                warnings.warn(f"{error}; training goes on, and the next interval tries again ({kept})", stacklevel=2)
-            self._failing = True
-            return error
-        self._failing = False
-        return None
+        return self._periodic.attempt(self._trainer.current_step)
+
+    def _write(self, folder: Path) -> None:
+        self._data.wall_s = self._validation.wall_s()
+        self._trainer.save_checkpoint(folder, extra={"data": asdict(self._data)})
 
 
 def _silent(result: StepResult) -> None:

@@ -31,38 +31,45 @@ class PeriodicSaver:
         """
         self.directory, self._interval, self._save = Path(directory), interval, save
         self.saved = -1
+        self._tried = 0  # step of the last attempt: one that fails is tried again at the next interval
         self._looked = self._failing = False
 
     def loaded(self, path: Path, step: int) -> None:
         """The run goes on from a checkpoint; if it is one of this folder the others there are of the same run."""
-        self.saved = step
+        self.saved = self._tried = step
         self._looked = path.resolve().parent == self.directory.resolve()
 
     def due(self, step: int) -> bool:
-        """Whether an interval has ended since the newest one."""
-        return step // self._interval > max(self.saved, 0) // self._interval
+        """Whether an interval has ended since the last attempt."""
+        return step // self._interval > self._tried // self._interval
 
-    def attempt(self, step: int) -> CheckpointError | None:
-        """Write one, unless the newest is of this step; what fails is said once until one is written again.
+    def save(self, step: int) -> None:
+        """Write one, unless the newest is of this step.
 
         Args:
             step: Of the run, between two steps.
 
-        Returns:
-            Why it could not be written.
+        Raises:
+            CheckpointError: it could not be written.
         """
+        self._tried = step
         if step == self.saved:
-            return None
+            return
+        self._refuse_those_of_another_run()
+        self._save(self.directory)
+        self.saved, self._looked = step, True
+
+    def attempt(self, step: int) -> CheckpointError | None:
+        """:meth:`save`, whose failure is returned; it is said once until one is written again."""
         try:
-            self._refuse_those_of_another_run()
-            self._save(self.directory)
+            self.save(step)
         except CheckpointError as error:
             if not self._failing:
                 kept = "there is none yet" if self.saved < 0 else f"the newest is of step {self.saved}"
                 warn(f"{error}; training goes on, and the next interval tries again ({kept})", stacklevel=3)
             self._failing = True
             return error
-        self.saved, self._looked, self._failing = step, True, False
+        self._failing = False
         return None
 
     def _refuse_those_of_another_run(self) -> None:

@@ -158,6 +158,7 @@ def in_loop(
         # the cost clock whatever the comparison uses: a peer's dearer steps must be fewer steps
         config = replace(setup.config, enabled=False, clock="cost", seed=setup.config.seed + order.seed)
         trainer = HybridTrainer(model, own, config, loss_fn=setup.task.loss_fn, lr_scheduler=schedule)
+        trainer.keep_no_checkpoints()
         hooks = attach(Session(order=order, run=trainer.run, recipe=recipe))
         return drive(
             trainer, setup, order.arm, order.seed,
