@@ -35,8 +35,6 @@ def test_the_readme_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert 0 < float(loss) < 1e-3
     assert len(others) == 2
     for block in others:
-        if "import attach" in block and not hasattr(hybrid_predict_trainer, "attach"):
-            continue
         exec(compile(block, "README.md", "exec"), names)
 
 

@@ -83,7 +83,7 @@ class HybridTrainer:
         """
         handed = Handed(
             loss_fn=loss_fn, lr_scheduler=lr_scheduler, grad_scaler=grad_scaler, predictor=predictor, roles=roles,
-            lr_interval=lr_interval, val_fn=val_fn, val_cost=val_cost,
+            lr_interval=lr_interval, val_fn=val_fn, val_cost=val_cost, sinks=sinks,
         )  # fmt: skip
         self.run = build_run(model, optimizer, config, handed)
         self.config = self.run.proposer.settings

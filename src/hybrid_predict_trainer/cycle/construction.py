@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from ..keep import resume
 from ..keep.subject import LossFn, Subject
 from ..predictors import Predictor
 from ..records import ConfigError
-from ..tell.sinks import JsonlSink
+from ..tell.sinks import Sink, Writer, sink_of
 from ..weights.offload import own_defaults
 from ..weights.parameters import optimizer_parameters
 from .state import Run
@@ -55,6 +55,7 @@ class Handed:
     lr_interval: Literal["step", "epoch"] | None = None
     val_fn: ValFn | None = None
     val_cost: float = 1.0
+    sinks: Sequence[Sink | Writer] = ()
     owns_schedule: bool = True
 
 
@@ -89,8 +90,7 @@ def build_run(model: nn.Module, optimizer: Optimizer, config: HybridTrainerConfi
             subject, config, handed.lr_scheduler, predictor=handed.predictor, validation=validation,
             owns_schedule=handed.owns_schedule,
         )  # fmt: skip
-    if config.collect_metrics and config.metrics.path:
-        run.recorder.write_to(JsonlSink(config.metrics.path))
+    run.recorder.write_to(sink_of(config, handed.sinks))
     if config.checkpoint.directory:
         resume.warn_unless_savable(run, run.recorder)
     return run

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +34,7 @@ from ..notices import warn
 from ..predictors import Predictor
 from ..records import CheckpointError, ConfigError, Decision, Execution, Phase, Reason, State, StepResult
 from ..tell.figures import statistics
+from ..tell.sinks import Sink, Writer
 from ..weights import algebra as weights
 from ..weights.offload import own_defaults
 from ..weights.parameters import optimizer_parameters
@@ -45,9 +46,10 @@ from .hooks import is_attached, on_forward, on_step, with_hooks
 from .learning import enter, settle_readings
 from .loop import Stopwatch, close_step, decide, look_at, prepare
 from .passes import has_ended
+from .pending import PendingStep
 from .real_step import RealStep, count_real
 from .state import Run
-from .transaction import execute, finish_real, interrupted, versions_of
+from .transaction import execute, interrupted
 
 #: What a model library hands to a forward that is no part of the batch: the gate takes the model's own mean.
 NOT_DATA = ("num_items_in_batch",)
@@ -64,75 +66,6 @@ NOT_ASKED = "auto=False, and the loop does not call engine.between_steps()"
 
 #: In the place of the batch of the coming step, where it was looked at before the run was resumed.
 _ANY = object()
-
-
-class _Pending:
-    """A real step from its gradients to its end.
-
-    Attributes:
-        decision: What it is.
-        step: Its stations; None where no loss was handed over, and it is only counted.
-        batch: It is trained on, None if there is none.
-        measured: Forwards spent on looking at the batch.
-        armed: The optimizer is stepping.
-    """
-
-    def __init__(self, run: Run, decision: Decision, step: RealStep | None, batch: Any, measured: float) -> None:
-        """Remember where the weights stand."""
-        self.decision, self.step, self.batch, self.measured = decision, step, batch, measured
-        self.armed = False
-        self._run, self._versions = run, versions_of(run.subject.parameters)
-        self._num_attempted = run.meter.num_attempted_steps
-        self._done = run.optimizer_step.scale.num_steps, run.optimizer_step.lookahead.num_steps
-        self._rates = ExitStack()
-        self._withheld: list[tuple[Tensor, Tensor]] = []
-
-    @property
-    def usable(self) -> bool:
-        """Whether the optimizer may step."""
-        return self.step is None or self.step.usable
-
-    @property
-    def moved(self) -> bool:
-        """Whether the optimizer has moved the weights."""
-        return versions_of(self._run.subject.parameters) != self._versions
-
-    def arm(self) -> None:
-        """The optimizer steps next: its rates are set; where the step is left out it finds no gradients."""
-        self.armed = True
-        if self.usable:
-            self._rates = self._run.optimizer_step.rates(self._run.position)
-            return
-        for parameter in optimizer_parameters(self._run.subject.optimizer):
-            if parameter.grad is not None:
-                self._withheld.append((parameter, parameter.grad))
-                parameter.grad = None
-
-    def disarm(self) -> None:
-        """The optimizer has stepped, or has raised: rates and gradients are the loop's again."""
-        self._rates.close()
-        for parameter, gradient in self._withheld:
-            parameter.grad = gradient
-        self._withheld = []
-
-    def end(self) -> Execution:
-        """What came of it; a step whose weights have moved is carried to its end even if that is interrupted."""
-        run, step = self._run, self.step
-        if step is None:
-            count_real(run)
-            return Execution(torch.tensor(math.nan, device="cpu"), forwards=1, backwards=1)
-        if not step.usable:
-            return step.skip()
-        try:
-            return step.end()
-        except BaseException:
-            self.complete()
-            raise
-
-    def complete(self) -> None:
-        """Count a step whose weights have moved, unless it was."""
-        if self._run.meter.num_attempted_steps == self._num_attempted:
-            finish_real(self._run, *self._done)
 
 
 class Engine:
@@ -156,7 +89,7 @@ class Engine:
         self._step: RealStep | None = None  # begun
         self._watching = ExitStack()
         self._began = (0.0, 0.0)
-        self._pending: _Pending | None = None
+        self._pending: PendingStep | None = None
         self._decision: Decision | None = None  # of the real step to come
         self._batch: Any = None  # of the last step
         self._looked: list[Any] = []  # the batch of the coming step, once looked at
@@ -515,7 +448,7 @@ class Engine:
         assert step is not None, "begun above"
         self._watching.close()
         step.after_backward(loss)
-        self._pending = _Pending(run, decision, step, batch, measured)
+        self._pending = PendingStep(run, decision, step, batch, measured)
 
     def _look(self, batch: Any) -> float:
         """Look at the batch of a step, unless that was done before it; returns forwards spent."""
@@ -565,7 +498,7 @@ class Engine:
         if pending is None:
             decision = self._next_decision()
             enter(run, decision)
-            pending = self._pending = _Pending(run, decision, None, None, 0.0)
+            pending = self._pending = PendingStep(run, decision, None, None, 0.0)
             self._watching.close()
             run.windows.restart_window()
             run.optimizer_step.on_skip()
@@ -584,7 +517,7 @@ class Engine:
         run.schedule.begin_step()
         if run.config.gradient_clip_norm > 0:
             torch.nn.utils.clip_grad_norm_(optimizer_parameters(run.subject.optimizer), run.config.gradient_clip_norm)
-        self._pending = _Pending(run, decision, None, None, 0.0)
+        self._pending = PendingStep(run, decision, None, None, 0.0)
         self._pending.arm()
 
     def _unscale(self) -> None:
@@ -598,7 +531,7 @@ class Engine:
                 gradient.div_(scale.to(gradient.device))
         optimizer.grad_scale = None
 
-    def _finish(self, pending: _Pending) -> None:
+    def _finish(self, pending: PendingStep) -> None:
         """From the optimizer's step to its end."""
         run = self.run
         pending.disarm()
@@ -719,7 +652,7 @@ class Engine:
             assert step is not None, "begun above"
             self._watching.close()
             step.overflow(torch.tensor(math.nan) if loss is None else loss)
-            pending = _Pending(run, decision, step, batch, self._spent)
+            pending = PendingStep(run, decision, step, batch, self._spent)
             self._looked, self._spent = [], 0.0
         if not undo:
             run.buffers.after()
@@ -822,6 +755,7 @@ def attach(
     val_fn: ValFn | None = None, val_cost: float = 1.0, predictor: Predictor | None = None,
     roles: dict[str, str] | None = None, lr_interval: Literal["step", "epoch"] | None = None,
     schedule: Literal["owned", "external"] = "owned", total_steps: int | None = None,
+    sinks: Sequence[Sink | Writer] = (),
 ) -> Engine:  # fmt: skip
     """Ride along with a loop of your own: it keeps its forward, backward and step, the engine adds the prediction.
 
@@ -852,6 +786,7 @@ def attach(
         schedule: ``"owned"``: the engine steps it.  ``"external"``: the loop does, once per step of the optimizer, and
             may ask for :meth:`Engine.owed_schedule_steps`; a jump that is taken back leaves the schedule where it is.
         total_steps: Planned end of the run on the configured clock, for the budget; None: not known.
+        sinks: Objects of your own that get every record, beside the file that ``metrics.path`` names.
 
     Raises:
         ConfigError: as :class:`.HybridTrainer`; or there is an engine on this optimizer already.
@@ -866,7 +801,7 @@ def attach(
     handed = Handed(
         loss_fn=StepLoss(loss_fn), lr_scheduler=_inner_schedule(lr_scheduler), grad_scaler=grad_scaler,
         predictor=predictor, roles=roles, lr_interval=lr_interval, val_fn=val_fn, val_cost=val_cost,
-        owns_schedule=schedule == "owned",
+        owns_schedule=schedule == "owned", sinks=sinks,
     )  # fmt: skip
     run = build_run(model, optimizer if hooked is None else hooked, config, handed)
     if total_steps is not None:
