@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -319,6 +320,44 @@ def test_a_wrong_loss_is_one_line() -> None:
     with pytest.raises(TypeError, match=r"real scalar, not of shape \(3,\)"):
         engine.note(torch.zeros(3))
     engine.note(1.5)
+
+
+CLIPS: dict[str, tuple[float, bool, str]] = {
+    "clipped": (0.05, False, "gradients were multiplied by 0.0"),
+    "clipped, and the engine has looked before": (0.05, True, ""),
+    "a limit that is never reached": (100.0, False, ""),
+    "not clipped": (0.0, False, ""),
+}
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaler"])
+@pytest.mark.parametrize("name", CLIPS)
+def test_clipping_that_the_engine_does_not_see_is_said(name: str, scaled: bool) -> None:
+    limit, looks, said = CLIPS[name]
+    built = setup("mlp", "adam")
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0) if scaled else None
+    engine = ride(built, grad_scaler=scaler, changes={"gate__overhead_budget": 0.0})
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for batch in make_batches(20):
+            built.optimizer.zero_grad()
+            loss = loss_fn(built.model, batch)
+            (loss if scaler is None else scaler.scale(loss)).backward()
+            engine.note(loss, batch)
+            if limit:
+                if scaler is not None:
+                    scaler.unscale_(built.optimizer)
+                if looks:
+                    engine.after_backward()
+                nn.utils.clip_grad_norm_(built.model.parameters(), limit)
+            if scaler is None:
+                built.optimizer.step()
+            else:
+                scaler.step(built.optimizer)
+                scaler.update()
+    assert [str(w.message)[: len(said)] for w in told] == ([said] if said else [])
+    assert engine.result is not None
+    assert (float(engine.result.gradient_norm_tensor) > 0.06) is (said == ""), "the norm before clipping"
 
 
 # ---------------------------------------------------------------- what loops do

@@ -42,7 +42,7 @@ from . import outside
 from .construction import Handed, build_run
 from .correct_step import conclude
 from .handover import Call, Handover, MicroBatches, StepLoss, is_whole, loss_in
-from .hooks import is_attached, on_forward, on_step, with_hooks
+from .hooks import GradientWitness, is_attached, on_forward, on_step, with_hooks
 from .learning import enter, settle_readings
 from .loop import Stopwatch, close_step, decide, look_at, prepare
 from .passes import has_ended
@@ -54,6 +54,11 @@ from .transaction import execute, interrupted
 #: What a model library hands to a forward that is no part of the batch: the gate takes the model's own mean.
 NOT_DATA = ("num_items_in_batch",)
 
+#: Steps at which the gradients are compared with what the backward has left, and of how many.
+WITNESS_EVERY, WITNESS_STEPS = 5, 200
+#: Relative difference that is rounding, of half precision too.
+ROUNDING = 1e-2
+
 #: What a loop has to call where its optimizer's step fires no hooks.
 MISSING = ("engine.before_step() right before the optimizer's step", "engine.after_step() right after it")
 
@@ -61,6 +66,10 @@ MISSING = ("engine.before_step() right before the optimizer's step", "engine.aft
 NO_BATCH = "no batch was handed over: call engine.note(loss, batch) before optimizer.step(), and do not free it before"
 NO_LOSS = "no loss was handed over before optimizer.step(): call engine.note(loss, batch); the step is only counted"
 NO_LOSS_FN = "there is no loss_fn for batches of type {name}: pass attach(..., loss_fn=lambda model, batch: ...)"
+CHANGED = (
+    "gradients were multiplied by {factor:.2g} between backward and optimizer.step(): where the loop clips, call "
+    "engine.after_backward() before it does; where a scaler unscales, pass attach(..., grad_scaler=scaler)"
+)
 NOT_ASKED = "auto=False, and the loop does not call engine.between_steps()"
 
 
@@ -99,6 +108,7 @@ class Engine:
         self._forms: set[Any] = set()  # of forwards that returned a loss
         self._inside = False  # an evaluation of our own is under way
         self._said: set[str] = set()
+        self._witness: GradientWitness | None = None
         self._lack = ""  # what a judgement lacks
         self._lost = self._unasked = False  # the last step had no loss; nobody calls between_steps()
         self._scale = self._scale_now()
@@ -116,6 +126,9 @@ class Engine:
             self._handles += on_step(optimizer, self)
         if watch_forward:
             self._handles += on_forward(self.run.subject.model, self._before_forward, self._after_forward)
+        if self.run.windows.observing:
+            self._witness = GradientWitness(optimizer_parameters(self.run.subject.optimizer))
+            self._handles.append(self._witness)
         if self.run.subject.on_cpu:  # elsewhere it is a copy of everything: not before it is needed
             self._begin()
 
@@ -151,6 +164,7 @@ class Engine:
         self._notice_overflow(undo=False)
         if loss is not None:
             self.note(loss)
+        self._dismiss_witness()
         if self._pending is not None and not (self._handover.empty and self._seen.empty):
             self._drop_pending()  # its optimizer never stepped, and another step is under way
         if self._pending is None and self.run.config.enabled:
@@ -492,6 +506,7 @@ class Engine:
         if self._pending is not None and not (self._handover.empty and self._seen.empty):
             self._drop_pending()  # its optimizer never stepped, and another step is under way
         self._unscale()
+        self._ask_witness()
         if self._pending is None:
             self._look_at_gradients()
         pending = self._pending
@@ -519,6 +534,25 @@ class Engine:
             torch.nn.utils.clip_grad_norm_(optimizer_parameters(run.subject.optimizer), run.config.gradient_clip_norm)
         self._pending = PendingStep(run, decision, None, None, 0.0)
         self._pending.arm()
+
+    def _dismiss_witness(self) -> None:
+        if self._witness is not None:
+            self._witness.remove()
+            self._witness = None
+
+    def _ask_witness(self) -> None:
+        """Say once that the gradients are not those of the loss, if the loop has changed them."""
+        step = self.run.meter.num_attempted_steps
+        if self._witness is None or step % WITNESS_EVERY:
+            return
+        factor = self._witness.factor()
+        if math.isfinite(self._scale):  # a scaler of the loop's
+            factor *= self._scale
+        if abs(factor - 1) > ROUNDING:
+            self._say(CHANGED.format(factor=factor))
+            self._dismiss_witness()
+        elif step >= WITNESS_STEPS:
+            self._dismiss_witness()
 
     def _unscale(self) -> None:
         """A scaler leaves it to a fused optimizer to divide by its scale: do it before the gradients are looked at."""
