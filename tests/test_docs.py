@@ -11,8 +11,10 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import torch
 
 import hybrid_predict_trainer
+from cases import full_batch, loss_fn, setup
 from hybrid_predict_trainer import HybridTrainerConfig, Phase
 from hybrid_predict_trainer.config.toml import valid_keys
 from hybrid_predict_trainer.experiments.regimes import readme_rows
@@ -63,6 +65,29 @@ def test_the_example_predictor_runs() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "num_jumps_accepted" in done.stdout
+
+
+def test_the_example_of_a_loop_runs() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "attach_loop.py")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.rpartition("num_jumps_accepted:")[2]) > 0
+
+
+def test_the_lines_that_attach_adds_to_a_loop_run() -> None:
+    text = (ROOT / "docs" / "attach.md").read_text(encoding="utf-8")
+    lines = text.partition("```diff\n")[2].partition("```")[0].splitlines()
+    loop = "\n".join(line[1:] for line in lines if not line.startswith("-"))
+    built = setup("mlp", "adam", "lambda")
+    names: dict[str, object] = {
+        "attach": hybrid_predict_trainer.attach, "torch": torch, "model": built.model, "optimizer": built.optimizer,
+        "scheduler": built.scheduler, "loss_fn": loss_fn, "loader": full_batch(5),
+    }  # fmt: skip
+    exec(compile(loop, "attach.md", "exec"), names)
+    assert names["engine"].statistics()["num_real_steps"] == 5  # type: ignore[attr-defined]
+    assert built.scheduler is not None
+    assert built.scheduler.last_epoch == 5
 
 
 def test_the_examples_of_extending_run(capsys: pytest.CaptureFixture[str]) -> None:
