@@ -162,6 +162,9 @@ def run_predictors(args: argparse.Namespace) -> Shown:
 def run_memory(args: argparse.Namespace) -> Shown:
     """Bytes of predictor, basis and snapshot."""
     with as_input_error():
+        if args.held:
+            rows = memory.held(preset=args.preset or "10M", device=args.device, num_steps=args.steps)
+            return rows, lambda: table(rows)
         rows = memory.rows(tuple(args.predictor or PREDICTORS), preset=args.preset or "0.3M")
     return rows, lambda: table(rows)
 

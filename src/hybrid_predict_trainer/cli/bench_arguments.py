@@ -154,8 +154,15 @@ def _add_memory(benchmarks: Benchmarks) -> None:
         "memory", "bytes that predictor, basis and snapshot hold",
         "Counts the bytes that are held between steps: predictor, basis and snapshot.",
         "hpt bench memory --preset 0.3M --predictor secant",
+        "hpt bench memory --held",
     )  # fmt: skip
-    _preset(held, "0.3M")
+    held.add_argument(
+        "--held", action="store_true",
+        help="instead, the most that default settings hold on the training device, over what the bare loop holds",
+    )  # fmt: skip
+    held.add_argument("--steps", type=whole, default=60, metavar="K", help="with --held: real steps (default 60)")
+    _device(held)
+    _preset(held, "0.3M, with --held 10M")
     _predictor(held, "all")
 
 

@@ -190,6 +190,7 @@ class PredictorConfig:
     update_budget: float = 0.01  # most of the real steps' time that a network's training may take; 0: no bound
     basis_dtype: Literal["float32", "bfloat16", "param"] = "param"
     offload: bool = False  # keep the basis in host memory
+    keep_basis: bool = False  # also on large models whose displacements cannot be predicted
     secant: SecantConfig = field(default_factory=SecantConfig)
     quasi_newton: QuasiNewtonConfig = field(default_factory=QuasiNewtonConfig)
     linear: LinearConfig = field(default_factory=LinearConfig)

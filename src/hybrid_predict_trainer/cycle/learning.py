@@ -228,7 +228,7 @@ def observe(run: Run, metrics: Metrics, execution: Execution, began: float) -> N
 
 def learn(run: Run, window: Window) -> None:
     """Show the predictor a window and ask for its forecast of the next; one that keeps failing is left alone."""
-    if run.failures.exhausted(Place.PREDICTOR):
+    if run.failures.exhausted(Place.PREDICTOR) or not run.windows.keeping:  # a window that nothing was kept of
         return
     window_seconds = run.windows.take_seconds()
     try:

@@ -102,6 +102,7 @@ def run_predict(run: Run, batch: Any, decision: Decision) -> Execution:
     if verdict.reason is not Reason.CONTROL_SKIP:
         # a way back is no progress: the base optimizer gets some steps to leave a place where nothing else helps
         run.judge.ledger.note_verdict(verdict.accepted and verdict.reason is not Reason.WAY_BACK)
+    run.windows.note_verdict(approved)
     run.proposer.note_refused(not approved or verdict.reason is Reason.WAY_BACK)
     if not approved:
         run.proposer.feedback.note_refusal(spent, run.config.predictor.window)

@@ -23,6 +23,7 @@ from ..predictors import Paced, Predictor, build
 from ..propose.feedback import Adaptation
 from ..propose.time_budget import TimeBudget
 from ..version import PACKAGE
+from ..weights.algebra import LARGE
 from ..weights.parameters import Groups
 
 if TYPE_CHECKING:
@@ -60,7 +61,12 @@ def settings_for(config: HybridTrainerConfig, name: str) -> HybridTrainerConfig:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """A predictor, and what is made for it; the observer is None where nothing is observed."""
+    """A predictor, and what is made for it; the observer is None where nothing is observed.
+
+    Attributes:
+        on_trial: The basis is kept only while displacements can be predicted: on large models, where it is many copies
+            of the weights; not for what has to learn from every window, and not for a predictor of the user's own.
+    """
 
     predictor: Predictor
     time: TimeBudget
@@ -68,6 +74,7 @@ class Parts:
     basis: Basis
     groups: Groups
     observer: Observer | None
+    on_trial: bool = False
 
 
 def parts_for(
@@ -100,7 +107,8 @@ def parts_for(
         if not isinstance(observer, NullObserver):
             observer = GuardedObserver(observer, failures)
     feedback = Adaptation(config, spec, groups.num_groups, failures)
-    return Parts(predictor, time, feedback, basis, groups, observer)
+    on_trial = own and isinstance(observer, NullObserver) and not spec.differences and not config.predictor.keep_basis
+    return Parts(predictor, time, feedback, basis, groups, observer, on_trial and groups.num_weights > LARGE)
 
 
 def choose_by_losses(run: Run) -> None:

@@ -33,7 +33,7 @@ from ..propose.proposer import Proposer
 from ..records import State, Window
 from ..tell.recorder import Metrics
 from ..tell.sinks import NullSink
-from ..weights.algebra import Tensors
+from ..weights.algebra import LARGE, Tensors
 from ..weights.trained import Watch
 from .phases import PhaseState, controller_for
 from .predictor_choice import parts_for, settings_for
@@ -121,7 +121,7 @@ class Run:
         parts = parts_for(self.subject, config, predictor, self.failures, hands_off=self.watch.hands_off is not None)
         self.config = config
         self.phases.follow(controller_for(config))
-        self.windows.follow(config.predictor, parts.basis, parts.groups, parts.observer)
+        self.windows.follow(config.predictor, parts.basis, parts.groups, parts.observer, on_trial=parts.on_trial)
         self.proposer.follow(config, parts.predictor, parts.time, parts.feedback)
 
     def choose(self, name: str) -> None:
@@ -205,12 +205,17 @@ class Run:
         self.proposer.window_closed()
         return window
 
+    @property
+    def parks_copies(self) -> bool:
+        """Whether copies to come back to, which are rarely taken and rarely used, are kept in host memory."""
+        return self.config.predictor.offload or self.subject.groups.num_weights > LARGE
+
     def take_snapshot(self) -> Snapshot:
         """Exact copy of model, optimizer, scheduler, scaler and RNG."""
-        return self.snapshot_into(None)
+        return Snapshot.take(self.subject.model, self.subject.optimizer, self.others, offload=self.parks_copies)
 
     def snapshot_into(self, into: Snapshot | None) -> Snapshot:
-        """The same, in the memory of a copy that is needed no more."""
+        """The same at the start of every reading interval, in the memory of a copy that is needed no more."""
         offload = self.config.predictor.offload
         return Snapshot.take(self.subject.model, self.subject.optimizer, self.others, offload=offload, into=into)
 

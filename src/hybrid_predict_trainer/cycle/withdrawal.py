@@ -28,7 +28,7 @@ COPY_PASSES, SWAP_PASSES = 8, 4
 def keep(run: Run, into: Snapshot | None = None) -> Snapshot:
     """Copy what training has changed, in the memory of a copy that is needed no more."""
     run.meter.add_passes(COPY_PASSES)
-    offload = run.config.predictor.offload
+    offload = run.parks_copies
     return Snapshot.take(
         run.subject.model, run.subject.optimizer, [run.optimizer_step.lookahead], offload=offload, into=into
     )

@@ -82,6 +82,9 @@ def upgraded(parts: dict[str, State], live: dict[str, State], format_version: in
         return parts
     own = dict(parts["trainer"])
     own["run"] = by_owner(own["run"])
+    # a basis was kept in any case; whether that is worth its memory is asked from here on
+    sketch = copy.deepcopy(live["trainer"]["run"]["windows"]["sketch"])
+    own["run"]["windows"] = {"keeping": True, "sketch": sketch, **own["run"].get("windows", {})}
     if format_version < 3:
         own["model"] = NOTHING_KNOWN
         for name in ("run", "metrics"):

@@ -281,13 +281,23 @@ def _optimizer_state(run: Run) -> State:
 
 
 def memory_usage(run: Run) -> dict[str, int]:
-    """Bytes held beside model and optimizer: ``predictor``, ``corrector``, ``basis_<device>``, ``snapshots``."""
+    """Bytes held beside model and optimizer: ``predictor``, ``corrector``, ``basis_<device>``, ``snapshots``.
+
+    What the settings keep in host memory wherever the weights are has a name that ends in ``_host``.
+    """
     trial = 0 if run.judge.probation is None else run.judge.probation.snapshot.memory_bytes()
+    sketch = 0 if run.windows.sketch is None else run.windows.sketch.memory_bytes()
+    parked = "_host" if run.parks_copies else ""
+    rollback = "_host" if run.config.predictor.offload else ""
+    snapshots = {f"snapshots{rollback}": run.rollback.memory_bytes()}
+    name = f"snapshots{parked}"
+    snapshots[name] = snapshots.get(name, 0) + run.safety.memory_bytes() + trial
     return {
         "predictor": run.proposer.predictor.memory_bytes(),
         "corrector": run.proposer.feedback.memory_bytes(),
         **({"encoder": run.windows.observer.memory_bytes()} if run.windows.observer.memory_bytes() else {}),
         **{f"basis_{device}": size for device, size in run.windows.basis.memory_bytes().items()},
         **run.optimizer_step.memory_bytes(),
-        "snapshots": run.rollback.memory_bytes() + run.safety.memory_bytes() + trial,
+        **({"sketch": sketch} if sketch else {}),
+        **snapshots,
     }

@@ -34,6 +34,7 @@ from torch import Tensor
 from ..records import State
 from ..weights import algebra as weights
 from ..weights.algebra import Tensors
+from .drift_storage import Narrow, Storage, Stored, fetched, size_of
 
 #: Steps between two applications: per step the same motion would cost three times the passes.
 EVERY = 3
@@ -41,6 +42,8 @@ EVERY = 3
 GAMMA = 0.986
 #: gamma' per application: a is measured over the last ten or so.
 GAMMA_CONTINUED = 0.9
+#: What is remembered is kept as it is.
+AS_IS = Storage()
 
 
 class Lookahead(Protocol):
@@ -140,8 +143,9 @@ class DriftLookahead:
     """
 
     def __init__(
-        self, beta: float, kappa: float = 0.0, delta: float = 1.0, *, every: int = EVERY, gamma: float = GAMMA
-    ) -> None:
+        self, beta: float, kappa: float = 0.0, delta: float = 1.0, *, every: int = EVERY, gamma: float = GAMMA,
+        storage: Storage = AS_IS,
+    ) -> None:  # fmt: skip
         """Nothing is known of the drift yet.
 
         Args:
@@ -150,15 +154,17 @@ class DriftLookahead:
             delta: How much of the removed share the drift replaces, in [0, 1].
             every: steps between applications, n.
             gamma: of the drift's mean, per step.
+            storage: of what is remembered.
         """
+        self.storage = storage
         self.beta, self.kappa, self.delta, self.every, self.gamma = beta, kappa, delta, every, gamma
         self.num_steps = 0
         self._rates = 0.0  # Lambda so far
         self._sums = torch.zeros(2)  # of <s, Lambda b> and of |Lambda b|^2, older ones less
         self._theta_0: Tensors = []
-        self._b: Tensors = []
+        self._b: list[Stored] = []
         # of an application that is being written: steps, weights, theta_0, b, earlier weights, sums
-        self._landing: tuple[int, Tensors, Tensors, Tensors, Tensors, Tensor] | None = None
+        self._landing: tuple[int, Tensors, Tensors, list[Stored], Tensors, Tensor] | None = None
 
     def before_step(self, parameters: Sequence[Tensor]) -> int:
         """At the first real step: theta_0."""
@@ -166,7 +172,8 @@ class DriftLookahead:
             return 0
         self._theta_0 = [p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for p in parameters]
         if self.beta > 0 or self.kappa * self.delta > 0:  # of any use
-            self._b = [torch.zeros_like(t) for t in self._theta_0]
+            self._b = [self.storage.put_drift(torch.zeros_like(t)) for t in self._theta_0]
+        self._theta_0 = [self.storage.put(t) for t in self._theta_0]
         return 3
 
     @torch.no_grad()
@@ -201,20 +208,25 @@ class DriftLookahead:
         moved, theta_0, drift = self._moved(
             parameters, movable or [True] * len(parameters), kappa, share * went_on(sums) if share else 0.0, rates
         )
-        earlier = [e.add(m - p) for e, m, p in zip(along, moved, parameters, strict=True)] if along and moved else []
+        earlier = []
+        if along and moved:
+            triples = zip(along, moved, parameters, strict=True)
+            earlier = [e.add(weights.like_sampled(m, e) - weights.like_sampled(p, e)) for e, m, p in triples]
         self._landing = (num_steps, moved, theta_0, drift, earlier, sums)
         return self._land(parameters, along)
 
     def _moved(
         self, parameters: Sequence[Tensor], movable: Sequence[bool], kappa: float, share: Tensor | float, rates: float
-    ) -> tuple[Tensors, Tensors, Tensors]:
+    ) -> tuple[Tensors, Tensors, list[Stored]]:
         """The weights where they are moved, theta_0 and b after an application; nothing is written."""
         kept = self.gamma**self.every
-        moved, new_theta_0, drift = [], [], []
+        moved, new_theta_0 = [], []
+        drift: list[Stored] = []
         moves_on = isinstance(share, Tensor) or share != 0
-        for i, (theta_0, p) in enumerate(zip(self._theta_0, parameters, strict=True)):
+        for i, (kept_0, p) in enumerate(zip(self._theta_0, parameters, strict=True)):
+            theta_0 = fetched(kept_0, p.device)
             s = p.detach().to(theta_0.dtype) - theta_0
-            b = self._b[i] if self._b else None
+            b = fetched(self._b[i], p.device) if self._b else None
             if b is not None and rates > 0:
                 b = b.lerp(s / rates, 1 - kept)
             target = p.detach()
@@ -226,9 +238,9 @@ class DriftLookahead:
                 else:
                     target = theta_0.add(s, alpha=1 - kappa).add_(_times(b, share)).to(p.dtype)
                 moved.append(target)
-            new_theta_0.append(target.to(theta_0.dtype, copy=not moved))  # as rounded
+            new_theta_0.append(self.storage.put(target.to(theta_0.dtype, copy=not moved)))  # as rounded
             if b is not None:
-                drift.append(b)
+                drift.append(self.storage.put_drift(b))
         return moved, new_theta_0, drift
 
     def _land(self, parameters: Sequence[Tensor], along: Sequence[Tensor]) -> int:
@@ -249,7 +261,8 @@ class DriftLookahead:
         for i in places if self._theta_0 else ():
             self._theta_0[i].copy_(parameters[i])
             if self._b:
-                self._b[i].zero_()
+                b = fetched(self._b[i], parameters[i].device)
+                self._b[i] = self.storage.put_drift(torch.zeros_like(b))
 
     @torch.no_grad()
     def follow(self, parameters: Sequence[Tensor]) -> None:
@@ -259,9 +272,10 @@ class DriftLookahead:
 
     def _summed(self, parameters: Sequence[Tensor], rates: float) -> Tensor:
         """The sums that a is made of, (2,), with this displacement; on the weights' device: nobody waits for them."""
-        device = self._b[0].device
+        device = parameters[0].device
         sums = self._sums.to(device) * GAMMA_CONTINUED
-        for theta_0, b, p in zip(self._theta_0, self._b, parameters, strict=True):
+        for kept_0, kept, p in zip(self._theta_0, self._b, parameters, strict=True):
+            theta_0, b = fetched(kept_0, p.device), fetched(kept, p.device)
             s, flat = (p.detach().to(theta_0.dtype) - theta_0).reshape(-1), b.reshape(-1)
             sums = sums + torch.stack([rates * torch.dot(s, flat), rates**2 * torch.dot(flat, flat)]).to(device)
         return sums
@@ -281,21 +295,22 @@ class DriftLookahead:
         ]
 
     def memory_bytes(self) -> int:
-        """Two copies of the weights; one where the drift is of no use."""
-        return sum(t.numel() * t.element_size() for t in (*self._theta_0, *self._b))
+        """Two copies of the weights, of large models one and a half; one where the drift is of no use."""
+        return sum(map(size_of, (*self._theta_0, *self._b)))
 
     def state_dict(self) -> State:
         """Step count, learning rates since the last application, weights after it, drift."""
         return {
             "num_steps": self.num_steps, "rates": self._rates, "sums": self._sums,
-            "theta_0": list(self._theta_0), "b": list(self._b),
+            "theta_0": list(self._theta_0), "b": [b.wide() if isinstance(b, Narrow) else b for b in self._b],
         }  # fmt: skip
 
     def load_state_dict(self, state: State) -> None:
         """Inverse of :meth:`state_dict`, with copies."""
         self.num_steps, self._rates = state["num_steps"], state["rates"]
         self._sums = state["sums"].clone() if "sums" in state else torch.zeros(2)  # none in format 2
-        self._theta_0, self._b = weights.clone(state["theta_0"]), weights.clone(state["b"])
+        self._theta_0 = [self.storage.put(t) for t in weights.clone(state["theta_0"])]
+        self._b = [self.storage.put_drift(t) for t in weights.clone(state["b"])]
 
 
 def went_on(sums: Tensor) -> Tensor:

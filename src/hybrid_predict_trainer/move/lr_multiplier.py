@@ -156,9 +156,10 @@ class LearnedScale:
         """Take cos(g, u) of the last step; 6 passes over the weights."""
         if not self._before or not (self._collecting or self.cuts.watching):
             return 0
-        cosines = step_cosines(
-            [p.grad for p in parameters], self._before, [p.detach() for p in parameters], self.groups
-        )
+        pairs = list(zip(parameters, self._before, strict=True))
+        gradients = [g if g is None or g.is_sparse else weights.like_sampled(g, b) for g, b in _gradients(pairs)]
+        after = [weights.like_sampled(p.detach(), b) for p, b in pairs]
+        cosines = step_cosines(gradients, self._before, after, self.groups)
         if self._collecting:
             self._cosines.append(cosines[0])
         if self.cuts.watching:
@@ -194,7 +195,13 @@ class LearnedScale:
 
     def after_step(self, parameters: Sequence[Tensor]) -> int:
         """Shorten the step where a cut stands; 5 passes over the weights."""
-        return self.cuts.count_step(parameters, self._before, self.groups.index)
+        passes = self.cuts.count_step(parameters, self._before, self.groups.index)
+        if self._before and sum(self.groups.sizes) > weights.LARGE:  # a cosine needs no more than a sample of them
+            self._before = [
+                b if b.shape != p.shape else weights.sampled(b).clone()
+                for p, b in zip(parameters, self._before, strict=True)
+            ]
+        return passes
 
     def forget(self) -> None:
         """Drop the remembered weights; the present block of the trial says nothing."""
@@ -279,7 +286,7 @@ class LearnedScale:
     # ---- report and state ------------------------------------------------------------------------------
 
     def memory_bytes(self) -> int:
-        """One copy of the weights while steps are measured."""
+        """A copy of the weights while steps are measured, of large models a sample of it."""
         return sum(t.numel() * t.element_size() for t in self._before)
 
     def state_dict(self) -> State:
@@ -310,3 +317,8 @@ class LearnedScale:
         self._moments = Moments(*state["moments"])
         self._before = [t.clone() for t in state["before"]]
         self.cuts.load_state_dict(state["cuts"])
+
+
+def _gradients(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor | None, Tensor]]:
+    """The gradient of every parameter, beside what the parameter is paired with."""
+    return [(p.grad, beside) for p, beside in pairs]

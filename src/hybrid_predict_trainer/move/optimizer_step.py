@@ -22,9 +22,10 @@ from ..keep.failures import Failures, Place
 from ..keep.subject import Subject
 from ..observe.history import Losses
 from ..records import State
-from ..weights.algebra import Tensors
+from ..weights.algebra import LARGE, Tensors
 from ..weights.parameters import untrained
 from ..weights.trained import Watch
+from .drift_storage import Storage
 from .group_warmup import is_inside_a_block
 from .lookahead import DriftLookahead, Lookahead, NoLookahead
 from .lr_multiplier import CHECK_STEPS, LearnedScale
@@ -65,6 +66,11 @@ class OptimizerStep:
         self._subject, self._watch, self._schedule, self._failures = subject, watch, schedule, failures
         self._drifts = drifts
 
+    @property
+    def _idle(self) -> bool:
+        """Whether the lookahead moves nothing, and what it would remember of a large model is not worth its memory."""
+        return self._subject.groups.num_weights > LARGE and not self._schedule.anneals
+
     # ---- the step ---------------------------------------------------------------------------------------
 
     def before(self, *, exact: bool) -> int:
@@ -80,7 +86,7 @@ class OptimizerStep:
             return 0
         parameters = self._subject.parameters
         passes = self.scale.measure(parameters) + self.scale.before_step(parameters)
-        if not exact and not self.switchback.switched_off:
+        if not exact and not self.switchback.switched_off and not self._idle:
             passes += self.lookahead.before_step(parameters)
         return passes
 
@@ -132,7 +138,7 @@ class OptimizerStep:
         worth going on with, and one that the learned scale is making up for, because it is far too small, no swing to
         take out.  Without the drift kappa shortens all steps, which is not what a scale lengthened them for.
         """
-        if self.switchback.switched_off or (exact and self.lookahead.num_steps <= 1):
+        if self.switchback.switched_off or self._idle or (exact and self.lookahead.num_steps <= 1):
             self.lookahead.forget()  # of the first batch nobody could tell that all are the same
             return 0
         rising, peak = rate > self._schedule.peak, max(rate, self._schedule.peak)
@@ -211,7 +217,8 @@ class OptimizerStep:
 
     def memory_bytes(self) -> dict[str, int]:
         """Bytes by part; nothing of a part that holds none."""
-        found = {"scale": self.scale.memory_bytes(), "lookahead": self.lookahead.memory_bytes()}
+        parked = "_host" if isinstance(self.lookahead, DriftLookahead) and self.lookahead.storage.to_host else ""
+        found = {"scale": self.scale.memory_bytes(), f"lookahead{parked}": self.lookahead.memory_bytes()}
         return {name: size for name, size in found.items() if size}
 
     def state_dict(self) -> State:
@@ -261,7 +268,8 @@ def lookahead_for(subject: Subject, config: HybridTrainerConfig, *, observing: b
     asked = config.lookahead > 0 or config.smoothing > 0
     if config.never_predicts or not anneals or not (observing and suited and asked):
         return NoLookahead()
-    return DriftLookahead(config.lookahead, config.smoothing, config.drift)
+    storage = Storage(narrow=subject.groups.num_weights > LARGE, to_host=config.predictor.offload)
+    return DriftLookahead(config.lookahead, config.smoothing, config.drift, storage=storage)
 
 
 def _placed(state: State, parameters: Sequence[Tensor]) -> State:

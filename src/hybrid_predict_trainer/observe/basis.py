@@ -125,6 +125,15 @@ class Basis:
         if underway:
             torch._foreach_add_(list(underway.values()), self._landing.arrived(underway))
 
+    def pass_step(self) -> None:
+        """Count a real step of a window of which nothing is kept."""
+        self.num_steps += 1
+
+    def pass_window(self) -> None:
+        """Close a window of which nothing was kept."""
+        assert self.num_steps > 0, "an empty window cannot be closed"
+        self.num_steps, self.jumped = 0, False
+
     @torch.no_grad()
     def before_step(self, *, last: bool) -> None:
         """Remember the weights before the last step of a window, if the optimizer column is wanted."""
@@ -359,6 +368,12 @@ class Basis:
         self._underway = {}
         for tensor in itertools.chain(self._sum_theta, self._sum_grad):
             tensor.zero_()
+
+    def release(self) -> None:
+        """Forget everything, and give the memory back."""
+        self.restart()
+        self._sum_theta, self._sum_grad, self._before = [], [], []
+        self._landing = host.Landing()
 
     def restart(self) -> None:
         """Forget everything: the weights were changed by somebody else, or other ones are trained now."""

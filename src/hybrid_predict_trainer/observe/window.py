@@ -16,6 +16,7 @@ from ..weights.parameters import Groups
 from .basis import Basis
 from .history import History
 from .loss_features import loss_features
+from .sketch import Sketch
 from .window_encoder import NullObserver, Observer
 
 #: More real steps than any run has.
@@ -38,6 +39,8 @@ class WindowRecorder:
         num_rest_steps: Real steps still to pass before the next window is observed.
         lr_integral: Sum of the learning rate over the open window.
         seconds: Wall time of its real steps; NaN: not all of them were timed.
+        sketch: On large models: whether a basis is worth its memory; None: it is kept in any case.
+        keeping: Whether the open window goes into the basis.
     """
 
     def __init__(self, failures: Failures) -> None:
@@ -56,9 +59,20 @@ class WindowRecorder:
         self.num_rest_steps = 0
         self.lr_integral = 0.0
         self.seconds = 0.0
+        self.sketch: Sketch | None = None
+        self.keeping = True
+        self._kept = True  # so did the last one closed
         self._closing = False  # the basis is between two windows
 
-    def follow(self, settings: PredictorConfig, basis: Basis, groups: Groups, observer: Observer | None) -> None:
+    def follow(
+        self,
+        settings: PredictorConfig,
+        basis: Basis,
+        groups: Groups,
+        observer: Observer | None,
+        *,
+        on_trial: bool = False,
+    ) -> None:
         """Record for another predictor from here on.
 
         Args:
@@ -66,9 +80,12 @@ class WindowRecorder:
             basis: Has observed nothing yet.
             groups: Of that basis.
             observer: For the predictor; None: nothing is observed.
+            on_trial: The basis is kept only while displacements can be predicted, or losses are exact.
         """
         self._settings, self.basis, self.groups = settings, basis, groups
         self.observer, self.observing = observer if observer is not None else NullObserver(), observer is not None
+        self.sketch = Sketch(basis.parameters) if on_trial and self.observing else None
+        self.keeping = self.sketch is None
 
     def begin_anew(self) -> None:
         """What was observed for another predictor is of no use."""
@@ -109,8 +126,13 @@ class WindowRecorder:
         last = self.is_last_step
         try:
             with host.own_defaults():
-                self.basis.accumulate()
-                self.basis.before_step(last=last)
+                if self.sketch is not None:
+                    self.sketch.add_step()
+                if self.keeping:
+                    self.basis.accumulate()
+                    self.basis.before_step(last=last)
+                else:
+                    self.basis.pass_step()
         except Exception as error:
             self.note_unwatched(error)
         self.lr_integral += lr
@@ -147,9 +169,7 @@ class WindowRecorder:
             exact: Losses are exact: a predictor of curvature needs no rest.
         """
         num_steps, jumped = self.basis.num_steps, self.basis.jumped
-        self._closing = True
-        hindsight = self.basis.close_window()
-        self._closing = False
+        hindsight = self._close_basis(exact=exact)
         self.loss = history.close_window(step, num_steps)
         self.slope = history.loss_slope()
         window = Window(
@@ -178,11 +198,37 @@ class WindowRecorder:
         self.lr_integral = 0.0
         return window
 
+    def _close_basis(self, *, exact: bool) -> Hindsight | None:
+        """Close the window in the basis, if it is kept, and decide whether the next one will be."""
+        if self.sketch is not None:
+            self.sketch.close_window(self.basis.num_steps, jumped=self.basis.jumped)
+        self._kept = self.keeping
+        if not self.keeping:
+            self.basis.pass_window()
+            self.keeping = self.sketch is None or exact or self.sketch.predictable
+            return None
+        self._closing = True
+        hindsight = self.basis.close_window()
+        self._closing = False
+        if self.sketch is not None and not exact and self.sketch.disappoints:
+            self.basis.release()
+            self.sketch.pause()
+            self.keeping = False
+            return None
+        return hindsight
+
+    def note_verdict(self, accepted: bool) -> None:
+        """A proposal from the basis was judged."""
+        if self.sketch is not None:
+            self.sketch.note_verdict(accepted)
+
     def passes(self, num_steps: int) -> float:
         """Passes over the weights that a window of so many steps has cost.
 
         Two sums of three passes each per step; at the close one displacement and two rows of products.
         """
+        if not self._kept:
+            return self.observer.passes
         spec = self.basis.spec
         products = 1 if spec.differences else 1 + spec.curvature + len(spec.extras)  # vectors times all columns
         passes: float = 6 * num_steps + 10 + products * self.basis.num_filled
@@ -213,6 +259,8 @@ class WindowRecorder:
         """
         if mark is not None:
             self.basis.revert(mark)
+            if self.sketch is not None:
+                self.sketch.restart_window()
             self.lr_integral = 0.0
         else:
             self.restart_window()
@@ -220,12 +268,16 @@ class WindowRecorder:
     def on_overwrite(self) -> None:
         """The weights are others than any that were seen: nothing that was observed holds."""
         self.basis.restart()
+        if self.sketch is not None:
+            self.sketch.restart()
         self.just_closed = False
         self.lr_integral = 0.0
 
     def restart_window(self) -> None:
         """The open window begins anew."""
         self.basis.restart_window()
+        if self.sketch is not None:
+            self.sketch.restart_window()
         self.lr_integral = 0.0
 
     # ---- state -----------------------------------------------------------------------------------------
@@ -234,13 +286,21 @@ class WindowRecorder:
 
     def state_dict(self) -> State:
         """Plain containers; the basis and the observer are saved with the predictor."""
-        return {"last": window_state(self.last), **{name: getattr(self, name) for name in self._NUMBERS}}
+        return {
+            "last": window_state(self.last), **{name: getattr(self, name) for name in self._NUMBERS},
+            "keeping": self.keeping, "sketch": None if self.sketch is None else self.sketch.state_dict(),
+        }  # fmt: skip
 
     def load_state_dict(self, state: State) -> None:
         """Inverse of :meth:`state_dict`."""
         self.last = window_from_state(state["last"])
         for name in self._NUMBERS:
             setattr(self, name, state[name])
+        self.keeping = state.get("keeping", True)  # of an older checkpoint: there was no choice
+        if self.sketch is None:
+            self.keeping = True
+        elif state.get("sketch") is not None:
+            self.sketch.load_state_dict(state["sketch"])
         self.seconds = math.nan
 
 

@@ -13,6 +13,10 @@ from torch import Tensor
 
 Tensors = list[Tensor]
 
+#: Up to so many weights a call of torch costs more than its arithmetic.
+SMALL = 1 << 16
+#: Above so many weights a copy of all of them is something to do without.
+LARGE = 1 << 20
 #: Devices that cannot hold float64.
 WITHOUT_FLOAT64 = frozenset({"mps"})
 
@@ -27,6 +31,16 @@ def copy_(destination: Sequence[Tensor], source: Sequence[Tensor]) -> None:
     """``destination <- source`` in place, keeping storages (never rebinds ``.data``)."""
     torch._foreach_copy_(list(destination), list(source))
     _forget_casts()
+
+
+def sampled(tensor: Tensor) -> Tensor:
+    """Every 17th number of a tensor, as a flat view where it is dense; small tensors as they are."""
+    return tensor if tensor.numel() <= SMALL // 4 else tensor.reshape(-1)[::17]
+
+
+def like_sampled(tensor: Tensor, other: Tensor) -> Tensor:
+    """``tensor``, or its sample where ``other`` is one."""
+    return tensor if tensor.shape == other.shape else sampled(tensor)
 
 
 @torch.no_grad()

@@ -29,6 +29,7 @@ from ...trainer import HybridTrainer
 from ..arms.drive import wait_for_device
 from ..arms.environment import environment
 from ..arms.options import check_device
+from .memory import on_training_device, state_bytes
 
 #: Before anything is timed warm-up has to end, two windows to close, so that the basis has its memory and the
 #: predictor has observed, and the early cuts to end; a trainer that is not there by MAX_PREPARING_STEPS never will be.
@@ -99,11 +100,8 @@ class BareLoop:
         self.losses.append(loss.item())
 
     def state_bytes(self) -> int:
-        """Bytes of weights, buffers, gradients and optimizer state: what any loop holds on its device."""
-        held = [*self.model.parameters(), *self.model.buffers()]
-        held += [p.grad for p in self.model.parameters() if p.grad is not None]
-        held += [v for state in self.optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
-        return sum(t.numel() * t.element_size() for t in held)
+        """What any loop holds on its device."""
+        return state_bytes(self.model, self.optimizer)
 
 
 def prepare(workload: Workload) -> Prepared:
@@ -226,14 +224,10 @@ def memory_ratios(prepared: Prepared, state_bytes: int, trainer: HybridTrainer) 
     """
     device = torch.device(prepared.workload.device).type
     usage = trainer.memory_usage()
-    ratio = 1 + sum(usage.values()) / state_bytes
-    # on the CPU there is nothing to measure: what offload moves is the basis, and the rest stays
-    left = sum(size for name, size in usage.items() if not name.startswith("basis_"))
-    if device != "cpu":
-        offloading = build(prepared, MAX_PREPARING_STEPS, offload=True)
-        bring_up(offloading, None, prepared.task.batches(0))
-        usage_left = offloading.memory_usage()
-        left = sum(size for name, size in usage_left.items() if not name.startswith("basis_cpu"))
+    ratio = 1 + on_training_device(usage, device, offload=False) / state_bytes
+    offloading = build(prepared, MAX_PREPARING_STEPS, offload=True)
+    bring_up(offloading, None, prepared.task.batches(0))
+    left = on_training_device(offloading.memory_usage(), device, offload=True)
     return {
         "memory_ratio_training_device": ratio,
         "memory_ratio_training_device_offload": 1 + left / state_bytes,
