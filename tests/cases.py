@@ -234,14 +234,16 @@ def config(**changes: Any) -> HybridTrainerConfig:
     """Short phases, always willing to try.  Keys are dotted TOML names with ``__`` for the dot."""
     base = HybridTrainerConfig(
         warmup_steps=4, full_steps=2, max_predict_steps=20, correct_steps=3, explore_outcomes=1000, clock="claimed",
-        max_learned_scale=1.0, min_learned_scale=1.0, lookahead=0.0, smoothing=0.0,  # jumps alone
+        max_lr_multiplier=1.0, min_group_factor=1.0,  # jumps alone
     )  # fmt: skip
     values = {
         "predictor.window": 3,
         "gate.overhead_budget": 1.0,
         "gate.overhead_budget_exact": 1.0,
         "gate.max_backoff": 1,
-        "gate.control_fraction": 0.0,
+        "gate.holdout_fraction": 0.0,
+        "lookahead.extrapolation": 0.0,
+        "lookahead.damping": 0.0,
         "gate.max_chunks": 4,
     }
     flat = {k: v for k, v in changes.items() if "__" not in k}

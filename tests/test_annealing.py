@@ -123,7 +123,7 @@ def test_where_raises_are_made(data: str, scheduler: str, raised: bool, name: st
     made.scheduler = S.LambdaLR(made.optimizer, lambda t: 1.0 if t < 85 else last)
     exact = "always" if data == "exact" else "auto"
     budget = {"gate__overhead_budget": 0.0, "gate__overhead_budget_exact": 0.0}
-    trainer = made.trainer(config(max_learned_scale=100.0, gate__exact=exact, **budget))
+    trainer = made.trainer(config(max_lr_multiplier=100.0, gate__exact=exact, **budget))
     batches = make_batches(90, 64, noise=0.02) if data == "noisy" else full_batch(90, 64)
     highest = 1.0
     for batch in batches:

@@ -149,8 +149,8 @@ def test_what_raises_in_the_middle_is_put_back(
     ("saved", "live", "words"),
     [
         ({}, {"predictor__secant__num_displacements": 4}, r"predictor\.secant\.num_displacements is 16 .* and 4"),
-        ({"lookahead": 0.0, "smoothing": 0.0}, {}, r"training\.lookahead is switched off"),
-        ({"max_learned_scale": 1.0, "min_learned_scale": 1.0}, {}, r"training\.max_learned_scale is switched off"),
+        ({"lookahead__extrapolation": 0.0, "lookahead__damping": 0.0}, {}, r"lookahead\.extrapolation is switched off"),
+        ({"max_lr_multiplier": 1.0, "min_group_factor": 1.0}, {}, r"training\.max_lr_multiplier is switched off"),
         ({"enabled": False}, {}, r"training\.enabled is switched off"),
         ({"max_predict_steps": 0}, {}, r"training\.max_predict_steps is switched off"),
     ],
@@ -159,8 +159,8 @@ def test_settings_that_the_state_does_not_fit_are_named(
     saved: dict[str, Any], live: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
     motion = {
-        "lookahead": 0.5, "smoothing": 0.25, "lookahead_scope": "all",
-        "max_learned_scale": 50.0, "min_learned_scale": 0.1,
+        "lookahead__extrapolation": 0.5, "lookahead__damping": 0.25, "lookahead__scope": "all",
+        "max_lr_multiplier": 50.0, "min_group_factor": 0.1,
     }  # fmt: skip
     first, other = made(**{**motion, **saved}), made(**{**motion, **live})
     for batch in full_batch(8, 32):

@@ -53,7 +53,7 @@ def built(predictor: str, segments: int, seed: int = 1, **more: Any) -> tuple[Se
     own = {"fake": Fake}.get(predictor)
     changes: dict[str, Any] = {} if own else {"predictor_type": predictor}
     settings = config(
-        segments=segments, clock="cost", checkpoint__keep_last_n=100, gate__control_fraction=0.2,
+        segments=segments, clock="cost", checkpoint__keep_last_n=100, gate__holdout_fraction=0.2,
         predictor__update_budget=0.0,  # what is measured differs between two runs: test_pacing has the resume with it
         **changes, **more,
     )  # fmt: skip
@@ -84,7 +84,12 @@ RUNS = [(name, data, segments) for name in (*CLOSED_FORM, "fake") for data in DA
 RUNS += [(name, "exact", 1) for name in PREDICTORS if name not in CLOSED_FORM]
 RUNS = [(*run, {}) for run in RUNS] + [(name, data, 1, ENCODER) for name in ("secant", "linear") for data in DATA]
 #: What moves the weights besides jumps, at rates where it does.
-MOTION = {"max_learned_scale": 50.0, "lookahead_scope": "all", "lookahead": 0.5, "smoothing": 0.25}
+MOTION = {
+    "max_lr_multiplier": 50.0,
+    "lookahead__scope": "all",
+    "lookahead__extrapolation": 0.5,
+    "lookahead__damping": 0.25,
+}
 RUNS += [("secant", data, 1, MOTION) for data in DATA]
 
 

@@ -442,10 +442,10 @@ def test_jump_steps_count_one_batch_and_no_backward() -> None:
 
 def test_control_group_is_a_random_share(monkeypatch: pytest.MonkeyPatch) -> None:
     seed_all(0)
-    trainer = setup().trainer(config(gate__control_fraction=0.3, correct_steps=0), predictor=Fake())
+    trainer = setup().trainer(config(gate__holdout_fraction=0.3, correct_steps=0), predictor=Fake())
     draws = [predict_step._is_control(trainer.run) for _ in range(2000)]
     assert 0.26 < sum(draws) / len(draws) < 0.34
-    never = setup().trainer(config(gate__control_fraction=0.0), predictor=Fake())
+    never = setup().trainer(config(gate__holdout_fraction=0.0), predictor=Fake())
     assert not any(predict_step._is_control(never.run) for _ in range(100))
 
 

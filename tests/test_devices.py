@@ -301,8 +301,9 @@ def device_batches(count: int) -> list[list[torch.Tensor]]:
 @pytest.mark.parametrize("enabled", [True, False])
 def test_steps_between_two_readings_do_not_wait(enabled: bool) -> None:
     trainer = device_trainer(
-        enabled=enabled, divergence__check_interval_steps=100, predictor__window=100, smoothing=0.5, lookahead=0.3,
-        lookahead_scope="all", gate__exact="never",  # what is read here is ones: all batches would look alike
+        enabled=enabled, divergence__check_interval_steps=100, predictor__window=100,
+        lookahead__damping=0.5, lookahead__extrapolation=0.3,
+        lookahead__scope="all", gate__exact="never",  # what is read here is ones: all batches would look alike
     )  # fmt: skip
     batches = device_batches(12)
     with Accelerator() as accelerator:
@@ -317,8 +318,8 @@ def test_steps_between_two_readings_do_not_wait(enabled: bool) -> None:
 def test_training_goes_on_from_a_checkpoint_in_host_memory(offload: bool) -> None:
     """Everything read from a file is in host memory: what is beside the weights has to go where they are."""
     settings = {
-        "encoder__low_rank": 2, "encoder__kfac": True, "smoothing": 0.5, "predictor__offload": offload,
-        "divergence__check_interval_steps": 4, "lookahead_scope": "all", "gate__exact": "never",
+        "encoder__low_rank": 2, "encoder__kfac": True, "lookahead__damping": 0.5, "predictor__offload": offload,
+        "divergence__check_interval_steps": 4, "lookahead__scope": "all", "gate__exact": "never",
     }  # fmt: skip
     first, again = device_trainer(**settings), device_trainer(**settings)
     batches = device_batches(12)

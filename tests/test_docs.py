@@ -16,6 +16,7 @@ import torch
 import hybrid_predict_trainer
 from cases import full_batch, loss_fn, setup
 from hybrid_predict_trainer import HybridTrainerConfig, Phase
+from hybrid_predict_trainer.config.former import FORMER_KEYS
 from hybrid_predict_trainer.config.toml import valid_keys
 from hybrid_predict_trainer.experiments.regimes import readme_rows
 
@@ -129,7 +130,8 @@ def test_the_changes_that_extending_shows_fit_the_files() -> None:
 def documented() -> dict[str, object]:
     """Key -> default, of every row of docs/configuration.md; `.name` shares the table of the key before it."""
     found: dict[str, object] = {}
-    for line in (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8").splitlines():
+    text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    for line in text.partition("## Former names")[0].splitlines():
         if not line.startswith("| `"):
             continue
         cells = [cell.strip() for cell in line.strip("|").split("|")]
@@ -139,6 +141,16 @@ def documented() -> dict[str, object]:
         assert len(names) == len(values), line
         found |= {table + n if n.startswith(".") else n: v for n, v in zip(names, values, strict=True)}
     return found
+
+
+def test_every_former_key_is_documented() -> None:
+    text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8").partition("## Former names")[2]
+    pairs = {
+        former: today
+        for row in re.findall(r"^\| (`.*`) \| (`.*`) \|$", text, re.MULTILINE)
+        for former, today in zip(*(re.findall(r"`([\w.]+)`", cell) for cell in row), strict=True)
+    }
+    assert pairs == FORMER_KEYS
 
 
 def test_every_key_is_documented_with_its_default() -> None:

@@ -219,7 +219,7 @@ def test_a_network_begins_with_the_ramp_and_one_that_was_trained_without() -> No
     task = make_task("gpt", TaskSettings(preset="0.3M", data_bytes=100_000))
     model = task.build_model(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    settings = config(min_learned_scale=0.01)
+    settings = config(min_group_factor=0.01)
 
     def trainer() -> HybridTrainer:
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
@@ -341,7 +341,7 @@ def descent(curvature: float, **changes: object) -> list[float]:
 
 def test_a_group_beyond_the_edge_is_brought_below_it_and_the_other_goes_on() -> None:
     """Steep: the steps overshoot (plain shrinks by 0.9 a step); cut once they shrink by 0.05."""
-    plain, cut = descent(1.9), descent(1.9, min_learned_scale=0.05)
+    plain, cut = descent(1.9), descent(1.9, min_group_factor=0.05)
     assert plain[: NUM_COSINES + 1] == cut[: NUM_COSINES + 1]  # nothing is known yet
     flat = 0.5 * 0.019 * (1 - 0.019) ** (2 * 10)  # what is left of the other direction after ten steps
     assert plain[10] > 5 * flat
@@ -350,7 +350,7 @@ def test_a_group_beyond_the_edge_is_brought_below_it_and_the_other_goes_on() -> 
 
 def test_the_statistics_say_how_often_something_was_cut() -> None:
     made = setup("mlp", "sgd", "flat")
-    trainer = made.trainer(config(max_learned_scale=9.0))
+    trainer = made.trainer(config(max_lr_multiplier=9.0))
     assert trainer.statistics()["num_early_cuts"] == 0
     assert isinstance(trainer.run.optimizer_step.scale, LearnedScale)
     observed(
@@ -361,7 +361,7 @@ def test_the_statistics_say_how_often_something_was_cut() -> None:
 
 def test_below_the_edge_the_run_is_the_plain_one_bit_for_bit() -> None:
     """Watching alone changes nothing."""
-    assert descent(0.9) == descent(0.9, min_learned_scale=0.05)
+    assert descent(0.9) == descent(0.9, min_group_factor=0.05)
 
 
 @pytest.mark.parametrize(
@@ -369,5 +369,5 @@ def test_below_the_edge_the_run_is_the_plain_one_bit_for_bit() -> None:
 )
 def test_either_bound_alone_is_enough(maximum: float, minimum: float, kind: type) -> None:
     made = setup("mlp", "sgd", "flat")
-    trainer = made.trainer(config(max_learned_scale=maximum, min_learned_scale=minimum))
+    trainer = made.trainer(config(max_lr_multiplier=maximum, min_group_factor=minimum))
     assert type(trainer.run.optimizer_step.scale) is kind

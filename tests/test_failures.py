@@ -29,7 +29,12 @@ from hybrid_predict_trainer.propose.confidence import TrackRecord
 from hybrid_predict_trainer.tell.recorder import Metrics
 
 NUM_STEPS = 27
-TRAINED = {"max_learned_scale": 8.0, "lookahead": 0.3, "smoothing": 0.25, "lookahead_scope": "all"}
+TRAINED = {
+    "max_lr_multiplier": 8.0,
+    "lookahead__extrapolation": 0.3,
+    "lookahead__damping": 0.25,
+    "lookahead__scope": "all",
+}
 
 
 class Wanting(Fake):
@@ -107,7 +112,7 @@ PLACES: dict[str, tuple[Callable[[HybridTrainer], tuple[Any, str]], Place, dict[
     "health report": (on(StateObserver, "new_health"), Place.OBSERVER, {}),
     "fingerprint": (on(same_batch, "Fingerprint"), Place.DATA, {}),
     "digest": (on(same_batch, "digest_of"), Place.DATA, {}),
-    "recurrence": (on(recurrence, "hashes"), Place.DATA, {"max_learned_scale": 8.0}),
+    "recurrence": (on(recurrence, "hashes"), Place.DATA, {"max_lr_multiplier": 8.0}),
     "track record": (on(TrackRecord, "record"), Place.FEEDBACK, {}),
     "confidence": (at("run.proposer.feedback.confidence", "observe"), Place.FEEDBACK, {}),
     "bandit": (at("run.proposer.feedback.bandit", "observe"), Place.FEEDBACK, {"horizon_rule": "bandit"}),
@@ -176,7 +181,7 @@ def test_what_raises_in_a_step_is_one_warning(
     assert trainer.run.meter.num_real_steps == NUM_STEPS
     # a hook is called for every layer, and a proposal under way is carried to its end
     assert mode == "once" or failing.num_calls <= 2 * MAX_FAILURES, "after three times nobody asks"
-    moves = settings.get("max_learned_scale", 1.0) > 1
+    moves = settings.get("max_lr_multiplier", 1.0) > 1
     if not moves or (mode == "always" and place is not Place.DATA):
         assert_same(made.everything(), plain)
     if name != "hooks taken off":

@@ -394,9 +394,9 @@ def test_the_order_of_the_data_is_asked_where_a_seed_is_above_the_fixed_bar(
 
 def test_changed_settings_are_other_runs(tmp_path: Path) -> None:
     request = program.Request(
-        out=tmp_path, settings=("mlp-no-schedule",), seeds=1, tag="t", set=("training.lookahead=0",)
+        out=tmp_path, settings=("mlp-no-schedule",), seeds=1, tag="t", set=("lookahead.extrapolation=0",)
     )
-    assert program._tag(request) == "t+training.lookahead=0"
+    assert program._tag(request) == "t+lookahead.extrapolation=0"
     assert program._tag(replace(request, set=())) == "t"
     with pytest.raises(InputError, match=r"training\.lookahead"):
         program.run_table(replace(request, set=("training.lookahed=0",)), tell=print)

@@ -29,7 +29,7 @@ NUM_TRIES = 20
 EAGER = {
     "training.warmup_steps": 4, "training.full_steps": 3, "predictor.window": 3, "training.correct_steps": 3,
     "training.confidence_threshold": 0.0, "gate.overhead_budget": 1.0, "gate.overhead_budget_exact": 1.0,
-    "gate.max_backoff": 1, "predictor.rest_windows": 0, "gate.control_fraction": 0.0, "gate.max_chunks": 2,
+    "gate.max_backoff": 1, "predictor.rest_windows": 0, "gate.holdout_fraction": 0.0, "gate.max_chunks": 2,
     "predictor.type": "secant",
 }  # fmt: skip
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -164,8 +164,8 @@ KINDS: dict[str, tuple[bool, Callable[..., bool], dict[str, Any]]] = {
     "rolled back": (True, concluded, {}),
     "refused": (False, refused, {"norm": True, "gate__significance": 0.5}),
     "full, noisy": (False, full, {"norm": True}),
-    "full, low-pass": (False, applied, {"norm": True, "training__lookahead_scope": "all"}),
-    "full, cut": (False, shortened, {"cut": True, "training__lookahead_scope": "all"}),
+    "full, low-pass": (False, applied, {"norm": True, "lookahead__scope": "all"}),
+    "full, cut": (False, shortened, {"cut": True, "lookahead__scope": "all"}),
     "full, exact": (True, full, {}),
 }
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from cases import assert_same, config, difference, full_batch, make_batches, setup
-from hybrid_predict_trainer import HybridTrainer, HybridTrainerConfig
+from hybrid_predict_trainer import HybridTrainer, HybridTrainerConfig, LookaheadConfig
 from hybrid_predict_trainer.judge.switchback import Switchback
 from hybrid_predict_trainer.move.lookahead import DriftLookahead, NoLookahead, went_on
 
@@ -210,7 +210,7 @@ def test_half_precision_weights_keep_a_full_average() -> None:
 def test_only_where_losses_are_noisy(data, used: bool) -> None:
     """With exact losses the gate finds longer jumps at once, and its tests assume that nothing else moves."""
     made = setup("mlp", "sgd", "flat")
-    trainer = made.trainer(config(lookahead_scope="all", lookahead=0.3, explore_outcomes=0))
+    trainer = made.trainer(config(lookahead__scope="all", lookahead__extrapolation=0.3, explore_outcomes=0))
     for batch in data(20):
         trainer.step(batch)
     assert bool(trainer.run.optimizer_step.lookahead.memory_bytes()) is used
@@ -248,7 +248,12 @@ def spied(num_steps: int, *, value: float = 1.0, touched: bool = True, **changes
     made.scheduler = torch.optim.lr_scheduler.LambdaLR(made.optimizer, lambda t: RATES[min(t, len(RATES) - 1)])
     trainer = made.trainer(
         config(
-            lookahead_scope="all", lookahead=0.3, smoothing=0.25, max_learned_scale=50.0, explore_outcomes=0, **changes
+            lookahead__scope="all",
+            lookahead__extrapolation=0.3,
+            lookahead__damping=0.25,
+            max_lr_multiplier=50.0,
+            explore_outcomes=0,
+            **changes,
         )
     )
     spy = trainer.run.optimizer_step.lookahead = Spy(0.3, 0.25)
@@ -288,7 +293,7 @@ def test_a_run_tells_the_rate_its_scale_included_and_the_strength_of_the_schedul
 def test_steps_that_are_being_lengthened_are_not_pulled_back(
     value: float, touched: bool, drift: float, pull: float
 ) -> None:
-    spy, *_ = spied(4, value=value, touched=touched, drift=drift)
+    spy, *_ = spied(4, value=value, touched=touched, lookahead__drift=drift)
     assert {a["pull"] for a in spy.asked} == {pull}
 
 
@@ -303,11 +308,11 @@ def test_an_accepted_jump_moves_the_lookahead_and_spoils_the_trial(monkeypatch: 
     made = setup("mlp", "sgd", "flat")
     trainer = made.trainer(
         config(
-            lookahead_scope="all",
-            lookahead=0.3,
+            lookahead__scope="all",
+            lookahead__extrapolation=0.3,
             gate__exact="never",
             gate__significance=0.5,
-            gate__control_fraction=0.0,
+            gate__holdout_fraction=0.0,
         )
     )
     spy = trainer.run.optimizer_step.lookahead = Spy(0.3)
@@ -321,7 +326,7 @@ def test_an_accepted_jump_moves_the_lookahead_and_spoils_the_trial(monkeypatch: 
 
 def test_two_equal_batches_do_not_end_it() -> None:
     made = setup("mlp", "sgd", "flat")
-    trainer = made.trainer(config(lookahead_scope="all", lookahead=0.3, explore_outcomes=0))
+    trainer = made.trainer(config(lookahead__scope="all", lookahead__extrapolation=0.3, explore_outcomes=0))
     batches = make_batches(12)
     for batch in [*batches[:6], batches[5], *batches[6:]]:
         trainer.step(batch)
@@ -398,7 +403,7 @@ def test_networks_by_scope(network: str, scope: str) -> None:
     model = NETWORKS[network]()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 10)
-    settings = HybridTrainerConfig(lookahead_scope=scope)
+    settings = HybridTrainerConfig(lookahead=LookaheadConfig(scope=scope))
     run = HybridTrainer(model, optimizer, settings, lambda m, b: b, schedule).run
     assert isinstance(run.optimizer_step.lookahead, DriftLookahead) is (scope == "all" or network == "transformer")
 
@@ -410,7 +415,12 @@ def test_under_a_constant_schedule_nothing_moves(scheduler: str, moves: bool) ->
     for beta in (0.0, 0.5):
         made = setup("mlp", "sgd", scheduler)
         trainer = made.trainer(
-            config(lookahead_scope="all", lookahead=beta, smoothing=beta / 2, gate__overhead_budget=0.0)
+            config(
+                lookahead__scope="all",
+                lookahead__extrapolation=beta,
+                lookahead__damping=beta / 2,
+                gate__overhead_budget=0.0,
+            )
         )
         trainer.step_n(make_batches(20), 20)
         ends.append([p.detach() for p in made.model.parameters()])

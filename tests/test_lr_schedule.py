@@ -70,7 +70,7 @@ TABLE: dict[str, Callable[[Any], Any]] = {
 }
 REFUSED = {"ReduceLROnPlateau"}
 #: Never predicts, but watches: the clock is the number of steps.
-SETTINGS = with_values(HybridTrainerConfig(), {"training.max_predict_steps": 0, "training.max_learned_scale": 1.0})
+SETTINGS = with_values(HybridTrainerConfig(), {"training.max_predict_steps": 0, "training.max_lr_multiplier": 1.0})
 
 
 def network(seed: int = 0) -> torch.nn.Module:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hybrid_predict_trainer import HybridTrainer, HybridTrainerConfig
+from hybrid_predict_trainer import HybridTrainer, HybridTrainerConfig, LookaheadConfig
 from hybrid_predict_trainer.move.group_warmup import MUST_FALL
 from hybrid_predict_trainer.move.lr_multiplier import CHECK_STEPS, LearnedScale
 
@@ -106,7 +106,9 @@ def only_blocks(num_steps: int, **changes: Any) -> tuple[float, int]:
     model = OnlyBlocks()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: max(0.0, 1 - t / num_steps))
-    settings = HybridTrainerConfig(max_learned_scale=1.0, lookahead=0.0, smoothing=0.0, **changes)
+    settings = HybridTrainerConfig(
+        max_lr_multiplier=1.0, lookahead=LookaheadConfig(extrapolation=0.0, damping=0.0), **changes
+    )
     roles = {f"block.{part}.{kind}": f"mlp_{part}" for part in ("up", "down") for kind in ("weight", "bias")}
     trainer = HybridTrainer(
         model, optimizer, settings, lambda model, b: nn.functional.mse_loss(model(b[0]), b[1]), schedule, roles=roles

@@ -212,7 +212,7 @@ def test_a_refused_run_is_the_plain_one(name: str) -> None:
         schedule = None
         if isinstance(optimizer, torch.optim.Optimizer) and name != "TRAC":
             schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 1 - s / 80)
-        settings = config(enabled=enabled, lookahead=0.3, smoothing=0.25, min_learned_scale=0.01)
+        settings = config(enabled=enabled, lookahead__extrapolation=0.3, lookahead__damping=0.25, min_group_factor=0.01)
         trainer = HybridTrainer(model, optimizer, settings, loss_fn, schedule)
         for batch in make_batches(60):
             trainer.step(batch)

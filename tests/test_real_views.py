@@ -78,7 +78,16 @@ def test_as_if_it_were_real(kind: str, name: str, optimizer: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"max_learned_scale": 10.0, "min_learned_scale": 0.1, "lookahead": 0.5, "smoothing": 0.3}]
+    "settings",
+    [
+        {},
+        {
+            "max_lr_multiplier": 10.0,
+            "min_group_factor": 0.1,
+            "lookahead__extrapolation": 0.5,
+            "lookahead__damping": 0.3,
+        },
+    ],
 )
 def test_everything_that_moves_weights_moves_them_alike(settings: dict[str, Any]) -> None:
     runs = [trained(real, "sgd", make_batches(60), **settings)[0] for real in (True, False)]

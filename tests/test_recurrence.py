@@ -206,7 +206,7 @@ def test_announced_is_known_for_good() -> None:
 # ---------------------------------------------------------------- what a run makes of it
 
 #: Raises are on; jumps, cuts and the lookahead are not.
-RAISING: dict[str, Any] = {"max_learned_scale": 100.0, "gate__overhead_budget": 0.0}
+RAISING: dict[str, Any] = {"max_lr_multiplier": 100.0, "gate__overhead_budget": 0.0}
 
 
 def runner(val_fn: Callable[[nn.Module], float] | None = None, *, num: int = 85, **more: Any) -> HybridTrainer:

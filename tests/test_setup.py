@@ -26,22 +26,23 @@ def test_full_batch_tasks_propose_at_every_step(task: str) -> None:
 def test_tasks_that_see_their_data_often_have_epochs_for_windows(task: str) -> None:
     found, made = config(task)
     assert (found.predictor_type, found.predictor.window) == ("hold", made.steps_per_epoch)
-    assert found.lookahead == 0.0  # two motions along the same drift
-    assert (found.smoothing, found.drift) == (0.25, 0.0)  # AdamW's steps have one length: there is swing to take out
+    assert found.lookahead.extrapolation == 0.0  # two motions along the same drift
+    # AdamW's steps have one length whatever the gradient, so they oscillate
+    assert (found.lookahead.damping, found.lookahead.drift) == (0.25, 0.0)
 
 
 def test_with_sgd_there_is_no_smoothing_over_epochs() -> None:
     made = make_task("digits")
     found = config_of(Options(task="digits"), replace(made.defaults, optimizer="sgd"), made.steps_per_epoch)
-    assert (found.predictor_type, found.smoothing) == ("hold", 0.0)
+    assert (found.predictor_type, found.lookahead.damping) == ("hold", 0.0)
 
 
 def test_fine_tuning_has_calm_without_drift_and_muon_drift_without_calm() -> None:
     found, _ = config("finetune")
-    assert (found.smoothing, found.drift, found.lookahead) == (0.4, 0.0, 0.0)
+    assert (found.lookahead.damping, found.lookahead.drift, found.lookahead.extrapolation) == (0.4, 0.0, 0.0)
     made = make_task("gpt")
     muon = config_of(Options(task="gpt"), replace(made.defaults, optimizer="muon"))
-    assert (muon.smoothing, muon.lookahead, muon.min_learned_scale) == (0.0, 1.2, 1.0)
+    assert (muon.lookahead.damping, muon.lookahead.extrapolation, muon.min_group_factor) == (0.0, 1.2, 1.0)
 
 
 def test_another_predictor_gets_its_own_settings() -> None:
@@ -53,11 +54,11 @@ def test_another_predictor_gets_its_own_settings() -> None:
 
 
 def test_the_command_line_has_the_last_word() -> None:
-    found, _ = config("digits", "predictor.window=7", "training.lookahead=0.1")
-    assert (found.predictor.window, found.lookahead) == (7, 0.1)
+    found, _ = config("digits", "predictor.window=7", "lookahead.extrapolation=0.1")
+    assert (found.predictor.window, found.lookahead.extrapolation) == (7, 0.1)
 
 
 def test_an_ordinary_task_has_the_defaults() -> None:
     setup = build_setup(Options(task="gpt", preset="0.3M", data_bytes=200_000, steps=50))
     assert (setup.config.predictor_type, setup.config.predictor.window) == ("secant", 10)
-    assert setup.config.max_learned_scale > 1
+    assert setup.config.max_lr_multiplier > 1

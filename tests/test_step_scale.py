@@ -196,7 +196,7 @@ def blocks(scale: LearnedScale, num: int, harm: float, noise: float = 0.01) -> A
 
 
 def tried(value: float) -> LearnedScale:
-    scale = LearnedScale(ONE, 100.0, control_fraction=0.3, generator=torch.Generator().manual_seed(1))
+    scale = LearnedScale(ONE, 100.0, holdout_fraction=0.3, generator=torch.Generator().manual_seed(1))
     scale.multiplier.value = value
     return scale
 
@@ -306,9 +306,9 @@ def trained(rate_factor: float, **changes: object) -> tuple[float, HybridTrainer
 
 
 def test_a_rate_far_too_small_is_made_up_for() -> None:
-    small, _ = trained(0.01, max_learned_scale=1.0)
-    scaled, trainer = trained(0.01, max_learned_scale=100.0)
-    good, _ = trained(1.0, max_learned_scale=1.0)
+    small, _ = trained(0.01, max_lr_multiplier=1.0)
+    scaled, trainer = trained(0.01, max_lr_multiplier=100.0)
+    good, _ = trained(1.0, max_lr_multiplier=1.0)
     assert trainer.statistics()["learned_scale"] > 4
     assert scaled - good < 0.5 * (small - good)
 
@@ -316,7 +316,7 @@ def test_a_rate_far_too_small_is_made_up_for() -> None:
 def test_a_jump_is_not_taken_for_a_step() -> None:
     """The step before a jump must not be measured across it."""
     made = setup("mlp", "adamw", "flat")
-    trainer = made.trainer(config(max_learned_scale=100.0, predictor_type="secant"))
+    trainer = made.trainer(config(max_lr_multiplier=100.0, predictor_type="secant"))
     scale = trainer.run.optimizer_step.scale
     assert isinstance(scale, LearnedScale)
     seen = 0
@@ -331,7 +331,7 @@ def test_a_jump_is_not_taken_for_a_step() -> None:
 def test_without_a_schedule_nothing_would_take_the_noise_out_again(scheduler: str, learned: bool) -> None:
     """A larger rate settles higher; a run that never lowers it is left alone."""
     trainer = setup("mlp", "sgd", scheduler).trainer(
-        config(max_learned_scale=100.0, lookahead=0.3, lookahead_scope="all")
+        config(max_lr_multiplier=100.0, lookahead__extrapolation=0.3, lookahead__scope="all")
     )
     assert isinstance(trainer.run.optimizer_step.scale, LearnedScale) is learned
     assert isinstance(trainer.run.optimizer_step.lookahead, DriftLookahead) is learned

@@ -222,7 +222,13 @@ def test_state_round_trips_between_two_blocks() -> None:
 def test_a_run_asks_it_and_one_without_the_motion_has_no_trial() -> None:
     made = setup("mlp", "sgd", "flat")
     trainer = made.trainer(
-        config(lookahead=0.3, lookahead_scope="all", smoothing=0.25, explore_outcomes=0, gate__control_fraction=0.5)
+        config(
+            lookahead__extrapolation=0.3,
+            lookahead__scope="all",
+            lookahead__damping=0.25,
+            explore_outcomes=0,
+            gate__holdout_fraction=0.5,
+        )
     )
     run = trainer.run
     for batch in make_batches(BLOCK_STEPS * (NUM_FREE_BLOCKS + 14)):
@@ -240,14 +246,16 @@ def test_only_the_losses_of_a_block_s_latter_half_are_its_mean(monkeypatch: pyte
     given: list[list[float]] = []
     monkeypatch.setattr(Switchback, "close_block", lambda self, losses, generator: given.append(losses))
     trainer = setup("mlp", "sgd", "flat").trainer(
-        config(lookahead=0.3, lookahead_scope="all", explore_outcomes=0, gate__overhead_budget=0.0)
+        config(lookahead__extrapolation=0.3, lookahead__scope="all", explore_outcomes=0, gate__overhead_budget=0.0)
     )
     seen = [trainer.step(batch).loss for batch in make_batches(BLOCK_STEPS)]
     assert given == [seen[-NUM_LOSSES:]]
 
 
 def test_once_switched_off_nothing_is_held() -> None:
-    trainer = setup("mlp", "sgd", "flat").trainer(config(lookahead=0.3, lookahead_scope="all", explore_outcomes=0))
+    trainer = setup("mlp", "sgd", "flat").trainer(
+        config(lookahead__extrapolation=0.3, lookahead__scope="all", explore_outcomes=0)
+    )
     first, *rest = make_batches(10)
     trainer.step(first)
     assert trainer.run.optimizer_step.lookahead.memory_bytes() > 0
@@ -260,7 +268,7 @@ def test_once_switched_off_nothing_is_held() -> None:
 def test_a_run_without_the_motion_in_a_block_is_the_run_without_it() -> None:
     """Bit for bit: what is not moving only watches."""
     ends = []
-    for changes in ({"lookahead": 0.3, "smoothing": 0.25, "lookahead_scope": "all"}, {}):
+    for changes in ({"lookahead__extrapolation": 0.3, "lookahead__damping": 0.25, "lookahead__scope": "all"}, {}):
         made = setup("mlp", "sgd", "lambda")
         trainer = made.trainer(config(explore_outcomes=0, gate__overhead_budget=0.0, **changes))
         trainer.run.optimizer_step.switchback.moving = False

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cases import WIDTH, Fake, config, full_batch, make_batches, setup
-from hybrid_predict_trainer import HybridTrainer, HybridTrainerConfig, preset_config
+from hybrid_predict_trainer import HybridTrainer, HybridTrainerConfig, LookaheadConfig, preset_config
 from hybrid_predict_trainer.cycle.outside import MAX_WRITES
 from hybrid_predict_trainer.keep.loss_modules import modules_beside
 from hybrid_predict_trainer.move.lookahead import DriftLookahead
@@ -20,12 +20,12 @@ from hybrid_predict_trainer.weights.trained import MAX_RETURNS, Trained, Write, 
 STOP = 60
 
 #: The lookahead on any network.
-DEFAULT = HybridTrainerConfig(lookahead_scope="all")
+DEFAULT = HybridTrainerConfig(lookahead=LookaheadConfig(scope="all"))
 
 SETTINGS: dict[str, Callable[[], tuple[HybridTrainerConfig, list[Any]]]] = {
     "default": lambda: (DEFAULT, make_batches(150)),
     "lookahead without drift": lambda: (
-        HybridTrainerConfig(lookahead=0.0, drift=0.0, lookahead_scope="all"),
+        HybridTrainerConfig(lookahead=LookaheadConfig(extrapolation=0.0, drift=0.0, scope="all")),
         make_batches(150),
     ),
     "jumps on noise": lambda: (config(gate__significance=0.5), make_batches(150)),

@@ -34,7 +34,7 @@ from hybrid_predict_trainer.move.multiplier import Advice
 SAID = "stands above its best by more than its noise"
 #: The multiplier alone, which nothing raises by itself: every raise is the test's.
 QUIET: dict[str, Any] = {
-    "max_learned_scale": 1000.0, "gate__overhead_budget": 0.0, "gate__overhead_budget_exact": 0.0,
+    "max_lr_multiplier": 1000.0, "gate__overhead_budget": 0.0, "gate__overhead_budget_exact": 0.0,
     "divergence__critical_multiplier": 1e9,
 }  # fmt: skip
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .config.settings import GateConfig as GateConfig
     from .config.settings import HybridTrainerConfig as HybridTrainerConfig
     from .config.settings import LinearConfig as LinearConfig
+    from .config.settings import LookaheadConfig as LookaheadConfig
     from .config.settings import MetricsConfig as MetricsConfig
     from .config.settings import PredictorConfig as PredictorConfig
     from .config.settings import SecantConfig as SecantConfig
@@ -44,7 +45,8 @@ _HOMES = {
     "BasisSpec": "records", "CheckpointConfig": "config.settings", "CheckpointError": "records",
     "ConfigError": "records", "DivergenceConfig": "config.settings", "DivergenceError": "records",
     "EpochResult": "records", "GateConfig": "config.settings", "HybridError": "records", "HybridTrainer": "trainer",
-    "HybridTrainerConfig": "config.settings", "LinearConfig": "config.settings", "MetricsConfig": "config.settings",
+    "HybridTrainerConfig": "config.settings", "LinearConfig": "config.settings",
+    "LookaheadConfig": "config.settings", "MetricsConfig": "config.settings",
     "Phase": "records", "PhasePrediction": "records", "Predictor": "predictors",
     "PredictorConfig": "config.settings", "SecantConfig": "config.settings", "StepResult": "records",
     "Verdict": "records", "Window": "records", "Engine": "cycle.engine",
@@ -61,8 +63,8 @@ _INNER = frozenset({
 __all__ = [
     "BasisSpec", "CheckpointConfig", "CheckpointError", "ConfigError", "DivergenceConfig", "DivergenceError",
     "Engine", "EpochResult", "GateConfig", "HybridError", "HybridTrainer", "HybridTrainerConfig", "LinearConfig",
-    "MetricsConfig", "Phase", "PhasePrediction", "Predictor", "PredictorConfig", "SecantConfig", "StepResult",
-    "Verdict", "Window", "attach", "load_config", "preset_config", "with_values",
+    "LookaheadConfig", "MetricsConfig", "Phase", "PhasePrediction", "Predictor", "PredictorConfig", "SecantConfig",
+    "StepResult", "Verdict", "Window", "attach", "load_config", "preset_config", "with_values",
 ]  # fmt: skip
 
 if not TYPE_CHECKING:  # seen by a type checker, it would let every misspelt name pass

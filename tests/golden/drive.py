@@ -87,7 +87,7 @@ class Driver:
         self.optimizer = run.optimizer(self.model)
         self.schedule = None if run.schedule is None else run.schedule(self.optimizer)
         settings = {**run.base, **run.settings, "metrics.path": str(self.own / "metrics.jsonl")}
-        config = hpt.with_values(hpt.HybridTrainerConfig(), settings)
+        config = settings_of(hpt, settings)
         self.more = run.more()
         if run.predictor is not None:
             self.more["predictor"] = run.predictor(hpt)
@@ -143,6 +143,13 @@ class Driver:
         sink = getattr(getattr(trainer, "metrics", None), "sink", None)
         if sink is not None:
             sink.close()
+
+
+def settings_of(hpt: ModuleType, settings: Mapping[str, Any]) -> Any:
+    """A build's configuration; settings are named as in the earlier build, which today's reads with a warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*former keys go")
+        return hpt.with_values(hpt.HybridTrainerConfig(), settings)
 
 
 def play(run: Run, hpt: ModuleType, shared: Path) -> Trace:

@@ -12,9 +12,9 @@ from typing import Any
 #: The same data many times; set predictor.window to the batches of an epoch: noise repeats with the data, so that
 #: what is left between the means of two epochs is drift, and a jump every epoch costs next to nothing to test.
 EPOCHS: Mapping[str, Any] = {
-    "predictor.type": "hold", "predictor.rest_windows": 0, "training.correct_steps": 0, "training.lookahead": 0.0,
-    "training.smoothing": 0.0, "training.confidence_threshold": 0.0, "gate.overhead_budget": 0.05,
-    "gate.significance": 0.5, "gate.control_fraction": 0.0, "gate.min_persistence": 0.5,
+    "predictor.type": "hold", "predictor.rest_windows": 0, "training.correct_steps": 0, "lookahead.extrapolation": 0.0,
+    "lookahead.damping": 0.0, "training.confidence_threshold": 0.0, "gate.overhead_budget": 0.05,
+    "gate.significance": 0.5, "gate.holdout_fraction": 0.0, "gate.min_persistence": 0.5,
 }  # fmt: skip
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
@@ -35,23 +35,23 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "full_batch": {
         "predictor.type": "quasi_newton", "predictor.window": 1, "training.warmup_steps": 20,
         "training.correct_steps": 0, "training.confidence_threshold": 0.0, "gate.overhead_budget_exact": 1.0,
-        "gate.control_fraction": 0.02, "gate.max_backoff": 64,
+        "gate.holdout_fraction": 0.02, "gate.max_backoff": 64,
     },
     "epochs": EPOCHS,
     # Adam's steps have the same length whatever the gradient, so they oscillate, and damping helps; SGD with momentum
     # gets worse (LOG.md)
     "epochs_adam": {
-        **EPOCHS, "training.smoothing": 0.25, "training.drift": 0.0, "training.lookahead_scope": "all",
+        **EPOCHS, "lookahead.damping": 0.25, "lookahead.drift": 0.0, "lookahead.scope": "all",
     },
     # short fine-tuning: too few steps to know the drift; damping helps as much as Lookahead (LOG.md)
     "finetune": {
-        "training.lookahead": 0.0, "training.smoothing": 0.4, "training.drift": 0.0, "training.lookahead_scope": "all",
+        "lookahead.extrapolation": 0.0, "lookahead.damping": 0.4, "lookahead.drift": 0.0, "lookahead.scope": "all",
     },
     # orthogonal steps do not oscillate, group warm-up only slows them down, and extrapolating their drift gains more
     # (EMA-Nesterov was published with 0.6 for them; twice that is better here)
     "muon": {
-        "training.lookahead": 1.2, "training.smoothing": 0.0, "training.min_learned_scale": 1.0,
-        "training.lookahead_scope": "all",
+        "lookahead.extrapolation": 1.2, "lookahead.damping": 0.0, "training.min_group_factor": 1.0,
+        "lookahead.scope": "all",
     },
     # by breadth of the data
     "specialist": {

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..records import ConfigError
+from .former import with_former_names
 
 Clock = Literal["cost", "credited", "claimed"]
 Interval = Literal["step", "epoch"]
@@ -248,6 +249,32 @@ class EncoderConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LookaheadConfig:
+    """Lookahead with a drift, between real steps with noisy losses under a schedule (:mod:`..move.lookahead`).
+
+    ``damping`` 0.5 with ``drift`` 0 and ``extrapolation`` 0 is Lookahead (arXiv 1907.08610).
+    """
+
+    extrapolation: float = 0.3  # beta: weight of the extrapolated drift, every 3 steps; 0: off
+    damping: float = 0.25  # kappa: share of each 3-step displacement that is removed; 0: off
+    drift: float = 1.0  # delta: how much of the removed share the drift replaces; 0: none (plain Lookahead)
+    scope: Literal["blocks", "all"] = "blocks"  # networks with attention or MLP blocks, or all
+    holdout_fraction: float | Literal["gate"] = (
+        "gate"  # blocks of steps that go without; "gate": as gate.holdout_fraction
+    )
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _number("lookahead.extrapolation", self.extrapolation, 0.0, 2.0)
+        _number("lookahead.damping", self.damping, 0.0, 1.0)
+        _number("lookahead.drift", self.drift, 0.0, 1.0)
+        _choice("lookahead.scope", self.scope, ("blocks", "all"))
+        if self.holdout_fraction != "gate":
+            _number("lookahead.holdout_fraction", self.holdout_fraction, 0.0, 0.5)
+
+
+@with_former_names({"control_fraction": "holdout_fraction"})
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GateConfig:
     """How a proposal is judged and what it may cost."""
 
@@ -260,7 +287,7 @@ class GateConfig:
     max_relative_length: float = 1000.0  # rho: RMS of the jump over the RMS the basis spans, per tensor
     min_reduction_ratio: float = 0.0  # measured >= ratio * predicted reduction
     min_persistence: float = 0.05  # least share of a gate gain that is taken to last, in the price of a test
-    control_fraction: float = 0.1  # approved jumps that are skipped to measure the true effect
+    holdout_fraction: float = 0.1  # approved jumps that are skipped to measure the true effect
     max_backoff: int = 16  # windows to wait at most after refusals
     switch_off_after: int = 8  # consecutive ledger checks that show a loss
 
@@ -275,7 +302,7 @@ class GateConfig:
         _number("gate.max_relative_length", self.max_relative_length, 0.0, open_low=True)
         _number("gate.min_reduction_ratio", self.min_reduction_ratio, 0.0, 1.0)
         _number("gate.min_persistence", self.min_persistence, 0.0, 1.0, open_low=True)
-        _number("gate.control_fraction", self.control_fraction, 0.0, 0.5)
+        _number("gate.holdout_fraction", self.holdout_fraction, 0.0, 0.5)
         _whole("gate.max_backoff", self.max_backoff, 1)
         _whole("gate.switch_off_after", self.switch_off_after, 1)
 
@@ -353,6 +380,11 @@ class CheckpointConfig:
         _whole("checkpoint.keep_last_n", self.keep_last_n, 1)
 
 
+@with_former_names({
+    "max_learned_scale": "max_lr_multiplier", "min_learned_scale": "min_group_factor",
+    "lookahead": "lookahead.extrapolation", "smoothing": "lookahead.damping", "drift": "lookahead.drift",
+    "lookahead_scope": "lookahead.scope",
+})  # fmt: skip
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HybridTrainerConfig:
     """All settings of a :class:`~hybrid_predict_trainer.HybridTrainer`; docs/configuration.md has a row for each.
@@ -380,13 +412,9 @@ class HybridTrainerConfig:
     lr_interval: Interval = "step"  # one step of the schedule: a step of the clock, or a pass over the data
     horizon_rule: Literal["doubling", "bandit"] = "doubling"  # who chooses Y
     gradient_clip_norm: float = 0.0  # 0: off
-    # both need a learning-rate schedule, whose decay takes out the noise they add; 1 and 0: off
-    max_learned_scale: float = 100.0  # bound on the learned multiplier of the optimizer's own steps
-    min_learned_scale: float = 0.01  # bound on what a group's first steps are cut to where they are too long; 1: off
-    lookahead: float = 0.3  # beta: share of the slow drift added between steps, where losses are noisy
-    smoothing: float = 0.25  # kappa: share of a displacement of three steps that is not taken as computed, there
-    lookahead_scope: Literal["blocks", "all"] = "blocks"  # networks with attention or MLP blocks, or all
-    drift: float = 1.0  # delta: share of that which the slow drift stands for; 0: Lookahead
+    # Both make steps longer and noisier; only a learning-rate decay removes that noise, so both need a schedule.
+    max_lr_multiplier: float = 100.0  # bound on the learned multiplier of the optimizer's own steps; 1: off
+    min_group_factor: float = 0.01  # smallest factor on a group's first steps (group warm-up); 1: off
     explore_outcomes: int = 3  # proposals made whatever the confidence, to learn what it is worth
     seed: int = 0  # of the trainer's own random generator (control group)
 
@@ -394,6 +422,7 @@ class HybridTrainerConfig:
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     corrector: CorrectorConfig = field(default_factory=CorrectorConfig)
     gate: GateConfig = field(default_factory=GateConfig)
+    lookahead: LookaheadConfig = field(default_factory=LookaheadConfig)
     divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -412,12 +441,8 @@ class HybridTrainerConfig:
         _choice("training.lr_interval", self.lr_interval, typing.get_args(Interval))
         _choice("training.horizon_rule", self.horizon_rule, ("doubling", "bandit"))
         _number("training.gradient_clip_norm", self.gradient_clip_norm, 0.0)
-        _number("training.max_learned_scale", self.max_learned_scale, 1.0)
-        _number("training.min_learned_scale", self.min_learned_scale, 0.0, 1.0, open_low=True)
-        _number("training.lookahead", self.lookahead, 0.0, 2.0)
-        _number("training.smoothing", self.smoothing, 0.0, 1.0)
-        _number("training.drift", self.drift, 0.0, 1.0)
-        _choice("training.lookahead_scope", self.lookahead_scope, ("blocks", "all"))
+        _number("training.max_lr_multiplier", self.max_lr_multiplier, 1.0)
+        _number("training.min_group_factor", self.min_group_factor, 0.0, 1.0, open_low=True)
         _whole("training.explore_outcomes", self.explore_outcomes, 0)
         _whole("training.seed", self.seed, 0, 2**63 - 1)
         _number("predictor.memory_budget_mb", self.predictor_memory_mb, 0.0, open_low=True)
@@ -429,6 +454,12 @@ class HybridTrainerConfig:
         for name in ("enabled", "collect_metrics"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"training.{name} = {getattr(self, name)!r} must be true or false")
+
+    @property
+    def block_holdout(self) -> float:
+        """Share of blocks of real steps that go without lookahead and multiplier, to compare with."""
+        asked = self.lookahead.holdout_fraction
+        return self.gate.holdout_fraction if asked == "gate" else float(asked)
 
     @property
     def never_predicts(self) -> bool:

@@ -1,8 +1,8 @@
 """TOML in and out: strict keys, one clear line per mistake.
 
 Tables and names follow the published schema (``[training] [predictor] [predictor.<kind>]
-[divergence] [metrics] [checkpoint]``, and ``[gate]``).  Names of the older methodology document are
-read as aliases; the canonical ones are written.
+[divergence] [metrics] [checkpoint]``, and ``[gate] [lookahead]``).  Names of the older methodology document
+and of earlier versions (:mod:`.former`, with one line of warning) are read as aliases; the canonical ones are written.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ import re
 import tomllib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..notices import warn
 from ..records import ConfigError
 from ..safe_files import UnusableFileError, read_text
+from .former import FORMER_KEYS
 from .presets import PRESETS
 from .settings import HybridTrainerConfig
 
@@ -116,6 +118,12 @@ def _canonical(key: str) -> str:
     return ALIASES.get(key, key)
 
 
+def _warn_of_former(keys: Iterable[str]) -> None:
+    former = [f"{key} is now {FORMER_KEYS[key]}" for key in keys if key in FORMER_KEYS]
+    if former:
+        warn(f"{', '.join(former)}; former keys go with the next minor version", stacklevel=3)
+
+
 def _nearest(key: str, valid: Mapping[str, object]) -> str:
     near = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
     if not near:  # right name in the wrong table?
@@ -159,8 +167,10 @@ def with_values(config: HybridTrainerConfig, values: Mapping[str, Any]) -> Hybri
     """
     valid = valid_keys()
     chosen: dict[str, Any] = {}
+    _warn_of_former([_canonical(key) for key in values])
     for key, value in values.items():
         name = _canonical(key)
+        name = FORMER_KEYS.get(name, name)
         if name not in valid:
             raise ConfigError(f"unknown key {_short(key)}{_nearest(name[:80], valid)}")
         if name in chosen and chosen[name] != value:

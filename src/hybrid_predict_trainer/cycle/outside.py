@@ -72,7 +72,7 @@ def note_changed(run: Run) -> None:
         warn(
             "weights were changed between two steps by something else than this trainer: what was learnt from those "
             f"before is dropped; after {MAX_WRITES} times the lookahead ends, if every step is followed by such a "
-            "change (clipped weights, say) training.lookahead = 0 and training.smoothing = 0 say so from the start",
+            "change (clipped weights, say) lookahead.extrapolation = 0 and lookahead.damping = 0 say so from the start",
             stacklevel=4,
         )
     run.overwritten()

@@ -115,7 +115,7 @@ def run_predict(run: Run, batch: Any, decision: Decision) -> Execution:
 
 def _is_control(run: Run) -> bool:
     """Skip a random share of approved jumps; the draw is from the run's own generator."""
-    return float(torch.rand((), generator=run.judge.generator, device="cpu")) < run.config.gate.control_fraction
+    return float(torch.rand((), generator=run.judge.generator, device="cpu")) < run.config.gate.holdout_fraction
 
 
 def _book(run: Run, verdict: Verdict, prediction: PhasePrediction, price: float) -> None:

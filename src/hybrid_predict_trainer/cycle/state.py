@@ -106,7 +106,7 @@ class Run:
             subject, self.watch, self.schedule,
             multiplier_for(subject, self.watch, config, self.judge.generator, anneals=anneals),
             lookahead_for(subject, config, observing=self.windows.observing, anneals=anneals),
-            Switchback(config.gate.control_fraction), self.failures, drifts=config.drift > 0,
+            Switchback(config.block_holdout), self.failures, drifts=config.lookahead.drift > 0,
         )  # fmt: skip
 
     # ---- which predictor ------------------------------------------------------------------------

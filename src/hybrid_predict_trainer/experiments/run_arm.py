@@ -122,7 +122,8 @@ def run_arm(
     if arm.kind == "peer":
         return run_peer(setup, arm, seed, folder=folder, watch=watch, label=label)
     if arm.kind == "jump-of-zero":  # jumps are put back, nothing else may move the weights: they are the plain run's
-        still = replace(setup.config, max_learned_scale=1.0, min_learned_scale=1.0, lookahead=0.0, smoothing=0.0)
+        calm = replace(setup.config.lookahead, extrapolation=0.0, damping=0.0)
+        still = replace(setup.config, max_lr_multiplier=1.0, min_group_factor=1.0, lookahead=calm)
         setup = replace(setup, config=still)
     steps = steps_of(setup, arm.budget)
     trainer = build_trainer(setup, lr=arm.lr, steps=steps, seed=seed, predict=arm.kind != "plain")

@@ -45,16 +45,16 @@ class Switchback:
     """A switchback experiment (Bojinov, Simchi-Levi & Zhao, Management Science 69, 2023) over blocks of real steps.
 
     Attributes:
-        control_fraction: Share of the later blocks that are held out, in [0, 0.5]; 0: no trial.
+        holdout_fraction: Share of the later blocks that are held out, in [0, 0.5]; 0: no trial.
         moving: Whether the present block has the motion.
         switched_off: Harm was found: no block has the motion any more.
         proved: Benefit was found: no block is held out any more.
         num_blocks: Blocks closed so far.
     """
 
-    def __init__(self, control_fraction: float) -> None:
-        """Args: control_fraction: share of the later blocks that go without the motion; 0: no trial."""
-        self.control_fraction = control_fraction
+    def __init__(self, holdout_fraction: float) -> None:
+        """Args: holdout_fraction: share of the later blocks that go without the motion; 0: no trial."""
+        self.holdout_fraction = holdout_fraction
         self.moving = True  # whether the present block has the motion
         self.switched_off = False
         self.proved = False  # it does good: no more controls
@@ -113,7 +113,7 @@ class Switchback:
         self.proved = self.proved or high < 0
         drawn = self.num_blocks >= NUM_FREE_BLOCKS and self.moving and not self.proved
         self.moving = not self.switched_off and not (
-            drawn and float(torch.rand((), generator=generator)) < self.control_fraction
+            drawn and float(torch.rand((), generator=generator)) < self.holdout_fraction
         )
 
     @property

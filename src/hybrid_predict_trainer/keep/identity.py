@@ -28,7 +28,7 @@ STRUCTURAL: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 #: Library state that is empty where a setting switches it off, and the setting.
-SWITCHES = {"scale": "training.max_learned_scale", "lookahead": "training.lookahead"}
+SWITCHES = {"scale": "training.max_lr_multiplier", "lookahead": "lookahead.extrapolation"}
 #: Settings that switch all of it off.
 PREDICTING = ("training.enabled", "training.max_predict_steps", "training.confidence_threshold")
 

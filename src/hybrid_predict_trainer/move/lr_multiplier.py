@@ -74,7 +74,7 @@ class LearnedScale:
 
     def __init__(
         self, groups: Groups, maximum: float, minimum: float = 1.0, check_steps: int = CHECK_STEPS, *,
-        untrained: bool = False, control_fraction: float = 0.0, generator: torch.Generator | None = None,
+        untrained: bool = False, holdout_fraction: float = 0.0, generator: torch.Generator | None = None,
     ) -> None:  # fmt: skip
         """Bind to the groups.
 
@@ -84,13 +84,13 @@ class LearnedScale:
             minimum: Bound from below on the group warm-up factors; 1: no group warm-up.
             check_steps: Real steps between checks.
             untrained: Whether the weights are as they were drawn.
-            control_fraction: Share of later blocks that step at the schedule's own rate, to compare with.
+            holdout_fraction: Share of later blocks that step at the schedule's own rate, to compare with.
             generator: The run's own, for the draw of those blocks; one of its own if None.
         """
         self.groups, self.check_steps = groups, check_steps
         self.multiplier = Multiplier(maximum)
         self.cuts = EarlyCuts(groups.roles, minimum, untrained=untrained)
-        self.trial = Switchback(control_fraction)
+        self.trial = Switchback(holdout_fraction)
         self._num_steps = 0  # since the last check
         self._cosines: list[Tensor] = []  # scalars on the weights' device: read at a check, together
         self._moments = Moments()  # of those that were read since the last decision

@@ -249,27 +249,28 @@ def multiplier_for(
         generator: Draws its controls.
         anneals: There is a schedule.
     """
-    least = config.min_learned_scale if watch.hands_off is None else 1.0
-    if config.never_predicts or not anneals or not (config.max_learned_scale > 1 or least < 1):
+    least = config.min_group_factor if watch.hands_off is None else 1.0
+    if config.never_predicts or not anneals or not (config.max_lr_multiplier > 1 or least < 1):
         return UnitScale()
     # on an accelerator a check waits for the device: as often as losses are read, no more
     steps = CHECK_STEPS if subject.on_cpu else max(CHECK_STEPS, config.divergence.check_interval_steps)
     return LearnedScale(
-        subject.groups, 1.0 if orthogonalizes(subject.optimizer) else config.max_learned_scale, least, steps,
+        subject.groups, 1.0 if orthogonalizes(subject.optimizer) else config.max_lr_multiplier, least, steps,
         untrained=untrained(subject.parameters, subject.groups.names),
-        control_fraction=config.gate.control_fraction, generator=generator,
+        holdout_fraction=config.block_holdout, generator=generator,
     )  # fmt: skip
 
 
 def lookahead_for(subject: Subject, config: HybridTrainerConfig, *, observing: bool, anneals: bool) -> Lookahead:
     """The lookahead, or one that does nothing; it counts on a schedule as the multiplier does."""
     # it gains on networks of blocks; physics-informed ones, and SGD over epochs, are the worse for it (LOG.md)
-    suited = config.lookahead_scope == "all" or any(is_inside_a_block(role) for role in subject.groups.roles)
-    asked = config.lookahead > 0 or config.smoothing > 0
+    suited = config.lookahead.scope == "all" or any(is_inside_a_block(role) for role in subject.groups.roles)
+    asked = config.lookahead.extrapolation > 0 or config.lookahead.damping > 0
     if config.never_predicts or not anneals or not (observing and suited and asked):
         return NoLookahead()
     storage = Storage(narrow=subject.groups.num_weights > LARGE, to_host=config.predictor.offload)
-    return DriftLookahead(config.lookahead, config.smoothing, config.drift, storage=storage)
+    asked_for = config.lookahead
+    return DriftLookahead(asked_for.extrapolation, asked_for.damping, asked_for.drift, storage=storage)
 
 
 def _placed(state: State, parameters: Sequence[Tensor]) -> State:

@@ -202,7 +202,10 @@ def recording_settings(config: HybridTrainerConfig, *, plain: bool) -> HybridTra
         config = replace(
             config, predictor_type="secant", predictor=replace(config.predictor, window=usual.window)
         )  # fmt: skip
-    return replace(config, clock="credited", max_learned_scale=1.0, lookahead=0.0, smoothing=0.0) if plain else config
+    if not plain:
+        return config
+    still = replace(config.lookahead, extrapolation=0.0, damping=0.0)
+    return replace(config, clock="credited", max_lr_multiplier=1.0, lookahead=still)
 
 
 def column_map(wide: BasisSpec, spec: BasisSpec) -> list[int]:
