@@ -32,8 +32,8 @@ from hybrid_predict_trainer.cycle import correct_step
 from hybrid_predict_trainer.records import Phase
 
 #: Everything that moves weights beside the optimizer.
-ALL = {"max_learned_scale": 100.0, "min_learned_scale": 0.01, "lookahead": 0.3, "smoothing": 0.25,
-       "lookahead_scope": "all"}  # fmt: skip
+ALL = {"max_lr_multiplier": 100.0, "min_group_factor": 0.01, "lookahead__extrapolation": 0.3,
+       "lookahead__damping": 0.25, "lookahead__scope": "all"}  # fmt: skip
 SGD12 = {**OPTIMIZERS, "adamax": lambda ps: torch.optim.Adamax(ps, lr=0.01)}
 
 
@@ -183,7 +183,7 @@ def test_the_same_run_as_the_trainers(name: str) -> None:
 def test_a_raise_is_the_trainers_too() -> None:
     """At a hundredth of a good rate the multiplier rises."""
     batches = make_batches(1, 64, noise=0.0) * 130
-    changes = {"max_learned_scale": 100.0}
+    changes = {"max_lr_multiplier": 100.0}
 
     def build() -> Setup:
         torch.manual_seed(3)
@@ -449,7 +449,7 @@ def test_an_exception_between_backward_and_step() -> None:
 
 def test_an_exception_in_the_optimizers_step_puts_the_rate_back() -> None:
     built = setup("mlp", "adam", "lambda")
-    engine = ride(built, changes={"max_learned_scale": 100.0})
+    engine = ride(built, changes={"max_lr_multiplier": 100.0})
     engine.run.schedule.lower(0.5)
     rate = built.optimizer.param_groups[0]["lr"]
     drive(built, engine, make_batches(1))
