@@ -50,7 +50,7 @@ def mean_square(model: nn.Module, batch: Batch) -> Tensor:
 def trainer_for(model: nn.Module, num_steps: int = 200, **settings: Any) -> HybridTrainer:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
-    values = {"training.warmup_steps": 3, "training.lookahead_scope": "all", "predictor.window": 4}
+    values = {"training.warmup_steps": 3, "lookahead.scope": "all", "predictor.window": 4}
     values |= {name.replace("__", "."): value for name, value in settings.items()}
     return HybridTrainer(model, optimizer, with_values(HybridTrainerConfig(), values), mean_square, schedule)
 
