@@ -166,7 +166,7 @@ def test_a_full_batch_run_is_the_same_with_and_without_the_trial() -> None:
     ends = []
     for keep in (False, True):
         model = network()
-        trainer = trainer_for(model, predictor__keep_basis=keep, training__lookahead=0.0, training__smoothing=0.0)
+        trainer = trainer_for(model, predictor__keep_basis=keep, lookahead__extrapolation=0.0, lookahead__damping=0.0)
         batch = fresh(1)[0]
         for _ in range(60):
             trainer.step(batch)
