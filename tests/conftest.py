@@ -29,12 +29,11 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _repeatable(_one_thread: None) -> Iterator[None]:
+def _repeatable(_one_thread: None) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     np.random.seed(0)
     random.seed(0)
-    yield
 
 
 class _Collecting(logging.Handler):
