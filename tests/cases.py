@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from hybrid_predict_trainer import HybridTrainer, HybridTrainerConfig
 from hybrid_predict_trainer.config.toml import with_values
-from hybrid_predict_trainer.records import BasisSpec, Phase, PhasePrediction, State, StepResult, Window
+from hybrid_predict_trainer.records import BasisSpec, Phase, PhasePrediction, StateDict, StepResult, Window
 
 WIDTH = 6
 
@@ -217,7 +217,7 @@ class Setup:
     def plain(self, batches: Iterable[Any], **kwargs: Any) -> list[float]:
         return plain_loop(self.model, self.optimizer, batches, self.scheduler, **kwargs)
 
-    def everything(self) -> State:
+    def everything(self) -> StateDict:
         return everything(self.model, self.optimizer, self.scheduler)
 
 
@@ -260,13 +260,13 @@ def seed_all(seed: int) -> None:
 # ---------------------------------------------------------------- exact comparison
 
 
-def rng() -> State:
+def rng() -> StateDict:
     """States of all three global generators."""
     name, keys, *rest = np.random.get_state()
     return {"torch": torch.get_rng_state(), "numpy": [name, keys.tolist(), *rest], "python": random.getstate()}
 
 
-def everything(model: nn.Module, optimizer: Optimizer, scheduler: Scheduler | None = None) -> State:
+def everything(model: nn.Module, optimizer: Optimizer, scheduler: Scheduler | None = None) -> StateDict:
     """A deep copy of all a step can change."""
     order = [p for group in optimizer.param_groups for p in group["params"]]
     return copy.deepcopy(
@@ -354,10 +354,10 @@ class Fake:
     def memory_bytes(self) -> int:
         return 0
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         return {"num_groups": self.num_groups}
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         self.num_groups = state["num_groups"]
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hybrid_predict_trainer.keep.state_tree import decode, encode
 from hybrid_predict_trainer.predictors import Predictor
-from hybrid_predict_trainer.records import BasisSpec, Hindsight, PhasePrediction, Products, State, Window
+from hybrid_predict_trainer.records import BasisSpec, Hindsight, PhasePrediction, Products, StateDict, Window
 
 
 @dataclass
@@ -108,7 +108,7 @@ def mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def through_bytes(state: State) -> State:
+def through_bytes(state: StateDict) -> StateDict:
     """Saved and loaded as a checkpoint does it, without pickle."""
     tree, tensors = encode(state)
     return decode(json.loads(json.dumps(tree, allow_nan=False)), load(save(tensors)))

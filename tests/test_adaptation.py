@@ -10,14 +10,14 @@ import pytest
 from hybrid_predict_trainer import HybridTrainerConfig
 from hybrid_predict_trainer.cost import STEP_UNITS
 from hybrid_predict_trainer.propose.confidence import Evidence
-from hybrid_predict_trainer.propose.feedback import Adaptation, pays
+from hybrid_predict_trainer.propose.feedback import Feedback, pays
 from hybrid_predict_trainer.records import Account, BasisSpec
 
 WINDOW = 10
 
 
-def make() -> Adaptation:
-    return Adaptation(HybridTrainerConfig(), BasisSpec(num_displacements=2), 1)
+def make() -> Feedback:
+    return Feedback(HybridTrainerConfig(), BasisSpec(num_displacements=2), 1)
 
 
 def account(**changes: object) -> Account:
@@ -29,7 +29,7 @@ def account(**changes: object) -> Account:
     return replace(known, **changes)  # type: ignore[arg-type]
 
 
-def stated(adaptation: Adaptation, raw: float = 0.5) -> Evidence:
+def stated(adaptation: Feedback, raw: float = 0.5) -> Evidence:
     evidence = Evidence(raw=raw, record=0.5)
     adaptation.state_confidence(evidence)
     return evidence

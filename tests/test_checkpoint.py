@@ -31,7 +31,7 @@ from torch.optim import lr_scheduler
 from cases import config, setup
 from hybrid_predict_trainer.keep import checkpoint, housekeeping, manifest, state_tree
 from hybrid_predict_trainer.keep.failures import Place
-from hybrid_predict_trainer.records import CheckpointError, State
+from hybrid_predict_trainer.records import CheckpointError, StateDict
 
 #: hypothesis prints what it draws, and torch cannot print float4: that one has a test of its own.
 DTYPES = sorted((state_tree.STORED_DTYPES | state_tree.PAIRED_DTYPES) - {torch.float4_e2m1fn_x2}, key=str)
@@ -71,7 +71,7 @@ def through_bytes(state: Any, path: Path) -> Any:
     return state_tree.decode(json.loads(text), state_tree.read_tensors(path))
 
 
-def small_parts(value: float = 1.0) -> dict[str, State]:
+def small_parts(value: float = 1.0) -> dict[str, StateDict]:
     return {
         "model": {"weight": torch.full((2, 2), value), "bias": torch.zeros(2)},
         "trainer": {"value": value, "seen": (1, 2)},
@@ -132,7 +132,7 @@ def tensors(draw: st.DrawFn) -> Tensor:
 
 
 @st.composite
-def states(draw: st.DrawFn) -> State:
+def states(draw: st.DrawFn) -> StateDict:
     pool = draw(st.lists(tensors(), min_size=1, max_size=3))
     views = [view for t in pool for view in (t, t.detach(), t[:1] if t.ndim else t)]
     leaves = (
@@ -160,7 +160,7 @@ def states(draw: st.DrawFn) -> State:
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(state=states())
-def test_round_trip_is_exact(state: State, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_round_trip_is_exact(state: StateDict, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.getbasetemp() / "round_trip.safetensors"
     assert same(through_bytes(state, path), state)
 

@@ -13,7 +13,7 @@ from torch import nn
 from cases import Fake, assert_same, config, loss_fn, make_batches, put_into_subject, setup
 from hybrid_predict_trainer import HybridTrainer
 from hybrid_predict_trainer.cycle import predict_step
-from hybrid_predict_trainer.cycle.real_step import settle_anchor
+from hybrid_predict_trainer.cycle.real_step import settle_rollback_point
 from hybrid_predict_trainer.experiments.arms.drive import wait_for_device
 from hybrid_predict_trainer.keep import optimizer_state
 from hybrid_predict_trainer.keep.rng import rng_state, set_rng_state
@@ -24,7 +24,7 @@ from hybrid_predict_trainer.numerics.streaming import CountSketch
 from hybrid_predict_trainer.observe.basis import Basis
 from hybrid_predict_trainer.observe.gradient_health import measure
 from hybrid_predict_trainer.observe.history import Readout
-from hybrid_predict_trainer.records import BasisSpec, Phase, Reason, State, Verdict
+from hybrid_predict_trainer.records import BasisSpec, Phase, Reason, StateDict, Verdict
 from hybrid_predict_trainer.tasks import TaskSettings, base, make_task
 from hybrid_predict_trainer.weights import algebra as weights
 from hybrid_predict_trainer.weights import offload as host
@@ -324,7 +324,7 @@ def test_training_goes_on_from_a_checkpoint_in_host_memory(offload: bool) -> Non
     first, again = device_trainer(**settings), device_trainer(**settings)
     batches = device_batches(12)
 
-    def on_host(state: State) -> State:
+    def on_host(state: StateDict) -> StateDict:
         return paired(state, None, lambda t, _: t.cpu())
 
     with Accelerator():
@@ -334,7 +334,7 @@ def test_training_goes_on_from_a_checkpoint_in_host_memory(offload: bool) -> Non
         again.run.windows.basis.load_state_dict(on_host(first.run.windows.basis.state_dict()))
         again.run.windows.observer.load_state_dict(on_host(first.run.windows.observer.state_dict()))
         again.run.load_state_dict(on_host(first.run.state_dict()))
-        settle_anchor(again.run, finite=False)
+        settle_rollback_point(again.run, finite=False)
         for batch in batches:
             again.step(batch)
         again.run.optimizer_step.lookahead.translate([torch.zeros_like(p) for p in again.run.subject.parameters], 1.0)

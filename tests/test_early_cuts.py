@@ -19,14 +19,14 @@ from hybrid_predict_trainer.move.group_warmup import (
     MUST_FALL,
     NUM_COSINES,
     RECOVERY_STEPS,
-    EarlyCuts,
+    GroupWarmup,
     beyond_the_edge,
     shorten,
     shortened,
 )
-from hybrid_predict_trainer.move.lr_multiplier import LearnedScale
+from hybrid_predict_trainer.move.lr_multiplier import LrMultiplier
 from hybrid_predict_trainer.move.multiplier import GROWTH, Advice, Multiplier, Reading
-from hybrid_predict_trainer.move.unit_scale import UnitScale
+from hybrid_predict_trainer.move.unit_multiplier import UnitMultiplier
 from hybrid_predict_trainer.tasks import TaskSettings, make_task
 from hybrid_predict_trainer.weights.parameters import Groups
 
@@ -50,14 +50,14 @@ def test_a_group_is_beyond_the_edge_where_three_cosines_agree(cosines: list[floa
 TWO = ("attention_v", "head")
 
 
-def observed(cuts: EarlyCuts, *rows: tuple[float, ...]) -> EarlyCuts:
+def observed(cuts: GroupWarmup, *rows: tuple[float, ...]) -> GroupWarmup:
     for cosines in rows:
         cuts.observe(cosines)
     return cuts
 
 
 def test_only_the_group_in_question_is_cut_and_its_cosines_start_anew() -> None:
-    cuts = observed(EarlyCuts(TWO, least=0.05), *[(0.3, 0.0)] * NUM_COSINES)
+    cuts = observed(GroupWarmup(TWO, least=0.05), *[(0.3, 0.0)] * NUM_COSINES)
     assert cuts.factors == [CUT, 1.0]
     observed(cuts, *[(0.3, 0.0)] * (NUM_COSINES - 1))
     assert cuts.factors == [CUT, 1.0]  # the old ones were measured at the old length
@@ -67,17 +67,17 @@ def test_only_the_group_in_question_is_cut_and_its_cosines_start_anew() -> None:
 
 
 def test_the_newest_cosines_count_not_all_of_them() -> None:
-    cuts = observed(EarlyCuts(TWO, least=0.05), *[(-0.5, 0.0)] * 10, *[(0.3, 0.0)] * NUM_COSINES)
+    cuts = observed(GroupWarmup(TWO, least=0.05), *[(-0.5, 0.0)] * 10, *[(0.3, 0.0)] * NUM_COSINES)
     assert cuts.factors == [CUT, 1.0]
 
 
 def test_cuts_are_bounded() -> None:
-    cuts = observed(EarlyCuts(TWO, least=0.3), *[(0.3, 0.0)] * (10 * NUM_COSINES))
+    cuts = observed(GroupWarmup(TWO, least=0.3), *[(0.3, 0.0)] * (10 * NUM_COSINES))
     assert cuts.factors == [0.3, 1.0]
 
 
 def test_a_group_comes_back_by_the_same_amount_at_every_step() -> None:
-    cuts = observed(EarlyCuts(TWO, least=0.05), *[(0.3, 0.0)] * NUM_COSINES)
+    cuts = observed(GroupWarmup(TWO, least=0.05), *[(0.3, 0.0)] * NUM_COSINES)
     for n in range(1, RECOVERY_STEPS // 2):
         cuts.count_step()
         assert cuts.factors[0] == pytest.approx(CUT + n / RECOVERY_STEPS)
@@ -88,7 +88,7 @@ def test_a_group_comes_back_by_the_same_amount_at_every_step() -> None:
 
 
 def test_only_the_first_steps_are_watched_and_those_after_a_raise() -> None:
-    cuts = EarlyCuts(TWO, least=0.05)
+    cuts = GroupWarmup(TWO, least=0.05)
     for _ in range(EARLY_STEPS):
         assert cuts.watching
         cuts.count_step()
@@ -101,7 +101,7 @@ def test_only_the_first_steps_are_watched_and_those_after_a_raise() -> None:
 
 
 def test_a_bound_of_one_means_no_cuts_at_all() -> None:
-    cuts = EarlyCuts(TWO, least=1.0)
+    cuts = GroupWarmup(TWO, least=1.0)
     assert not cuts.watching
     cuts.lengthened(2.0)
     assert not cuts.watching
@@ -117,11 +117,11 @@ def test_a_bound_of_one_means_no_cuts_at_all() -> None:
     ],
 )
 def test_only_blocks_trained_with_what_is_around_them(roles: tuple[str, ...], watched: bool) -> None:
-    assert EarlyCuts(roles, least=0.05).watching is watched
+    assert GroupWarmup(roles, least=0.05).watching is watched
 
 
 def test_in_an_untrained_network_the_blocks_begin_at_the_bottom_and_come_up_by_themselves() -> None:
-    cuts = EarlyCuts(TWO, least=0.01, untrained=True)
+    cuts = GroupWarmup(TWO, least=0.01, untrained=True)
     assert cuts.factors == [0.01, 1.0]
     for n in range(1, 99):
         cuts.count_step()
@@ -133,7 +133,7 @@ def test_in_an_untrained_network_the_blocks_begin_at_the_bottom_and_come_up_by_t
 @pytest.mark.parametrize(("untrained", "wanted"), [(True, [0.2, 1.0]), (False, [0.8, 1.0])])
 def test_a_raise_reaches_the_blocks_of_an_untrained_network_later(untrained: bool, wanted: list[float]) -> None:
     """Their steps stay as long as they were, and come up to the new length by themselves."""
-    cuts = EarlyCuts(TWO, least=0.01, untrained=untrained)
+    cuts = GroupWarmup(TWO, least=0.01, untrained=untrained)
     cuts.factors = [0.8, 1.0]
     cuts.lengthened(4.0)
     assert cuts.factors == pytest.approx(wanted)
@@ -142,7 +142,7 @@ def test_a_raise_reaches_the_blocks_of_an_untrained_network_later(untrained: boo
 
 
 def test_which_blocks_come_up_later_is_part_of_the_state() -> None:
-    a, b = EarlyCuts(TWO, least=0.01, untrained=True), EarlyCuts(TWO, least=0.01)
+    a, b = GroupWarmup(TWO, least=0.01, untrained=True), GroupWarmup(TWO, least=0.01)
     a.factors = [0.8, 1.0]
     b.load_state_dict(a.state_dict())
     b.lengthened(2.0)
@@ -160,7 +160,7 @@ def test_a_raise_of_the_scale_tells_the_cuts(
         return Advice.RAISED, True
 
     monkeypatch.setattr(Multiplier, "decide", decide)
-    scale = LearnedScale(Groups(("a", "b"), (0, 1), TWO, (1, 1)), 100.0, 0.01, check_steps=1, untrained=True)
+    scale = LrMultiplier(Groups(("a", "b"), (0, 1), TWO, (1, 1)), 100.0, 0.01, check_steps=1, untrained=True)
     scale.cuts.factors, scale.multiplier.touched = [0.8, 1.0], touched
     monkeypatch.setattr(scale.multiplier, "follow", lambda lr: True)
     scale._cosines = [torch.tensor(-0.5)]
@@ -173,7 +173,7 @@ def test_a_raise_of_the_scale_tells_the_cuts(
 
 @pytest.mark.parametrize(("fallen", "ended"), [(False, True), (True, False)])
 def test_the_cuts_end_where_the_loss_has_not_fallen_in_time(fallen: bool, ended: bool) -> None:
-    cuts = EarlyCuts(TWO, least=0.01, untrained=True)
+    cuts = GroupWarmup(TWO, least=0.01, untrained=True)
     for _ in range(MUST_FALL - 1):
         cuts.count_step()
         cuts.note_loss(fallen=False)  # it may still fall
@@ -185,13 +185,13 @@ def test_the_cuts_end_where_the_loss_has_not_fallen_in_time(fallen: bool, ended:
 
 
 def test_once_ended_there_are_no_more_cuts() -> None:
-    cuts = EarlyCuts(TWO, least=0.01, untrained=True)
+    cuts = GroupWarmup(TWO, least=0.01, untrained=True)
     cuts.end()
     assert cuts.factors == [1.0, 1.0]
     cuts.lengthened(8.0)
     assert not cuts.watching
     assert not cuts.active
-    again = EarlyCuts(TWO, least=0.01, untrained=True)
+    again = GroupWarmup(TWO, least=0.01, untrained=True)
     again.load_state_dict(cuts.state_dict())
     again.lengthened(8.0)
     assert not again.active
@@ -200,7 +200,7 @@ def test_once_ended_there_are_no_more_cuts() -> None:
 def test_the_scale_tells_the_cuts_at_its_checks() -> None:
     """The losses of the first steps against the newest ones: here they stay where they are."""
     for last, active in ((1.0, False), (0.5, True)):
-        scale = LearnedScale(Groups(("a", "b"), (0, 1), TWO, (1, 1)), 1.0, 0.01, untrained=True)
+        scale = LrMultiplier(Groups(("a", "b"), (0, 1), TWO, (1, 1)), 1.0, 0.01, untrained=True)
         for i in range(MUST_FALL + scale.check_steps):
             scale.after_step([])
             loss = 1.0 if i < 10 else last
@@ -210,8 +210,8 @@ def test_the_scale_tells_the_cuts_at_its_checks() -> None:
 
 @pytest.mark.parametrize("roles", [("head", "other"), ("attention_q", "mlp_up")])
 def test_without_cuts_there_is_no_ramp(roles: tuple[str, ...]) -> None:
-    assert EarlyCuts(roles, least=0.01, untrained=True).factors == [1.0, 1.0]
-    assert EarlyCuts(TWO, least=1.0, untrained=True).factors == [1.0, 1.0]
+    assert GroupWarmup(roles, least=0.01, untrained=True).factors == [1.0, 1.0]
+    assert GroupWarmup(TWO, least=1.0, untrained=True).factors == [1.0, 1.0]
 
 
 def test_a_network_begins_with_the_ramp_and_one_that_was_trained_without() -> None:
@@ -226,7 +226,7 @@ def test_a_network_begins_with_the_ramp_and_one_that_was_trained_without() -> No
         return HybridTrainer(model, optimizer, settings, loss_fn=task.loss_fn, lr_scheduler=schedule)
 
     first = trainer()
-    assert isinstance(first.run.optimizer_step.scale, LearnedScale)
+    assert isinstance(first.run.optimizer_step.scale, LrMultiplier)
     assert min(first.run.optimizer_step.scale.cuts.factors) == 0.01
     before = [p.detach().clone() for p in first.run.subject.parameters]
     first.step(next(task.batches(0)))
@@ -238,7 +238,7 @@ def test_a_network_begins_with_the_ramp_and_one_that_was_trained_without() -> No
     }  # fmt: skip
     assert moved["mlp_up"] == pytest.approx(0.01 * moved["head"], rel=0.2)  # Adam's first step has one length
     second = trainer()
-    assert isinstance(second.run.optimizer_step.scale, LearnedScale)
+    assert isinstance(second.run.optimizer_step.scale, LrMultiplier)
     assert min(second.run.optimizer_step.scale.cuts.factors) == 1.0
 
 
@@ -260,7 +260,7 @@ def test_weights_that_did_not_move_stay_bit_for_bit(factor: float) -> None:
     assert_same(list(found.values()), before if factor < 1 else [])
 
 
-def counted(cuts: EarlyCuts, parameters: list[torch.Tensor], before: list[torch.Tensor], line: int) -> bool:
+def counted(cuts: GroupWarmup, parameters: list[torch.Tensor], before: list[torch.Tensor], line: int) -> bool:
     """Count a step, interrupted at its n-th line; returns whether it was."""
     count = 0
 
@@ -291,7 +291,7 @@ def test_an_interruption_at_any_line_is_made_good_by_doing_it_again() -> None:
     ends, line, interrupted = [], 0, True
     while interrupted:
         line += 1
-        cuts, before = EarlyCuts(TWO, least=0.01, untrained=True), [torch.ones(2), torch.ones(3), torch.zeros(1)]
+        cuts, before = GroupWarmup(TWO, least=0.01, untrained=True), [torch.ones(2), torch.ones(3), torch.zeros(1)]
         cuts.count_step()
         after = [b + 1 for b in before]
         interrupted = counted(cuts, after, before, line)
@@ -305,7 +305,7 @@ def test_an_interruption_at_any_line_is_made_good_by_doing_it_again() -> None:
 
 
 def test_state_round_trips_between_two_cosines_of_a_decision() -> None:
-    a, b = observed(EarlyCuts(TWO, least=0.05), (0.3, 0.1), (0.3, 0.1)), EarlyCuts(TWO, least=0.05)
+    a, b = observed(GroupWarmup(TWO, least=0.05), (0.3, 0.1), (0.3, 0.1)), GroupWarmup(TWO, least=0.05)
     a.count_step()
     b.load_state_dict(a.state_dict())
     for cuts in (a, b):
@@ -352,7 +352,7 @@ def test_the_statistics_say_how_often_something_was_cut() -> None:
     made = setup("mlp", "sgd", "flat")
     trainer = made.trainer(config(max_lr_multiplier=9.0))
     assert trainer.statistics()["num_early_cuts"] == 0
-    assert isinstance(trainer.run.optimizer_step.scale, LearnedScale)
+    assert isinstance(trainer.run.optimizer_step.scale, LrMultiplier)
     observed(
         trainer.run.optimizer_step.scale.cuts, *[tuple([0.3] * trainer.run.windows.groups.num_groups)] * NUM_COSINES
     )
@@ -365,7 +365,7 @@ def test_below_the_edge_the_run_is_the_plain_one_bit_for_bit() -> None:
 
 
 @pytest.mark.parametrize(
-    ("maximum", "minimum", "kind"), [(1.0, 1.0, UnitScale), (1.0, 0.05, LearnedScale), (9.0, 1.0, LearnedScale)]
+    ("maximum", "minimum", "kind"), [(1.0, 1.0, UnitMultiplier), (1.0, 0.05, LrMultiplier), (9.0, 1.0, LrMultiplier)]
 )
 def test_either_bound_alone_is_enough(maximum: float, minimum: float, kind: type) -> None:
     made = setup("mlp", "sgd", "flat")

@@ -195,7 +195,7 @@ def test_what_fails_in_going_over_to_another_predictor(monkeypatch: pytest.Monke
     def none_left(*args: Any, **kwargs: Any) -> None:
         raise MemoryError("no room")
 
-    monkeypatch.setattr(predictor_choice, "Adaptation", none_left)
+    monkeypatch.setattr(predictor_choice, "Feedback", none_left)
     before = trainer.run.proposer.predictor
     with pytest.warns(UserWarning, match="quasi_newton.*no room"):
         trainer.fit(full_batch(NUM_STEPS))

@@ -249,7 +249,7 @@ def test_importing_is_light_and_silent() -> None:
 FORMER_NAMES = (
     "counters.Counters", "executors.probation_passes", "run.Run", "snapshot.optimizer_parameters",
     "ledger.PASS_UNITS", "metrics.NullSink", "checkpoint.latest", "persistence.parts", "toml_io.with_values",
-    "batches.tensors", "step_scale.LearnedScale", "weights.role_of", "cycle.describe", "tasks.mlp.TanhMLP",
+    "batches.tensors", "step_scale.LrMultiplier", "weights.role_of", "cycle.describe", "tasks.mlp.TanhMLP",
     "tasks.equations.PROBLEMS", "tasks.optim.build_optimizer", "experiments.single.StopSignal",
     "experiments.compare.summarize",
 )  # fmt: skip

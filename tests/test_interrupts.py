@@ -18,7 +18,7 @@ from hybrid_predict_trainer import HybridTrainer, HybridTrainerConfig, Phase, St
 from hybrid_predict_trainer.cycle import correct_step
 from hybrid_predict_trainer.keep.memento import Memento
 from hybrid_predict_trainer.move import lookahead
-from hybrid_predict_trainer.move.lr_multiplier import LearnedScale
+from hybrid_predict_trainer.move.lr_multiplier import LrMultiplier
 from hybrid_predict_trainer.propose.confidence import Confidence, Evidence
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="every try runs in a fork of its own")
@@ -59,7 +59,7 @@ def built(*, norm: bool = False, cut: bool = False, **settings: Any) -> HybridTr
     trainer = HybridTrainer(model, optimizer, settings, loss_fn, schedule, roles=roles)
     if cut:  # none of it is left after a hundred steps
         scale = trainer.run.optimizer_step.scale
-        assert isinstance(scale, LearnedScale)
+        assert isinstance(scale, LrMultiplier)
         scale.cuts.factors = [0.1 if role == "mlp_up" else 1.0 for role in trainer.run.windows.groups.roles]
         assert scale.shortening
     return trainer

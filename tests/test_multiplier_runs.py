@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hybrid_predict_trainer import HybridTrainer, HybridTrainerConfig, LookaheadConfig
 from hybrid_predict_trainer.move.group_warmup import MUST_FALL
-from hybrid_predict_trainer.move.lr_multiplier import CHECK_STEPS, LearnedScale
+from hybrid_predict_trainer.move.lr_multiplier import CHECK_STEPS, LrMultiplier
 
 Batch = tuple[Tensor, Tensor]
 
@@ -121,7 +121,7 @@ def only_blocks(num_steps: int, **changes: Any) -> tuple[float, int]:
         if trainer.run.optimizer_step.scale.shortening:
             last_cut = i + 1
     if changes.get("enabled", True):
-        assert isinstance(trainer.run.optimizer_step.scale, LearnedScale)
+        assert isinstance(trainer.run.optimizer_step.scale, LrMultiplier)
     return sum(losses[-50:]) / 50, last_cut
 
 

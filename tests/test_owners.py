@@ -16,7 +16,7 @@ from cases import Fake, config, full_batch, make_batches, setup
 from hybrid_predict_trainer import former_names
 from hybrid_predict_trainer.cycle import inputs as inputs_module
 from hybrid_predict_trainer.cycle.inputs import inputs, preview_proposal
-from hybrid_predict_trainer.cycle.state import Run
+from hybrid_predict_trainer.cycle.state import State
 from hybrid_predict_trainer.move.optimizer_step import OptimizerStep
 from hybrid_predict_trainer.observe.window import WindowRecorder
 from hybrid_predict_trainer.records import Phase
@@ -38,6 +38,7 @@ ALLOWED = {
     "setattr(holder, name, value)": "a memento puts back what was there",
     "object.__setattr__(value, name, new)": "a checkpoint is read into an object of the user's",
     "setattr(home, name, value)": "a former module sets a name where it is today",
+    "setattr(cls, former, ": "a class of settings is given its former names where it is decorated",
     "setattr(operator.attrgetter(owner)(self) if owner else self, last, value)": "a former name of an attribute",
 }  # fmt: skip
 
@@ -107,7 +108,7 @@ class Told:
 
     EVENTS = ("on_jump", "on_restore", "on_overwrite")
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, run: State) -> None:
         self.heard: list[tuple[str, str]] = []
         for part in (run.windows, run.optimizer_step):
             for event in self.EVENTS:
@@ -172,7 +173,7 @@ def test_a_step_has_one_answer_to_whether_every_batch_is_the_same(
     trainer = setup("mlp").trainer(config(), predictor=Fake())
     run, decided = trainer.run, []
 
-    def noted(run: Run):  # type: ignore[no-untyped-def]
+    def noted(run: State):  # type: ignore[no-untyped-def]
         decided.append(run.full_batch)
         return preview_proposal(run)
 
@@ -189,7 +190,7 @@ def test_a_proposal_that_is_not_made_leaves_nothing_behind(monkeypatch: pytest.M
     considered = inputs_module._considered
     seen: list[bool] = []
 
-    def never(run: Run, horizon: int) -> tuple[int, bool]:
+    def never(run: State, horizon: int) -> tuple[int, bool]:
         considered(run, horizon)
         seen.append(run.proposer.feedback.evidence is not None)
         return 0, False
@@ -206,7 +207,7 @@ def test_a_proposal_that_is_not_made_leaves_nothing_behind(monkeypatch: pytest.M
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Run:
+def run(monkeypatch: pytest.MonkeyPatch) -> State:
     monkeypatch.setattr(former_names, "_said_attributes", set())
     return setup("norm_dropout", "adamw", "lambda").trainer(config()).run
 
@@ -216,7 +217,7 @@ READ_ONLY = {"deterministic", "same_batch", "views", "evaluate_loss", "note_pred
 
 
 @pytest.mark.parametrize("name", former_names.ATTRIBUTES)
-def test_former_attributes_are_found_and_said_once(run: Run, name: str) -> None:
+def test_former_attributes_are_found_and_said_once(run: State, name: str) -> None:
     place = former_names.ATTRIBUTES[name]
     with pytest.warns(DeprecationWarning, match=f"run.{name} is now run.{place}"):
         found = getattr(run, name)
@@ -230,6 +231,6 @@ def test_former_attributes_are_found_and_said_once(run: Run, name: str) -> None:
     assert name not in vars(run)
 
 
-def test_an_attribute_that_never_was_is_none(run: Run) -> None:
+def test_an_attribute_that_never_was_is_none(run: State) -> None:
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = run.nothing  # type: ignore[attr-defined]

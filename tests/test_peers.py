@@ -1,4 +1,4 @@
-"""Peer methods: each wrapper against a naive reference on a small problem, what it costs, and when it ends."""
+"""Baseline methods: each wrapper against a naive reference on a small problem, what it costs, and when it ends."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ from torch import Tensor, nn
 
 from hybrid_predict_trainer.config.settings import HybridTrainerConfig
 from hybrid_predict_trainer.cost import PASS_UNITS, STEP_UNITS
-from hybrid_predict_trainer.experiments.baselines import PEERS, optimizers, peer_of, peers_for, run_peer, wnn
+from hybrid_predict_trainer.experiments.baselines import (
+    BASELINES,
+    baseline_of,
+    baselines_for,
+    optimizers,
+    run_baseline,
+    wnn,
+)
 from hybrid_predict_trainer.experiments.baselines.flops import (
     forward_flops,
     mlp_flops,
@@ -29,7 +36,7 @@ from hybrid_predict_trainer.experiments.run_arm import COUNTS, Arm, Run, Setup, 
 from hybrid_predict_trainer.tasks import TaskDefaults, TaskSettings
 
 STEPS = 40
-IN_LOOP = [name for name, peer in PEERS.items() if not peer.deterministic_only]
+IN_LOOP = [name for name, peer in BASELINES.items() if not peer.deterministic_only]
 
 
 class Quadratic(nn.Module):
@@ -85,9 +92,9 @@ def setup_for(task: Points, **recipe: Any) -> Setup:
 
 
 def run_with(setup: Setup, name: str, lr: float | None = None, **values: float) -> Run:
-    peer = peer_of(name)
+    peer = baseline_of(name)
     peer = replace(peer, values={**peer.values, **values})
-    return run_peer(setup, Arm(name=name, kind="peer", lr=lr or setup.recipe.lr), seed=3, peer=peer)
+    return run_baseline(setup, Arm(name=name, kind="peer", lr=lr or setup.recipe.lr), seed=3, peer=peer)
 
 
 def plain(setup: Setup) -> Run:
@@ -117,9 +124,9 @@ def linear(i: int) -> float:
 # ---- the table ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("name", BASELINES)
 def test_a_peer_says_what_it_is_and_has_as_many_rates_as_the_recipe(name: str) -> None:
-    peer = PEERS[name]
+    peer = BASELINES[name]
     assert peer.about
     assert "\n" not in peer.about
     for grid in ((), (0.1,), (0.1, 0.2, 0.4, 0.8)):
@@ -130,17 +137,17 @@ def test_a_peer_says_what_it_is_and_has_as_many_rates_as_the_recipe(name: str) -
 
 
 def test_peers_that_need_one_batch_are_not_offered_others() -> None:
-    assert set(peers_for(Points())) == set(IN_LOOP)  # type: ignore[arg-type]
-    assert set(peers_for(Points(deterministic=True))) == set(PEERS)  # type: ignore[arg-type]
+    assert set(baselines_for(Points())) == set(IN_LOOP)  # type: ignore[arg-type]
+    assert set(baselines_for(Points(deterministic=True))) == set(BASELINES)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="same batch at every step") as told:
         run_with(setup_for(Points()), "lbfgs-20")
     assert "\n" not in str(told.value)
 
 
 def test_names_may_carry_a_budget_and_must_exist() -> None:
-    assert peer_of("snoo@2") is PEERS["snoo"]
+    assert baseline_of("snoo@2") is BASELINES["snoo"]
     with pytest.raises(ValueError, match="did you mean 'snoo'"):
-        peer_of("snooo")
+        baseline_of("snooo")
 
 
 # ---- wrappers against references ------------------------------------------------------------------------
@@ -215,7 +222,7 @@ def test_ema_nesterov_ends_with_the_stable_phase_of_wsd_and_pushes_harder_with_m
     run = run_with(wsd, "ema-nesterov")
     tracked, ahead = 0.75 * STEPS - 1, 0.75 * STEPS - STEPS // 10  # after the last move nobody needs the mean
     assert run.cost_units == pytest.approx(STEPS * STEP_UNITS + PASS_UNITS * (5 * tracked + 3 * ahead))
-    assert PEERS["ema-nesterov"].values["beta_muon"] > PEERS["ema-nesterov"].values["beta"]
+    assert BASELINES["ema-nesterov"].values["beta_muon"] > BASELINES["ema-nesterov"].values["beta"]
 
 
 def test_lawa_validates_the_mean_of_its_checkpoints_and_trains_on_as_if_nothing_were() -> None:

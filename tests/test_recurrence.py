@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cases import assert_same, config, loss_fn, make_batches, rng, setup
 from hybrid_predict_trainer import ConfigError, HybridTrainer, HybridTrainerConfig
 from hybrid_predict_trainer.judge.validation import LEAST_STEPS, Validation
-from hybrid_predict_trainer.move.lr_multiplier import LearnedScale
+from hybrid_predict_trainer.move.lr_multiplier import LrMultiplier
 from hybrid_predict_trainer.observe.recurrence import CAPACITY, GRAM, RECENT, Recurrence, hashes
 
 # ---------------------------------------------------------------- samples
@@ -480,4 +480,4 @@ def test_answers_go_through_a_checkpoint() -> None:
 
 
 def test_the_scale_of_such_a_run_is_a_learned_one() -> None:
-    assert isinstance(runner().run.optimizer_step.scale, LearnedScale)
+    assert isinstance(runner().run.optimizer_step.scale, LrMultiplier)

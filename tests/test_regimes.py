@@ -13,7 +13,7 @@ import pytest
 from hybrid_predict_trainer.cost import STEP_UNITS
 from hybrid_predict_trainer.experiments.arms import countdown
 from hybrid_predict_trainer.experiments.arms.options import InputError, Options
-from hybrid_predict_trainer.experiments.baselines import PEERS
+from hybrid_predict_trainer.experiments.baselines import BASELINES
 from hybrid_predict_trainer.experiments.regimes import cache as regime_cache
 from hybrid_predict_trainer.experiments.regimes import cases as regime_cases
 from hybrid_predict_trainer.experiments.regimes import catalogue as regimes
@@ -35,7 +35,7 @@ CASES = [(r, c) for r in regimes.REGIMES.values() for c in r.cases]
 @pytest.mark.parametrize(("regime", "case"), CASES, ids=[f"{r.name}/{c.name}" for r, c in CASES])
 def test_a_case_names_what_exists(regime: regimes.Regime, case: regimes.Case) -> None:
     assert case.task in TASKS
-    assert set(case.peers) <= set(PEERS)
+    assert set(case.peers) <= set(BASELINES)
     assert [c.name for c in regime.cases].count(case.name) == 1
     Options(task=case.task, **case.options)
     if case.fallback is not None:

@@ -11,7 +11,7 @@ import torch
 
 from cases import OPTIMIZERS, assert_same, make_batches, rng, seed_all, setup
 from hybrid_predict_trainer.keep.buffers import BufferGuard
-from hybrid_predict_trainer.keep.isolation import quiet_forward
+from hybrid_predict_trainer.keep.isolation import side_effect_free
 from hybrid_predict_trainer.keep.rng import rng_state, set_rng_state
 from hybrid_predict_trainer.keep.snapshot import Snapshot
 
@@ -167,7 +167,7 @@ def test_quiet_forward_leaves_no_trace(model: str, fails: bool, training: bool) 
     x, _ = make_batches(1)[0]
 
     def run() -> None:
-        with quiet_forward(made.model), torch.no_grad():
+        with side_effect_free(made.model), torch.no_grad():
             made.model(x)
             draw()
             if fails:
@@ -186,13 +186,13 @@ def test_quiet_forward_switches_dropout_off_and_uses_batch_statistics() -> None:
     made.plain(make_batches(5))
     x, _ = make_batches(1, seed=9)[0]
     x = 5 * x + 3
-    with quiet_forward(made.model), torch.no_grad():
+    with side_effect_free(made.model), torch.no_grad():
         first, second = made.model(x), made.model(x)
         inner = made.model[1](made.model[0](x))
     assert torch.equal(first, second)
     assert inner.mean(0).abs().max() < 1e-5 + made.model[1].bias.abs().max()
     made.model.eval()
-    with quiet_forward(made.model), torch.no_grad():
+    with side_effect_free(made.model), torch.no_grad():
         evaluated = made.model(x)
     assert not torch.allclose(evaluated, first), "in evaluation mode the running statistics count"
 

@@ -14,18 +14,18 @@ from hybrid_predict_trainer.judge.switchback import BLOCK_STEPS, NUM_FREE_BLOCKS
 from hybrid_predict_trainer.move.edge_test import MAX_COSINES
 from hybrid_predict_trainer.move.group_warmup import EARLY_STEPS
 from hybrid_predict_trainer.move.lookahead import DriftLookahead
-from hybrid_predict_trainer.move.lr_multiplier import CHECK_STEPS, MEASURED_AT_EDGE, LearnedScale
+from hybrid_predict_trainer.move.lr_multiplier import CHECK_STEPS, MEASURED_AT_EDGE, LrMultiplier
 from hybrid_predict_trainer.move.multiplier import FIRST_CHECKS, GROWTH, PATIENCE, ROOM, Advice, Reading
-from hybrid_predict_trainer.move.unit_scale import UnitScale
+from hybrid_predict_trainer.move.unit_multiplier import UnitMultiplier
 from hybrid_predict_trainer.numerics.sequential import Moments
 from hybrid_predict_trainer.weights.parameters import Groups
 
 ONE = Groups(("p0",), (0,), ("g0",), (1,))
 
 
-def learned(maximum: float = 100.0) -> LearnedScale:
+def learned(maximum: float = 100.0) -> LrMultiplier:
     """A scale over one group, without cuts, that has seen the loss fall."""
-    scale = LearnedScale(ONE, maximum)
+    scale = LrMultiplier(ONE, maximum)
     scale.multiplier._first, scale.multiplier._fallen = [2.0] * 5, True
     return scale
 
@@ -35,7 +35,7 @@ def reading(rate: float = 1.0, loss: float = 1.0, noise: float = 0.1) -> Reading
 
 
 def feed(
-    scale: LearnedScale, cosine: float, rate: float = 1.0, loss: float = 1.0, checks: int = 1, noise: float = 0.1
+    scale: LrMultiplier, cosine: float, rate: float = 1.0, loss: float = 1.0, checks: int = 1, noise: float = 0.1
 ) -> list[Advice]:
     """Checks at which the measured cosines alternate by 0.05 about ``cosine``."""
     scale.forget()
@@ -102,7 +102,7 @@ def test_of_a_long_run_moments_are_kept_and_not_the_cosines() -> None:
 
 
 def test_a_raise_in_the_slow_start_lets_groups_be_cut_again() -> None:
-    scale = LearnedScale(Groups(("w",), (0,), ("mlp_up", "head"), (2, 0)), 100.0, 0.05)
+    scale = LrMultiplier(Groups(("w",), (0,), ("mlp_up", "head"), (2, 0)), 100.0, 0.05)
     scale.multiplier._first, scale.multiplier._fallen = [2.0] * 5, True
     for _ in range(EARLY_STEPS):
         scale.cuts.count_step()
@@ -120,7 +120,7 @@ def test_bound_holds_and_measuring_ends_there() -> None:
     assert scale.memory_bytes() == 0
 
 
-def grown() -> LearnedScale:
+def grown() -> LrMultiplier:
     """With an open raise, fresh."""
     scale = learned()
     while scale.multiplier.account is None:
@@ -183,7 +183,7 @@ def test_exact_losses_end_a_raise_between_two_checks() -> None:
 # ---------------------------------------------------------------- its trial: blocks with m against blocks without
 
 
-def blocks(scale: LearnedScale, num: int, harm: float, noise: float = 0.01) -> Advice:
+def blocks(scale: LrMultiplier, num: int, harm: float, noise: float = 0.01) -> Advice:
     """Losses that fall; a block with m adds ``harm`` to their logarithm for good."""
     generator, level, newest = torch.Generator().manual_seed(0), 0.0, []
     for _ in range(num * BLOCK_STEPS):
@@ -195,8 +195,8 @@ def blocks(scale: LearnedScale, num: int, harm: float, noise: float = 0.01) -> A
     return Advice.NOTHING
 
 
-def tried(value: float) -> LearnedScale:
-    scale = LearnedScale(ONE, 100.0, holdout_fraction=0.3, generator=torch.Generator().manual_seed(1))
+def tried(value: float) -> LrMultiplier:
+    scale = LrMultiplier(ONE, 100.0, holdout_fraction=0.3, generator=torch.Generator().manual_seed(1))
     scale.multiplier.value = value
     return scale
 
@@ -273,7 +273,7 @@ def test_sparse_measuring_after_the_edge() -> None:
 
 @pytest.mark.parametrize("num_checks", [0, 3, 6, 9, 12])
 def test_state_round_trips_in_the_middle_of_a_check(num_checks: int) -> None:
-    a, b = learned(), LearnedScale(ONE, 3.0)
+    a, b = learned(), LrMultiplier(ONE, 3.0)
     feed(a, -0.4, checks=num_checks)
     p = [nn.Parameter(torch.ones(2))]
     a.before_step(p)
@@ -286,7 +286,7 @@ def test_state_round_trips_in_the_middle_of_a_check(num_checks: int) -> None:
 
 
 def test_null_object_does_nothing() -> None:
-    scale, p = UnitScale(), [nn.Parameter(torch.ones(2))]
+    scale, p = UnitMultiplier(), [nn.Parameter(torch.ones(2))]
     assert scale.value == 1.0
     assert scale.measure(p) == scale.before_step(p) == scale.memory_bytes() == 0
     optimizer = torch.optim.SGD(p, lr=0.1)
@@ -318,7 +318,7 @@ def test_a_jump_is_not_taken_for_a_step() -> None:
     made = setup("mlp", "adamw", "flat")
     trainer = made.trainer(config(max_lr_multiplier=100.0, predictor_type="secant"))
     scale = trainer.run.optimizer_step.scale
-    assert isinstance(scale, LearnedScale)
+    assert isinstance(scale, LrMultiplier)
     seen = 0
     for batch in full_batch(60):
         if trainer.step(batch).was_predicted:
@@ -333,7 +333,7 @@ def test_without_a_schedule_nothing_would_take_the_noise_out_again(scheduler: st
     trainer = setup("mlp", "sgd", scheduler).trainer(
         config(max_lr_multiplier=100.0, lookahead__extrapolation=0.3, lookahead__scope="all")
     )
-    assert isinstance(trainer.run.optimizer_step.scale, LearnedScale) is learned
+    assert isinstance(trainer.run.optimizer_step.scale, LrMultiplier) is learned
     assert isinstance(trainer.run.optimizer_step.lookahead, DriftLookahead) is learned
 
 
@@ -344,7 +344,7 @@ def test_growing_is_between_the_first_raise_and_the_edge() -> None:
     assert scale.growing
     scale.multiplier.touched = True
     assert not scale.growing
-    assert not UnitScale().growing
+    assert not UnitMultiplier().growing
 
 
 def test_the_room_past_the_edge_is_bounded() -> None:

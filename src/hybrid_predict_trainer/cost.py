@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field, fields
 
 from .config.settings import Clock
-from .records import Phase, State
+from .records import Phase, StateDict
 
 #: Cost of one optimizer step in forwards: forward 1, backward 2, update 0.1 (specification).
 FORWARD_UNITS = 1.0
@@ -144,12 +144,12 @@ class CostMeter:
             return self.num_attempted_steps + math.floor(num_credited_steps)
         return self.num_attempted_steps + self.num_claimed_steps
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Plain numbers; those by phase as ``<phase>_steps``."""
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "steps_by_phase"}
         return plain | {_key(phase): n for phase, n in self.steps_by_phase.items()}
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
         for f in fields(self):
             if f.name != "steps_by_phase":

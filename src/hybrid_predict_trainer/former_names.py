@@ -103,7 +103,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "run": ("cycle.state", "judge.probation", "propose.segments", "records"),
     "snapshot": ("keep.snapshot", "keep.object_state", "weights.parameters", "keep.rng", "keep.buffers"),
     "state_tree": ("keep.state_tree",),
-    "step_scale": ("move.lr_multiplier",),
+    "step_scale": ("move.lr_multiplier", "move.unit_multiplier"),
     "streaming": ("numerics.streaming",),
     "switchback": ("judge.switchback",),
     "tasks.bert": ("tasks.sentences.bert",),
@@ -237,7 +237,28 @@ def place_of(name: str) -> str:
 
 
 #: Former name of a definition -> today's.
-NAMES: dict[str, str] = {"Counters": "CostMeter"}
+NAMES: dict[str, str] = {
+    "Adaptation": "Feedback",
+    "Counters": "CostMeter",
+    "EXECUTORS": "STEP_OF_PHASE",
+    "EarlyCuts": "GroupWarmup",
+    "Execution": "StepOutcome",
+    "Landing": "StagingBuffers",
+    "LearnedScale": "LrMultiplier",
+    "Order": "BaselineJob",
+    "PEERS": "BASELINES",
+    "Peer": "Baseline",
+    "Run": "State",
+    "Session": "BaselineRun",
+    "State": "StateDict",
+    "StepScale": "Multiplier",
+    "UnitScale": "UnitMultiplier",
+    "peer_of": "baseline_of",
+    "peers_for": "baselines_for",
+    "quiet_forward": "side_effect_free",
+    "run_peer": "run_baseline",
+    "settle_anchor": "settle_rollback_point",
+}
 
 
 def _warn(former: str, homes: Sequence[str]) -> None:

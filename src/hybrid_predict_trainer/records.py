@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 #: What ``state_dict`` methods return: nested plain containers, scalars and tensors, never pickled.
-State = dict[str, Any]
+StateDict = dict[str, Any]
+#: Its name until version 0.2.
+State = StateDict
 
 
 class Phase(StrEnum):
@@ -402,7 +404,7 @@ class Account:
 
 
 @dataclass(slots=True)
-class Execution:
+class StepOutcome:
     """What one executor did, for the monitor and the record."""
 
     loss: Tensor

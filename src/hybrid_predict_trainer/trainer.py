@@ -27,7 +27,7 @@ from .keep.finiteness import trained_weights_finite, whereabouts
 from .keep.periodic import PeriodicSaver
 from .keep.subject import LossFn
 from .predictors import Predictor
-from .records import DivergenceError, EpochResult, State, StepResult
+from .records import DivergenceError, EpochResult, StateDict, StepResult
 from .tell.figures import statistics
 from .tell.recorder import Metrics
 from .tell.sinks import Sink, Writer
@@ -315,7 +315,7 @@ class HybridTrainer:
         """Write none while training goes on, whatever ``checkpoint.directory`` says: the caller does."""
         self._saver = None
 
-    def save_checkpoint(self, path: str | Path, *, extra: dict[str, State] | None = None) -> Path:
+    def save_checkpoint(self, path: str | Path, *, extra: dict[str, StateDict] | None = None) -> Path:
         """Write a checkpoint folder below ``path``; returns it.
 
         Args:
@@ -329,7 +329,7 @@ class HybridTrainer:
         with own_defaults():
             return persistence.save(self.run, self.metrics, Path(path), extra=extra)
 
-    def load_checkpoint(self, path: str | Path) -> dict[str, State]:
+    def load_checkpoint(self, path: str | Path) -> dict[str, StateDict]:
         """Continue from a checkpoint folder, bit for bit.
 
         Returns:

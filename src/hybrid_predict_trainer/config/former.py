@@ -101,5 +101,4 @@ def _reader(cls: type, former: str, path: str) -> property:
         _warn(cls, former, path, 2)
         return functools.reduce(getattr, path.split("."), self)
 
-    read.__doc__ = f"Former name of ``{path}``."
-    return property(read)
+    return property(read, doc=f"Former name of ``{path}``.")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from ..records import Action, Alarm, Level
-from .state import Run
+from .state import State
 from .withdrawal import follow_advice
 
 #: Critical steps in a row after which the same learning rate is not tried again.
 RETRY_AFTER = 5
 
 
-def respond(run: Run, alarm: Alarm) -> None:
+def respond(run: State, alarm: Alarm) -> None:
     """Apply what an alarm asks for."""
     settings = run.config.divergence
     critical = run.monitor.num_consecutive_critical

@@ -20,7 +20,7 @@ from ..records import ConfigError
 from ..tell.sinks import Sink, Writer, sink_of
 from ..weights.offload import own_defaults
 from ..weights.parameters import optimizer_parameters
-from .state import Run
+from .state import State
 
 
 def default_loss(model: nn.Module, batch: Any) -> Tensor:
@@ -59,7 +59,7 @@ class Handed:
     owns_schedule: bool = True
 
 
-def build_run(model: nn.Module, optimizer: Optimizer, config: HybridTrainerConfig | None, handed: Handed) -> Run:
+def build_run(model: nn.Module, optimizer: Optimizer, config: HybridTrainerConfig | None, handed: Handed) -> State:
     """Check what was handed in, and bind it; nothing is changed before the first step.
 
     Raises:
@@ -86,7 +86,7 @@ def build_run(model: nn.Module, optimizer: Optimizer, config: HybridTrainerConfi
     validation = None if handed.val_fn is None else Validation(handed.val_fn, handed.val_cost)
     with own_defaults():
         subject = Subject.of(model, optimizer, handed.loss_fn or default_loss, handed.grad_scaler, handed.roles)
-        run = Run(
+        run = State(
             subject, config, handed.lr_scheduler, predictor=handed.predictor, validation=validation,
             owns_schedule=handed.owns_schedule,
         )  # fmt: skip

@@ -9,18 +9,18 @@ from typing import Any
 from ..cost import STEP_UNITS
 from ..judge.probation import Probation, probation_passes
 from ..observe.divergence import prediction_error
-from ..records import Action, Alarm, Decision, Execution, Level
+from ..records import Action, Alarm, Decision, Level, StepOutcome
 from .real_step import run_full
-from .state import Run
+from .state import State
 
 
-def run_correct(run: Run, batch: Any, decision: Decision) -> Execution:
+def run_correct(run: State, batch: Any, decision: Decision) -> StepOutcome:
     """A real step on probation; :func:`conclude` says what comes of it."""
     assert run.judge.probation is not None, "CORRECT without a jump on probation"
     return run_full(run, batch, decision)
 
 
-def conclude(run: Run, execution: Execution) -> None:
+def conclude(run: State, execution: StepOutcome) -> None:
     """After a step on probation: the last one keeps the jump or takes it back."""
     probation = run.judge.probation
     if probation is None:  # another set of weights is trained from this step on: there is no way back
@@ -46,7 +46,7 @@ def conclude(run: Run, execution: Execution) -> None:
     run.judge.end_probation()
 
 
-def probation_alarm(run: Run, probation: Probation, after: float) -> Alarm:
+def probation_alarm(run: State, probation: Probation, after: float) -> Alarm:
     """Prediction error of the smoothed loss on probation; from a warning on the next horizon is halved."""
     d = run.config.divergence
     alarm = prediction_error(
@@ -56,7 +56,7 @@ def probation_alarm(run: Run, probation: Probation, after: float) -> Alarm:
     return replace(alarm, action=Action.REDUCE_HORIZON) if alarm.level >= Level.WARNING else alarm
 
 
-def _extended(run: Run, probation: Probation, alarm: Alarm, after: float) -> bool:
+def _extended(run: State, probation: Probation, alarm: Alarm, after: float) -> bool:
     """Whether a jump in doubt gets as many steps again, once; one beyond doubt is marked critical.
 
     Twice the predicted loss is critical only if nothing is left of the gain: a jump to a hundredth of
@@ -73,7 +73,7 @@ def _extended(run: Run, probation: Probation, alarm: Alarm, after: float) -> boo
     return True
 
 
-def _roll_back(run: Run, probation: Probation) -> None:
+def _roll_back(run: State, probation: Probation) -> None:
     """Everything as it was before the jump, bit for bit; the steps since are lost and paid for."""
     run.restore(probation.snapshot)
     run.restored(probation.basis)

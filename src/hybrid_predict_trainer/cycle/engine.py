@@ -32,7 +32,7 @@ from ..keep.subject import LossFn
 from ..move.schedule import count_of
 from ..notices import warn
 from ..predictors import Predictor
-from ..records import CheckpointError, ConfigError, Decision, Execution, Phase, Reason, State, StepResult
+from ..records import CheckpointError, ConfigError, Decision, Phase, Reason, StateDict, StepOutcome, StepResult
 from ..tell.figures import statistics
 from ..tell.sinks import Sink, Writer
 from ..weights import algebra as weights
@@ -48,7 +48,7 @@ from .loop import Stopwatch, close_step, decide, look_at, prepare
 from .passes import has_ended
 from .pending import PendingStep
 from .real_step import RealStep, count_real
-from .state import Run
+from .state import State
 from .transaction import execute, interrupted
 
 #: What a model library hands to a forward that is no part of the batch: the gate takes the model's own mean.
@@ -86,7 +86,7 @@ class Engine:
         result: Of the last step or proposal; None before the first.
     """
 
-    def __init__(self, run: Run, *, auto: bool, missing: tuple[str, ...] = ()) -> None:
+    def __init__(self, run: State, *, auto: bool, missing: tuple[str, ...] = ()) -> None:
         """Bind; :func:`attach` sets the hooks."""
         self.run, self.missing = run, missing
         self.result: StepResult | None = None
@@ -316,7 +316,7 @@ class Engine:
 
     # ---- state ---------------------------------------------------------------------------------------
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """What is the engine's own, between two steps; model, optimizer, schedule and scaler are the loop's to save.
 
         Raises:
@@ -325,7 +325,7 @@ class Engine:
         settle_readings(self.run, self.run.recorder)
         return {**resume.own_state(self.run), "engine": self._own_state()}
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`, after model, optimizer, schedule and scaler were loaded.
 
         Raises:
@@ -376,7 +376,7 @@ class Engine:
         if saver is not None and not (stepping and theirs) and saver.due(run.meter.num_steps):
             saver.attempt(run.meter.num_steps)
 
-    def _own_state(self) -> State:
+    def _own_state(self) -> StateDict:
         decision = self._decision
         return {
             "decision": None if decision is None else {
@@ -387,7 +387,7 @@ class Engine:
             "forms": [[number, list(names)] for number, names in sorted(self._forms)],
         }  # fmt: skip
 
-    def _restart(self, own: State) -> None:
+    def _restart(self, own: StateDict) -> None:
         self._drop_pending()
         for handover in (self._handover, self._seen, self._aside):
             handover.take()
@@ -704,7 +704,7 @@ class Engine:
         if moved:
             pending.complete()
             if pending.decision.phase is Phase.CORRECT and pending.step is not None:
-                conclude(run, Execution(pending.step.loss))
+                conclude(run, StepOutcome(pending.step.loss))
         interrupted(run)
         outside.remember(run)
 
@@ -764,10 +764,10 @@ def _form(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, tuple[
 
 
 #: The engine's own part of a checkpoint that a trainer has written.
-_FRESH: State = {"decision": None, "looked": False, "spent": 0.0, "forms": []}
+_FRESH: StateDict = {"decision": None, "looked": False, "spent": 0.0, "forms": []}
 
 
-def _checked(own: Any) -> State:
+def _checked(own: Any) -> StateDict:
     """The engine's own part of a state.
 
     Raises:

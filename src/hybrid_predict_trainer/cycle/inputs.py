@@ -9,7 +9,7 @@ from ..keep.failures import Place
 from ..propose.confidence import Evidence
 from ..records import Phase
 from .phases import Signals
-from .state import Run
+from .state import State
 
 #: How many times its prediction a gain may turn out to be.
 OPTIMISM = 4.0
@@ -28,7 +28,7 @@ class Preview:
     promising: bool = False
 
 
-def preview_proposal(run: Run) -> Preview:
+def preview_proposal(run: State) -> Preview:
     """Ask the predictor, once, if a proposal may be due.
 
     This is no query: it draws the bandit's arm and states a confidence, and a second call would do so again.
@@ -47,12 +47,12 @@ def preview_proposal(run: Run) -> Preview:
     return Preview(horizon, ready=predictor_ready(run), promising=promising)
 
 
-def num_full_steps_due(run: Run) -> int:
+def num_full_steps_due(run: State) -> int:
     """Full steps between two proposals: where losses are exact a test says at once what one is worth."""
     return 0 if run.full_batch else run.config.full_steps
 
 
-def inputs(run: Run, preview: Preview) -> Signals:
+def inputs(run: State, preview: Preview) -> Signals:
     """Everything the controller may look at; two calls give the same."""
     proposer, phases, probation, closed = run.proposer, run.phases, run.judge.probation, run.windows.just_closed
     return Signals(
@@ -80,7 +80,7 @@ def inputs(run: Run, preview: Preview) -> Signals:
     )
 
 
-def _considered(run: Run, horizon: int) -> tuple[int, bool]:
+def _considered(run: State, horizon: int) -> tuple[int, bool]:
     """Look at a proposal before any forward is spent on it: its horizon, and whether it promises enough."""
     feedback, window, loss = run.proposer.feedback, run.windows.last, run.losses.history.loss_ema
     try:
@@ -115,7 +115,7 @@ def _considered(run: Run, horizon: int) -> tuple[int, bool]:
     return horizon, run.full_batch or OPTIMISM * reduction >= cost
 
 
-def predictor_ready(run: Run) -> bool:
+def predictor_ready(run: State) -> bool:
     """Whether the predictor has something to say; one that raises has not."""
     try:
         return (
@@ -132,7 +132,7 @@ def predictor_ready(run: Run) -> bool:
         return False
 
 
-def affordable(run: Run) -> bool:
+def affordable(run: State) -> bool:
     """Whether the budget allows a proposal, what the rest of a planned run will cost to watch included."""
     usual = USUAL_PRICE_EXACT if run.full_batch else USUAL_PRICE_NOISY
     spent, planned = run.meter.cost_units, run.meter.planned_units

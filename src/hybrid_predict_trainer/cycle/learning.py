@@ -15,16 +15,16 @@ from ..move.multiplier import Reading as ScaleReading
 from ..observe.history import Reading
 from ..predictors import Paced
 from ..propose.proposal import fits
-from ..records import Action, Alarm, Decision, DivergenceError, Execution, Level, Phase, StepResult, Window
+from ..records import Action, Alarm, Decision, DivergenceError, Level, Phase, StepOutcome, StepResult, Window
 from ..tell.recorder import Metrics
 from .alarms import respond
 from .motions import note_motion_failure
-from .real_step import settle_anchor
-from .state import Run
+from .real_step import settle_rollback_point
+from .state import State
 from .withdrawal import follow_advice, follow_request, rescue
 
 
-def enter(run: Run, decision: Decision) -> None:
+def enter(run: State, decision: Decision) -> None:
     """Go over to the decided phase.
 
     Raises:
@@ -38,7 +38,7 @@ def enter(run: Run, decision: Decision) -> None:
     run.meter.begin_step(decision.phase)
 
 
-def monitor(run: Run, metrics: Metrics, execution: Execution) -> Alarm:
+def monitor(run: State, metrics: Metrics, execution: StepOutcome) -> Alarm:
     """Read the losses that are due, check them, respond to the worst alarm.
 
     Raises:
@@ -67,22 +67,22 @@ def monitor(run: Run, metrics: Metrics, execution: Execution) -> Alarm:
     return max(alarm, execution.alarm, key=lambda a: a.level)
 
 
-def read(run: Run, metrics: Metrics, *, force: bool) -> Alarm:
+def read(run: State, metrics: Metrics, *, force: bool) -> Alarm:
     """Check all readings that are due (or all there are) and return the worst alarm."""
     readings = run.losses.read(force=force)
     alarms = [_check(run, metrics, reading) for reading in readings]
     if readings and not run.subject.on_cpu:
-        settle_anchor(run, finite=all(r.finite for r in readings))
+        settle_rollback_point(run, finite=all(r.finite for r in readings))
     return max(alarms, key=lambda alarm: alarm.level, default=Alarm())
 
 
-def settle_readings(run: Run, metrics: Metrics) -> None:
+def settle_readings(run: State, metrics: Metrics) -> None:
     """Read what an accelerator still holds back."""
     read(run, metrics, force=True)
     metrics.flush()
 
 
-def _check(run: Run, metrics: Metrics, reading: Reading) -> Alarm:
+def _check(run: State, metrics: Metrics, reading: Reading) -> Alarm:
     warming_up = run.phases.current is Phase.WARMUP
     if not run.subject.on_cpu and run.optimizer_step.scale_search.look(overflowed=reading.overflowed):
         return Alarm()
@@ -100,7 +100,7 @@ def _check(run: Run, metrics: Metrics, reading: Reading) -> Alarm:
 EMA_STEPS = 39
 
 
-def rescale(run: Run, execution: Execution) -> None:
+def rescale(run: State, execution: StepOutcome) -> None:
     """After a real step: let the learned multiplier look at it, and the guard."""
     if (
         not execution.backwards
@@ -115,7 +115,7 @@ def rescale(run: Run, execution: Execution) -> None:
         note_motion_failure(run, error)
 
 
-def _look(run: Run) -> None:
+def _look(run: State) -> None:
     loss = run.losses.history.loss_ema
     reading = ScaleReading(
         lr=run.learning_rate,
@@ -136,13 +136,13 @@ def _look(run: Run) -> None:
     run.optimizer_step.scale.rest(run.safety.guard.comparing)
 
 
-def blind(run: Run) -> bool:
+def blind(run: State) -> bool:
     """Whether no loss at hand can tell a faster start from a faster overfitting: nothing is raised then."""
     asked = run.safety.validation is not None and not run.safety.validation.failed
     return run.batches.recurrence.recurs and not run.full_batch and not asked
 
 
-def validated(run: Run, advice: Advice) -> Advice:
+def validated(run: State, advice: Advice) -> Advice:
     """Where data come round again the validation loss has the last word on a raise, if there is one."""
     validation, step = run.safety.validation, run.meter.num_real_steps
     if (
@@ -169,12 +169,12 @@ def validated(run: Run, advice: Advice) -> Advice:
     return run.optimizer_step.scale.withdraw(for_good=True) if worse or validation.rising else advice
 
 
-def _ask(run: Run, validation: Validation) -> float:
+def _ask(run: State, validation: Validation) -> float:
     run.meter.add_forwards(validation.cost)
     return validation.ask(run.subject.model, run.meter.num_real_steps)
 
 
-def judge_lookahead(run: Run, execution: Execution) -> None:
+def judge_lookahead(run: State, execution: StepOutcome) -> None:
     """After a real step: let the trial of the lookahead look at it.
 
     Where losses are read late a block ends when all of its own are there.
@@ -187,7 +187,7 @@ def judge_lookahead(run: Run, execution: Execution) -> None:
         note_motion_failure(run, error)
 
 
-def observe(run: Run, metrics: Metrics, execution: Execution, began: float) -> None:
+def observe(run: State, metrics: Metrics, execution: StepOutcome, began: float) -> None:
     """Close the window when it is full: the predictor learns, the ledger settles.
 
     Args:
@@ -226,7 +226,7 @@ def observe(run: Run, metrics: Metrics, execution: Execution, began: float) -> N
     metrics.note_window(1e3 * (encoded - started), 1e3 * (updated - encoded), cosine)
 
 
-def learn(run: Run, window: Window) -> None:
+def learn(run: State, window: Window) -> None:
     """Show the predictor a window and ask for its forecast of the next; one that keeps failing is left alone."""
     if run.failures.exhausted(Place.PREDICTOR) or not run.windows.keeping:  # a window that nothing was kept of
         return
@@ -245,7 +245,7 @@ def learn(run: Run, window: Window) -> None:
         run.proposer.note_failure(error)
 
 
-def describe(run: Run, decision: Decision, execution: Execution, alarm: Alarm, started: float) -> StepResult:
+def describe(run: State, decision: Decision, execution: StepOutcome, alarm: Alarm, started: float) -> StepResult:
     """What the caller gets to see of a step."""
     verdict, prediction = execution.verdict, execution.prediction
     error = None

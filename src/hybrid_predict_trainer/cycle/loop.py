@@ -10,14 +10,14 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from ..records import Decision, Execution, Phase, StepResult
+from ..records import Decision, Phase, StepOutcome, StepResult
 from ..weights.offload import own_defaults
 from . import outside
 from .inputs import inputs, preview_proposal
 from .learning import describe, enter, judge_lookahead, monitor, observe, rescale
 from .predictor_choice import choose_by_losses
 from .real_step import run_plain
-from .state import Run
+from .state import State
 from .transaction import execute
 from .withdrawal import compare_with_anchor
 
@@ -37,7 +37,7 @@ class Stopwatch:
     seconds: float | None
 
 
-def look_at(run: Run, batch: Any) -> float:
+def look_at(run: State, batch: Any) -> float:
     """Look at the batch of a step before it is decided what to do with it; returns forwards spent."""
     run.see(batch)
     measured = run.judge.measure_exactness(batch, run.meter, same=run.batches.same, observing=run.windows.observing)
@@ -45,13 +45,13 @@ def look_at(run: Run, batch: Any) -> float:
     return measured
 
 
-def decide(run: Run) -> Decision:
+def decide(run: State) -> Decision:
     """What comes next; the only question to the predictor before it is behind that."""
     with own_defaults():
         return run.phases.controller.decide(inputs(run, preview_proposal(run)))
 
 
-def prepare(run: Run, batch: Any, decision: Decision) -> None:
+def prepare(run: State, batch: Any, decision: Decision) -> None:
     """In the decided phase, before the step: the predictor that suits the losses, and the guard's comparison."""
     run.schedule.begin_step()
     if decision.phase is not Phase.PREDICT:
@@ -60,7 +60,7 @@ def prepare(run: Run, batch: Any, decision: Decision) -> None:
     compare_with_anchor(run, batch)
 
 
-def close_step(run: Run, decision: Decision, execution: Execution, watch: Stopwatch) -> StepResult:
+def close_step(run: State, decision: Decision, execution: StepOutcome, watch: Stopwatch) -> StepResult:
     """After a step of any phase: check its loss, learn from it, record it.
 
     Raises:
@@ -78,7 +78,7 @@ def close_step(run: Run, decision: Decision, execution: Execution, watch: Stopwa
         return result
 
 
-def take_step(run: Run, batch: Any) -> StepResult:
+def take_step(run: State, batch: Any) -> StepResult:
     """One step with one batch: real, or a predicted jump judged on it.
 
     Raises:

@@ -9,21 +9,21 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..keep.failures import Place
-from .state import Run
+from .state import State
 
 
-def before_optimizer(run: Run) -> int:
+def before_optimizer(run: State) -> int:
     """Between backward and the optimizer's step; returns passes over the weights."""
     return _unless_it_raises(run, lambda: run.optimizer_step.before(exact=run.full_batch))
 
 
-def after_optimizer(run: Run, rate: float) -> int:
+def after_optimizer(run: State, rate: float) -> int:
     """After the optimizer's step; returns passes over the weights."""
     resting = run.safety.guard.comparing
     return _unless_it_raises(run, lambda: run.optimizer_step.after(rate, exact=run.full_batch, resting=resting))
 
 
-def _unless_it_raises(run: Run, work: Callable[[], int]) -> int:
+def _unless_it_raises(run: State, work: Callable[[], int]) -> int:
     try:
         return work()
     except Exception as error:
@@ -31,7 +31,7 @@ def _unless_it_raises(run: Run, work: Callable[[], int]) -> int:
         return 0
 
 
-def note_motion_failure(run: Run, error: Exception) -> None:
+def note_motion_failure(run: State, error: Exception) -> None:
     """Multiplier or lookahead failed: both begin anew, the multiplier at 1, and end if that happens again and again."""
     run.failures.note(Place.MOTION, error)
     run.optimizer_step.forget()
@@ -40,7 +40,7 @@ def note_motion_failure(run: Run, error: Exception) -> None:
         run.optimizer_step.end_steering()
 
 
-def end_motions(run: Run) -> None:
+def end_motions(run: State) -> None:
     """Nothing but the optimizer moves the weights from here on."""
     run.optimizer_step.end_steering()
     run.judge.ledger.switch_off()

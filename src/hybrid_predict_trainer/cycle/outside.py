@@ -18,14 +18,14 @@ from ..weights.parameters import named_parameters
 from ..weights.real_views import owner
 from ..weights.trained import Write
 from .motions import end_motions
-from .state import Run
+from .state import State
 
 #: Times that somebody else may change the weights before the lookahead ends: one who does so at every step (weights
 #: clipped after it, say) undoes a part of what it adds, and there is never a displacement to go by.
 MAX_WRITES = 3
 
 
-def notice(run: Run) -> None:
+def notice(run: State) -> None:
     """Before a step: see whether weights were written to since the last, or are trained no more."""
     if run.config.never_predicts or run.failures.exhausted(Place.WEIGHTS):  # nothing is remembered of them
         return
@@ -35,7 +35,7 @@ def notice(run: Run) -> None:
         note_unseen(run, error)
 
 
-def _notice(run: Run) -> None:
+def _notice(run: State) -> None:
     real_views.follow(run.subject.views)
     write = run.watch.writes.look()
     if write is Write.CHANGED:
@@ -45,7 +45,7 @@ def _notice(run: Run) -> None:
     note_trained(run, run.watch.trained.look_ahead())
 
 
-def remember(run: Run) -> None:
+def remember(run: State) -> None:
     """After a step, whatever became of it: the weights are as the run left them."""
     if run.config.never_predicts or run.failures.exhausted(Place.WEIGHTS):
         return
@@ -55,7 +55,7 @@ def remember(run: Run) -> None:
         note_unseen(run, error)
 
 
-def note_unseen(run: Run, error: Exception) -> None:
+def note_unseen(run: State, error: Exception) -> None:
     """What was done to the weights cannot be seen: what remembers them begins anew, and ends if that goes on."""
     run.failures.note(Place.WEIGHTS, error)
     run.overwritten()
@@ -65,7 +65,7 @@ def note_unseen(run: Run, error: Exception) -> None:
         end_motions(run)
 
 
-def note_changed(run: Run) -> None:
+def note_changed(run: State) -> None:
     """The weights are others than the run left: everything that remembers the old ones begins anew."""
     run.meter.outside_write()
     if run.meter.num_outside_writes == 1:
@@ -82,7 +82,7 @@ def note_changed(run: Run) -> None:
         run.optimizer_step.switchback.switch_off()
 
 
-def note_touched(run: Run, write: Write) -> None:
+def note_touched(run: State, write: Write) -> None:
     """Weights were written to and are the same, as far as a sample tells.
 
     What spans this moment is dropped, in case that they changed in few places; what was learnt before is kept.  Copies
@@ -95,7 +95,7 @@ def note_touched(run: Run, write: Write) -> None:
         drop_points(run)
 
 
-def note_training(run: Run) -> None:
+def note_training(run: State) -> None:
     """Between backward and step: see what is trained."""
     if run.config.never_predicts or run.failures.exhausted(Place.WEIGHTS):
         return
@@ -105,7 +105,7 @@ def note_training(run: Run) -> None:
         note_unseen(run, error)
 
 
-def note_trained(run: Run, places: Sequence[int]) -> None:
+def note_trained(run: State, places: Sequence[int]) -> None:
     """Parameters that were trained are not trained any more, or are again."""
     if not places:
         return
@@ -116,14 +116,14 @@ def note_trained(run: Run, places: Sequence[int]) -> None:
             _keep_in_place(run, point, places)
 
 
-def drop_points(run: Run) -> None:
+def drop_points(run: State) -> None:
     """Copies of the weights from before: nobody may go back to them."""
     run.rollback.drop()
     run.safety.forget_weights()
 
 
 @torch.no_grad()
-def _keep_in_place(run: Run, anchor: Snapshot, places: Sequence[int]) -> None:
+def _keep_in_place(run: State, anchor: Snapshot, places: Sequence[int]) -> None:
     """These parameters are not to move when the run goes back to its anchor."""
     names = {id(p): name for name, p in named_parameters(run.subject.model, run.subject.optimizer).items()}
     held = list(names.values()) if anchor.names is None else anchor.names

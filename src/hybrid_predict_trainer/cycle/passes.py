@@ -11,7 +11,7 @@ from torch import Tensor
 from ..records import ConfigError, EpochResult
 from ..tell.figures import statistics
 from ..weights import algebra as weights
-from .state import Run
+from .state import State
 
 
 class Rounds:
@@ -95,7 +95,7 @@ def replaying(batches: Iterable[Any], unused: Callable[[], Any]) -> Iterator[Any
             yield again
 
 
-def has_ended(run: Run, total_steps: int | None) -> bool:
+def has_ended(run: State, total_steps: int | None) -> bool:
     """Whether a planned run is at its end, with no jump on probation."""
     settled = run.judge.probation is None and run.proposer.segment is None
     return total_steps is not None and run.position >= total_steps and settled
@@ -104,7 +104,7 @@ def has_ended(run: Run, total_steps: int | None) -> bool:
 class Tally:
     """What a stretch of training did, from its beginning on."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: State) -> None:
         """It begins."""
         self._run = run
         self._started = time.perf_counter()
@@ -139,6 +139,6 @@ class Tally:
         )
 
 
-def phase_counts(run: Run) -> dict[str, int]:
+def phase_counts(run: State) -> dict[str, int]:
     """Steps by phase so far."""
     return {phase.value: n for phase, n in run.meter.steps_by_phase.items()}

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..records import Decision, Execution
+from ..records import Decision, StepOutcome
 from ..weights.parameters import optimizer_parameters
 from .real_step import RealStep, count_real
-from .state import Run
+from .state import State
 from .transaction import finish_real, versions_of
 
 
@@ -27,7 +27,7 @@ class PendingStep:
         armed: The optimizer is stepping.
     """
 
-    def __init__(self, run: Run, decision: Decision, step: RealStep | None, batch: Any, measured: float) -> None:
+    def __init__(self, run: State, decision: Decision, step: RealStep | None, batch: Any, measured: float) -> None:
         """Remember where the weights stand."""
         self.decision, self.step, self.batch, self.measured = decision, step, batch, measured
         self.armed = False
@@ -65,12 +65,12 @@ class PendingStep:
             parameter.grad = gradient
         self._withheld = []
 
-    def end(self) -> Execution:
+    def end(self) -> StepOutcome:
         """What came of it; a step whose weights have moved is carried to its end even if that is interrupted."""
         run, step = self._run, self.step
         if step is None:
             count_real(run)
-            return Execution(torch.tensor(math.nan, device="cpu"), forwards=1, backwards=1)
+            return StepOutcome(torch.tensor(math.nan, device="cpu"), forwards=1, backwards=1)
         if not step.usable:
             return step.skip()
         try:

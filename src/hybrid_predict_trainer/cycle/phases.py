@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ..config.settings import HybridTrainerConfig
-from ..records import Decision, HybridError, Phase, Reason, State
+from ..records import Decision, HybridError, Phase, Reason, StateDict
 
 LEGAL: dict[Phase, frozenset[Phase]] = {
     Phase.WARMUP: frozenset({Phase.WARMUP, Phase.FULL}),
@@ -211,11 +211,11 @@ class PhaseState:
 
     _COUNTS = ("num_forced_full_steps", "forced_by_alarm", "num_real_steps_since_predict")
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Plain numbers."""
         return {"current": self.current.value, **{name: getattr(self, name) for name in self._COUNTS}}
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
         self.current = Phase(state["current"])
         for name in self._COUNTS:

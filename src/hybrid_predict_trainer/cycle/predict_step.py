@@ -16,19 +16,19 @@ from ..judge.probation import Probation
 from ..keep.failures import Place
 from ..propose.proposal import propose
 from ..propose.segments import Segment
-from ..records import Account, Decision, Execution, PhasePrediction, Reason, Verdict
+from ..records import Account, Decision, PhasePrediction, Reason, StepOutcome, Verdict
 from ..weights import algebra as weights
 from ..weights import offload as host
 from ..weights.algebra import Tensors
 
 if TYPE_CHECKING:
-    from .state import Run
+    from .state import State
 
 
 Accept = Callable[[PhasePrediction, list[Tensors], Tensors, Verdict], Verdict]
 
 
-def transact(run: Run, batch: Any, decision: Decision, accept: Accept) -> tuple[PhasePrediction | None, Verdict]:
+def transact(run: State, batch: Any, decision: Decision, accept: Accept) -> tuple[PhasePrediction | None, Verdict]:
     """Propose, judge, and let ``accept`` move the weights.
 
     Whatever raises on the way is a refusal, and everything is as it was before; so it is where the program is
@@ -68,7 +68,7 @@ def transact(run: Run, batch: Any, decision: Decision, accept: Accept) -> tuple[
             weights.copy_(run.subject.parameters, saved)
 
 
-def run_predict(run: Run, batch: Any, decision: Decision) -> Execution:
+def run_predict(run: State, batch: Any, decision: Decision) -> StepOutcome:
     """Propose, judge, then apply the accepted multiple of the jump or nothing at all."""
     started = time.perf_counter()
     c = run.meter
@@ -76,7 +76,7 @@ def run_predict(run: Run, batch: Any, decision: Decision) -> Execution:
     run.proposer.count_proposal()
     run.phases.count_proposal()
     before_units = c.extra_units
-    execution = Execution(torch.tensor(math.nan, device="cpu"))
+    execution = StepOutcome(torch.tensor(math.nan, device="cpu"))
 
     def accept(prediction: PhasePrediction, deltas: list[Tensors], saved: Tensors, verdict: Verdict) -> Verdict:
         if verdict.accepted and _is_control(run):
@@ -113,12 +113,12 @@ def run_predict(run: Run, batch: Any, decision: Decision) -> Execution:
     return execution
 
 
-def _is_control(run: Run) -> bool:
+def _is_control(run: State) -> bool:
     """Skip a random share of approved jumps; the draw is from the run's own generator."""
     return float(torch.rand((), generator=run.judge.generator, device="cpu")) < run.config.gate.holdout_fraction
 
 
-def _book(run: Run, verdict: Verdict, prediction: PhasePrediction, price: float) -> None:
+def _book(run: State, verdict: Verdict, prediction: PhasePrediction, price: float) -> None:
     """Open the ledger's account for an approved jump, applied or skipped."""
     step = run.meter.num_real_steps
     run.proposer.feedback.note_approval(step)
@@ -138,7 +138,12 @@ def _book(run: Run, verdict: Verdict, prediction: PhasePrediction, price: float)
 
 
 def _accept(
-    run: Run, prediction: PhasePrediction, deltas: Sequence[Tensors], saved: Tensors, verdict: Verdict, fallback: float
+    run: State,
+    prediction: PhasePrediction,
+    deltas: Sequence[Tensors],
+    saved: Tensors,
+    verdict: Verdict,
+    fallback: float,
 ) -> Tensor:
     """Move the weights by the recorded vector, and start probation."""
     c = run.meter
@@ -162,7 +167,7 @@ def _accept(
     return candidates[verdict.candidate] * verdict.scale
 
 
-def _next_segment(run: Run, prediction: PhasePrediction | None, verdict: Verdict) -> None:
+def _next_segment(run: State, prediction: PhasePrediction | None, verdict: Verdict) -> None:
     if not verdict.accepted or prediction is None or prediction.first_fit or run.config.segments == 1:
         run.proposer.go_on_with(None)
         return

@@ -20,14 +20,14 @@ from ..observe.basis import Basis
 from ..observe.guarded_observer import GuardedObserver
 from ..observe.window_encoder import NullObserver, Observer, observer_for
 from ..predictors import Paced, Predictor, build
-from ..propose.feedback import Adaptation
+from ..propose.feedback import Feedback
 from ..propose.time_budget import TimeBudget
 from ..version import PACKAGE
 from ..weights.algebra import LARGE
 from ..weights.parameters import Groups
 
 if TYPE_CHECKING:
-    from .state import Run
+    from .state import State
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class Parts:
 
     predictor: Predictor
     time: TimeBudget
-    feedback: Adaptation
+    feedback: Feedback
     basis: Basis
     groups: Groups
     observer: Observer | None
@@ -106,12 +106,12 @@ def parts_for(
         )
         if not isinstance(observer, NullObserver):
             observer = GuardedObserver(observer, failures)
-    feedback = Adaptation(config, spec, groups.num_groups, failures)
+    feedback = Feedback(config, spec, groups.num_groups, failures)
     on_trial = own and isinstance(observer, NullObserver) and not spec.differences and not config.predictor.keep_basis
     return Parts(predictor, time, feedback, basis, groups, observer, on_trial and groups.num_weights > LARGE)
 
 
-def choose_by_losses(run: Run) -> None:
+def choose_by_losses(run: State) -> None:
     """Between two steps: take the predictor that suits the losses, if the user left the choice."""
     if not run.proposer.chooses or run.judge.probation is not None or run.proposer.segment is not None:
         return
@@ -123,7 +123,7 @@ def choose_by_losses(run: Run) -> None:
             _go_over(run, NOISY, "noisy")
 
 
-def _go_over(run: Run, name: str, losses: str) -> None:
+def _go_over(run: State, name: str, losses: str) -> None:
     """Take the other predictor; where it cannot be had (no memory, say) the run keeps the one that it has."""
     try:
         run.choose(name)

@@ -16,17 +16,17 @@ import torch
 from torch import Tensor
 
 from ..cost import PASS_UNITS
-from ..records import Decision, Execution, Phase
+from ..records import Decision, Phase, StepOutcome
 from ..weights import algebra as weights
 from ..weights.parameters import optimizer_parameters
 from . import outside
 from .motions import after_optimizer, before_optimizer
-from .state import Run
+from .state import State
 
 # ---- real steps ---------------------------------------------------------------------------------
 
 
-def run_plain(run: Run, batch: Any, decision: Decision) -> Execution:
+def run_plain(run: State, batch: Any, decision: Decision) -> StepOutcome:
     """The plain loop and nothing else: what ``enabled = False`` runs."""
     run.subject.optimizer.zero_grad(set_to_none=True)
     loss = checked_loss(run.subject.loss_fn(run.subject.model, batch))
@@ -35,7 +35,7 @@ def run_plain(run: Run, batch: Any, decision: Decision) -> Execution:
         torch.nn.utils.clip_grad_norm_(optimizer_parameters(run.subject.optimizer), run.config.gradient_clip_norm)
     _optimizer_step(run)
     count_real(run)
-    return Execution(loss.detach(), forwards=1, backwards=1)
+    return StepOutcome(loss.detach(), forwards=1, backwards=1)
 
 
 class RealStep:
@@ -47,7 +47,7 @@ class RealStep:
         usable: Whether loss and gradients let this step touch the weights.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: State) -> None:
         """Nothing has begun.
 
         Args:
@@ -111,16 +111,16 @@ class RealStep:
         self.before_step()
         _optimizer_step(self.run)
 
-    def end(self) -> Execution:
+    def end(self) -> StepOutcome:
         """The optimizer has stepped: multiplier and lookahead do their part, and the step is counted."""
         run = self.run
         passes = self._passes + after_optimizer(run, self._rate)
         run.meter.add_passes(passes)
         run.judge.ledger.observe(passes * PASS_UNITS)
         count_real(run)
-        return Execution(self.loss, self.norm, forwards=1, backwards=1)
+        return StepOutcome(self.loss, self.norm, forwards=1, backwards=1)
 
-    def skip(self) -> Execution:
+    def skip(self) -> StepOutcome:
         """Instead of ``step_optimizer`` and ``end`` where the step cannot be used.
 
         Buffers are as before, weights and optimizer were never touched.  A scaler is the driver's to update.
@@ -133,10 +133,10 @@ class RealStep:
         searching = run.optimizer_step.scale_search.look(overflowed=overflowed)
         run.meter.skipped()
         run.step_scheduler()
-        return Execution(self.loss, self.norm, skipped=True, searching=searching, forwards=1, backwards=1)
+        return StepOutcome(self.loss, self.norm, skipped=True, searching=searching, forwards=1, backwards=1)
 
 
-def run_full(run: Run, batch: Any, decision: Decision) -> Execution:
+def run_full(run: State, batch: Any, decision: Decision) -> StepOutcome:
     """One real step with forward and backward of its own: the stations in a row."""
     step = RealStep(run)
     step.begin()
@@ -173,25 +173,25 @@ def checked_loss(loss: Any) -> Tensor:
     return loss if loss.dim() == 0 else loss.reshape(())
 
 
-def _backward(run: Run, loss: Tensor) -> None:
+def _backward(run: State, loss: Tensor) -> None:
     scaler = run.subject.grad_scaler
     (loss if scaler is None else scaler.scale(loss)).backward()
     if scaler is not None:
         scaler.unscale_(run.subject.optimizer)
 
 
-def _optimizer_step(run: Run) -> None:
+def _optimizer_step(run: State) -> None:
     run.optimizer_step.step(run.position)
 
 
-def count_real(run: Run) -> None:
+def count_real(run: State) -> None:
     """Count a real step, and bring the schedule to the clock."""
     run.meter.real_step()
     run.phases.count_real_step()
     run.step_scheduler()
 
 
-def _usable(run: Run, loss: Tensor, norm: Tensor) -> bool:
+def _usable(run: State, loss: Tensor, norm: Tensor) -> bool:
     """Whether a step may touch the weights.  On an accelerator this is found out later (anchor)."""
     if not run.subject.on_cpu:
         return True
@@ -203,14 +203,14 @@ def _usable(run: Run, loss: Tensor, norm: Tensor) -> bool:
     return run.full_batch or run.phases.current is Phase.WARMUP or not baseline > 0 or float(norm) <= limit
 
 
-def _keep_anchor(run: Run) -> None:
+def _keep_anchor(run: State) -> None:
     """Accelerators: an exact copy at the start of every reading interval."""
     if run.rollback.point is None:
         run.rollback.take(run.snapshot_into, run.meter.num_real_steps, run.schedule.num_steps)
         run.meter.add_passes(6)
 
 
-def settle_anchor(run: Run, *, finite: bool) -> None:
+def settle_rollback_point(run: State, *, finite: bool) -> None:
     """The interval's readings are in: go back to its start if any was not finite."""
     if run.rollback.point is not None and not finite:
         # the scaler keeps what it learnt: with the scale that overflowed the interval would be lost again, for ever

@@ -30,7 +30,7 @@ from ..observe.history import Losses
 from ..observe.window import WindowRecorder
 from ..predictors import Predictor
 from ..propose.proposer import Proposer
-from ..records import State, Window
+from ..records import StateDict, Window
 from ..tell.recorder import Metrics
 from ..tell.sinks import NullSink
 from ..weights.algebra import LARGE, Tensors
@@ -38,10 +38,10 @@ from ..weights.trained import Watch
 from .phases import PhaseState, controller_for
 from .predictor_choice import parts_for, settings_for
 
-__all__ = ["LossFn", "Run"]
+__all__ = ["LossFn", "State"]
 
 
-class Run:
+class State:
     """Everything the library knows about one run, by owner.
 
     Attributes:
@@ -242,7 +242,7 @@ class Run:
         for part in self._remembering:
             part.on_jump(delta, scale)
 
-    def restored(self, mark: State | None = None) -> None:
+    def restored(self, mark: StateDict | None = None) -> None:
         """Weights, and what was saved with them, are earlier ones again.
 
         Args:
@@ -276,11 +276,11 @@ class Run:
         "rollback", "batches", "failures", "watch",
     )  # fmt: skip
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """What the library itself remembers (model, optimizer and schedule are saved beside it)."""
         return {name: getattr(self, name).state_dict() for name in self.OWNERS}
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`; the predictor's own state is taken back beside it, after :meth:`adopt`."""
         self.adopt(state["proposer"]["predictor"])
         for name in self.OWNERS:

@@ -20,17 +20,17 @@ from torch import Tensor
 
 from ..keep.failures import Place
 from ..keep.memento import Memento
-from ..records import Decision, Execution, Phase, Reason, Verdict
+from ..records import Decision, Phase, Reason, StepOutcome, Verdict
 from ..weights import algebra as weights
 from .correct_step import conclude, run_correct
 from .predict_step import run_predict
 from .real_step import count_real, run_full
-from .state import Run
+from .state import State
 
-Executor = Callable[[Run, Any, Decision], Execution]
+PhaseStep = Callable[[State, Any, Decision], StepOutcome]
 
 #: Which function takes the step of which phase.
-EXECUTORS: dict[Phase, Executor] = {
+STEP_OF_PHASE: dict[Phase, PhaseStep] = {
     Phase.WARMUP: run_full,
     Phase.FULL: run_full,
     Phase.PREDICT: run_predict,
@@ -38,7 +38,7 @@ EXECUTORS: dict[Phase, Executor] = {
 }
 
 
-def books(run: Run) -> Memento:
+def books(run: State) -> Memento:
     """What a run remembers of its jumps: counts, ledger, adaptation, probation, and the run's own numbers."""
     p, j = run.proposer, run.judge
     a = p.feedback
@@ -48,7 +48,7 @@ def books(run: Run) -> Memento:
     ])  # fmt: skip
 
 
-def execute(run: Run, batch: Any, decision: Decision) -> Execution:
+def execute(run: State, batch: Any, decision: Decision) -> StepOutcome:
     """One step of a phase, whole even if it is interrupted.
 
     Args:
@@ -60,15 +60,15 @@ def execute(run: Run, batch: Any, decision: Decision) -> Execution:
         return _proposal(run, batch, decision)
     if decision.phase is Phase.CORRECT:
         return _on_probation(run, batch, decision)
-    return _real(run, batch, decision, EXECUTORS[decision.phase])
+    return _real(run, batch, decision, STEP_OF_PHASE[decision.phase])
 
 
-def _proposal(run: Run, batch: Any, decision: Decision) -> Execution:
+def _proposal(run: State, batch: Any, decision: Decision) -> StepOutcome:
     """Undone if it is interrupted."""
     before, generator = books(run), run.judge.generator.get_state()
     moved = Memento([run.windows.basis, run.optimizer_step.lookahead, run.optimizer_step.scale])
     try:
-        execution = EXECUTORS[Phase.PREDICT](run, batch, decision)
+        execution = STEP_OF_PHASE[Phase.PREDICT](run, batch, decision)
     except BaseException as error:
         if run.judge.held:
             weights.copy_(run.subject.parameters, run.judge.held)
@@ -79,14 +79,14 @@ def _proposal(run: Run, batch: Any, decision: Decision) -> Execution:
         if not isinstance(error, Exception):
             raise
         run.failures.note(Place.GATE, error)  # in the books, after the judgement: a refusal like any other
-        execution = Execution(torch.tensor(math.nan, device="cpu"), consumed=False)
+        execution = StepOutcome(torch.tensor(math.nan, device="cpu"), consumed=False)
         execution.verdict = Verdict(accepted=False, reason=Reason.CANNOT_EVALUATE)
     run.judge.release()
     run.step_scheduler()
     return execution
 
 
-def _real(run: Run, batch: Any, decision: Decision, executor: Executor) -> Execution:
+def _real(run: State, batch: Any, decision: Decision, executor: PhaseStep) -> StepOutcome:
     """Carried to its end and counted if its weights have moved."""
     versions, num_attempted = versions_of(run.subject.parameters), run.meter.num_attempted_steps
     done = run.optimizer_step.scale.num_steps, run.optimizer_step.lookahead.num_steps
@@ -98,17 +98,17 @@ def _real(run: Run, batch: Any, decision: Decision, executor: Executor) -> Execu
         raise
 
 
-def _on_probation(run: Run, batch: Any, decision: Decision) -> Execution:
+def _on_probation(run: State, batch: Any, decision: Decision) -> StepOutcome:
     """Carried to its end once its weights have moved."""
     before, versions, done = (
         books(run),
         versions_of(run.subject.parameters),
         (run.optimizer_step.scale.num_steps, run.optimizer_step.lookahead.num_steps),
     )
-    execution: Execution | None = None
+    execution: StepOutcome | None = None
     after: Memento | None = None
     try:
-        execution = EXECUTORS[Phase.CORRECT](run, batch, decision)
+        execution = STEP_OF_PHASE[Phase.CORRECT](run, batch, decision)
         after = books(run)
         conclude(run, execution)
     except BaseException:
@@ -120,12 +120,12 @@ def _on_probation(run: Run, batch: Any, decision: Decision) -> Execution:
             before.restore()
             finish_real(run, *done)
             assert run.judge.probation is not None, "CORRECT without a jump on probation"
-            conclude(run, Execution(run.judge.probation.under_way))
+            conclude(run, StepOutcome(run.judge.probation.under_way))
         raise
     return execution
 
 
-def finish_real(run: Run, num_scaled: int, num_looked: int) -> None:
+def finish_real(run: State, num_scaled: int, num_looked: int) -> None:
     """What follows the optimizer's own step, unless it was done: the counts are those before the step."""
     step = run.optimizer_step
     if step.scale.num_steps == num_scaled:
@@ -135,7 +135,7 @@ def finish_real(run: Run, num_scaled: int, num_looked: int) -> None:
     count_real(run)
 
 
-def interrupted(run: Run) -> None:
+def interrupted(run: State) -> None:
     """A step was left by an exception: account for a step of the schedule, and forget a window half closed."""
     run.schedule.settle()
     run.windows.interrupted()

@@ -19,13 +19,13 @@ from ..notices import warn
 from ..weights import algebra as weights
 from ..weights.parameters import named_parameters
 from .motions import end_motions
-from .state import Run
+from .state import State
 
 #: Passes over the weights that a copy of weights and two moments costs, read and written; and a swap of the weights.
 COPY_PASSES, SWAP_PASSES = 8, 4
 
 
-def keep(run: Run, into: Snapshot | None = None) -> Snapshot:
+def keep(run: State, into: Snapshot | None = None) -> Snapshot:
     """Copy what training has changed, in the memory of a copy that is needed no more."""
     run.meter.add_passes(COPY_PASSES)
     offload = run.parks_copies
@@ -34,7 +34,7 @@ def keep(run: Run, into: Snapshot | None = None) -> Snapshot:
     )
 
 
-def put_back(run: Run, kept: Snapshot) -> None:
+def put_back(run: State, kept: Snapshot) -> None:
     """Weights, buffers and optimizer as they were; rates, schedule and clock as they are."""
     with scheduled_settings_stay(run.subject.optimizer):
         kept.restore(run.subject.model, run.subject.optimizer, [run.optimizer_step.lookahead], rng=False)
@@ -43,7 +43,7 @@ def put_back(run: Run, kept: Snapshot) -> None:
     run.rollback.drop()  # it holds the weights that did harm
 
 
-def follow_advice(run: Run, advice: Advice) -> None:
+def follow_advice(run: State, advice: Advice) -> None:
     """Keep or put back the state of a raise's start."""
     if advice is Advice.RAISED:
         run.safety.begin_raise(keep(run, run.safety.raise_point))
@@ -58,7 +58,7 @@ def follow_advice(run: Run, advice: Advice) -> None:
         run.safety.end_raise()
 
 
-def follow_request(run: Run, request: Request) -> None:
+def follow_request(run: State, request: Request) -> None:
     """Carry out what the guard asks for."""
     if request is Request.ANCHOR:
         run.safety.keep_safe(keep(run, run.safety.safe_point))
@@ -70,7 +70,7 @@ def follow_request(run: Run, request: Request) -> None:
         _end_motions(run, "the weights stay, the ones at its best are no better on the same batches")
 
 
-def _end_motions(run: Run, outcome: str) -> None:
+def _end_motions(run: State, outcome: str) -> None:
     end_motions(run)
     warn(
         "the training loss stands above its best by more than its noise: prediction, learned multiplier and lookahead "
@@ -79,7 +79,7 @@ def _end_motions(run: Run, outcome: str) -> None:
     )
 
 
-def compare_with_anchor(run: Run, batch: Any) -> None:
+def compare_with_anchor(run: State, batch: Any) -> None:
     """While the guard compares: losses of one batch at the present weights and at the anchor's, side by side."""
     if not run.safety.guard.comparing or run.safety.safe_point is None:
         return
@@ -93,13 +93,13 @@ def compare_with_anchor(run: Run, batch: Any) -> None:
     follow_request(run, run.safety.guard.compare(present, anchor))
 
 
-def _loss(run: Run, batch: Any) -> float:
+def _loss(run: State, batch: Any) -> float:
     evaluation = run.judge.evaluation
     return evaluation.attempt(lambda isolation: evaluation.losses_of([batch], isolation)[0], exact=run.full_batch)
 
 
 @torch.no_grad()
-def _loss_at(run: Run, kept: Snapshot, batch: Any) -> float:
+def _loss_at(run: State, kept: Snapshot, batch: Any) -> float:
     found = named_parameters(run.subject.model, run.subject.optimizer)
     pairs = [(found[n], saved) for n, saved in zip(kept.names or (), kept.parameters, strict=False) if n in found]
     live, saved = [p for p, _ in pairs], [s for _, s in pairs]
@@ -112,7 +112,7 @@ def _loss_at(run: Run, kept: Snapshot, batch: Any) -> float:
         weights.copy_(live, present)
 
 
-def rescue(run: Run) -> bool:
+def rescue(run: State) -> bool:
     """Before a run is given up as diverged: bring back the anchor, if motions may have brought this about.
 
     Returns:

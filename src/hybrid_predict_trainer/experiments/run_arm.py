@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..predictors import Predictor, build
-from ..records import State, StepResult
+from ..records import StateDict, StepResult
 from ..trainer import HybridTrainer
 from ..weights import algebra as weights
 from ..weights.parameters import predicted_parameters
@@ -31,7 +31,7 @@ from .arms.drive import (
     write_json,
     write_run,
 )
-from .baselines import run_peer
+from .baselines import run_baseline
 
 __all__ = [
     "COUNTS",
@@ -91,7 +91,7 @@ class UndoneJumps:
     def __init__(self, trainer: HybridTrainer) -> None:
         """Args: trainer: between steps."""
         self._run = trainer.run
-        self._saved: tuple[list[torch.Tensor], State] | None = None
+        self._saved: tuple[list[torch.Tensor], StateDict] | None = None
 
     def __call__(self, result: StepResult) -> None:
         """Undo the step if it was a jump; remember the weights if the next one may be."""
@@ -120,7 +120,7 @@ def run_arm(
         label: What ``watch`` is to call the run.
     """
     if arm.kind == "peer":
-        return run_peer(setup, arm, seed, folder=folder, watch=watch, label=label)
+        return run_baseline(setup, arm, seed, folder=folder, watch=watch, label=label)
     if arm.kind == "jump-of-zero":  # jumps are put back, nothing else may move the weights: they are the plain run's
         calm = replace(setup.config.lookahead, extrapolation=0.0, damping=0.0)
         still = replace(setup.config, max_lr_multiplier=1.0, min_group_factor=1.0, lookahead=calm)

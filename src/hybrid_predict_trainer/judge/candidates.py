@@ -18,10 +18,10 @@ from .evaluation import pieces_of
 from .gate import Part
 
 if TYPE_CHECKING:
-    from ..cycle.state import Run
+    from ..cycle.state import State
 
 
-def judge(run: Run, batch: Any, prediction: PhasePrediction, deltas: list[Tensors], saved: Tensors) -> Verdict:
+def judge(run: State, batch: Any, prediction: PhasePrediction, deltas: list[Tensors], saved: Tensors) -> Verdict:
     """Measure losses at x + a d and let the gate decide."""
     exact, only, evaluation = run.full_batch, run.watch.trained.only, run.judge.evaluation
     pieces, spent = None if exact else pieces_of(run.subject.model, batch, run.config.gate.max_chunks), 0.0
@@ -68,7 +68,7 @@ def judge(run: Run, batch: Any, prediction: PhasePrediction, deltas: list[Tensor
     return replace(verdict, origin=kind, num_forward=verdict.num_forward + spent)
 
 
-def _judge_exactly(run: Run, evaluate: gate.Evaluate, prediction: PhasePrediction, num_deltas: int) -> Verdict:
+def _judge_exactly(run: State, evaluate: gate.Evaluate, prediction: PhasePrediction, num_deltas: int) -> Verdict:
     num_candidates = 1 + len(prediction.alternatives) if prediction.first_fit else num_deltas
     # with windows of one step the origin's loss is the one the last real step had at x, under the same conditions
     measured = run.judge.exactness.agreed is True and run.judge.exactness.noise == 0

@@ -21,7 +21,7 @@ from ..keep.isolation import Isolation, Mode, is_compiled, isolated, uses_batch_
 from ..keep.loss_modules import modules_beside
 from ..keep.subject import Subject
 from ..observe import batches
-from ..records import Reason, State
+from ..records import Reason, StateDict
 from .exactness import Agreement, measure
 
 T = TypeVar("T")
@@ -198,11 +198,11 @@ class Evaluation:
 
     _NAMES = ("needs_grad_mode", "quiet_fails", "loss_writes")
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Plain containers."""
         return {"cuts": dict(self.cuts), **{name: getattr(self, name) for name in self._NAMES}}
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
         self.cuts = dict(state["cuts"])
         for name in self._NAMES:

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from ..records import State
+from ..records import StateDict
 
 #: Real steps after which the same is asked again: a user may switch dropout on in mid-run.
 RECHECK_STEPS = 500
@@ -97,11 +97,11 @@ class Exactness:
         self._due = num_real_steps + (RECHECK_STEPS if agreement.finite else RETRY_STEPS)
         self._conditions = conditions(model)
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Plain containers."""
         return {"agreed": self.agreed, "noise": self.noise, "num_measured": self.num_measured, "due": self._due}
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
         self.agreed, self.noise = state["agreed"], state["noise"]
         self.num_measured, self._due = state["num_measured"], state["due"]

@@ -24,7 +24,7 @@ from collections import deque
 from enum import StrEnum
 
 from ..numerics.sequential import mean, mean_interval
-from ..records import State
+from ..records import StateDict
 
 #: Losses of a block, blocks of a window, and blocks in a row that must stand above the best.
 BLOCK_STEPS, WINDOW_BLOCKS, PATIENCE_BLOCKS = 32, 4, 3
@@ -164,13 +164,13 @@ class Guard:
         "_num_windows", "_num_above",
     )  # fmt: skip
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Plain containers; the anchor is saved by its owner."""
-        state: State = {name.lstrip("_"): getattr(self, name) for name in self._NAMES}
+        state: StateDict = {name.lstrip("_"): getattr(self, name) for name in self._NAMES}
         lists = {"losses": self._losses, "blocks": self._blocks, "noise": self._noise, "differences": self._differences}
         return {**state, **{name: list(values) for name, values in lists.items()}}
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
         for name in self._NAMES:
             setattr(self, name, state[name.lstrip("_")])

@@ -11,7 +11,7 @@ from ..cost import FORWARD_UNITS, CostMeter
 from ..keep.failures import Failures, Place
 from ..keep.subject import Subject
 from ..notices import warn
-from ..records import Level, State
+from ..records import Level, StateDict
 from ..weights.algebra import Tensors
 from .evaluation import Evaluation
 from .exactness import Agreement, Exactness
@@ -116,7 +116,7 @@ class Judge:
 
     # ---- state ------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Plain containers."""
         return {
             "ledger": self.ledger.state_dict(), "exactness": self.exactness.state_dict(),
@@ -124,7 +124,7 @@ class Judge:
             "generator": self.generator.get_state(), "num_rollbacks": self.num_rollbacks,
         }  # fmt: skip
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
         self.ledger.load_state_dict(state["ledger"])
         self.exactness.load_state_dict(state["exactness"])

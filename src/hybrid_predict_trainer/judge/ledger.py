@@ -24,7 +24,7 @@ from typing import Any
 from ..config.settings import GateConfig
 from ..cost import STEP_UNITS
 from ..numerics.quantiles import t_quantile
-from ..records import Account, State
+from ..records import Account, StateDict
 
 #: Persistence before anything is known, as mean and standard deviation of a normal prior.  With noisy
 #: losses most of a gate gain is progress that the next steps would have made anyway; with exact ones most stays.
@@ -258,7 +258,7 @@ class Ledger:
             "state": "off" if self.switched_off else "on",
         }
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Plain containers."""
         return {
             "spent_units": self.spent_units, "returned_units": self.returned_units, "watched_units": self.watched_units,
@@ -270,7 +270,7 @@ class Ledger:
             "settled": [asdict(a) for a in self.settled],
         }  # fmt: skip
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
         self.spent_units, self.returned_units = state["spent_units"], state["returned_units"]
         self.watched_units = state["watched_units"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..keep.snapshot import Snapshot
-from ..records import Level, State
+from ..records import Level, StateDict
 from ..weights import algebra as weights
 
 
@@ -27,7 +27,7 @@ class Probation:
     """
 
     snapshot: Snapshot
-    basis: State
+    basis: StateDict
     num_schedule_steps: int
     num_steps_left: int
     loss_before: float  # smoothed training loss before the jump
@@ -69,7 +69,7 @@ class Probation:
         self.unread = []
 
 
-def probation_state(p: Probation | None) -> State | None:
+def probation_state(p: Probation | None) -> StateDict | None:
     """Plain containers; its losses are read."""
     if p is None:
         return None
@@ -83,7 +83,7 @@ def probation_state(p: Probation | None) -> State | None:
     }  # fmt: skip
 
 
-def probation_from(state: State | None) -> Probation | None:
+def probation_from(state: StateDict | None) -> Probation | None:
     """Inverse of :func:`probation_state`."""
     if state is None:
         return None

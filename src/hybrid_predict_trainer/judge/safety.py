@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..keep.snapshot import Snapshot, snapshot_from, snapshot_state
-from ..records import State
+from ..records import StateDict
 from .guard import Guard
 from .validation import Validation
 
@@ -50,7 +50,7 @@ class Safety:
         """Bytes of both copies."""
         return sum(s.memory_bytes() for s in (self.raise_point, self.safe_point) if s is not None)
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Plain containers."""
         return {
             "guard": self.guard.state_dict(),
@@ -59,7 +59,7 @@ class Safety:
             "safe_point": snapshot_state(self.safe_point),
         }
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
         self.guard.load_state_dict(state["guard"])
         if self.validation is not None and state["validation"] is not None:

@@ -27,7 +27,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from ..numerics.sequential import difference_interval, mean
-from ..records import State
+from ..records import StateDict
 
 #: Real steps of a block: a few applications of the motion; and how many of its last losses are its mean.
 BLOCK_STEPS = 24
@@ -130,7 +130,7 @@ class Switchback:
         interval = difference_interval(self._changes[True], self._changes[False], LEVEL)
         return interval.low, interval.high
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Plain containers."""
         return {
             "moving": self.moving, "switched_off": self.switched_off, "proved": self.proved,
@@ -140,7 +140,7 @@ class Switchback:
             "with": list(self._changes[True]), "without": list(self._changes[False]),
         }  # fmt: skip
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
         self.moving, self.switched_off, self.proved = state["moving"], state["switched_off"], state["proved"]
         self.num_blocks, self._num_steps, self._moved = state["num_blocks"], state["num_steps"], state["moved"]

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..keep.rng import rng_state, set_rng_state
 from ..notices import warn
-from ..records import State
+from ..records import StateDict
 from ..weights.offload import users_defaults
 
 ValFn = Callable[[nn.Module], float]
@@ -78,11 +78,11 @@ class Validation:
 
     _NAMES = ("failed", "best", "before_raise", "num_asked", "_num_above", "_next_step")
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Plain numbers."""
         return {name.lstrip("_"): getattr(self, name) for name in self._NAMES}
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
         for name in self._NAMES:
             setattr(self, name, state[name.lstrip("_")])

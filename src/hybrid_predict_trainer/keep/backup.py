@@ -18,14 +18,14 @@ from .object_state import Path as Place
 from .rng import rng_state, set_rng_state
 
 if TYPE_CHECKING:
-    from ..cycle.state import Run
+    from ..cycle.state import State
 
 
 class Backup:
     """A copy of a run in host memory: model, optimizer, schedule, scaler, library state and random states."""
 
     @torch.no_grad()
-    def __init__(self, run: Run, *more: object) -> None:
+    def __init__(self, run: State, *more: object) -> None:
         """Copy ``run`` and the objects in ``more``."""
         self._run, self._objects = run, [run, *more]
         self._devices: dict[Place, torch.device] = {}

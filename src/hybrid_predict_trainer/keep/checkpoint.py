@@ -34,7 +34,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..notices import warn
-from ..records import CheckpointError, State
+from ..records import CheckpointError, StateDict
 from .housekeeping import _discard, _is_intact, _quarantine, _rotate, _sweep, _temporary
 from .manifest import (
     CHECKPOINT_NAME,
@@ -67,7 +67,7 @@ class LoadedCheckpoint:
     """A checkpoint in memory; ``summary`` is what ``save`` was given, non-finite numbers as None."""
 
     step: int
-    parts: dict[str, State]
+    parts: dict[str, StateDict]
     summary: dict[str, Json]
     config_toml: str
     manifest: Manifest
@@ -77,7 +77,7 @@ class LoadedCheckpoint:
 def save(
     directory: str | Path,
     step: int,
-    parts: Mapping[str, State],
+    parts: Mapping[str, StateDict],
     *,
     config_toml: str = "",
     summary: Mapping[str, Json] | None = None,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from enum import StrEnum
 
 from ..notices import warn
-from ..records import State
+from ..records import StateDict
 
 #: Failures of one kind after which it is not asked again.
 MAX_FAILURES = 3
@@ -101,7 +101,7 @@ class Failures:
             if count or place in self.dropped
         }
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Plain containers."""
         return {
             "counts": {place.value: count for place, count in self.counts.items()},
@@ -109,7 +109,7 @@ class Failures:
             "dropped": {place.value: why for place, why in self.dropped.items()},
         }
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`; places that another build had are left out, those it had not are at 0."""
         self.counts = {place: state["counts"].get(place.value, 0) for place in Place}
         self.first = {place: state["first"][place.value] for place in Place if place.value in state["first"]}

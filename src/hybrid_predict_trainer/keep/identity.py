@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config.settings import EXACT, NOISY
-from ..records import CheckpointError, State
+from ..records import CheckpointError, StateDict
 from ..weights.parameters import optimizer_parameters
 from .optimizer_state import check_names
 
 if TYPE_CHECKING:
-    from ..cycle.state import Run
+    from ..cycle.state import State
 
 #: Settings of each predictor that the form of its state depends on.
 STRUCTURAL: dict[str, tuple[str, ...]] = {
@@ -33,7 +33,7 @@ SWITCHES = {"scale": "training.max_lr_multiplier", "lookahead": "lookahead.extra
 PREDICTING = ("training.enabled", "training.max_predict_steps", "training.confidence_threshold")
 
 
-def identity(run: Run) -> State:
+def identity(run: State) -> StateDict:
     """Of the objects that were handed in, and of the settings that the form of the state depends on."""
     return {
         "optimizer": type(run.subject.optimizer).__name__,
@@ -49,14 +49,14 @@ def identity(run: Run) -> State:
     }
 
 
-def _structural(run: Run) -> dict[str, Any]:
+def _structural(run: State) -> dict[str, Any]:
     table = getattr(run.config.predictor, run.proposer.predictor.name, None)
     names = STRUCTURAL.get(run.proposer.predictor.name, ()) if table is not None else ()
     values = {f"predictor.{run.proposer.predictor.name}.{name}": getattr(table, name) for name in names}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
-def check_identity(run: Run, parts: Mapping[str, State], live: Mapping[str, State], config_toml: str) -> None:
+def check_identity(run: State, parts: Mapping[str, StateDict], live: Mapping[str, StateDict], config_toml: str) -> None:
     """Refuse a checkpoint of a run over other objects or with settings that its state does not fit.
 
     Raises:
@@ -114,11 +114,11 @@ def _settings(config_toml: str) -> dict[str, Any]:
         return {}
 
 
-def _value(run: Run, key: str) -> Any:
+def _value(run: State, key: str) -> Any:
     return getattr(run.config, key.partition(".")[2], None)
 
 
-def check_parts(path: Path, parts: Mapping[str, State]) -> None:
+def check_parts(path: Path, parts: Mapping[str, StateDict]) -> None:
     """Refuse what no trainer wrote.
 
     Raises:

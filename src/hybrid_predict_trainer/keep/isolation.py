@@ -204,7 +204,7 @@ def _leave(isolation: Isolation, hook: RemovableHandle | None, *, grad_enabled: 
 
 
 @contextmanager
-def quiet_forward(model: nn.Module) -> Iterator[None]:
+def side_effect_free(model: nn.Module) -> Iterator[None]:
     """Forward passes inside leave no trace: dropout off, norms with their batch statistics, all restored after."""
     with isolated(model, "quiet"):
         yield

@@ -10,11 +10,11 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from ..records import CheckpointError, State
+from ..records import CheckpointError, StateDict
 from . import schema
 
 #: What format 3 knows of the model beside its state; nothing in format 2.
-NOTHING_KNOWN: State = {"frozen": {}, "buffers": {}, "hidden": {}}
+NOTHING_KNOWN: StateDict = {"frozen": {}, "buffers": {}, "hidden": {}}
 
 #: Where the library's state stood until format 3 -> where it stands today.  What is inside another comes first.
 OWNED: dict[str, str] = {
@@ -70,7 +70,7 @@ OWNED: dict[str, str] = {
 }
 
 
-def upgraded(parts: dict[str, State], live: dict[str, State], format_version: int) -> dict[str, State]:
+def upgraded(parts: dict[str, StateDict], live: dict[str, StateDict], format_version: int) -> dict[str, StateDict]:
     """The parts of a checkpoint as the present format has them.
 
     Args:
@@ -92,10 +92,10 @@ def upgraded(parts: dict[str, State], live: dict[str, State], format_version: in
     return {**parts, "trainer": own}
 
 
-def by_owner(run: State) -> State:
+def by_owner(run: StateDict) -> StateDict:
     """The library's state in format 3, sorted by who owns it today; what is not there is left out."""
     rest = {key: dict(value) if isinstance(value, dict) else value for key, value in run.items()}
-    found: State = {}
+    found: StateDict = {}
     for former, place in OWNED.items():
         *outer, name = former.split(".")
         holder = rest.get(outer[0]) if outer else rest

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..records import CheckpointError, State
+from ..records import CheckpointError, StateDict
 from ..weights import offload as host
 from ..weights.parameters import optimizer_parameters
 from .buffers import BufferGuard, Place, places, put
@@ -101,7 +101,9 @@ def fingerprint(tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
-def saved_state(model: nn.Module, optimizer: Optimizer, origin: Origin, guard: BufferGuard) -> tuple[State, State]:
+def saved_state(
+    model: nn.Module, optimizer: Optimizer, origin: Origin, guard: BufferGuard
+) -> tuple[StateDict, StateDict]:
     """The part ``model``, and what has to be known to take it back.
 
     Returns:
@@ -125,7 +127,7 @@ def _plain(value: Any, name: str) -> Any:
     return Capture({}, lambda tensor, path: tensor.detach()).of(value, (name,))
 
 
-def check(model: nn.Module, state: State, about: State) -> None:
+def check(model: nn.Module, state: StateDict, about: StateDict) -> None:
     """Refuse the state of another model, or of one over another frozen base.
 
     Raises:
@@ -163,7 +165,7 @@ def _spec(value: Any) -> Any:
 
 
 @torch.no_grad()
-def load(model: nn.Module, state: State, about: State) -> None:
+def load(model: nn.Module, state: StateDict, about: StateDict) -> None:
     """Write a state that :func:`check` has passed into the model."""
     found = places(model)
     for name in about["buffers"]:

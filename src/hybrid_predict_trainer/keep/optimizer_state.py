@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..records import CheckpointError, State
+from ..records import CheckpointError, StateDict
 from ..weights.parameters import optimizer_parameters, parameter_names
 from .object_state import Capture, OpaqueStateError, Path, Restore, attributes
 from .state_tree import Mark, is_dense
@@ -27,8 +27,11 @@ from .state_tree import Mark, is_dense
 
 @torch.no_grad()
 def taken(
-    model: nn.Module, optimizer: Optimizer, copied: Callable[[Tensor, Tensor | None], Tensor], old: State | None = None
-) -> State:
+    model: nn.Module,
+    optimizer: Optimizer,
+    copied: Callable[[Tensor, Tensor | None], Tensor],
+    old: StateDict | None = None,
+) -> StateDict:
     """The state of an optimizer: plain containers, tensors and marks.
 
     Args:
@@ -96,7 +99,7 @@ def _has_its_own(optimizer: Optimizer) -> bool:
 
 
 @torch.no_grad()
-def restore(model: nn.Module, optimizer: Optimizer, saved: State) -> None:
+def restore(model: nn.Module, optimizer: Optimizer, saved: StateDict) -> None:
     """Write a state back in place, key by key, with exact dtypes and memory order.
 
     Groups and parameters that were added since are the user's: they keep what they have.
@@ -135,7 +138,7 @@ def restore(model: nn.Module, optimizer: Optimizer, saved: State) -> None:
         _restore_rest(optimizer, saved["rest"], walk, set(map(id, parameters)))
 
 
-def _restore_rest(optimizer: Optimizer, rest: State, walk: Restore, parameters: set[int]) -> None:
+def _restore_rest(optimizer: Optimizer, rest: StateDict, walk: Restore, parameters: set[int]) -> None:
     found = attributes(optimizer) or {}
     live_keys = [key for key in optimizer.state if id(key) not in parameters]
     keys: dict[Any, Any] = {}
@@ -157,7 +160,7 @@ def _restore_rest(optimizer: Optimizer, rest: State, walk: Restore, parameters: 
 
 
 def matched_groups(
-    optimizer: Optimizer, saved: State, names: Mapping[int, str]
+    optimizer: Optimizer, saved: StateDict, names: Mapping[int, str]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Place of a saved group and the live one that holds one of its parameters; those that are gone are left out."""
     if saved.get("names") is None:  # format 2: by place
@@ -188,7 +191,9 @@ def packages(optimizer: Optimizer) -> frozenset[str]:
     return frozenset(found)
 
 
-def _follows(saved: State, order: Sequence[str], live: Mapping[str, Tensor]) -> Callable[[Tensor, Path], Tensor | None]:
+def _follows(
+    saved: StateDict, order: Sequence[str], live: Mapping[str, Tensor]
+) -> Callable[[Tensor, Path], Tensor | None]:
     """State in its parameter's memory order stays in that order: fused kernels go by memory, not by strides."""
     strides = saved.get("strides")
 
@@ -205,7 +210,7 @@ def _follows(saved: State, order: Sequence[str], live: Mapping[str, Tensor]) -> 
 
 
 def _device(
-    saved: State, order: Sequence[str], live: Mapping[str, Tensor], sizes: Sequence[int]
+    saved: StateDict, order: Sequence[str], live: Mapping[str, Tensor], sizes: Sequence[int]
 ) -> Callable[[Tensor, Path], torch.device]:
     elsewhere = {tuple(path) for path in saved.get("elsewhere", ())}
     on_cpu = saved.get("on_cpu") or [True] * len(order)
@@ -238,7 +243,7 @@ def _tensors(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
             yield from _tensors(item, (*path, i))
 
 
-def tensors_of(saved: State) -> list[Tensor]:
+def tensors_of(saved: StateDict) -> list[Tensor]:
     """All tensors of a state, marks included."""
 
     def walk(value: Any) -> Iterator[Tensor]:
@@ -256,7 +261,7 @@ def tensors_of(saved: State) -> list[Tensor]:
     return list(walk(saved))
 
 
-def check_names(saved: State, model: nn.Module, optimizer: Optimizer) -> None:
+def check_names(saved: StateDict, model: nn.Module, optimizer: Optimizer) -> None:
     """Refuse the state of an optimizer over other parameters, or over the same in another order.
 
     Raises:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..config.settings import EXACT, NOISY
 from ..config.toml import to_toml
-from ..records import CheckpointError, State
+from ..records import CheckpointError, StateDict
 from ..weights.parameters import optimizer_parameters
 from . import checkpoint, failures, model_state, optimizer_state, schema
 from .backup import Backup
@@ -24,18 +24,18 @@ from .rng import rng_state, set_rng_state
 from .state_tree import check_plain, decode, encode
 
 if TYPE_CHECKING:
-    from ..cycle.state import Run
+    from ..cycle.state import State
     from ..tell.recorder import Metrics
 
 
-def parts(run: Run, metrics: Metrics) -> dict[str, State]:
+def parts(run: State, metrics: Metrics) -> dict[str, StateDict]:
     """Everything a bitwise resume needs, by part.
 
     Raises:
         CheckpointError: the optimizer holds something whose state cannot be told; the message names it.
     """
     model, about = model_state.saved_state(run.subject.model, run.subject.optimizer, run.origin, run.buffers)
-    saved: dict[str, State] = {
+    saved: dict[str, StateDict] = {
         "model": model,
         "optimizer": _optimizer_state(run),
         "trainer": {
@@ -58,7 +58,7 @@ def parts(run: Run, metrics: Metrics) -> dict[str, State]:
     return saved
 
 
-def save(run: Run, metrics: Metrics, directory: Path, extra: dict[str, State] | None = None) -> Path:
+def save(run: State, metrics: Metrics, directory: Path, extra: dict[str, StateDict] | None = None) -> Path:
     """Write ``directory/checkpoint_step_N``.
 
     Args:
@@ -76,7 +76,7 @@ def save(run: Run, metrics: Metrics, directory: Path, extra: dict[str, State] | 
         raise CheckpointError(f"cannot save a checkpoint: {error}") from error
 
 
-def check_savable(run: Run, metrics: Metrics) -> None:
+def check_savable(run: State, metrics: Metrics) -> None:
     """Find out before training whether a checkpoint of this run could be written.
 
     Raises:
@@ -89,7 +89,7 @@ def check_savable(run: Run, metrics: Metrics) -> None:
         raise CheckpointError(f"cannot save a checkpoint: {error}") from error
 
 
-def warn_unless_savable(run: Run, metrics: Metrics) -> None:
+def warn_unless_savable(run: State, metrics: Metrics) -> None:
     """Say before training, and not at the first save, that there will be no checkpoints of this run."""
     try:
         check_savable(run, metrics)
@@ -97,7 +97,7 @@ def warn_unless_savable(run: Run, metrics: Metrics) -> None:
         warnings.warn(f"no checkpoint of this run can be written: {error}", stacklevel=4)
 
 
-def _written(run: Run, saved: dict[str, State], directory: Path) -> Path:
+def _written(run: State, saved: dict[str, StateDict], directory: Path) -> Path:
     return checkpoint.save(
         directory,
         run.meter.num_steps,
@@ -114,7 +114,7 @@ def _written(run: Run, saved: dict[str, State], directory: Path) -> Path:
     )  # fmt: skip
 
 
-def load(run: Run, metrics: Metrics, path: Path) -> dict[str, State]:
+def load(run: State, metrics: Metrics, path: Path) -> dict[str, StateDict]:
     """Take a checkpoint back: all of it, or nothing.
 
     It is read, decoded and compared with the live objects in full before anything is changed; should one of them refuse
@@ -154,7 +154,7 @@ def load(run: Run, metrics: Metrics, path: Path) -> dict[str, State]:
     return loaded.parts
 
 
-def own_state(run: Run) -> State:
+def own_state(run: State) -> StateDict:
     """What the library itself remembers of a run, beside model, optimizer, schedule, scaler and random states.
 
     Returns:
@@ -175,7 +175,7 @@ def own_state(run: Run) -> State:
     return {"tree": json.dumps(tree), "tensors": tensors}
 
 
-def load_own_state(run: Run, state: State) -> None:
+def load_own_state(run: State, state: StateDict) -> None:
     """Inverse of :func:`own_state`: all of it is taken, or nothing.
 
     Raises:
@@ -206,7 +206,7 @@ def load_own_state(run: Run, state: State) -> None:
         raise
 
 
-def _apply_own(run: Run, found: State) -> None:
+def _apply_own(run: State, found: StateDict) -> None:
     run.adopt(found["name"])
     run.proposer.predictor.load_state_dict(found["predictor"])
     run.windows.basis.load_state_dict(found["basis"])
@@ -215,7 +215,7 @@ def _apply_own(run: Run, found: State) -> None:
     run.recorder.load_state_dict(found["metrics"])
 
 
-def _check_forms(path: Path, found: dict[str, State]) -> None:
+def _check_forms(path: Path, found: dict[str, StateDict]) -> None:
     """Refuse what has been changed in form since it was written."""
     own = {key: value for key, value in found["trainer"].items() if key != "forms"}
     wanted = found["trainer"].get("forms")
@@ -226,7 +226,7 @@ def _check_forms(path: Path, found: dict[str, State]) -> None:
             raise refusal(path, f"has a part {part!r} whose form is not the one that was written")
 
 
-def _check(run: Run, found: dict[str, State], live: dict[str, State], config_toml: str) -> None:
+def _check(run: State, found: dict[str, StateDict], live: dict[str, StateDict], config_toml: str) -> None:
     """Compare everything with the live objects; raises CheckpointError."""
     check_identity(run, found, live, config_toml)
     own, now = found["trainer"], live["trainer"]
@@ -248,7 +248,7 @@ def _check(run: Run, found: dict[str, State], live: dict[str, State], config_tom
     schema.check(found["optimizer"]["unowned"], live["optimizer"]["unowned"], ("optimizer", "unowned"))
 
 
-def _apply(run: Run, metrics: Metrics, found: dict[str, State]) -> None:
+def _apply(run: State, metrics: Metrics, found: dict[str, StateDict]) -> None:
     own, optimizer, predictor = found["trainer"], found["optimizer"], found.get("predictor")
     model_state.load(run.subject.model, found["model"], own["model"])
     with torch.no_grad():
@@ -269,18 +269,18 @@ def _apply(run: Run, metrics: Metrics, found: dict[str, State]) -> None:
     set_rng_state(own["rng"])
 
 
-def _unowned(run: Run) -> list[Tensor]:
+def _unowned(run: State) -> list[Tensor]:
     """Parameters the optimizer holds but the model does not."""
     owned = {id(p) for p in run.subject.model.parameters()}
     return [p for p in optimizer_parameters(run.subject.optimizer) if id(p) not in owned]
 
 
-def _optimizer_state(run: Run) -> State:
+def _optimizer_state(run: State) -> StateDict:
     taken = optimizer_state.taken(run.subject.model, run.subject.optimizer, lambda tensor, _: tensor.detach())
     return {**taken, "unowned": [p.detach() for p in _unowned(run)]}
 
 
-def memory_usage(run: Run) -> dict[str, int]:
+def memory_usage(run: State) -> dict[str, int]:
     """Bytes held beside model and optimizer: ``predictor``, ``corrector``, ``basis_<device>``, ``snapshots``.
 
     What the settings keep in host memory wherever the weights are has a name that ends in ``_host``.

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import torch
 
-from ..records import State
+from ..records import StateDict
 
 
 class RandomStates:
@@ -34,11 +34,11 @@ class RandomStates:
             torch.mps.set_rng_state(self._mps)
 
 
-def rng_state() -> State:
+def rng_state() -> StateDict:
     """States of the global generators of torch (all devices), numpy and Python."""
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    state: State = {
+    state: StateDict = {
         "torch": torch.get_rng_state(),
         "python": [version, list(words), gauss],
         "numpy": [
@@ -56,7 +56,7 @@ def rng_state() -> State:
     return state
 
 
-def set_rng_state(state: State) -> None:
+def set_rng_state(state: StateDict) -> None:
     """Inverse of :func:`rng_state`."""
     torch.set_rng_state(state["torch"])
     version, words, gauss = state["python"]

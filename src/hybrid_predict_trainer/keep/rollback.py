@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..records import State
+from ..records import StateDict
 from .snapshot import Snapshot, snapshot_from, snapshot_state
 
 
@@ -46,7 +46,7 @@ class RollbackPoint:
         """Bytes of both copies."""
         return sum(s.memory_bytes() for s in (self.point, self.spare) if s is not None)
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Plain containers."""
         return {
             "point": snapshot_state(self.point),
@@ -54,7 +54,7 @@ class RollbackPoint:
             "num_schedule_steps": self.num_schedule_steps,
         }
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
         self.point, self.spare = snapshot_from(state["point"]), None
         self.num_real_steps, self.num_schedule_steps = state["num_real_steps"], state["num_schedule_steps"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..records import State
+from ..records import StateDict
 from ..weights import offload as host
 from ..weights.parameters import (
     all_parameters,
@@ -59,9 +59,9 @@ class Snapshot:
     parameters: list[Tensor]
     names: list[str] | None
     buffers: dict[str, Tensor | None] | list[Tensor]
-    optimizer: State
+    optimizer: StateDict
     others: list[dict[str, Any]]
-    rng: State
+    rng: StateDict
     extra: dict[str, Any] = field(default_factory=dict)
     bound: dict[str, Tensor | None] = field(default_factory=dict)
 
@@ -138,7 +138,7 @@ class Snapshot:
         )
         return sum(t.numel() * t.element_size() for t in tensors)
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Plain containers and tensors."""
         return {
             "parameters": list(self.parameters), "names": self.names, "buffers": self.buffers,
@@ -146,7 +146,7 @@ class Snapshot:
         }  # fmt: skip
 
     @classmethod
-    def from_state_dict(cls, state: State) -> Snapshot:
+    def from_state_dict(cls, state: StateDict) -> Snapshot:
         """Inverse of :meth:`state_dict`; takes format 2 as well."""
         values = dict(state)
         if "optimizer_state" in values:
@@ -160,11 +160,11 @@ def _beside(saved: Tensor, live: Any) -> Tensor:
     return saved.to(live.device, copy=True) if isinstance(live, Tensor) else saved.clone()
 
 
-def snapshot_state(snapshot: Snapshot | None) -> State | None:
+def snapshot_state(snapshot: Snapshot | None) -> StateDict | None:
     """State of a snapshot that there may be."""
     return None if snapshot is None else snapshot.state_dict()
 
 
-def snapshot_from(state: State | None) -> Snapshot | None:
+def snapshot_from(state: StateDict | None) -> Snapshot | None:
     """Inverse of :func:`snapshot_state`."""
     return None if state is None else Snapshot.from_state_dict(state)

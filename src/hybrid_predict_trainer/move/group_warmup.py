@@ -35,7 +35,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..records import State
+from ..records import StateDict
 from ..weights import algebra as weights
 
 #: Real steps in which a cut may be made: the first ones, and those after a raise of the common multiplier.
@@ -49,7 +49,7 @@ CUT = 0.5
 MUST_FALL = 30
 
 
-class EarlyCuts:
+class GroupWarmup:
     """Group warm-up: one factor f_g in (0, 1] per group, by which the group's step is shortened.
 
     Attributes:
@@ -145,7 +145,7 @@ class EarlyCuts:
         self.least, self._num_left = 1.0, 0
         self.factors, self._ramped = [1.0 for _ in self.factors], [False for _ in self._ramped]
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Factors and what they are decided on."""
         return {
             "factors": list(self.factors), "ramped": list(self._ramped), "num_cuts": self.num_cuts,
@@ -153,7 +153,7 @@ class EarlyCuts:
             "cosines": [list(values) for values in self._cosines],
         }  # fmt: skip
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
         self.factors, self.num_cuts, self._num_left = list(state["factors"]), state["num_cuts"], state["num_left"]
         self.num_steps, self.least, self._landing = state["num_steps"], state["least"], None

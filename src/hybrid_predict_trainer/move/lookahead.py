@@ -31,7 +31,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..records import State
+from ..records import StateDict
 from ..weights import algebra as weights
 from ..weights.algebra import Tensors
 from .drift_storage import Narrow, Storage, Stored, fetched, size_of
@@ -85,11 +85,11 @@ class Lookahead(Protocol):
         """Bytes held."""
         ...
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Everything a resume needs."""
         ...
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
         ...
 
@@ -126,11 +126,11 @@ class NoLookahead:
         """None."""
         return 0
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Nothing."""
         return {}
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Nothing."""
 
 
@@ -298,14 +298,14 @@ class DriftLookahead:
         """Two copies of the weights, of large models one and a half; one where the drift is of no use."""
         return sum(map(size_of, (*self._theta_0, *self._b)))
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Step count, learning rates since the last application, weights after it, drift."""
         return {
             "num_steps": self.num_steps, "rates": self._rates, "sums": self._sums,
             "theta_0": list(self._theta_0), "b": [b.wide() if isinstance(b, Narrow) else b for b in self._b],
         }  # fmt: skip
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`, with copies."""
         self.num_steps, self._rates = state["num_steps"], state["rates"]
         self._sums = state["sums"].clone() if "sums" in state else torch.zeros(2)  # none in format 2

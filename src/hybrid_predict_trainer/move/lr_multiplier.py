@@ -48,12 +48,12 @@ from torch.optim import Optimizer
 
 from ..judge.switchback import NUM_LOSSES, Switchback
 from ..numerics.sequential import Moments
-from ..records import State
+from ..records import StateDict
 from ..weights import algebra as weights
 from ..weights.algebra import Tensors
 from ..weights.parameters import Groups
 from .edge_test import step_cosines
-from .group_warmup import EarlyCuts
+from .group_warmup import GroupWarmup
 from .multiplier import Advice, Multiplier, Reading
 
 #: Real steps between checks.
@@ -62,7 +62,7 @@ CHECK_STEPS = 5
 MEASURED_AT_EDGE = 1
 
 
-class LearnedScale:
+class LrMultiplier:
     """The learning-rate multiplier m >= 1, and the group warm-up factors f_g in (0, 1].
 
     Slow start up to the edge of stability (Cohen et al., arXiv 2103.00065) by the sign of cos(g, u); a raise that the
@@ -89,7 +89,7 @@ class LearnedScale:
         """
         self.groups, self.check_steps = groups, check_steps
         self.multiplier = Multiplier(maximum)
-        self.cuts = EarlyCuts(groups.roles, minimum, untrained=untrained)
+        self.cuts = GroupWarmup(groups.roles, minimum, untrained=untrained)
         self.trial = Switchback(holdout_fraction)
         self._num_steps = 0  # since the last check
         self._cosines: list[Tensor] = []  # scalars on the weights' device: read at a check, together
@@ -289,7 +289,7 @@ class LearnedScale:
         """A copy of the weights while steps are measured, of large models a sample of it."""
         return sum(t.numel() * t.element_size() for t in self._before)
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Scalars, the open account and the step that waits to be measured."""
         return {
             "multiplier": self.multiplier.state_dict(),
@@ -304,7 +304,7 @@ class LearnedScale:
             "cuts": self.cuts.state_dict(),
         }
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`; tensors are copied and go to their parameters' devices when they are used."""
         if "multiplier" not in state:  # inside a snapshot of format 2: what m was then has no counterpart today
             return

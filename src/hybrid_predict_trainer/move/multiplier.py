@@ -13,7 +13,7 @@ from enum import StrEnum
 from typing import Any
 
 from ..numerics.sequential import Moments, mean, spent, variance
-from ..records import State
+from ..records import StateDict
 from .edge_test import Edge, locate
 
 #: Factor of one raise in the slow start.  At 2 per 5 to 10 steps a rate that is 10 times too small is made up for in 20
@@ -236,14 +236,14 @@ class Multiplier:
         "_last_lr", "_num_checks", "_num_tests", "_fallen",
     )  # fmt: skip
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Plain numbers and the open account."""
         a = self.account
-        state: State = {name.lstrip("_"): getattr(self, name) for name in self._NAMES}
+        state: StateDict = {name.lstrip("_"): getattr(self, name) for name in self._NAMES}
         account = None if a is None else [a.checks_left, a.value, a.loss, a.ceiling]
         return {**state, "first": list(self._first), "account": account}
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
         for name in self._NAMES:
             setattr(self, name, state[name.lstrip("_")])

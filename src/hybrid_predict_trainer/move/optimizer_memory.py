@@ -1,7 +1,7 @@
 """Which optimizers compute weights from a copy of their own, so that whatever else moves a weight is undone.
 
 Adam, SGD or Muon add a step to the weights they find: what a jump or the lookahead has moved stays moved.  MADGRAD,
-FTRL or D-Adaptation's AdaGrad compute the weights anew from where they began; Ranger and Lookahead go back half of
+FTRL or D-Feedback's AdaGrad compute the weights anew from where they began; Ranger and Lookahead go back half of
 the way to a slow copy; Schedule-Free keeps a second point that is not moved along; Nero puts every row back on its
 sphere.  There a motion of ours is undone, or becomes another one than was judged.
 

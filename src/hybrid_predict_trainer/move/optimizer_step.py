@@ -21,18 +21,18 @@ from ..judge.switchback import NUM_LOSSES, Switchback
 from ..keep.failures import Failures, Place
 from ..keep.subject import Subject
 from ..observe.history import Losses
-from ..records import State
+from ..records import StateDict
 from ..weights.algebra import LARGE, Tensors
 from ..weights.parameters import untrained
 from ..weights.trained import Watch
 from .drift_storage import Storage
 from .group_warmup import is_inside_a_block
 from .lookahead import DriftLookahead, Lookahead, NoLookahead
-from .lr_multiplier import CHECK_STEPS, LearnedScale
+from .lr_multiplier import CHECK_STEPS, LrMultiplier
 from .multiplier import orthogonalizes
 from .overflow import ScaleSearch
 from .schedule import LrSchedule
-from .unit_scale import StepScale, UnitScale
+from .unit_multiplier import Multiplier, UnitMultiplier
 
 
 class OptimizerStep:
@@ -46,7 +46,7 @@ class OptimizerStep:
     """
 
     def __init__(
-        self, subject: Subject, watch: Watch, schedule: LrSchedule, scale: StepScale, lookahead: Lookahead,
+        self, subject: Subject, watch: Watch, schedule: LrSchedule, scale: Multiplier, lookahead: Lookahead,
         switchback: Switchback, failures: Failures, *, drifts: bool,
     ) -> None:  # fmt: skip
         """Bind; no memory is taken before the first step.
@@ -163,7 +163,7 @@ class OptimizerStep:
         self.lookahead.translate(delta, scale)
         self._forget_steps()
 
-    def on_restore(self, mark: State | None) -> None:
+    def on_restore(self, mark: StateDict | None) -> None:
         """The weights are earlier ones again: the lookahead's own memory came back with them."""
         self._forget_steps()
 
@@ -221,14 +221,14 @@ class OptimizerStep:
         found = {"scale": self.scale.memory_bytes(), f"lookahead{parked}": self.lookahead.memory_bytes()}
         return {name: size for name, size in found.items() if size}
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Plain containers and tensors."""
         return {
             "scale": self.scale.state_dict(), "lookahead": self.lookahead.state_dict(),
             "switchback": self.switchback.state_dict(),
         }  # fmt: skip
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
         self.scale.load_state_dict(state["scale"])
         self.lookahead.load_state_dict(_placed(state["lookahead"], self._subject.parameters))
@@ -237,7 +237,7 @@ class OptimizerStep:
 
 def multiplier_for(
     subject: Subject, watch: Watch, config: HybridTrainerConfig, generator: Generator, *, anneals: bool
-) -> StepScale:
+) -> Multiplier:
     """The learned multiplier, or one that stays at 1.
 
     It raises the noise that weights settle with, and counts on a schedule to take it out again.
@@ -251,10 +251,10 @@ def multiplier_for(
     """
     least = config.min_group_factor if watch.hands_off is None else 1.0
     if config.never_predicts or not anneals or not (config.max_lr_multiplier > 1 or least < 1):
-        return UnitScale()
+        return UnitMultiplier()
     # on an accelerator a check waits for the device: as often as losses are read, no more
     steps = CHECK_STEPS if subject.on_cpu else max(CHECK_STEPS, config.divergence.check_interval_steps)
-    return LearnedScale(
+    return LrMultiplier(
         subject.groups, 1.0 if orthogonalizes(subject.optimizer) else config.max_lr_multiplier, least, steps,
         untrained=untrained(subject.parameters, subject.groups.names),
         holdout_fraction=config.block_holdout, generator=generator,
@@ -273,7 +273,7 @@ def lookahead_for(subject: Subject, config: HybridTrainerConfig, *, observing: b
     return DriftLookahead(asked_for.extrapolation, asked_for.damping, asked_for.drift, storage=storage)
 
 
-def _placed(state: State, parameters: Sequence[Tensor]) -> State:
+def _placed(state: StateDict, parameters: Sequence[Tensor]) -> StateDict:
     """Lists of one tensor per parameter brought to its device: those of a checkpoint are in host memory."""
 
     def moved(value: Any) -> Any:

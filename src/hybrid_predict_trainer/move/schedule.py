@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import ConstantLR, ExponentialLR, LambdaLR, Linear
 
 from ..config.settings import Interval
 from ..notices import warn
-from ..records import State
+from ..records import StateDict
 
 #: Nested schedulers that are looked into for a count of steps: a chain of chains.
 MAX_DEPTH = 8
@@ -239,7 +239,7 @@ class LrSchedule:
 
     # ---- state ----------------------------------------------------------------------------------------
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """What is not the scheduler's own."""
         self.settle()
         return {
@@ -248,7 +248,7 @@ class LrSchedule:
             **({} if self.owned else {"first": self._first, "num_beyond": self._num_beyond}),
         }  # fmt: skip
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`, after the scheduler's; nothing known: rates are not lowered."""
         self.factor, self.num_epochs = float(state.get("factor", 1.0)), int(state.get("num_epochs", 0))
         self.in_epoch, self._rates = bool(state.get("in_epoch", False)), [float(r) for r in state.get("rates", ())]

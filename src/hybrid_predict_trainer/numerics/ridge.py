@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..records import State
+from ..records import StateDict
 
 #: Weight of an error one observation later in the choice between candidates.
 CHOICE_FORGETTING = 0.9
@@ -95,11 +95,11 @@ class OnlineRidge:
         """Bytes of all sums."""
         return sum(t.numel() * t.element_size() for t in (self._A, self._b, self._mean, self._m2))
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Sums and counts."""
         return {"A": self._A, "b": self._b, "count": self._count, "mean": self._mean, "m2": self._m2}
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
         self._A, self._b, self._count = state["A"].clone(), state["b"].clone(), state["count"]
         self._mean, self._m2 = state["mean"].clone(), state["m2"].clone()
@@ -184,11 +184,11 @@ class SelectedRidge:
         tensors = [getattr(self, name) for name in self._TENSORS]
         return sum(t.numel() * t.element_size() for t in tensors)
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Sums and errors."""
         return {name.lstrip("_"): getattr(self, name) for name in self._TENSORS}
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
         for name in self._TENSORS:
             setattr(self, name, state[name.lstrip("_")].clone())

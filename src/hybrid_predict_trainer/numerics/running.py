@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..records import State
+from ..records import StateDict
 
 
 @dataclass(slots=True)
@@ -37,11 +37,11 @@ class RunningMoments:
         mean = self.mean
         return math.sqrt(max(0.0, self._square / (1 - self.decay**self.count) - mean * mean))
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Plain numbers."""
         return {"decay": self.decay, "count": self.count, "mean": self._mean, "square": self._square}
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
         self.decay, self.count = state["decay"], state["count"]
         self._mean, self._square = state["mean"], state["square"]
@@ -70,11 +70,11 @@ class Baseline:
         """Sample standard deviation, 0 below two values."""
         return math.sqrt(self._m2 / (self.count - 1)) if self.count > 1 else 0.0
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Plain numbers."""
         return {"count": self.count, "mean": self.mean, "m2": self._m2, "low": self.low, "high": self.high}
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
         self.count, self.mean, self._m2 = state["count"], state["mean"], state["m2"]
         self.low, self.high = state["low"], state["high"]

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..records import State
+from ..records import StateDict
 from ..weights import algebra as weights
 
 #: Dimensions of the sketch of a displacement in the encoded state.
@@ -188,14 +188,14 @@ class StreamingPca:
         held = (self.mean, self.singular_values, self.directions, self.rotation)
         return 8 * sum(t.numel() for t in held)
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Everything learnt."""
         return {
             "count": self.count, "mean": self.mean, "singular_values": self.singular_values,
             "directions": self.directions, "rotation": self.rotation, "error": self.error,
         }  # fmt: skip
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
         self.count, self.error = state["count"], state["error"]
         self.mean, self.directions = state["mean"].clone(), state["directions"].clone()
@@ -283,11 +283,11 @@ class LowRankFactors:
         """Factors, and one more copy of the weights if there is feedback."""
         return sum(t.numel() * t.element_size() for t in (*self._Q, *self._error))
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Warm starts and what was left out."""
         return {"Q": list(self._Q), "error": list(self._error), "generator": self._generator.get_state()}
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
         self._Q, self._error = [t.clone() for t in state["Q"]], [t.clone() for t in state["error"]]
         self._generator.set_state(state["generator"])

@@ -26,7 +26,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..records import BasisSpec, Hindsight, Products, State
+from ..records import BasisSpec, Hindsight, Products, StateDict
 from ..weights import algebra as weights
 from ..weights import offload as host
 from ..weights.algebra import Tensors
@@ -70,7 +70,7 @@ class Basis:
         named = {"float32": torch.float32, "bfloat16": torch.bfloat16}
         self._devices = [host.CPU if offload else p.device for p in parameters]
         self._offloaded = any(device != p.device for device, p in zip(self._devices, parameters, strict=True))
-        self._landing = host.Landing()
+        self._landing = host.StagingBuffers()
         self._underway: dict[int, Tensor] = {}  # place in the landing -> sum the copy there is still to be added to
         # sums of bfloat16 weights would lose every bit that matters
         self._sum_dtypes = [
@@ -351,11 +351,11 @@ class Basis:
                 x.add(d.to(device=x.device, dtype=x.dtype), alpha=scale) for x, d in zip(self._x, deltas, strict=True)
             ]
 
-    def mark(self) -> State:
+    def mark(self) -> StateDict:
         """What :meth:`revert` needs after :meth:`translate`.  Columns are not part of it: they stay true."""
         return {"jumped": self.jumped, "x": [] if self.spec.curvature else weights.clone(self._x)}
 
-    def revert(self, mark: State) -> None:
+    def revert(self, mark: StateDict) -> None:
         """The weights were taken back to where they were at ``mark``."""
         self.restart_window()
         self.jumped = mark["jumped"] or self.spec.curvature
@@ -373,7 +373,7 @@ class Basis:
         """Forget everything, and give the memory back."""
         self.restart()
         self._sum_theta, self._sum_grad, self._before = [], [], []
-        self._landing = host.Landing()
+        self._landing = host.StagingBuffers()
 
     def restart(self) -> None:
         """Forget everything: the weights were changed by somebody else, or other ones are trained now."""
@@ -386,7 +386,7 @@ class Basis:
 
     # ---- state -------------------------------------------------------------------------------------
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Everything, as plain containers and tensors."""
         self._land()
         return {
@@ -397,7 +397,7 @@ class Basis:
             "BB": self._BB, "BY": self._BY, "Bg": self._Bg, "gg": self._gg, "squared": self._squared,
         }  # fmt: skip
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`, with copies on the devices of this basis."""
 
         def placed(name: str) -> Tensors:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..keep.failures import Failures, Place
-from ..records import State
+from ..records import StateDict
 from ..weights import real_views
 from ..weights.real_views import RealView
 from .recurrence import Recurrence
@@ -67,13 +67,13 @@ class Batches:
         """
         self.free = not consumed
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Plain containers."""
         return {
             "same_batch": self.same_batch.state_dict(), "recurrence": self.recurrence.state_dict(), "free": self.free,
         }  # fmt: skip
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
         self.same_batch.load_state_dict(state["same_batch"])
         self.recurrence.load_state_dict(state["recurrence"])

@@ -14,7 +14,7 @@ from itertools import pairwise
 import numpy as np
 
 from ..config.settings import DivergenceConfig
-from ..records import Action, Alarm, Level, State
+from ..records import Action, Alarm, Level, StateDict
 from .history import History, Reading
 
 #: Steps over which sign changes are counted, and of the moving average before that.
@@ -218,10 +218,10 @@ class Monitor:
             )  # fmt: skip
         return alarm
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Plain numbers."""
         return {"num_consecutive_critical": self.num_consecutive_critical}
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
         self.num_consecutive_critical = state["num_consecutive_critical"]

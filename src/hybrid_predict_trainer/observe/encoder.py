@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..records import BasisSpec, State, Window
+from ..records import BasisSpec, StateDict, Window
 from .loss_features import NUM_LOSS_FEATURES
 
 #: Numbers of the run as a whole, see :func:`_run_features`.
@@ -192,11 +192,11 @@ class Encoder:
         """Bytes of the moments and the previous encoding."""
         return 20 * self.num_features
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Moments and the previous encoding."""
         return {"previous": self._previous, "count": self._count, "mean": self._mean, "m2": self._m2}
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
         self._previous = None if state["previous"] is None else state["previous"].clone()
         self._count, self._mean, self._m2 = state["count"], state["mean"].clone(), state["m2"].clone()

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from ..keep.failures import Failures, Place
-from ..records import State, Window
+from ..records import StateDict, Window
 from .basis import Basis
 from .history import History
 from .window_encoder import Observer
@@ -114,14 +114,14 @@ class GuardedObserver:
         """Bytes held."""
         return self.inner.memory_bytes()
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Everything learnt."""
         return self.inner.state_dict()
 
-    def check_state(self, state: State) -> None:
+    def check_state(self, state: StateDict) -> None:
         """Raise if the state is one that :meth:`load_state_dict` cannot take."""
         self.inner.check_state(state)
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
         self.inner.load_state_dict(state)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..numerics.running import Baseline, RunningMoments, slope
-from ..records import State
+from ..records import StateDict
 from ..weights import algebra as weights
 
 LOSS_CAPACITY = 256
@@ -142,7 +142,7 @@ class History:
             return slope((s, math.log(v)) for s, v in points) * math.exp(sum(recent) / len(recent))
         return slope(points)
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Plain containers."""
         return {
             "losses": list(self.losses), "norms": list(self.norms), "loss_ema": self.loss_ema.state_dict(),
@@ -150,7 +150,7 @@ class History:
             "window_losses": [list(pair) for pair in self._window_losses],
         }  # fmt: skip
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
         self.losses = deque(state["losses"], maxlen=LOSS_CAPACITY)
         self.norms = deque(state["norms"], maxlen=NORM_CAPACITY)
@@ -189,10 +189,10 @@ class Losses:
         """The last losses, oldest first."""
         return list(self.history.losses)[-num:]
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Plain containers; what waits to be read is read before a checkpoint."""
         return self.history.state_dict()
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
         self.history.load_state_dict(state)

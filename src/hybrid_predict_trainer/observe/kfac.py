@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
-from ..records import State
+from ..records import StateDict
 from ..weights import algebra as weights
 
 Layer = nn.Linear | nn.Conv2d
@@ -249,11 +249,11 @@ class KfacFactors:
         """Bytes of all factors."""
         return sum(t.numel() * t.element_size() for t in (*self.A.values(), *self.G.values()))
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """All factors."""
         return {"A": dict(self.A), "G": dict(self.G)}
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`, with copies on the devices of the layers."""
         self.A, self.G = (
             {name: t.to(self.layers[name].weight.device, copy=True) for name, t in state[kind].items()} for kind in "AG"

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..records import State
+from ..records import StateDict
 from .batches import tensors
 
 #: Hashes remembered at most; from there on the class is halved.
@@ -73,7 +73,7 @@ class Recurrence:
         """Whoever holds the loader says that it goes round."""
         self.recurs = True
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Plain numbers."""
         return {
             "recurs": self.recurs, "known": sorted(self._known), "classes": self._classes,
@@ -81,7 +81,7 @@ class Recurrence:
             "num_hashed": self._num_hashed,
         }  # fmt: skip
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
         self.recurs, self._classes = state["recurs"], state["classes"]
         self._num_batches, self._num_hashed = state["num_batches"], state["num_hashed"]

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..records import State
+from ..records import StateDict
 from .batches import PLAIN, is_plain
 
 #: Numbers of a tensor that are looked at first, and tensors that are looked at.
@@ -156,12 +156,12 @@ class Fingerprint:
             return self.identical(other)
         return self._marks == other._marks
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """What can be compared after a resume."""
         return {"marks": self._marks, "digest": self.digest, "num_tensors": self.num_tensors}
 
     @classmethod
-    def from_state_dict(cls, state: State) -> Fingerprint:
+    def from_state_dict(cls, state: StateDict) -> Fingerprint:
         """Inverse of :meth:`state_dict`; references to living tensors are gone."""
         made = cls(())
         made._marks, made.digest, made.num_tensors = state["marks"], state["digest"], state["num_tensors"]
@@ -257,7 +257,7 @@ class SameBatch:
         rests = known and current.num_bytes > SMALL_BYTES and self.num_same % DIGEST_EVERY >= 2
         return last.digest if last.digest is not None and (current.identical(last) or rests) else digest_of(batch)
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Plain containers."""
         last = None if self._last is None else self._last.state_dict()
         return {
@@ -265,7 +265,7 @@ class SameBatch:
             "num_different": self.num_different, "last": last,
         }  # fmt: skip
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
         self.same, self.num_seen = state["same"], state["num_seen"]
         self.num_same, self.num_different = state["num_same"], state["num_different"]

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..records import State
+from ..records import StateDict
 from ..weights import algebra as weights
 
 #: Weights that are looked at.
@@ -135,14 +135,14 @@ class Sketch:
         held = [*self._places, *self._displacements, *(t for t in (self._sum, self._mean) if t is not None)]
         return sum(t.numel() * t.element_size() for t in held)
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Plain containers; the sample is drawn again."""
         return {
             "sum": self._sum, "mean": self._mean, "displacements": list(self._displacements),
             "cosines": list(self.cosines), "num_refused": self._num_refused, "num_pause": self._num_pause,
         }  # fmt: skip
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
         device = self._places[0].device
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..config.settings import PredictorConfig
 from ..keep.failures import Failures, Place
-from ..records import Hindsight, Products, State, Window
+from ..records import Hindsight, Products, StateDict, Window
 from ..weights import offload as host
 from ..weights.algebra import Tensors
 from ..weights.parameters import Groups
@@ -251,7 +251,7 @@ class WindowRecorder:
         self.basis.translate(delta, scale)
         self.lr_integral = 0.0
 
-    def on_restore(self, mark: State | None) -> None:
+    def on_restore(self, mark: StateDict | None) -> None:
         """The weights are earlier ones again.
 
         Args:
@@ -284,14 +284,14 @@ class WindowRecorder:
 
     _NUMBERS = ("just_closed", "num_closed", "num_rest_steps", "lr_integral", "slope", "loss")
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Plain containers; the basis and the observer are saved with the predictor."""
         return {
             "last": window_state(self.last), **{name: getattr(self, name) for name in self._NUMBERS},
             "keeping": self.keeping, "sketch": None if self.sketch is None else self.sketch.state_dict(),
         }  # fmt: skip
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
         self.last = window_from_state(state["last"])
         for name in self._NUMBERS:
@@ -304,7 +304,7 @@ class WindowRecorder:
         self.seconds = math.nan
 
 
-def window_state(window: Window | None) -> State | None:
+def window_state(window: Window | None) -> StateDict | None:
     """A window as plain containers."""
     if window is None:
         return None
@@ -316,7 +316,7 @@ def window_state(window: Window | None) -> State | None:
     return state
 
 
-def window_from_state(state: State | None) -> Window | None:
+def window_from_state(state: StateDict | None) -> Window | None:
     """Inverse of :func:`window_state`."""
     if state is None:
         return None

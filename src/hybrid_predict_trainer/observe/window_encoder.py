@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..config.settings import EncoderConfig
 from ..cost import PASS_UNITS
 from ..numerics.streaming import CountSketch, LowRankFactors, StreamingPca
-from ..records import BasisSpec, CheckpointError, State, Window
+from ..records import BasisSpec, CheckpointError, StateDict, Window
 from ..weights.parameters import Groups
 from . import gradient_health as health
 from .basis import Basis
@@ -68,13 +68,13 @@ class Observer(Protocol):
     def memory_bytes(self) -> int:
         """Bytes held."""
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Everything learnt."""
 
-    def check_state(self, state: State) -> None:
+    def check_state(self, state: StateDict) -> None:
         """Raise if the state is one that :meth:`load_state_dict` cannot take."""
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
 
 
@@ -110,14 +110,14 @@ class NullObserver:
         """Nothing is held."""
         return 0
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Nothing learnt."""
         return {}
 
-    def check_state(self, state: State) -> None:
+    def check_state(self, state: StateDict) -> None:
         """Whatever another run had learnt can be left."""
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Nothing to take back."""
 
 
@@ -348,7 +348,7 @@ class StateObserver:
         """What must agree between a checkpoint and the run that reads it."""
         return {**{k: v for k, v in asdict(self.config).items() if k != "health"}, "encodes": self.encodes}
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Everything learnt."""
         parts = {"encoder": self._encoder, "pca": self._pca, "low_rank": self._low_rank, "kfac": self._kfac}
         return {
@@ -359,7 +359,7 @@ class StateObserver:
             "health": self._health,
         }  # fmt: skip
 
-    def check_state(self, state: State) -> None:
+    def check_state(self, state: StateDict) -> None:
         """Refuse the state of an observer with other settings, before anything is changed.
 
         Raises:
@@ -372,7 +372,7 @@ class StateObserver:
                     f"encoder.{name} is {saved.get(name)!r} in the checkpoint, {value!r} in this run: set it to match"
                 )
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`.
 
         Raises:

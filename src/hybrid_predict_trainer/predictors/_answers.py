@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..records import PhasePrediction, State, zeros_like_coefficients
+from ..records import PhasePrediction, StateDict, zeros_like_coefficients
 from ._common import TRAJECTORY_POINTS
 from ._frame import MAX_AHEAD, step_weights
 from ._learned import MIN_MISS, Experience, changed_loss
@@ -40,7 +40,7 @@ class Answers:
     members: Tensor  # (M,) which member each row is from
     survival: float = 1.0  # probability that the loss stays finite and below twice its value
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """For checkpoints: what was sampled once is not sampled again."""
         return {
             "corrections": self.corrections, "changes": self.changes, "misses": self.misses,
@@ -48,7 +48,7 @@ class Answers:
         }  # fmt: skip
 
     @classmethod
-    def from_state(cls, state: State | None) -> Answers | None:
+    def from_state(cls, state: StateDict | None) -> Answers | None:
         """Inverse of :meth:`state_dict`."""
         return None if state is None else cls(**state)
 

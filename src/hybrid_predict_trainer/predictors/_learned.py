@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..observe.encoder import Encoder
 from ..observe.window import window_from_state, window_state
-from ..records import BasisSpec, State, Window
+from ..records import BasisSpec, StateDict, Window
 from ._frame import MAX_AHEAD, Frame, drift_rates, known_targets
 
 #: Targets beyond this multiple of the last displacement are outliers (a step on a spike).
@@ -274,7 +274,7 @@ class Experience:
         "count", "_lr_before", "error", "base_error", "loss_error", "_num_errors", "_num_changes",
     )  # fmt: skip
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Filled rows and everything else."""
         filled = min(self.count, self.capacity)
         return {
@@ -292,7 +292,7 @@ class Experience:
             ],
         }  # fmt: skip
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
         for name in self._TENSORS:
             setattr(self, name, state["tensors"][name].clone())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from ..records import BasisSpec, PhasePrediction, State, Window
+from ..records import BasisSpec, PhasePrediction, StateDict, Window
 
 
 class Predictor(Protocol):
@@ -45,8 +45,8 @@ class Predictor(Protocol):
     def memory_bytes(self) -> int:
         """Bytes this predictor holds (without the basis, which the run accounts for)."""
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Everything learnt, as plain containers, scalars and tensors."""
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from ..config.settings import DmdConfig
 from ..observe.window import window_from_state, window_state
-from ..records import BasisSpec, Hindsight, PhasePrediction, State, Window, zeros_like_coefficients
+from ..records import BasisSpec, Hindsight, PhasePrediction, StateDict, Window, zeros_like_coefficients
 from ._common import TRAJECTORY_POINTS, linear_loss_trajectory
 from ._learned import changed_loss, log_change
 from .secant import orthonormaliser
@@ -176,14 +176,14 @@ class LossRecurrence:
         """Root mean square of past errors one window ahead, in log loss."""
         return math.sqrt(self._squared)
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Everything learnt."""
         return {
             "changes": list(self._changes), "squared": self._squared, "count": self._count,
             "expected": None if math.isnan(self._expected) else self._expected,
         }  # fmt: skip
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
         self._changes, self._fit = deque(state["changes"], maxlen=NUM_CHANGES), None
         self._squared, self._count = state["squared"], state["count"]
@@ -324,7 +324,7 @@ class Dmd:
         """One set of coefficients and a few numbers."""
         return 0 if self._one_step is None else self._one_step.numel() * self._one_step.element_size()
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """The last window, its prediction, and what past predictions were worth."""
         return {
             "window": window_state(self._window), "drifts": list(self._drifts),
@@ -332,7 +332,7 @@ class Dmd:
             "cross": self._cross, "fitted": self._fitted, "total": self._total, "loss": self._loss.state_dict(),
         }  # fmt: skip
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
         self._window = window_from_state(state["window"])
         self._drifts = deque(state["drifts"], maxlen=self.config.num_displacements + 1)

@@ -9,7 +9,7 @@ Adam it is wrong by construction (an Adam step does not depend on ||g||): it is 
 from __future__ import annotations
 
 from ..observe.window import window_from_state, window_state
-from ..records import BasisSpec, PhasePrediction, State, Window, zeros_like_coefficients
+from ..records import BasisSpec, PhasePrediction, StateDict, Window, zeros_like_coefficients
 from ._common import linear_loss_trajectory
 
 
@@ -55,10 +55,10 @@ class Heuristic:
         """A handful of numbers."""
         return 0
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """The last window."""
         return {"window": window_state(self._window)}
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
         self._window = window_from_state(state["window"])

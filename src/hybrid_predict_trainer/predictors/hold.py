@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..observe.window import window_from_state, window_state
-from ..records import BasisSpec, PhasePrediction, State, Window, zeros_like_coefficients
+from ..records import BasisSpec, PhasePrediction, StateDict, Window, zeros_like_coefficients
 from ._common import linear_loss_trajectory
 
 
@@ -47,10 +47,10 @@ class Hold:
         """A handful of numbers."""
         return 0
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """The last window."""
         return {"window": window_state(self._window)}
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
         self._window = window_from_state(state["window"])

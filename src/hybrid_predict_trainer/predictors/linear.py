@@ -30,7 +30,7 @@ from torch import Tensor
 from ..config.settings import LinearConfig
 from ..numerics.ridge import SelectedRidge, solve_ridges
 from ..observe.window import window_from_state, window_state
-from ..records import BasisSpec, Hindsight, PhasePrediction, State, Window
+from ..records import BasisSpec, Hindsight, PhasePrediction, StateDict, Window
 from ._common import TRAJECTORY_POINTS
 
 #: Weight of the all-groups solution against one group's own data.
@@ -235,7 +235,7 @@ class Linear:
         """Bytes of the accumulated systems."""
         return sum(t.numel() * t.element_size() for t in (self._A, self._b)) + self._loss.memory_bytes()
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Everything learnt."""
         return {
             "A": self._A, "b": self._b, "count": self._count, "window": window_state(self._window),
@@ -244,7 +244,7 @@ class Linear:
             "waiting": [{"loss": w.loss, "features": w.features, "said": w.said} for w in self._waiting],
         }  # fmt: skip
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
         self._A, self._b, self._count = state["A"].clone(), state["b"].clone(), state["count"]
         self._window = window_from_state(state["window"])

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..config.settings import MlpConfig
-from ..records import BasisSpec, PhasePrediction, State, Window
+from ..records import BasisSpec, PhasePrediction, StateDict, Window
 from ._answers import Answers, miss_loss, phase_prediction
 from ._frame import MAX_AHEAD
 from ._learned import NUM_ACTIONS, Experience, initialised
@@ -179,7 +179,7 @@ class Mlp:
         own = sum(p.numel() * p.element_size() for p in self.network.parameters())
         return 4 * own + self.experience.memory_bytes()
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Everything learnt, the optimizer's moments, the generator, the last answers and the pace."""
         return {
             "network": dict(self.network.state_dict()), "optimizer": self._optimizer.state_dict(),
@@ -188,7 +188,7 @@ class Mlp:
             "schedule": self.schedule.state_dict(),
         }  # fmt: skip
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
         self.network.load_state_dict(state["network"])
         self._optimizer.load_state_dict(state["optimizer"])

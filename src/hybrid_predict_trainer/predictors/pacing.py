@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol, runtime_checkable
 
-from ..records import State
+from ..records import StateDict
 
 #: Times of each kind whose median is taken: the first update allocates, a first window may compile.
 NUM_MEASURED = 3
@@ -95,14 +95,14 @@ class Pace:
             self._windows.clear()
             self._updates.clear()
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """The interval, or what was measured for it so far."""
         return {
             "update_every": self.update_every, "settled": self.settled,
             "windows": list(self._windows), "updates": list(self._updates),
         }  # fmt: skip
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`; without a bound there is nothing to take over."""
         if self.budget == 0:
             return

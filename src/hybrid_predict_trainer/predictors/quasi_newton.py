@@ -42,7 +42,7 @@ from torch import Tensor
 from ..config.settings import HybridTrainerConfig, QuasiNewtonConfig
 from ..observe.basis import FLOAT64_BELOW
 from ..observe.window import window_from_state, window_state
-from ..records import BasisSpec, PhasePrediction, Products, State, Window, zeros_like_coefficients
+from ..records import BasisSpec, PhasePrediction, Products, StateDict, Window, zeros_like_coefficients
 from ._common import linear_loss_trajectory
 
 #: s'y has to exceed this share of |s| |y|: a pair with less has no curvature a step could trust.
@@ -238,7 +238,7 @@ class QuasiNewton:
         """A handful of numbers: the pairs belong to the basis."""
         return 0
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """The last window, its step and the scalings."""
         step = self._step
         told = None if step is None else {"c": step.c, "of_g": step.of_g, "slope": step.slope, "along": step.along}
@@ -249,7 +249,7 @@ class QuasiNewton:
             "num_pairs": self._num_pairs,
         }
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
         self._window = window_from_state(state["window"])
         self._step = None if state["step"] is None else Step(**state["step"])

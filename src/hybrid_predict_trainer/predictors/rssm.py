@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config.settings import RssmConfig
-from ..records import BasisSpec, PhasePrediction, State, Window
+from ..records import BasisSpec, PhasePrediction, StateDict, Window
 from ._answers import Answers, phase_prediction
 from ._learned import NUM_ACTIONS, Experience
 from .pacing import Pace
@@ -113,7 +113,7 @@ class Member:
         """Weights of the model."""
         return sum(p.numel() for p in self.model.parameters())
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Everything that is this member's own."""
         return {
             "model": dict(self.model.state_dict()), "optimizer": self.optimizer.state_dict(),
@@ -121,7 +121,7 @@ class Member:
             "q": self.q, "action": self._action,
         }  # fmt: skip
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -209,7 +209,7 @@ class Rssm:
         masks = sum(m.mask.numel() for m in self.members)
         return 4 * (3 * weights + self.members[0].num_parameters()) + masks + self.experience.memory_bytes()
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Weights, optimizers, generators, masks, latent states, rollouts, the pace and the replay."""
         return {
             "experience": self.experience.state_dict(), "members": [m.state_dict() for m in self.members],
@@ -217,7 +217,7 @@ class Rssm:
             "schedule": self.schedule.state_dict(),
         }  # fmt: skip
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
         self.experience.load_state_dict(state["experience"])
         for member, own in zip(self.members, state["members"], strict=True):

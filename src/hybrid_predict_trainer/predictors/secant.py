@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..config.settings import SecantConfig
 from ..observe.window import window_from_state, window_state
-from ..records import BasisSpec, PhasePrediction, State, Window, zeros_like_coefficients
+from ..records import BasisSpec, PhasePrediction, StateDict, Window, zeros_like_coefficients
 from ._common import TRAJECTORY_POINTS
 
 
@@ -137,10 +137,10 @@ class Secant:
         """A handful of numbers: the pairs belong to the basis."""
         return 0
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """The last window."""
         return {"window": window_state(self._window)}
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
         self._window = window_from_state(state["window"])

@@ -38,7 +38,7 @@ from ..numerics.calibration import (
     reliability_curve,
     scaled,
 )
-from ..records import State
+from ..records import StateDict
 
 T = TypeVar("T")
 
@@ -67,14 +67,14 @@ class TrackRecord:
         """In (0, 1)."""
         return (self.successes + 1) / (self.successes + self.failures + 2)
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Plain numbers."""
         return {
             "forgetting": self.forgetting, "num_outcomes": self.num_outcomes,
             "successes": self.successes, "failures": self.failures,
         }  # fmt: skip
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
         self.forgetting, self.num_outcomes = state["forgetting"], state["num_outcomes"]
         self.successes, self.failures = state["successes"], state["failures"]
@@ -192,14 +192,14 @@ class Confidence:
             "reliability": [asdict(b) for b in curve],
         }
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Everything learnt."""
         return {
             "evidence": [z.tolist() for z in self._evidence], "kept": list(self._kept), "logits": list(self._logits),
             "stated": list(self._stated), "weights": self._weights.tolist(), "temperature": self.temperature,
         }  # fmt: skip
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
         self._evidence = deque((np.array(z) for z in state["evidence"]), maxlen=self.capacity)
         self._kept = deque(state["kept"], maxlen=self.capacity)

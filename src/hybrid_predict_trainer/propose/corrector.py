@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..numerics.ridge import OnlineRidge
-from ..records import BasisSpec, PhasePrediction, Residual, State, zeros_like_coefficients
+from ..records import BasisSpec, PhasePrediction, Residual, StateDict, zeros_like_coefficients
 from .residuals import CAPACITIES, NUM_SIMILAR, SIMILARITY_THRESHOLD, ResidualStore, growth
 
 #: Share of the retrieved residuals against the linear model's (the earlier implementation's default).
@@ -55,10 +55,10 @@ class Corrector(Protocol):
     def memory_bytes(self) -> int:
         """Bytes held."""
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Everything learnt."""
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
 
 
@@ -76,11 +76,11 @@ class NoCorrection:
         """None."""
         return 0
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Nothing."""
         return {}
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Nothing."""
 
 
@@ -188,11 +188,11 @@ class ResidualCorrector:
         """Bytes of the store and the linear model."""
         return self.store.memory_bytes() + self._linear.memory_bytes()
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Store and linear model."""
         return {"store": self.store.state_dict(), "linear": self._linear.state_dict()}
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
         self.store.load_state_dict(state["store"])
         self._linear.load_state_dict(state["linear"])

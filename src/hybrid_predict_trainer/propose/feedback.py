@@ -21,7 +21,7 @@ from ..config.settings import HybridTrainerConfig
 from ..cost import STEP_UNITS
 from ..keep.failures import Failures, Place
 from ..observe.loss_features import NUM_LOSS_FEATURES
-from ..records import Account, BasisSpec, Hindsight, PhasePrediction, State, Window
+from ..records import Account, BasisSpec, Hindsight, PhasePrediction, StateDict, Window
 from .confidence import Confidence, Evidence, TrackRecord
 from .corrector import Corrector, NoCorrection, ResidualCorrector
 from .horizon import Bandit, Choice, LinUCB, context_features, horizons, reward
@@ -43,10 +43,10 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def harmless(method: Callable[Concatenate[Adaptation, P], T]) -> Callable[Concatenate[Adaptation, P], T | None]:
+def harmless(method: Callable[Concatenate[Feedback, P], T]) -> Callable[Concatenate[Feedback, P], T | None]:
     """A method that learns from an outcome: what it raises is counted, and nothing is learnt."""
 
-    def guarded(self: Adaptation, /, *args: P.args, **kwargs: P.kwargs) -> T | None:
+    def guarded(self: Feedback, /, *args: P.args, **kwargs: P.kwargs) -> T | None:
         if self.failures.exhausted(Place.FEEDBACK):
             return None
         try:
@@ -59,7 +59,7 @@ def harmless(method: Callable[Concatenate[Adaptation, P], T]) -> Callable[Concat
     return guarded
 
 
-class Adaptation:
+class Feedback:
     """Corrector, confidence and bandit of one run."""
 
     def __init__(
@@ -183,7 +183,7 @@ class Adaptation:
         """Bytes of the residual store and its model."""
         return self.corrector.memory_bytes()
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Plain containers and tensors."""
         return {
             "corrector": self.corrector.state_dict(), "record": self.record.state_dict(),
@@ -195,7 +195,7 @@ class Adaptation:
             "approved": {step: asdict(evidence) for step, evidence in self._approved.items()},
         }  # fmt: skip
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
         self.corrector.load_state_dict(state["corrector"])
         self.record.load_state_dict(state["record"])

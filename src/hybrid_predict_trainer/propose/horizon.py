@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..records import State, Window
+from ..records import StateDict, Window
 
 Array = NDArray[np.float64]
 
@@ -116,12 +116,12 @@ class Choice:
     context: Array  # (F,)
     score: float
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Plain containers."""
         return {"arm": self.arm, "context": self.context.tolist(), "score": self.score}
 
     @classmethod
-    def from_state_dict(cls, state: State) -> Choice:
+    def from_state_dict(cls, state: StateDict) -> Choice:
         """Inverse of :meth:`state_dict`."""
         return cls(arm=state["arm"], context=np.array(state["context"]), score=state["score"])
 
@@ -135,10 +135,10 @@ class Bandit(Protocol):
     def observe(self, choice: Choice, reward: float) -> None:
         """Learn the reward of a choice."""
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Everything learnt."""
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
 
 
@@ -200,14 +200,14 @@ class LinUCB:
         self._moment[choice.arm] += reward * x
         self._renew()
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Sums and the generator."""
         return {
             "gram": torch.from_numpy(self._gram.copy()), "moment": torch.from_numpy(self._moment.copy()),
             "generator": self._ties.generator.get_state(),
         }  # fmt: skip
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
         self._gram, self._moment = state["gram"].numpy().copy(), state["moment"].numpy().copy()
         self._ties.generator.set_state(state["generator"])
@@ -245,13 +245,13 @@ class UCB1:
         self._counts[choice.arm] += 1
         self._sums[choice.arm] += reward
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Counts, sums and the generator."""
         return {
             "counts": self._counts.tolist(), "sums": self._sums.tolist(), "generator": self._ties.generator.get_state(),
         }  # fmt: skip
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
         self._counts, self._sums = np.array(state["counts"]), np.array(state["sums"])
         self._ties.generator.set_state(state["generator"])

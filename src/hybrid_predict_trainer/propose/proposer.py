@@ -7,9 +7,9 @@ from typing import Any
 from ..config.settings import HybridTrainerConfig
 from ..keep.failures import Failures, Place, name_of
 from ..predictors import Predictor
-from ..records import State
+from ..records import StateDict
 from .corrector import Correction
-from .feedback import Adaptation
+from .feedback import Feedback
 from .segments import Segment, segment_from, segment_state
 from .time_budget import TimeBudget
 
@@ -37,7 +37,7 @@ class Proposer:
         self._failures = failures
         self.predictor: Predictor
         self.time: TimeBudget
-        self.feedback: Adaptation
+        self.feedback: Feedback
         self.horizon = 1
         self._least = self._most = 1  # horizons
         self.confidence = 0.5
@@ -46,7 +46,7 @@ class Proposer:
         self.refused = False
         self.num_windows_since_proposal = 0
 
-    def follow(self, config: HybridTrainerConfig, predictor: Predictor, time: TimeBudget, feedback: Adaptation) -> None:
+    def follow(self, config: HybridTrainerConfig, predictor: Predictor, time: TimeBudget, feedback: Feedback) -> None:
         """Ask this predictor from here on.
 
         Args:
@@ -117,7 +117,7 @@ class Proposer:
 
     _NUMBERS = ("horizon", "confidence", "refused", "num_windows_since_proposal")
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Plain containers; the predictor's own state is saved beside it."""
         numbers: dict[str, Any] = {name: getattr(self, name) for name in self._NUMBERS}
         return {
@@ -125,7 +125,7 @@ class Proposer:
             "segment": segment_state(self.segment), **numbers,
         }  # fmt: skip
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`; the predictor is of the same name."""
         self.feedback.load_state_dict(state["feedback"])
         self.segment = segment_from(state["segment"])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..numerics.ridge import solve_ridge
-from ..records import BasisSpec, Hindsight, PhasePrediction, Residual, State
+from ..records import BasisSpec, Hindsight, PhasePrediction, Residual, StateDict
 
 #: Capacities by size of the model (small, medium, large) and retrieval rule of the specification.
 CAPACITIES = {"small": 100, "medium": 200, "large": 500}
@@ -167,7 +167,7 @@ class ResidualStore:
         held = (self._features, self._coefficients, self._losses, self._horizons)
         return sum(t.numel() * t.element_size() for t in held)
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """The filled slots and where the next residual goes."""
         n = self._count
         return {
@@ -175,7 +175,7 @@ class ResidualStore:
             "losses": self._losses[:n].clone(), "horizons": self._horizons[:n].clone(), "next": self._next,
         }  # fmt: skip
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`.
 
         Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..records import PhasePrediction, State
+from ..records import PhasePrediction, StateDict
 
 
 @dataclass(slots=True)
@@ -15,7 +15,7 @@ class Segment:
     num_left: int
 
 
-def segment_state(s: Segment | None) -> State | None:
+def segment_state(s: Segment | None) -> StateDict | None:
     """Plain containers."""
     if s is None:
         return None
@@ -27,7 +27,7 @@ def segment_state(s: Segment | None) -> State | None:
     }  # fmt: skip
 
 
-def segment_from(state: State | None) -> Segment | None:
+def segment_from(state: StateDict | None) -> Segment | None:
     """Inverse of :func:`segment_state`."""
     if state is None:
         return None

@@ -9,10 +9,10 @@ from .sinks import jsonable
 from .summary import histogram
 
 if TYPE_CHECKING:
-    from ..cycle.state import Run
+    from ..cycle.state import State
 
 
-def histograms(run: Run) -> dict[str, Any]:
+def histograms(run: State) -> dict[str, Any]:
     """Counts and edges of the last losses (256) and gradient norms (64)."""
     bins = run.config.metrics.histogram_bins
     return {
@@ -21,7 +21,7 @@ def histograms(run: Run) -> dict[str, Any]:
     }
 
 
-def statistics(run: Run) -> dict[str, Any]:
+def statistics(run: State) -> dict[str, Any]:
     """Counts of a run, JSON-able."""
     c = run.meter
     return {
@@ -45,11 +45,11 @@ def statistics(run: Run) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _failures(run: Run) -> dict[str, int]:
+def _failures(run: State) -> dict[str, int]:
     return {f"num_{place}_failures": n for place, n in run.failures.counts.items() if place is not Place.PREDICTOR}
 
 
-def _steps_gained(run: Run) -> dict[str, Any]:
+def _steps_gained(run: State) -> dict[str, Any]:
     try:
         return {k: jsonable(v) for k, v in run.judge.ledger.steps_gained().items()}
     except (ArithmeticError, ValueError) as error:  # losses at the edge of what floats hold

@@ -15,15 +15,15 @@ from torch import Tensor
 from ..keep.failures import Failures, Place
 from ..numerics.running import RunningMoments
 from ..predictors import Paced
-from ..records import Alarm, Decision, Phase, Reason, State, StepResult
+from ..records import Alarm, Decision, Phase, Reason, StateDict, StepResult
 from ..weights import algebra as weights
 from .figures import histograms, statistics
 from .sinks import SCHEMA, NullSink, Sink, jsonable
 from .summary import correlation, mean
 
 if TYPE_CHECKING:
-    from ..cycle.state import Run
-    from ..records import Execution
+    from ..cycle.state import State
+    from ..records import StepOutcome
 
 
 #: Jumps and windows whose times and errors enter the averages: the last ones, or a long run's memory would grow.
@@ -62,7 +62,7 @@ class Metrics:
         """Records go there from here on."""
         self.sink = sink
 
-    def record(self, run: Run, decision: Decision, execution: Execution, result: StepResult) -> None:
+    def record(self, run: State, decision: Decision, execution: StepOutcome, result: StepResult) -> None:
         """Record one step and whatever happened in it; what raises in that is counted and said."""
         if self.failures.exhausted(Place.RECORD):
             return
@@ -71,7 +71,7 @@ class Metrics:
         except Exception as error:
             self.failures.note(Place.RECORD, error)
 
-    def _record(self, run: Run, decision: Decision, execution: Execution, result: StepResult) -> None:
+    def _record(self, run: State, decision: Decision, execution: StepOutcome, result: StepResult) -> None:
         self.total_ms += result.step_time_ms
         if result.phase is not self._last_phase:
             self._write(run, "transition", {"from": self._last_phase, "to": result.phase, "reason": decision.reason})
@@ -91,7 +91,7 @@ class Metrics:
         if not isinstance(self.sink, NullSink):
             self._step(run, decision, result)
 
-    def _step(self, run: Run, decision: Decision, result: StepResult) -> None:
+    def _step(self, run: State, decision: Decision, result: StepResult) -> None:
         """Queue the record of one step; on an accelerator its scalars are fetched together, later."""
         c = run.meter
         record = {
@@ -116,7 +116,7 @@ class Metrics:
             record["gradient_norm"] = next(values) if norm is not None else None
             self._emit(record)
 
-    def _jump(self, run: Run, decision: Decision, execution: Execution) -> None:
+    def _jump(self, run: State, decision: Decision, execution: StepOutcome) -> None:
         verdict, prediction = execution.verdict, execution.prediction
         assert verdict is not None
         self.predict_ms.append(execution.prediction_ms)
@@ -144,7 +144,7 @@ class Metrics:
         )  # fmt: skip
 
     @staticmethod
-    def _saved_prediction(run: Run, execution: Execution) -> dict[str, Any]:
+    def _saved_prediction(run: State, execution: StepOutcome) -> dict[str, Any]:
         """Coefficients of an accepted jump, scale included; the forecast too if ``save_predictions`` asks for it."""
         correction = run.proposer.correction
         saved: dict[str, Any] = {
@@ -159,7 +159,7 @@ class Metrics:
             saved["loss_interval"] = execution.prediction.loss_interval
         return saved
 
-    def note_alarm(self, run: Run, alarm: Alarm) -> None:
+    def note_alarm(self, run: State, alarm: Alarm) -> None:
         """Record a divergence alarm of any level above normal."""
         event = {
             "step": run.meter.num_steps, "severity": alarm.level.name.lower(), "signal": alarm.signal,
@@ -177,7 +177,7 @@ class Metrics:
                 break
             event["recovery_successful"] = True
 
-    def note_outcomes(self, run: Run, accounts: list[Any]) -> None:
+    def note_outcomes(self, run: State, accounts: list[Any]) -> None:
         """Record settled ledger accounts."""
         for a in accounts:
             self._write(
@@ -188,7 +188,7 @@ class Metrics:
                 },
             )  # fmt: skip
 
-    def note_health(self, run: Run) -> None:
+    def note_health(self, run: State) -> None:
         """Record the report on gradient health of the window that has just closed, if one was due."""
         report = run.windows.observer.new_health()
         if report is not None:
@@ -202,7 +202,7 @@ class Metrics:
         if cosine is not None:
             self.cosines.append(cosine)
 
-    def validation(self, run: Run, val_loss: float, wall_s: float) -> None:
+    def validation(self, run: State, val_loss: float, wall_s: float) -> None:
         """Record a validation loss measured outside the run's cost."""
         c = run.meter
         self._write(
@@ -210,7 +210,7 @@ class Metrics:
             {"cost_units": c.cost_units, "num_real_steps": c.num_real_steps, "wall_s": wall_s, "val_loss": val_loss},
         )  # fmt: skip
 
-    def _write(self, run: Run, event: str, values: Mapping[str, Any]) -> None:
+    def _write(self, run: State, event: str, values: Mapping[str, Any]) -> None:
         self.flush()  # records stay in order
         self._emit({"schema": SCHEMA, "event": event, "step": run.meter.num_steps, **values})
 
@@ -225,7 +225,7 @@ class Metrics:
 
     # ---- summary ----------------------------------------------------------------------------------------
 
-    def summary(self, run: Run) -> dict[str, Any]:
+    def summary(self, run: State) -> dict[str, Any]:
         """Summary in the published schema, plus ``ledger`` and ``statistics``.
 
         ``wall_clock_speedup`` and ``baseline_loss_estimate`` are null: one run cannot know them; only
@@ -246,7 +246,7 @@ class Metrics:
     def _incomplete(self) -> bool:
         return self.sink.incomplete or self.failures.counts[Place.RECORD] > 0
 
-    def _figures(self, run: Run) -> dict[str, Callable[[], Any]]:
+    def _figures(self, run: State) -> dict[str, Callable[[], Any]]:
         """Parts of the summary, each by itself; those of the observer stand beside the others."""
         c = run.meter
         return {
@@ -283,7 +283,7 @@ class Metrics:
             },
         }
 
-    def _overhead(self, run: Run) -> dict[str, Any]:
+    def _overhead(self, run: State) -> dict[str, Any]:
         return {
             "encode_time_ms_avg": mean(self.encode_ms),
             "predict_time_ms_avg": mean(self.predict_ms),
@@ -294,7 +294,7 @@ class Metrics:
             "pct_of_step_time": 100 * self.overhead_ms / self.total_ms if self.total_ms else None,
         }
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """What a summary after a resume needs."""
         return {
             "divergence_events": list(self.divergence_events), "jump_lengths": list(self.jump_lengths),
@@ -305,7 +305,7 @@ class Metrics:
             "last_phase": self._last_phase.value,
         }  # fmt: skip
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
         for name in ("divergence_events", "jump_lengths", "cosines", "predict_ms", "encode_ms", "update_ms"):
             kept = list(state[name])

@@ -127,7 +127,7 @@ def wait(marks: Iterable[torch.cuda.Event]) -> None:
         mark.synchronize()
 
 
-class Landing:
+class StagingBuffers:
     """One place in host memory per name, for tensors that are fetched again and again."""
 
     def __init__(self) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..records import State
+from ..records import StateDict
 from .algebra import Tensors
 from .real_views import owner
 
@@ -130,14 +130,14 @@ class Trained:
 
     # ---- state ----------------------------------------------------------------------------------------
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Who is trained, was ever, and how often it came back."""
         return {
             "movable": list(self.movable), "trained": None if self._trained is None else list(self._trained),
             "ever": list(self._ever), "num_returns": list(self._num_returns),
         }  # fmt: skip
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
         self.movable, self._ever = [bool(v) for v in state["movable"]], [bool(v) for v in state["ever"]]
         self._trained = None if state["trained"] is None else [bool(v) for v in state["trained"]]
@@ -245,11 +245,11 @@ class Watch:
         self.writes = Writes(parameters, look_every)
         self.hands_off = hands_off
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Plain containers."""
         return self.trained.state_dict()
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`, after the weights: they are the run's own."""
         self.trained.load_state_dict(state)
         self.writes.record()

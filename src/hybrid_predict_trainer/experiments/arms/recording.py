@@ -27,7 +27,7 @@ from ...observe.basis import Basis
 from ...observe.window import window_from_state, window_state
 from ...predictors import Paced, Predictor
 from ...predictors._frame import MAX_AHEAD
-from ...records import BasisSpec, CheckpointError, ConfigError, Hindsight, PhasePrediction, Products, State, Window
+from ...records import BasisSpec, CheckpointError, ConfigError, Hindsight, PhasePrediction, Products, StateDict, Window
 from ...safe_files import read_json, write_text
 from ...weights.algebra import Tensors
 from ...weights.products import paired_dots
@@ -167,14 +167,14 @@ class Recorder:
         """The inner predictor's: the record is not part of a normal run."""
         return self.inner.memory_bytes()
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """The inner predictor's, the windows so far and the columns that are still looked at."""
         return {
             "inner": self.inner.state_dict(), "windows": [window_state(w) for w in self.windows],
             "ahead": list(self._ahead), "extras": [list(extras) for extras in self._extras],
         }  # fmt: skip
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
         self.inner.load_state_dict(state["inner"])
         windows = (w for w in map(window_from_state, state["windows"]) if w is not None)

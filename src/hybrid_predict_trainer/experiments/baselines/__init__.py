@@ -1,7 +1,7 @@
-"""Peer methods as arms of a comparison.
+"""Baseline methods as arms of a comparison.
 
-Reading order: ``base`` (what a peer is), ``outer``, ``averaging``, ``optimizers``, ``wnn``, ``lbfgs``, ``table``.
-Packages come with ``pip install "hybrid-predict-trainer[bench]"`` and are imported when a peer that needs one runs.
+Reading order: ``base`` (what a baseline is), ``outer``, ``averaging``, ``optimizers``, ``wnn``, ``lbfgs``, ``table``.
+Packages come with ``pip install "hybrid-predict-trainer[bench]"`` and are imported when a baseline that needs one runs.
 """
 
 from __future__ import annotations
@@ -11,38 +11,38 @@ from pathlib import Path
 from ...tasks import Task
 from ...tasks.base import unknown_name
 from ..arms.drive import Arm, Run, Setup, Watch
-from .base import Order, Peer
-from .table import PEERS
+from .base import Baseline, BaselineJob
+from .table import BASELINES
 
-__all__ = ["PEERS", "Peer", "peer_of", "peers_for", "run_peer"]
+__all__ = ["BASELINES", "Baseline", "baseline_of", "baselines_for", "run_baseline"]
 
 
-def peer_of(name: str) -> Peer:
+def baseline_of(name: str) -> Baseline:
     """The peer of an arm: the name up to an ``@``, behind which a budget may stand.
 
     Raises:
         ValueError: there is none.
     """
     key = name.partition("@")[0]
-    if key not in PEERS:
-        raise unknown_name("peer", key, PEERS)
-    return PEERS[key]
+    if key not in BASELINES:
+        raise unknown_name("peer", key, BASELINES)
+    return BASELINES[key]
 
 
-def peers_for(task: Task) -> tuple[str, ...]:
-    """Names of the peers that make sense on a task."""
-    return tuple(name for name, peer in PEERS.items() if task.deterministic or not peer.deterministic_only)
+def baselines_for(task: Task) -> tuple[str, ...]:
+    """Names of the baselines that make sense on a task."""
+    return tuple(name for name, peer in BASELINES.items() if task.deterministic or not peer.deterministic_only)
 
 
-def run_peer(
-    setup: Setup, arm: Arm, seed: int, *, peer: Peer | None = None,
+def run_baseline(
+    setup: Setup, arm: Arm, seed: int, *, peer: Baseline | None = None,
     folder: Path | None = None, watch: Watch | None = None, label: str = "",
 ) -> Run:  # fmt: skip
-    """Train a peer from one seed to the end of the arm's budget.
+    """Train a baseline from one seed to the end of the arm's budget.
 
     Args:
         setup: What the arms share; its trainer settings count only for gradient clipping and metrics.
-        arm: Its name is the peer's.
+        arm: Its name is the baseline's.
         seed: Of model, data order and dropout.
         peer: One with other hyper-parameters than those of the table.
         folder: Where ``metrics.jsonl`` and ``summary.json`` go; None: nowhere.
@@ -54,11 +54,11 @@ def run_peer(
         ModuleNotFoundError: its package is not installed.
         FileNotFoundError: its checkpoint is not there.
     """
-    peer = peer or peer_of(arm.name)
+    peer = peer or baseline_of(arm.name)
     if peer.deterministic_only and not setup.task.deterministic:
-        fit = ", ".join(peers_for(setup.task))
+        fit = ", ".join(baselines_for(setup.task))
         raise ValueError(f"peer {arm.name!r} needs the same batch at every step, which task {setup.task.name!r} "
                          f"does not give (peers that fit: {fit})")  # fmt: skip
     return peer.train(
-        Order(setup=setup, arm=arm, seed=seed, values=peer.values, folder=folder, watch=watch, label=label)
+        BaselineJob(setup=setup, arm=arm, seed=seed, values=peer.values, folder=folder, watch=watch, label=label)
     )

@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ...weights import algebra as weights
 from ..arms.drive import Hooks
-from .base import Session
+from .base import BaselineRun
 
 
 @torch.no_grad()
@@ -25,7 +25,7 @@ def mean(checkpoints: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     return total
 
 
-def lawa(session: Session) -> Hooks:
+def lawa(session: BaselineRun) -> Hooks:
     """Mean of the last checkpoints of the run (Kaddour, arXiv 2209.14981; windows as in arXiv 2502.06761)."""
     run = session.run
     every = max(1, round(session.values["spacing_frac"] * session.recipe.steps))
@@ -45,7 +45,7 @@ def lawa(session: Session) -> Hooks:
     return Hooks(after_step=after_step, evaluation=evaluation)
 
 
-def ema(session: Session) -> Hooks:
+def ema(session: BaselineRun) -> Hooks:
     """Exponential moving average of the weights, its time constant a share of the run."""
     run = session.run
     tau = max(1.0, session.values["tau_frac"] * session.recipe.steps)

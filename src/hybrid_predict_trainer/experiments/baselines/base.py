@@ -1,4 +1,4 @@
-"""What a peer is, and how those that run in the ordinary training loop are driven.
+"""What a baseline is, and how those that run in the ordinary training loop are driven.
 
 A peer is a published method that competes with predicted phases.  Its arm shares model, data order, seeds, clock and
 validation with the plain arm; its extra work is booked in the units of ``ledger``: a pass over the weights where it
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ...cost import FORWARD_UNITS, PASS_UNITS
-from ...cycle.state import Run as TrainerRun
+from ...cycle.state import State as TrainerState
 from ...tasks import TaskDefaults, TaskSettings
 from ...trainer import HybridTrainer
 from ...weights import algebra as weights
@@ -40,8 +40,8 @@ Values = Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Order:
-    """One run of a peer that has been asked for."""
+class BaselineJob:
+    """One run of a baseline that has been asked for."""
 
     setup: Setup
     arm: Arm
@@ -58,7 +58,7 @@ class Order:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Peer:
+class Baseline:
     """A method, its hyper-parameters and where it makes sense.
 
     Attributes:
@@ -79,7 +79,7 @@ class Peer:
     deterministic_only: bool = False
     values: Values
     grid: Callable[[TaskDefaults], tuple[float, ...]]
-    train: Callable[[Order], Run]
+    train: Callable[[BaselineJob], Run]
 
 
 def recipe_grid(recipe: TaskDefaults) -> tuple[float, ...]:
@@ -88,11 +88,11 @@ def recipe_grid(recipe: TaskDefaults) -> tuple[float, ...]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Session:
-    """A run of a peer in the ordinary loop, at its start."""
+class BaselineRun:
+    """A run of a baseline in the ordinary loop, at its start."""
 
-    order: Order
-    run: TrainerRun
+    order: BaselineJob
+    run: TrainerState
     recipe: TaskDefaults
 
     @property
@@ -119,11 +119,11 @@ class Session:
             weights.copy_(self.run.subject.parameters, own)
 
 
-#: Makes the optimizer of a peer.
+#: Makes the optimizer of a baseline.
 BuildOptimizer = Callable[[nn.Module, TaskDefaults, TaskSettings, Values], Optimizer]
 
 
-def no_hooks(session: Session) -> Hooks:
+def no_hooks(session: BaselineRun) -> Hooks:
     """Nothing is done around the steps."""
     return Hooks()
 
@@ -138,9 +138,9 @@ def _own_optimizer(model: nn.Module, recipe: TaskDefaults, settings: TaskSetting
 
 
 def in_loop(
-    attach: Callable[[Session], Hooks] = no_hooks, *, optimizer: BuildOptimizer = _own_optimizer,
+    attach: Callable[[BaselineRun], Hooks] = no_hooks, *, optimizer: BuildOptimizer = _own_optimizer,
     scheduled: bool = True, changed: Callable[[TaskDefaults], TaskDefaults] = as_it_is,
-) -> Callable[[Order], Run]:  # fmt: skip
+) -> Callable[[BaselineJob], Run]:  # fmt: skip
     """Training in the plain loop with something different about it.
 
     Args:
@@ -150,16 +150,16 @@ def in_loop(
         changed: Makes the recipe it trains with.
     """
 
-    def train(order: Order) -> Run:
+    def train(order: BaselineJob) -> Run:
         setup, recipe = order.setup, changed(order.recipe)
         model = seeded_model(setup, order.seed)
         own = optimizer(model, recipe, setup.settings, order.values)
         schedule = recipe_schedule(own, recipe) if scheduled else None
-        # the cost clock whatever the comparison uses: a peer's dearer steps must be fewer steps
+        # the cost clock whatever the comparison uses: a baseline's dearer steps must be fewer steps
         config = replace(setup.config, enabled=False, clock="cost", seed=setup.config.seed + order.seed)
         trainer = HybridTrainer(model, own, config, loss_fn=setup.task.loss_fn, lr_scheduler=schedule)
         trainer.keep_no_checkpoints()
-        hooks = attach(Session(order=order, run=trainer.run, recipe=recipe))
+        hooks = attach(BaselineRun(order=order, run=trainer.run, recipe=recipe))
         return drive(
             trainer, setup, order.arm, order.seed,
             hooks=hooks, folder=order.folder, watch=order.watch, label=order.label,

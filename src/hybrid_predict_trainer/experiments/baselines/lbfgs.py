@@ -20,7 +20,7 @@ from ...cost import BACKWARD_UNITS, FORWARD_UNITS, PASS_UNITS, STEP_UNITS, UPDAT
 from ...tasks import TaskDefaults
 from ...weights import algebra as weights
 from ..arms.drive import COUNTS, NUM_VALIDATIONS, Run, seeded_model, steps_of, summary_of, write_json
-from .base import Order, recipe_grid
+from .base import BaselineJob, recipe_grid
 
 #: Evaluations of a line search, the package's default.
 MAX_LINE_SEARCH = 25
@@ -206,7 +206,7 @@ def minimize(
         after_iteration(loss)
 
 
-def train(order: Order) -> Run:
+def train(order: BaselineJob) -> Run:
     """One run.
 
     Raises:

@@ -17,7 +17,7 @@ from ...tasks.base import missing_extra
 from ...tasks.recipes import decay_groups
 from ...weights import algebra as weights
 from ..arms.drive import Hooks, recipe_optimizer
-from .base import Session, Values, recipe_grid
+from .base import BaselineRun, Values, recipe_grid
 from .flops import forward_flops, soap_basis_flops, soap_first_flops, soap_step_flops
 
 
@@ -43,7 +43,7 @@ def lookahead_optimizer(model: nn.Module, recipe: TaskDefaults, settings: TaskSe
     return wrapped
 
 
-def lookahead(session: Session) -> Hooks:
+def lookahead(session: BaselineRun) -> Hooks:
     """Books what the slow weights cost."""
     every = int(session.values["every"])
 
@@ -70,7 +70,7 @@ def schedule_free_optimizer(
     return built  # type: ignore[no-any-return]
 
 
-def schedule_free(session: Session) -> Hooks:
+def schedule_free(session: BaselineRun) -> Hooks:
     """Validates at the average x; the optimizer trains at y."""
     run, optimizer = session.run, session.run.subject.optimizer
 
@@ -101,7 +101,7 @@ def prodigy_optimizer(model: nn.Module, recipe: TaskDefaults, settings: TaskSett
     return built
 
 
-def prodigy(session: Session) -> Hooks:
+def prodigy(session: BaselineRun) -> Hooks:
     """Books the two vectors it keeps beyond Adam's."""
     # reads of the gradient, of w - w_0 and of s in two sums; s is updated
     return Hooks(after_step=lambda: session.charge_passes(7))
@@ -126,7 +126,7 @@ def soap_optimizer(model: nn.Module, recipe: TaskDefaults, settings: TaskSetting
     return built
 
 
-def soap(session: Session) -> Hooks:
+def soap(session: BaselineRun) -> Hooks:
     """Books rotations and eigenbases by their FLOPs, in forwards of this task (formulas in ``flops``)."""
     run, setup, values = session.run, session.order.setup, session.values
     every, max_dim = int(values["every"]), int(values["max_dim"])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...weights import algebra as weights
 from ..arms.drive import Hooks
-from .base import Session
+from .base import BaselineRun
 
 #: When EMA-Nesterov begins, as a share of the run: step 300 of 2,890 in the record with its author's settings.
 EMA_NESTEROV_START = 0.1
@@ -43,7 +43,7 @@ def snoo_step_(w: Sequence[Tensor], w_old: Sequence[Tensor], b: Sequence[Tensor]
     torch._foreach_copy_(list(w_old), list(w))
 
 
-def snoo(session: Session) -> Hooks:
+def snoo(session: BaselineRun) -> Hooks:
     """Nesterov momentum on the displacement of K optimizer steps (arXiv 2510.15830)."""
     w = session.run.subject.parameters
     every, eta, mu = int(session.values["every"]), session.values["eta"], session.values["mu"]
@@ -64,7 +64,7 @@ def track_(m: Sequence[Tensor], w: Sequence[Tensor], w_old: Sequence[Tensor], ga
     torch._foreach_copy_(list(w_old), list(w))
 
 
-def ema_nesterov(session: Session) -> Hooks:
+def ema_nesterov(session: BaselineRun) -> Hooks:
     """Move ahead along the mean displacement before every forward and step from there (arXiv 2605.25395).
 
     beta_t = beta lr / lr_max from the end of the warm-up (a tenth of the run at least) to the decay phase.

@@ -1,10 +1,10 @@
-"""All peers by name, with the hyper-parameters their papers give."""
+"""All baselines by name, with the hyper-parameters their papers give."""
 
 from __future__ import annotations
 
 from . import lbfgs
 from .averaging import ema, lawa
-from .base import Peer, in_loop, recipe_grid
+from .base import Baseline, in_loop, recipe_grid
 from .optimizers import (
     lookahead,
     lookahead_optimizer,
@@ -21,8 +21,8 @@ from .warmup import block_warmup, long_warmup
 from .wnn import wnn_plus
 
 
-def _lbfgs(history: int) -> Peer:
-    return Peer(
+def _lbfgs(history: int) -> Baseline:
+    return Baseline(
         about=f"L-BFGS, strong Wolfe, {history} pairs; every evaluation counted",
         source="Liu and Nocedal 1989; torch.optim.LBFGS",
         family="quasi-Newton",
@@ -34,8 +34,8 @@ def _lbfgs(history: int) -> Peer:
     )
 
 
-PEERS: dict[str, Peer] = {
-    "snoo": Peer(
+BASELINES: dict[str, Baseline] = {
+    "snoo": Baseline(
         about="outer Nesterov momentum on the displacement of every 28 steps",
         source="arXiv 2510.15830",
         family="outer loop",
@@ -44,7 +44,7 @@ PEERS: dict[str, Peer] = {
         grid=recipe_grid,
         train=in_loop(snoo),
     ),
-    "lookahead": Peer(
+    "lookahead": Baseline(
         about="slow weights go half of the way that five steps went",
         source="arXiv 1907.08610; pytorch_optimizer",
         family="outer loop",
@@ -53,7 +53,7 @@ PEERS: dict[str, Peer] = {
         grid=recipe_grid,
         train=in_loop(lookahead, optimizer=lookahead_optimizer),
     ),
-    "ema-nesterov": Peer(
+    "ema-nesterov": Baseline(
         about="steps from a point ahead along the mean displacement, off in the decay",
         source="arXiv 2605.25395",
         family="outer loop",
@@ -62,7 +62,7 @@ PEERS: dict[str, Peer] = {
         grid=recipe_grid,
         train=in_loop(ema_nesterov),
     ),
-    "lawa": Peer(
+    "lawa": Baseline(
         about="validated at the mean of the last 5 checkpoints, 1 % of the run apart",
         source="arXiv 2209.14981, 2502.06761",
         family="averaging",
@@ -71,7 +71,7 @@ PEERS: dict[str, Peer] = {
         grid=recipe_grid,
         train=in_loop(lawa),
     ),
-    "ema": Peer(
+    "ema": Baseline(
         about="validated at an exponential average of the weights over 1 % of the run",
         source="arXiv 2502.06761; torch.optim.swa_utils",
         family="averaging",
@@ -80,7 +80,7 @@ PEERS: dict[str, Peer] = {
         grid=recipe_grid,
         train=in_loop(ema),
     ),
-    "wnn+": Peer(
+    "wnn+": Baseline(
         about="a pretrained network forecasts every weight from its last five states, up to five times a run",
         source="arXiv 2409.04434, nino_mlp.pt",
         family="forecast",
@@ -89,7 +89,7 @@ PEERS: dict[str, Peer] = {
         grid=recipe_grid,
         train=in_loop(wnn_plus),
     ),
-    "long-warmup": Peer(
+    "long-warmup": Baseline(
         about="the plain recipe, warmed up over 2 / (1 - beta_2) steps: what a better recipe would have won",
         source="arXiv 1910.04209",
         family="schedule",
@@ -98,7 +98,7 @@ PEERS: dict[str, Peer] = {
         grid=recipe_grid,
         train=in_loop(changed=long_warmup),
     ),
-    "block-warmup": Peer(
+    "block-warmup": Baseline(
         about="the plain recipe, attention and MLP matrices warmed up over 100 steps: the fixed part of the early cuts",
         source="-",
         family="schedule",
@@ -107,7 +107,7 @@ PEERS: dict[str, Peer] = {
         grid=recipe_grid,
         train=in_loop(block_warmup),
     ),
-    "schedule-free": Peer(
+    "schedule-free": Baseline(
         about="Schedule-Free AdamW: averaging in place of a schedule",
         source="arXiv 2405.15682; schedulefree",
         family="optimizer",
@@ -116,7 +116,7 @@ PEERS: dict[str, Peer] = {
         grid=recipe_grid,
         train=in_loop(schedule_free, optimizer=schedule_free_optimizer, scheduled=False),
     ),
-    "prodigy": Peer(
+    "prodigy": Baseline(
         about="Adam that finds its own step size; the rate is a multiple of it",
         source="arXiv 2306.06101; prodigyopt",
         family="optimizer",
@@ -125,7 +125,7 @@ PEERS: dict[str, Peer] = {
         grid=prodigy_grid,
         train=in_loop(prodigy, optimizer=prodigy_optimizer),
     ),
-    "soap": Peer(
+    "soap": Baseline(
         about="Adam in the eigenbasis of Shampoo's preconditioner, renewed every 10 steps",
         source="arXiv 2409.11321; pytorch_optimizer",
         family="optimizer",

@@ -9,7 +9,7 @@ from ...tasks import TaskDefaults
 from ...weights import algebra as weights
 from ...weights.algebra import Tensors
 from ..arms.drive import Hooks
-from .base import Session
+from .base import BaselineRun
 
 
 def long_warmup(recipe: TaskDefaults) -> TaskDefaults:
@@ -18,7 +18,7 @@ def long_warmup(recipe: TaskDefaults) -> TaskDefaults:
     return replace(recipe, warmup_steps=max(recipe.warmup_steps, steps))
 
 
-def block_warmup(session: Session) -> Hooks:
+def block_warmup(session: BaselineRun) -> Hooks:
     """Steps of matrices inside attention and MLP blocks grow linearly to their full length; others as they were."""
     run, num_steps = session.run, int(session.values["steps"])
     inside = [is_inside_a_block(role) for role in run.windows.groups.roles]

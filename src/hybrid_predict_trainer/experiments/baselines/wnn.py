@@ -24,7 +24,7 @@ from ...tasks.base import data_dir
 from ...weights import algebra as weights
 from ...weights.algebra import Tensors
 from ..arms.drive import Hooks
-from .base import Session
+from .base import BaselineRun
 from .flops import forward_flops, mlp_flops
 
 CHECKPOINT = "nino_mlp.pt"
@@ -60,7 +60,7 @@ def load(path: Path | None = None) -> State:
     """
     path = path or data_dir(f"the WNN+ checkpoint (peers/{CHECKPOINT})") / "peers" / CHECKPOINT
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there: the peer wnn+ needs the released {CHECKPOINT} of NiNo")
+        raise FileNotFoundError(f"{path} is not there: the baseline wnn+ needs the released {CHECKPOINT} of NiNo")
     state: State = torch.load(path, map_location="cpu", weights_only=True).get("state_dict", {})
     shapes = {"edge_proj.fc.0.weight": (HIDDEN, NUM_STATES), "edge_mlp.fc.6.weight": (NUM_AHEAD, HIDDEN)}
     if any(tuple(state[k].shape) != shape if k in state else True for k, shape in shapes.items()):
@@ -146,7 +146,7 @@ def plan(num_steps: int, price_steps: float, max_forecasts: int, cost_frac: floa
     return Plan(spacing, tuple(round(v**2) for v in line))
 
 
-def wnn_plus(session: Session) -> Hooks:
+def wnn_plus(session: BaselineRun) -> Hooks:
     """Forecast all weights after every fifth state.
 
     The original forecasts in place of an optimizer step, which costs no gradient; here the forecast lies between

@@ -23,7 +23,7 @@ from ...observe.encoder import Encoder
 from ...observe.loss_features import loss_features
 from ...predictors import PREDICTORS, Predictor, build
 from ...propose.horizon import context_features
-from ...records import PhasePrediction, State, Window
+from ...records import PhasePrediction, StateDict, Window
 from ...tasks import Batch, Task, TaskSettings, build_optimizer, make_task
 from ...trainer import HybridTrainer
 from ...weights import algebra as weights
@@ -77,11 +77,11 @@ class Timed:
         """The inner predictor's."""
         return self.inner.memory_bytes()
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """The inner predictor's."""
         return self.inner.state_dict()
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
         self.inner.load_state_dict(state)
 

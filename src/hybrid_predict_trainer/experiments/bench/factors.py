@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ...keep.isolation import quiet_forward
+from ...keep.isolation import side_effect_free
 from ...observe import batches as pieces
 from ...records import ConfigError
 from ..arms.drive import wait_for_device
@@ -183,7 +183,7 @@ def _first_steps(setup: Setup, *, predict: bool) -> None:
     if predict:  # the gate's batches have other sizes, which a compiler compiles for
         size = pieces.num_samples(batch)
         chunks = pieces.chunks(batch, size // 2, size, trainer.config.gate.max_chunks)
-        with quiet_forward(trainer.run.subject.model):
+        with side_effect_free(trainer.run.subject.model):
             for part in (batch, pieces.narrow(batch, 0, size // 2), *chunks[:1]):
                 trainer.run.judge.evaluation.loss(part)
     wait_for_device(trainer)

@@ -13,7 +13,7 @@ import torch
 from ...predictors import PREDICTORS
 from ...tasks.base import unknown_name
 from ..arms.options import InputError, Options, as_input_error, build_setup, config_of
-from ..baselines import PEERS, peer_of
+from ..baselines import BASELINES, baseline_of
 from ..compare.run import SWEEP_SEED_OFFSET
 from ..run_arm import Arm, Kind, Setup
 from . import catalogue as regimes
@@ -153,10 +153,10 @@ def _contestants(
             Contestant(name=f"hybrid-{name}", kind="hybrid", blueprint=replace(blueprint, options=options), grid=shared)
         )
     found.append(Contestant(name="jump-of-zero", kind="jump-of-zero", blueprint=blueprint, grid=()))
-    named = tuple(name for name in request.arms if name in PEERS)
+    named = tuple(name for name in request.arms if name in BASELINES)
     notes = []
     for name in dict.fromkeys((*(case.quick_peers if request.quick else case.peers), *named)):
-        peer = peer_of(name)
+        peer = baseline_of(name)
         if peer.deterministic_only and not setup.task.deterministic:
             notes.append(f"{case.name}: {name} left out: it needs the same batch at every step")
             continue
@@ -164,7 +164,7 @@ def _contestants(
         kept = own if not fixed or name in regimes.RATE_FREE else ()
         found.append(Contestant(name=name, kind="peer", blueprint=blueprint, grid=kept, weights_only=peer.weights_only))
     if request.arms:
-        known = {c.name for c in found} | set(PEERS)
+        known = {c.name for c in found} | set(BASELINES)
         for name in request.arms:
             if name not in known:
                 raise InputError(str(unknown_name("arm", name, sorted(known))))

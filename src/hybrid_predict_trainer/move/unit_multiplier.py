@@ -9,11 +9,11 @@ from typing import Protocol
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..records import State
+from ..records import StateDict
 from .multiplier import Advice, Reading
 
 
-class StepScale(Protocol):
+class Multiplier(Protocol):
     """What a run needs of a multiplier of its optimizer's steps."""
 
     @property
@@ -109,16 +109,16 @@ class StepScale(Protocol):
         """Bytes held between steps."""
         ...
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Everything a resume needs."""
         ...
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
         ...
 
 
-class UnitScale:
+class UnitMultiplier:
     """The null object: steps are the optimizer's own."""
 
     value = learned = 1.0
@@ -167,9 +167,9 @@ class UnitScale:
         """None."""
         return 0
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> StateDict:
         """Nothing."""
         return {}
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Nothing."""
