@@ -34,7 +34,7 @@ ALLOWED = {
     "walk.": "a walk over an object, by whoever walks", "self._walk.stay": "likewise",
     "self._pending[-1].": "a forecast that waits to be scored, in the list of the one that assigns",
     "account.checks_left": "a raise under way, in the list of the one that assigns",
-    "execution.": "what came of the step under way, by the functions that take it",
+    "outcome.": "what came of the step under way, by the functions that take it",
     "setattr(holder, name, value)": "a memento puts back what was there",
     "object.__setattr__(value, name, new)": "a checkpoint is read into an object of the user's",
     "setattr(home, name, value)": "a former module sets a name where it is today",

@@ -20,24 +20,24 @@ def run_correct(run: State, batch: Any, decision: Decision) -> StepOutcome:
     return run_full(run, batch, decision)
 
 
-def conclude(run: State, execution: StepOutcome) -> None:
+def conclude(run: State, outcome: StepOutcome) -> None:
     """After a step on probation: the last one keeps the jump or takes it back."""
     probation = run.judge.probation
     if probation is None:  # another set of weights is trained from this step on: there is no way back
         return
-    probation.count_step(None if execution.skipped else execution.loss)
-    if execution.skipped and not execution.searching:
+    probation.count_step(None if outcome.skipped else outcome.loss)
+    if outcome.skipped and not outcome.searching:
         probation.note_level(Level.CRITICAL)
     if probation.num_steps_left > 0 and probation.worst_level < Level.CRITICAL:
         return
     probation.read()
     after = sum(probation.losses) / len(probation.losses) if probation.losses else math.inf
-    execution.alarm = probation_alarm(run, probation, after)
-    if _extended(run, probation, execution.alarm, after):
+    outcome.alarm = probation_alarm(run, probation, after)
+    if _extended(run, probation, outcome.alarm, after):
         return
-    execution.probation = (probation.loss_before, after)
-    execution.kept = probation_passes(probation, run.config.divergence_threshold)
-    if execution.kept:
+    outcome.probation = (probation.loss_before, after)
+    outcome.kept = probation_passes(probation, run.config.divergence_threshold)
+    if outcome.kept:
         run.judge.kept()
         run.proposer.feedback.note_outcome(True)
         run.proposer.double_horizon()

@@ -572,9 +572,9 @@ class Engine:
         self._pending = None
         loss, _ = self._taken()
         self._lost = pending.step is None
-        execution = pending.end()
+        outcome = pending.end()
         if loss is not None and not run.config.enabled:
-            execution.loss = loss
+            outcome.loss = loss
         if pending.step is None and run.config.enabled:  # no loss: nothing to check or to learn from
             if run.judge.probation is not None:
                 run.judge.probation.count_step(None)
@@ -582,11 +582,11 @@ class Engine:
             self._batch = self._step = None
             return
         if pending.decision.phase is Phase.CORRECT:
-            conclude(run, execution)
-        execution.forwards += pending.measured
+            conclude(run, outcome)
+        outcome.forwards += pending.measured
         began, clock = self._began
         watch = Stopwatch(began, began, run.proposer.time.clock() - clock)
-        self.result = close_step(run, pending.decision, execution, watch)
+        self.result = close_step(run, pending.decision, outcome, watch)
         outside.remember(run)
         self._batch, self._step, self._consumed = pending.batch, None, None
         self._judgeable(pending.batch)
@@ -640,9 +640,9 @@ class Engine:
         run = self.run
         enter(run, decision)
         prepare(run, batch, decision)
-        execution = execute(run, batch, decision)
-        execution.forwards, self._spent, self._looked = execution.forwards + self._spent, 0.0, []
-        self.result = close_step(run, decision, execution, Stopwatch(called, called, None))
+        outcome = execute(run, batch, decision)
+        outcome.forwards, self._spent, self._looked = outcome.forwards + self._spent, 0.0, []
+        self.result = close_step(run, decision, outcome, Stopwatch(called, called, None))
         outside.remember(run)
         return self.result
 

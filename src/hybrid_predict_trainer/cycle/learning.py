@@ -1,4 +1,4 @@
-"""The stations of one step around its execution: preview -> (decide, execute) -> monitor -> observe -> describe."""
+"""The stations of one step around its outcome: preview -> (decide, execute) -> monitor -> observe -> describe."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def enter(run: State, decision: Decision) -> None:
     run.meter.begin_step(decision.phase)
 
 
-def monitor(run: State, metrics: Metrics, execution: StepOutcome) -> Alarm:
+def monitor(run: State, metrics: Metrics, outcome: StepOutcome) -> Alarm:
     """Read the losses that are due, check them, respond to the worst alarm.
 
     Raises:
@@ -46,9 +46,9 @@ def monitor(run: State, metrics: Metrics, execution: StepOutcome) -> Alarm:
     """
     if not run.config.enabled or run.phases.current is Phase.PREDICT:
         return Alarm()
-    if execution.searching:  # the scaler has left the step out
+    if outcome.searching:  # the scaler has left the step out
         return Alarm()
-    run.losses.push(run.meter.num_attempted_steps, execution.loss, execution.gradient_norm)
+    run.losses.push(run.meter.num_attempted_steps, outcome.loss, outcome.gradient_norm)
     window_full = run.windows.full
     alarm = read(run, metrics, force=window_full)
     if alarm.action is Action.ABORT and rescue(run):
@@ -61,10 +61,10 @@ def monitor(run: State, metrics: Metrics, execution: StepOutcome) -> Alarm:
         )
     if alarm.level >= Level.WARNING:
         respond(run, alarm)
-    if execution.alarm.level >= Level.WARNING:
-        metrics.note_alarm(run, execution.alarm)
-        respond(run, execution.alarm)
-    return max(alarm, execution.alarm, key=lambda a: a.level)
+    if outcome.alarm.level >= Level.WARNING:
+        metrics.note_alarm(run, outcome.alarm)
+        respond(run, outcome.alarm)
+    return max(alarm, outcome.alarm, key=lambda a: a.level)
 
 
 def read(run: State, metrics: Metrics, *, force: bool) -> Alarm:
@@ -100,14 +100,9 @@ def _check(run: State, metrics: Metrics, reading: Reading) -> Alarm:
 EMA_STEPS = 39
 
 
-def rescale(run: State, execution: StepOutcome) -> None:
+def rescale(run: State, outcome: StepOutcome) -> None:
     """After a real step: let the learned multiplier look at it, and the guard."""
-    if (
-        not execution.backwards
-        or execution.skipped
-        or not run.windows.observing
-        or run.failures.exhausted(Place.MOTION)
-    ):
+    if not outcome.backwards or outcome.skipped or not run.windows.observing or run.failures.exhausted(Place.MOTION):
         return
     try:
         _look(run)
@@ -174,12 +169,12 @@ def _ask(run: State, validation: Validation) -> float:
     return validation.ask(run.subject.model, run.meter.num_real_steps)
 
 
-def judge_lookahead(run: State, execution: StepOutcome) -> None:
+def judge_lookahead(run: State, outcome: StepOutcome) -> None:
     """After a real step: let the trial of the lookahead look at it.
 
     Where losses are read late a block ends when all of its own are there.
     """
-    if not execution.backwards or execution.skipped or not run.optimizer_step.lookahead.num_steps:
+    if not outcome.backwards or outcome.skipped or not run.optimizer_step.lookahead.num_steps:
         return
     try:
         run.optimizer_step.on_loss(run.losses, run.judge.generator)
@@ -187,13 +182,13 @@ def judge_lookahead(run: State, execution: StepOutcome) -> None:
         note_motion_failure(run, error)
 
 
-def observe(run: State, metrics: Metrics, execution: StepOutcome, began: float) -> None:
+def observe(run: State, metrics: Metrics, outcome: StepOutcome, began: float) -> None:
     """Close the window when it is full: the predictor learns, the ledger settles.
 
     Args:
         run: After the step and its check.
         metrics: Of that run.
-        execution: The step.
+        outcome: The step.
         began: When the step began, by ``time.perf_counter``.
     """
     if not run.windows.observing or run.phases.current is Phase.PREDICT:
@@ -245,14 +240,14 @@ def learn(run: State, window: Window) -> None:
         run.proposer.note_failure(error)
 
 
-def describe(run: State, decision: Decision, execution: StepOutcome, alarm: Alarm, started: float) -> StepResult:
+def describe(run: State, decision: Decision, outcome: StepOutcome, alarm: Alarm, started: float) -> StepResult:
     """What the caller gets to see of a step."""
-    verdict, prediction = execution.verdict, execution.prediction
+    verdict, prediction = outcome.verdict, outcome.prediction
     error = None
     if verdict is not None and verdict.accepted and prediction is not None:
         error = abs(verdict.loss_after - prediction.predicted_loss) / max(abs(verdict.loss_after), 1e-12)
     return StepResult(
-        loss_tensor=execution.loss,
+        loss_tensor=outcome.loss,
         phase=decision.phase,
         was_predicted=verdict is not None and verdict.accepted,
         prediction_error=error,
@@ -260,12 +255,12 @@ def describe(run: State, decision: Decision, execution: StepOutcome, alarm: Alar
         step_time_ms=1e3 * (time.perf_counter() - started),
         step=run.meter.num_steps,
         reason=(verdict.reason if verdict is not None else decision.reason).value,
-        gradient_norm_tensor=execution.gradient_norm,
-        skipped=execution.skipped,
-        num_forward=execution.forwards,
-        num_backward=execution.backwards,
-        num_claimed_steps=execution.claimed,
+        gradient_norm_tensor=outcome.gradient_norm,
+        skipped=outcome.skipped,
+        num_forward=outcome.forwards,
+        num_backward=outcome.backwards,
+        num_claimed_steps=outcome.claimed,
         verdict=verdict,
         alarm=alarm,
-        consumed=execution.consumed,
+        consumed=outcome.consumed,
     )

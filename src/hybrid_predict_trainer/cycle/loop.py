@@ -1,4 +1,4 @@
-"""One step around its execution: look at the batch -> decide -> execute -> check, learn, describe.
+"""One step around its outcome: look at the batch -> decide -> execute -> check, learn, describe.
 
 :func:`take_step` does all of it in a row, for a trainer that owns forward and backward.  A loop that owns them itself
 goes the same way through :mod:`.engine`.
@@ -60,21 +60,21 @@ def prepare(run: State, batch: Any, decision: Decision) -> None:
     compare_with_anchor(run, batch)
 
 
-def close_step(run: State, decision: Decision, execution: StepOutcome, watch: Stopwatch) -> StepResult:
+def close_step(run: State, decision: Decision, outcome: StepOutcome, watch: Stopwatch) -> StepResult:
     """After a step of any phase: check its loss, learn from it, record it.
 
     Raises:
         DivergenceError: too many consecutive steps were not finite.
     """
-    run.batches.used(execution.consumed)
+    run.batches.used(outcome.consumed)
     with own_defaults():
-        alarm = monitor(run, run.recorder, execution)
-        rescale(run, execution)
-        judge_lookahead(run, execution)
-        observe(run, run.recorder, execution, watch.began)
+        alarm = monitor(run, run.recorder, outcome)
+        rescale(run, outcome)
+        judge_lookahead(run, outcome)
+        observe(run, run.recorder, outcome, watch.began)
         run.proposer.note_time(watch.seconds)
-        result = describe(run, decision, execution, alarm, watch.called)
-        run.recorder.record(run, decision, execution, result)
+        result = describe(run, decision, outcome, alarm, watch.called)
+        run.recorder.record(run, decision, outcome, result)
         return result
 
 
@@ -97,7 +97,7 @@ def take_step(run: State, batch: Any) -> StepResult:
     prepare(run, batch, decision)
     executor = execute if run.config.enabled else run_plain
     clock, entered = run.proposer.time.clock, run.proposer.time.clock()
-    execution = executor(run, batch, decision)
-    seconds = clock() - entered if execution.backwards else None
-    execution.forwards += measured
-    return close_step(run, decision, execution, Stopwatch(called, began, seconds))
+    outcome = executor(run, batch, decision)
+    seconds = clock() - entered if outcome.backwards else None
+    outcome.forwards += measured
+    return close_step(run, decision, outcome, Stopwatch(called, began, seconds))

@@ -76,23 +76,23 @@ def run_predict(run: State, batch: Any, decision: Decision) -> StepOutcome:
     run.proposer.count_proposal()
     run.phases.count_proposal()
     before_units = c.extra_units
-    execution = StepOutcome(torch.tensor(math.nan, device="cpu"))
+    outcome = StepOutcome(torch.tensor(math.nan, device="cpu"))
 
     def accept(prediction: PhasePrediction, deltas: list[Tensors], saved: Tensors, verdict: Verdict) -> Verdict:
         if verdict.accepted and _is_control(run):
             verdict = replace(verdict, accepted=False, reason=Reason.CONTROL_SKIP)
             c.control()
         if verdict.accepted:
-            execution.applied = _accept(run, prediction, deltas, saved, verdict, decision.fallback_threshold)
-            execution.claimed = prediction.horizon
+            outcome.applied = _accept(run, prediction, deltas, saved, verdict, decision.fallback_threshold)
+            outcome.claimed = prediction.horizon
         return verdict
 
     prediction, verdict = transact(run, batch, decision, accept)
     loss = verdict.loss_after if verdict.accepted else verdict.loss_before
-    execution.loss = torch.tensor(loss, device="cpu")
-    execution.verdict, execution.prediction = verdict, prediction
-    execution.consumed = verdict.accepted
-    execution.forwards = verdict.num_forward
+    outcome.loss = torch.tensor(loss, device="cpu")
+    outcome.verdict, outcome.prediction = verdict, prediction
+    outcome.consumed = verdict.accepted
+    outcome.forwards = verdict.num_forward
     c.add_forwards(verdict.num_forward)
     spent = c.extra_units - before_units
     run.judge.ledger.spend(spent)
@@ -109,8 +109,8 @@ def run_predict(run: State, batch: Any, decision: Decision) -> StepOutcome:
     _next_segment(run, prediction, verdict)
     if not approved or (verdict.accepted and run.judge.probation is None):
         run.proposer.feedback.note_outcome(verdict.accepted)
-    execution.prediction_ms = 1e3 * (time.perf_counter() - started)
-    return execution
+    outcome.prediction_ms = 1e3 * (time.perf_counter() - started)
+    return outcome
 
 
 def _is_control(run: State) -> bool:

@@ -68,7 +68,7 @@ def _proposal(run: State, batch: Any, decision: Decision) -> StepOutcome:
     before, generator = books(run), run.judge.generator.get_state()
     moved = Memento([run.windows.basis, run.optimizer_step.lookahead, run.optimizer_step.scale])
     try:
-        execution = STEP_OF_PHASE[Phase.PREDICT](run, batch, decision)
+        outcome = STEP_OF_PHASE[Phase.PREDICT](run, batch, decision)
     except BaseException as error:
         if run.judge.held:
             weights.copy_(run.subject.parameters, run.judge.held)
@@ -79,11 +79,11 @@ def _proposal(run: State, batch: Any, decision: Decision) -> StepOutcome:
         if not isinstance(error, Exception):
             raise
         run.failures.note(Place.GATE, error)  # in the books, after the judgement: a refusal like any other
-        execution = StepOutcome(torch.tensor(math.nan, device="cpu"), consumed=False)
-        execution.verdict = Verdict(accepted=False, reason=Reason.CANNOT_EVALUATE)
+        outcome = StepOutcome(torch.tensor(math.nan, device="cpu"), consumed=False)
+        outcome.verdict = Verdict(accepted=False, reason=Reason.CANNOT_EVALUATE)
     run.judge.release()
     run.step_scheduler()
-    return execution
+    return outcome
 
 
 def _real(run: State, batch: Any, decision: Decision, executor: PhaseStep) -> StepOutcome:
@@ -105,24 +105,24 @@ def _on_probation(run: State, batch: Any, decision: Decision) -> StepOutcome:
         versions_of(run.subject.parameters),
         (run.optimizer_step.scale.num_steps, run.optimizer_step.lookahead.num_steps),
     )
-    execution: StepOutcome | None = None
+    outcome: StepOutcome | None = None
     after: Memento | None = None
     try:
-        execution = STEP_OF_PHASE[Phase.CORRECT](run, batch, decision)
+        outcome = STEP_OF_PHASE[Phase.CORRECT](run, batch, decision)
         after = books(run)
-        conclude(run, execution)
+        conclude(run, outcome)
     except BaseException:
-        if execution is not None:
+        if outcome is not None:
             if after is not None:
                 after.restore()
-            conclude(run, execution)
+            conclude(run, outcome)
         elif versions_of(run.subject.parameters) != versions:
             before.restore()
             finish_real(run, *done)
             assert run.judge.probation is not None, "CORRECT without a jump on probation"
             conclude(run, StepOutcome(run.judge.probation.under_way))
         raise
-    return execution
+    return outcome
 
 
 def finish_real(run: State, num_scaled: int, num_looked: int) -> None:

@@ -62,31 +62,31 @@ class Metrics:
         """Records go there from here on."""
         self.sink = sink
 
-    def record(self, run: State, decision: Decision, execution: StepOutcome, result: StepResult) -> None:
+    def record(self, run: State, decision: Decision, outcome: StepOutcome, result: StepResult) -> None:
         """Record one step and whatever happened in it; what raises in that is counted and said."""
         if self.failures.exhausted(Place.RECORD):
             return
         try:
-            self._record(run, decision, execution, result)
+            self._record(run, decision, outcome, result)
         except Exception as error:
             self.failures.note(Place.RECORD, error)
 
-    def _record(self, run: State, decision: Decision, execution: StepOutcome, result: StepResult) -> None:
+    def _record(self, run: State, decision: Decision, outcome: StepOutcome, result: StepResult) -> None:
         self.total_ms += result.step_time_ms
         if result.phase is not self._last_phase:
             self._write(run, "transition", {"from": self._last_phase, "to": result.phase, "reason": decision.reason})
             self._last_phase = result.phase
         if result.phase is Phase.FULL:
             self.step_ms.push(result.step_time_ms)
-        if execution.verdict is not None:
-            self._jump(run, decision, execution)
-        if execution.probation is not None:
-            before, after = execution.probation
-            reason = Reason.KEPT if execution.kept else Reason.DEGRADED
+        if outcome.verdict is not None:
+            self._jump(run, decision, outcome)
+        if outcome.probation is not None:
+            before, after = outcome.probation
+            reason = Reason.KEPT if outcome.kept else Reason.DEGRADED
             self._write(
                 run,
                 "correction",
-                {"kept": execution.kept, "reason": reason, "loss_before": before, "loss_after": after},
+                {"kept": outcome.kept, "reason": reason, "loss_before": before, "loss_after": after},
             )
         if not isinstance(self.sink, NullSink):
             self._step(run, decision, result)
@@ -116,11 +116,11 @@ class Metrics:
             record["gradient_norm"] = next(values) if norm is not None else None
             self._emit(record)
 
-    def _jump(self, run: State, decision: Decision, execution: StepOutcome) -> None:
-        verdict, prediction = execution.verdict, execution.prediction
+    def _jump(self, run: State, decision: Decision, outcome: StepOutcome) -> None:
+        verdict, prediction = outcome.verdict, outcome.prediction
         assert verdict is not None
-        self.predict_ms.append(execution.prediction_ms)
-        self.overhead_ms += execution.prediction_ms
+        self.predict_ms.append(outcome.prediction_ms)
+        self.overhead_ms += outcome.prediction_ms
         self.confidences.push(decision.confidence)
         if verdict.accepted and prediction is not None:
             self.jump_lengths.append(prediction.horizon)
@@ -139,12 +139,12 @@ class Metrics:
                 "num_forward": verdict.num_forward,
                 "epistemic": None if prediction is None else prediction.epistemic,
                 "aleatoric": None if prediction is None else prediction.aleatoric,
-                **self._saved_prediction(run, execution),
+                **self._saved_prediction(run, outcome),
             },
         )  # fmt: skip
 
     @staticmethod
-    def _saved_prediction(run: State, execution: StepOutcome) -> dict[str, Any]:
+    def _saved_prediction(run: State, outcome: StepOutcome) -> dict[str, Any]:
         """Coefficients of an accepted jump, scale included; the forecast too if ``save_predictions`` asks for it."""
         correction = run.proposer.correction
         saved: dict[str, Any] = {
@@ -152,11 +152,11 @@ class Metrics:
             "num_similar": 0 if correction is None else correction.num_similar,
             "similarity_weights": () if correction is None else correction.weights,
         }
-        saved["coefficients"] = None if execution.applied is None else execution.applied.tolist()
-        if run.config.metrics.save_predictions and execution.prediction is not None:
-            saved["proposed"] = execution.prediction.coefficients.tolist()
-            saved["loss_trajectory"] = execution.prediction.loss_trajectory
-            saved["loss_interval"] = execution.prediction.loss_interval
+        saved["coefficients"] = None if outcome.applied is None else outcome.applied.tolist()
+        if run.config.metrics.save_predictions and outcome.prediction is not None:
+            saved["proposed"] = outcome.prediction.coefficients.tolist()
+            saved["loss_trajectory"] = outcome.prediction.loss_trajectory
+            saved["loss_interval"] = outcome.prediction.loss_interval
         return saved
 
     def note_alarm(self, run: State, alarm: Alarm) -> None:
