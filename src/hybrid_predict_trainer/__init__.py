@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .config.toml import with_values as with_values
     from .cycle.engine import Engine as Engine
     from .cycle.engine import attach as attach
+    from .move.modifier import StepModifier as StepModifier
     from .predictors import Predictor as Predictor
     from .records import BasisSpec as BasisSpec
     from .records import CheckpointError as CheckpointError
@@ -49,6 +50,7 @@ _HOMES = {
     "LookaheadConfig": "config.settings", "MetricsConfig": "config.settings",
     "Phase": "records", "PhasePrediction": "records", "Predictor": "predictors",
     "PredictorConfig": "config.settings", "SecantConfig": "config.settings", "StepResult": "records",
+    "StepModifier": "move.modifier",
     "Verdict": "records", "Window": "records", "Engine": "cycle.engine",
     "attach": "cycle.engine", "load_config": "config.toml:load", "preset_config": "config.toml",
     "with_values": "config.toml",
@@ -64,7 +66,7 @@ __all__ = [
     "BasisSpec", "CheckpointConfig", "CheckpointError", "ConfigError", "DivergenceConfig", "DivergenceError",
     "Engine", "EpochResult", "GateConfig", "HybridError", "HybridTrainer", "HybridTrainerConfig", "LinearConfig",
     "LookaheadConfig", "MetricsConfig", "Phase", "PhasePrediction", "Predictor", "PredictorConfig", "SecantConfig",
-    "StepResult", "Verdict", "Window", "attach", "load_config", "preset_config", "with_values",
+    "StepModifier", "StepResult", "Verdict", "Window", "attach", "load_config", "preset_config", "with_values",
 ]  # fmt: skip
 
 if not TYPE_CHECKING:  # seen by a type checker, it would let every misspelt name pass

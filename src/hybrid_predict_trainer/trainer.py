@@ -26,6 +26,7 @@ from .keep import resume as persistence
 from .keep.finiteness import trained_weights_finite, whereabouts
 from .keep.periodic import PeriodicSaver
 from .keep.subject import LossFn
+from .move.modifier import StepModifier
 from .predictors import Predictor
 from .records import DivergenceError, EpochResult, StateDict, StepResult
 from .tell.figures import statistics
@@ -59,6 +60,7 @@ class HybridTrainer:
         val_fn: ValFn | None = None,
         val_cost: float = 1.0,
         sinks: Sequence[Sink | Writer] = (),
+        modifiers: Sequence[StepModifier] = (),
     ) -> None:
         """Wrap a model and its optimizer; neither is changed until the first step.
 
@@ -76,6 +78,7 @@ class HybridTrainer:
                 is raised on its word only; it is asked rarely.
             val_cost: What one answer of it costs, in forwards of a training batch.
             sinks: Objects of your own that get every record, beside the file that ``metrics.path`` names.
+            modifiers: Of your own, around every step of the optimizer (:class:`.StepModifier`).
 
         Raises:
             ConfigError: the optimizer needs a closure (LBFGS), the schedule a metric, nothing can be trained, or
@@ -84,6 +87,7 @@ class HybridTrainer:
         handed = Handed(
             loss_fn=loss_fn, lr_scheduler=lr_scheduler, grad_scaler=grad_scaler, predictor=predictor, roles=roles,
             lr_interval=lr_interval, val_fn=val_fn, val_cost=val_cost, sinks=sinks,
+            modifiers=modifiers,
         )  # fmt: skip
         self.run = build_run(model, optimizer, config, handed)
         self.config = self.run.proposer.settings

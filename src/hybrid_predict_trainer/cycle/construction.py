@@ -15,6 +15,7 @@ from ..distributed.processes import refuse_distributed
 from ..judge.validation import ValFn, Validation
 from ..keep import resume
 from ..keep.subject import LossFn, Subject
+from ..move.modifier import StepModifier
 from ..predictors import Predictor
 from ..records import ConfigError
 from ..tell.sinks import Sink, Writer, sink_of
@@ -56,6 +57,7 @@ class Handed:
     val_fn: ValFn | None = None
     val_cost: float = 1.0
     sinks: Sequence[Sink | Writer] = ()
+    modifiers: Sequence[StepModifier] = ()
     owns_schedule: bool = True
 
 
@@ -88,7 +90,7 @@ def build_run(model: nn.Module, optimizer: Optimizer, config: HybridTrainerConfi
         subject = Subject.of(model, optimizer, handed.loss_fn or default_loss, handed.grad_scaler, handed.roles)
         run = State(
             subject, config, handed.lr_scheduler, predictor=handed.predictor, validation=validation,
-            owns_schedule=handed.owns_schedule,
+            owns_schedule=handed.owns_schedule, modifiers=handed.modifiers,
         )  # fmt: skip
     run.recorder.write_to(sink_of(config, handed.sinks))
     if config.checkpoint.directory:

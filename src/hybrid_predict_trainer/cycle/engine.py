@@ -29,6 +29,7 @@ from ..judge.validation import ValFn
 from ..keep import resume
 from ..keep.periodic import PeriodicSaver
 from ..keep.subject import LossFn
+from ..move.modifier import StepModifier
 from ..move.schedule import count_of
 from ..notices import warn
 from ..predictors import Predictor
@@ -789,7 +790,7 @@ def attach(
     val_fn: ValFn | None = None, val_cost: float = 1.0, predictor: Predictor | None = None,
     roles: dict[str, str] | None = None, lr_interval: Literal["step", "epoch"] | None = None,
     schedule: Literal["owned", "external"] = "owned", total_steps: int | None = None,
-    sinks: Sequence[Sink | Writer] = (),
+    sinks: Sequence[Sink | Writer] = (), modifiers: Sequence[StepModifier] = (),
 ) -> Engine:  # fmt: skip
     """Ride along with a loop of your own: it keeps its forward, backward and step, the engine adds the prediction.
 
@@ -821,6 +822,7 @@ def attach(
             may ask for :meth:`Engine.owed_schedule_steps`; a jump that is taken back leaves the schedule where it is.
         total_steps: Planned end of the run on the configured clock, for the budget; None: not known.
         sinks: Objects of your own that get every record, beside the file that ``metrics.path`` names.
+        modifiers: Of your own, around every step of the optimizer (:class:`.StepModifier`).
 
     Raises:
         ConfigError: as :class:`.HybridTrainer`; or there is an engine on this optimizer already.
@@ -835,7 +837,7 @@ def attach(
     handed = Handed(
         loss_fn=StepLoss(loss_fn), lr_scheduler=_inner_schedule(lr_scheduler), grad_scaler=grad_scaler,
         predictor=predictor, roles=roles, lr_interval=lr_interval, val_fn=val_fn, val_cost=val_cost,
-        owns_schedule=schedule == "owned", sinks=sinks,
+        owns_schedule=schedule == "owned", sinks=sinks, modifiers=modifiers,
     )  # fmt: skip
     run = build_run(model, optimizer if hooked is None else hooked, config, handed)
     if total_steps is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +22,9 @@ from ..keep.object_state import HasState, stateful
 from ..keep.rollback import RollbackPoint
 from ..keep.snapshot import Snapshot
 from ..keep.subject import LossFn, Subject
+from ..move.modifier import StepModifier
 from ..move.optimizer_memory import left_alone
-from ..move.optimizer_step import OptimizerStep, lookahead_for, multiplier_for
+from ..move.optimizer_step import OptimizerStep, lookahead_for, modifiers_for, multiplier_for
 from ..move.schedule import LrSchedule, scheduled_settings_stay
 from ..observe.data import Batches
 from ..observe.divergence import Monitor
@@ -69,6 +71,7 @@ class State:
     def __init__(
         self, subject: Subject, config: HybridTrainerConfig, lr_scheduler: Any = None, *,
         predictor: Predictor | None = None, validation: Validation | None = None, owns_schedule: bool = True,
+        modifiers: Sequence[StepModifier] = (),
     ) -> None:  # fmt: skip
         """Bind everything; no memory beyond Python objects is taken before training starts.
 
@@ -79,6 +82,7 @@ class State:
             predictor: The user's own; None: the one that is named in the settings.
             validation: Or None.
             owns_schedule: We step it; else the caller's loop does.
+            modifiers: What the user has handed in to be around the optimizer's step.
         """
         self.subject, self.config = subject, config
         self.origin = Origin.of(subject.model, subject.optimizer, config.checkpoint.include_frozen)
@@ -107,6 +111,7 @@ class State:
             multiplier_for(subject, self.watch, config, self.judge.generator, anneals=anneals),
             lookahead_for(subject, config, observing=self.windows.observing, anneals=anneals),
             Switchback(config.block_holdout), self.failures, drifts=config.lookahead.drift > 0,
+            modifiers=[*modifiers_for(subject, config), *modifiers],
         )  # fmt: skip
 
     # ---- which predictor ------------------------------------------------------------------------
@@ -140,12 +145,13 @@ class State:
 
     @property
     def others(self) -> list[HasState]:
-        """What a snapshot holds beside model and optimizer: our scheduler, the scaler, lookahead and scale."""
+        """What a snapshot holds beside model and optimizer: our scheduler, the scaler, and what is around the step."""
         schedule = (
             [] if self.schedule.scheduler is None or not self.schedule.owned else [stateful(self.schedule.scheduler)]
         )
         scaler = [] if self.subject.grad_scaler is None else [self.subject.grad_scaler]
-        return [*schedule, *scaler, self.optimizer_step.lookahead, self.optimizer_step.scale]
+        around = self.optimizer_step
+        return [*schedule, *scaler, around.lookahead, around.scale, *around.modifiers]
 
     @property
     def learning_rate(self) -> float:

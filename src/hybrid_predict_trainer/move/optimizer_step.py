@@ -1,8 +1,8 @@
 """The optimizer's step, and what of ours is around it: multiplier and lookahead, and the end of both.
 
-In this order: the multiplier keeps the weights and shortens groups, the lookahead keeps the weights; the optimizer
-steps at the schedule's rate times the multiplier; the multiplier measures the step, the lookahead moves on along the
-drift.
+In this order: the multiplier keeps the weights and shortens groups, the lookahead keeps the weights, modifiers that
+were handed in have their turn; the optimizer steps at the schedule's rate times the multiplier; modifiers again, the
+multiplier measures the step, the lookahead moves on along the drift.
 
 What raises in them (no memory for a copy of the weights, say) ends no run: the step is the optimizer's own then, and
 after three times it is so for the rest of the run.
@@ -21,7 +21,7 @@ from ..judge.switchback import NUM_LOSSES, Switchback
 from ..keep.failures import Failures, Place
 from ..keep.subject import Subject
 from ..observe.history import Losses
-from ..records import StateDict
+from ..records import CheckpointError, StateDict
 from ..weights.algebra import LARGE, Tensors
 from ..weights.parameters import untrained
 from ..weights.trained import Watch
@@ -29,6 +29,7 @@ from .drift_storage import Storage
 from .group_warmup import is_inside_a_block
 from .lookahead import DriftLookahead, Lookahead, NoLookahead
 from .lr_multiplier import CHECK_STEPS, LrMultiplier
+from .modifier import StepModifier
 from .multiplier import orthogonalizes
 from .overflow import ScaleSearch
 from .schedule import LrSchedule
@@ -43,11 +44,12 @@ class OptimizerStep:
         lookahead: Slow drift carried on between steps.
         switchback: The lookahead's trial.
         scale_search: Whether a gradient scaler is still looking for its scale.
+        modifiers: What else is around the step, in the order of their turns before it; after it they come in reverse.
     """
 
     def __init__(
         self, subject: Subject, watch: Watch, schedule: LrSchedule, scale: Multiplier, lookahead: Lookahead,
-        switchback: Switchback, failures: Failures, *, drifts: bool,
+        switchback: Switchback, failures: Failures, *, drifts: bool, modifiers: Sequence[StepModifier] = (),
     ) -> None:  # fmt: skip
         """Bind; no memory is taken before the first step.
 
@@ -60,11 +62,14 @@ class OptimizerStep:
             switchback: Its trial.
             failures: Count what raises.
             drifts: The lookahead replaces a part of a step by the drift, beside shortening all steps.
+            modifiers: What else is around the step.
         """
         self.scale, self.lookahead, self.switchback = scale, lookahead, switchback
         self.scale_search = ScaleSearch(subject.grad_scaler)
         self._subject, self._watch, self._schedule, self._failures = subject, watch, schedule, failures
         self._drifts = drifts
+        self.modifiers = tuple(modifiers)
+        self._awaited: list[StepModifier] = []  # had their turn before the optimizer's step, not yet after it
 
     @property
     def _idle(self) -> bool:
@@ -88,6 +93,10 @@ class OptimizerStep:
         passes = self.scale.measure(parameters) + self.scale.before_step(parameters)
         if not exact and not self.switchback.switched_off and not self._idle:
             passes += self.lookahead.before_step(parameters)
+        self._awaited = []
+        for modifier in self.modifiers:
+            passes += modifier.before_step(parameters)
+            self._awaited.append(modifier)
         return passes
 
     def step(self, position: int) -> None:
@@ -128,8 +137,11 @@ class OptimizerStep:
         return self.measure() + self.look_ahead(rate, exact=exact, resting=resting)
 
     def measure(self) -> int:
-        """Let the multiplier look at the step that was made; returns passes over the weights."""
-        return self.scale.after_step(self._subject.parameters)
+        """Let the modifiers have their turn and the multiplier look at the step; returns passes over the weights."""
+        passes = 0
+        while self._awaited:  # an interrupted step is carried to its end: nobody has two turns
+            passes += self._awaited.pop().after_step(self._subject.parameters)
+        return passes + self.scale.after_step(self._subject.parameters)
 
     def look_ahead(self, rate: float, *, exact: bool, resting: bool) -> int:
         """Replace part of what was computed by the drift, and move on along it; returns passes over the weights.
@@ -161,14 +173,20 @@ class OptimizerStep:
     def on_jump(self, delta: Tensors, scale: float) -> None:
         """The weights have moved by ``scale * delta``."""
         self.lookahead.translate(delta, scale)
+        for modifier in self.modifiers:
+            modifier.on_jump(delta, scale)
         self._forget_steps()
 
     def on_restore(self, mark: StateDict | None) -> None:
-        """The weights are earlier ones again: the lookahead's own memory came back with them."""
+        """The weights are earlier ones again: the lookahead's own memory came back with them, and the modifiers'."""
+        for modifier in self.modifiers:
+            modifier.on_restore()
         self._forget_steps()
 
     def on_overwrite(self) -> None:
         """The weights are others than any that were seen."""
+        for modifier in self.modifiers:
+            modifier.forget()
         self._forget_steps()
 
     def _forget_steps(self) -> None:
@@ -183,6 +201,7 @@ class OptimizerStep:
 
     def on_skip(self) -> None:
         """The step is left out."""
+        self._awaited = []
         self.scale.forget()
 
     def on_loss(self, losses: Losses, generator: Generator) -> None:
@@ -194,7 +213,10 @@ class OptimizerStep:
             self.switchback.close_block(losses.newest(NUM_LOSSES), generator)
 
     def forget(self) -> None:
-        """Multiplier or lookahead failed: both begin anew, the multiplier at 1."""
+        """Multiplier, lookahead or a modifier failed: all begin anew, the multiplier at 1."""
+        self._awaited = []
+        for modifier in self.modifiers:
+            modifier.forget()
         self.scale.forget()
         self.scale.level()
         self.lookahead.forget()
@@ -219,20 +241,43 @@ class OptimizerStep:
         """Bytes by part; nothing of a part that holds none."""
         parked = "_host" if isinstance(self.lookahead, DriftLookahead) and self.lookahead.storage.to_host else ""
         found = {"scale": self.scale.memory_bytes(), f"lookahead{parked}": self.lookahead.memory_bytes()}
+        found["modifiers"] = sum(m.memory_bytes() for m in self.modifiers)
         return {name: size for name, size in found.items() if size}
 
     def state_dict(self) -> StateDict:
         """Plain containers and tensors."""
         return {
             "scale": self.scale.state_dict(), "lookahead": self.lookahead.state_dict(),
-            "switchback": self.switchback.state_dict(),
+            "switchback": self.switchback.state_dict(), "modifiers": [m.state_dict() for m in self.modifiers],
         }  # fmt: skip
 
     def load_state_dict(self, state: StateDict) -> None:
-        """Inverse of :meth:`state_dict`."""
+        """Inverse of :meth:`state_dict`.
+
+        Raises:
+            CheckpointError: it is of a run with other modifiers.
+        """
+        found = state.get("modifiers", [])
+        if len(found) != len(self.modifiers):
+            raise CheckpointError(
+                f"the run was saved with {len(found)} step modifiers and is continued with {len(self.modifiers)}: "
+                "hand in the same ones, in the same order (modifiers=[...])"
+            )
+        for modifier, own in zip(self.modifiers, found, strict=True):
+            modifier.load_state_dict(own)
         self.scale.load_state_dict(state["scale"])
         self.lookahead.load_state_dict(_placed(state["lookahead"], self._subject.parameters))
         self.switchback.load_state_dict(state["switchback"])
+
+
+def modifiers_for(subject: Subject, config: HybridTrainerConfig) -> list[StepModifier]:
+    """What the settings ask for beside multiplier and lookahead, in the order of their turns; today nothing.
+
+    Args:
+        subject: What is trained.
+        config: Settings.
+    """
+    return []
 
 
 def multiplier_for(
