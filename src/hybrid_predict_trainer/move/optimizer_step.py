@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Generator, Tensor
@@ -36,6 +37,25 @@ from .schedule import LrSchedule
 from .unit_multiplier import Multiplier, UnitMultiplier
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Around:
+    """What is around the optimizer's step.
+
+    Attributes:
+        scale: The multiplier, or one that stays at 1.
+        lookahead: Or one that does nothing.
+        switchback: Its trial.
+        drifts: The lookahead replaces a part of a step by the drift, beside shortening all steps.
+        modifiers: What else, in the order of their turns before the step; after it they come in reverse.
+    """
+
+    scale: Multiplier
+    lookahead: Lookahead
+    switchback: Switchback
+    drifts: bool
+    modifiers: Sequence[StepModifier] = ()
+
+
 class OptimizerStep:
     """One step of the optimizer, with what is around it.
 
@@ -44,31 +64,26 @@ class OptimizerStep:
         lookahead: Slow drift carried on between steps.
         switchback: The lookahead's trial.
         scale_search: Whether a gradient scaler is still looking for its scale.
-        modifiers: What else is around the step, in the order of their turns before it; after it they come in reverse.
+        modifiers: What else is around the step.
     """
 
     def __init__(
-        self, subject: Subject, watch: Watch, schedule: LrSchedule, scale: Multiplier, lookahead: Lookahead,
-        switchback: Switchback, failures: Failures, *, drifts: bool, modifiers: Sequence[StepModifier] = (),
-    ) -> None:  # fmt: skip
+        self, subject: Subject, watch: Watch, schedule: LrSchedule, around: Around, failures: Failures
+    ) -> None:
         """Bind; no memory is taken before the first step.
 
         Args:
             subject: What is trained.
             watch: Which of its parameters may be moved.
             schedule: Of the learning rate.
-            scale: The multiplier, or one that stays at 1.
-            lookahead: Or one that does nothing.
-            switchback: Its trial.
+            around: What has its turn before and after.
             failures: Count what raises.
-            drifts: The lookahead replaces a part of a step by the drift, beside shortening all steps.
-            modifiers: What else is around the step.
         """
-        self.scale, self.lookahead, self.switchback = scale, lookahead, switchback
+        self.scale, self.lookahead, self.switchback = around.scale, around.lookahead, around.switchback
         self.scale_search = ScaleSearch(subject.grad_scaler)
         self._subject, self._watch, self._schedule, self._failures = subject, watch, schedule, failures
-        self._drifts = drifts
-        self.modifiers = tuple(modifiers)
+        self._drifts = around.drifts
+        self.modifiers = tuple(around.modifiers)
         self._awaited: list[StepModifier] = []  # had their turn before the optimizer's step, not yet after it
 
     @property
