@@ -398,8 +398,8 @@ def test_changed_settings_are_other_runs(tmp_path: Path) -> None:
     )
     assert program._tag(request) == "t+lookahead.extrapolation=0"
     assert program._tag(replace(request, set=())) == "t"
-    with pytest.raises(InputError, match=r"training\.lookahead"):
-        program.run_table(replace(request, set=("training.lookahed=0",)), tell=print)
+    with pytest.raises(InputError, match=r"lookahead\.extrapolation"):
+        program.run_table(replace(request, set=("lookahead.extrapolatoin=0",)), tell=print)
     assert not list(tmp_path.iterdir())
 
 

@@ -280,7 +280,7 @@ def test_every_arm_sees_the_same_batches(name: str) -> None:
 # ---- costs ----------------------------------------------------------------------------------------------
 
 #: Passes over the weights of a run of 40 steps with the published settings.
-PASSES = {"snoo": 6, "lookahead__extrapolation": 4 * 8, "lawa": 2 * 40, "ema": 3 * 40}
+PASSES = {"snoo": 6, "lookahead": 4 * 8, "lawa": 2 * 40, "ema": 3 * 40}
 
 
 @pytest.mark.parametrize("name", PASSES)

@@ -705,9 +705,10 @@ def test_a_checkpoint_of_format_3_is_sorted_by_owner(tmp_path: Path) -> None:
     assert len(leaves(sorted_)) == len(leaves(former)) > 100
     own = trainer.run.state_dict()
     own["failures"]["counts"] = {place: own["failures"]["counts"][place] for place in former["failures"]["counts"]}
-    assert set(leaves(sorted_)) == set(leaves(own)), "what the present format has, and no more"
-    for path, value in leaves(own).items():
-        assert_same(value, leaves(sorted_)[path])
+    since = {("windows", "keeping"), ("windows", "sketch"), ("optimizer_step", "modifiers")}
+    assert set(leaves(own)) - set(leaves(sorted_)) == since, "what the present format has, and no more"
+    for path, value in leaves(sorted_).items():
+        assert_same(leaves(own)[path], value)
     assert (trainer.current_step, trainer.run.meter.num_real_steps) == (25, 24)
     assert trainer.run.judge.probation is not None, "it was taken while a jump was on probation"
     x = torch.randn(8, 2, generator=torch.Generator().manual_seed(1))
