@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from ..config.settings import HybridTrainerConfig
 from ..distributed.processes import refuse_several_processes
 from ..judge.validation import ValFn
-from ..keep import resume
+from ..keep import checkpoint, resume
 from ..keep.periodic import PeriodicSaver
 from ..keep.subject import LossFn
 from ..move.modifier import StepModifier
@@ -34,6 +34,7 @@ from ..move.schedule import count_of
 from ..notices import warn
 from ..predictors import Predictor
 from ..records import CheckpointError, ConfigError, Decision, Phase, Reason, StateDict, StepOutcome, StepResult
+from ..tell.account import Account, text
 from ..tell.figures import statistics
 from ..tell.sinks import Sink, Writer
 from ..weights import algebra as weights
@@ -74,6 +75,9 @@ CHANGED = (
 NOT_ASKED = "auto=False, and the loop does not call engine.between_steps()"
 
 
+#: Step under which the only state in a folder is written.
+ONLY = 0
+
 #: In the place of the batch of the coming step, where it was looked at before the run was resumed.
 _ANY = object()
 
@@ -85,16 +89,19 @@ class Engine:
         run: What the library knows of the run.
         missing: What the loop has to call itself, because no hook can; empty where nothing is missing.
         result: Of the last step or proposal; None before the first.
+        account: Refusals, and the time that riding along has taken.
     """
 
     def __init__(self, run: State, *, auto: bool, missing: tuple[str, ...] = ()) -> None:
         """Bind; :func:`attach` sets the hooks."""
         self.run, self.missing = run, missing
         self.result: StepResult | None = None
+        self.account = Account()
         self._auto = auto
         self._handover, self._seen = Handover(), Handover()  # by the loop; by the hook on the model's forward
         self._aside = Handover()  # likewise, in evaluation mode
         self._handles: list[Any] = []
+        self._at_detach: list[Callable[[], object]] = []
         self._attached = True
         self._step: RealStep | None = None  # begun
         self._watching = ExitStack()
@@ -152,6 +159,11 @@ class Engine:
         if batch is not None:
             self._handover.note_batch(batch)
 
+    def before_backward(self) -> None:
+        """Right before a backward pass, for loops that hand the loss over after it; curvature factors ask for it."""
+        if self._step is not None:
+            self.run.windows.observer.before_backward()
+
     def after_backward(self, loss: Any = None) -> bool:
         """Look at the gradients: complete, unscaled (``scaler.unscale_``) and not clipped.
 
@@ -162,48 +174,51 @@ class Engine:
             Whether the step may be taken; if not, the optimizer finds no gradients and moves nothing.
         """
         self._check_attached()
-        self._notice_overflow(undo=False)
-        if loss is not None:
-            self.note(loss)
-        self._dismiss_witness()
-        if self._pending is not None and not (self._handover.empty and self._seen.empty):
-            self._drop_pending()  # its optimizer never stepped, and another step is under way
-        if self._pending is None and self.run.config.enabled:
-            self._look_at_gradients()
+        with self.account.timed():
+            self._notice_overflow(undo=False)
+            if loss is not None:
+                self.note(loss)
+            self._dismiss_witness()
+            if self._pending is not None and not (self._handover.empty and self._seen.empty):
+                self._drop_pending()  # its optimizer never stepped, and another step is under way
+            if self._pending is None and self.run.config.enabled:
+                self._look_at_gradients()
         return self._pending is None or self._pending.usable
 
     def before_step(self, loss: Any = None) -> None:
         """Right before the optimizer's step; its pre-hook calls it where it has one."""
         if not self._attached or self._inside:
             return
-        self._close_left_open()
-        self._notice_overflow(undo=False)
-        if loss is not None and not (self._handover.has_loss or self._seen.has_loss):
-            self._handover.note_loss(loss)
-        try:
-            self._prepare_step()
-        except BaseException:
-            self._drop_pending()
-            interrupted(self.run)
-            outside.remember(self.run)
-            raise
+        with self.account.timed():
+            self._close_left_open()
+            self._notice_overflow(undo=False)
+            if loss is not None and not (self._handover.has_loss or self._seen.has_loss):
+                self._handover.note_loss(loss)
+            try:
+                self._prepare_step()
+            except BaseException:
+                self._drop_pending()
+                interrupted(self.run)
+                outside.remember(self.run)
+                raise
 
     def after_step(self) -> None:
         """Right after the optimizer's step; its post-hook calls it where it has one."""
         pending = self._pending
         if not self._attached or self._inside or pending is None or not pending.armed:
             return
-        try:
-            self._finish(pending)
-            self._save_if_due(stepping=True)
-            if self._auto and not self._waits_for_forward():
-                self._propose_between(None)
-            else:
-                self._begin()
-        except BaseException:
-            interrupted(self.run)
-            outside.remember(self.run)
-            raise
+        with self.account.timed():
+            try:
+                self._finish(pending)
+                self._save_if_due(stepping=True)
+                if self._auto and not self._waits_for_forward():
+                    self._propose_between(None)
+                else:
+                    self._begin()
+            except BaseException:
+                interrupted(self.run)
+                outside.remember(self.run)
+                raise
 
     def between_steps(self, batch: Any = None) -> StepResult | None:
         """Propose a jump if one is due, judge it, and apply it if it was accepted.
@@ -262,12 +277,19 @@ class Engine:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        undone, self._at_detach = self._at_detach, []
+        for undo in undone:
+            undo()
         if self._attached:
             self._drop_pending()
             self._watching.close()
             self._step = None
             self._attached = False
             settle_readings(self.run, self.run.recorder)
+
+    def on_detach(self, undo: Callable[[], object]) -> None:
+        """Have something called by :meth:`detach`, for drivers that set hooks of their own."""
+        self._at_detach.append(undo)
 
     def __enter__(self) -> Engine:
         """Detached at the end of the block."""
@@ -315,6 +337,27 @@ class Engine:
         settle_readings(self.run, self.run.recorder)
         return self.run.recorder.summary(self.run)
 
+    def report(self) -> dict[str, Any]:
+        """What riding along has brought and cost, JSON-able; see :meth:`.Account.report`."""
+        settle_readings(self.run, self.run.recorder)
+        return self.account.report(self.run, self.why_not)
+
+    def report_text(self) -> str:
+        """The same in a few lines."""
+        return text(self.report())
+
+    @property
+    def in_step(self) -> bool:
+        """Whether something was handed over since the optimizer's last step: the next one is under way."""
+        return not (self._handover.empty and self._seen.empty)
+
+    def __repr__(self) -> str:
+        """What it rides along with, and where it stands."""
+        run = self.run
+        model, optimizer = type(run.subject.model).__name__, type(run.subject.optimizer).__name__
+        state = "attached" if self._attached else "detached"
+        return f"Engine({model}, {optimizer}, {state}, {run.phases.current.value}, position {run.position})"
+
     # ---- state ---------------------------------------------------------------------------------------
 
     def state_dict(self) -> StateDict:
@@ -336,6 +379,31 @@ class Engine:
         with own_defaults():
             resume.load_own_state(self.run, state)
         self._restart(own)
+
+    def save_state(self, directory: str | Path) -> Path:
+        """Write :meth:`state_dict` into a folder, for loops that keep the rest in a checkpoint of their own.
+
+        The folder holds one state: that of an earlier save is replaced.
+
+        Raises:
+            CheckpointError: it could not be written; what was there before is untouched.
+        """
+        try:
+            return checkpoint.save(directory, ONLY, {"riding": self.state_dict()})
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"cannot save the engine's state: {error}") from error
+
+    def load_state(self, directory: str | Path) -> None:
+        """Inverse of :meth:`save_state`, after the rest was loaded.
+
+        Raises:
+            CheckpointError: there is none, or it is damaged or of another run; nothing has been changed then.
+        """
+        path = Path(directory) / f"checkpoint_step_{ONLY}"
+        parts = checkpoint.load(path).parts
+        if "riding" not in parts:
+            raise CheckpointError(f"{path} holds no state of an engine: load it with load_checkpoint()")
+        self.load_state_dict(parts["riding"])
 
     def save_checkpoint(self, path: str | Path) -> Path:
         """Write a checkpoint folder below ``path``: model, optimizer, schedule, scaler, random states and ours.
@@ -386,6 +454,7 @@ class Engine:
             },
             "looked": bool(self._looked), "spent": self._spent,
             "forms": [[number, list(names)] for number, names in sorted(self._forms)],
+            "account": self.account.state_dict(),
         }  # fmt: skip
 
     def _restart(self, own: StateDict) -> None:
@@ -399,6 +468,7 @@ class Engine:
             self._decision = Decision(**{**found, "phase": Phase(found["phase"]), "reason": Reason(found["reason"])})
         self._looked, self._spent = [_ANY] if own["looked"] else [], own["spent"]
         self._forms = {(number, tuple(names)) for number, names in own["forms"]}
+        self.account.load_state_dict(own["account"])
         self._scale = self._scale_now()
         if self.run.subject.on_cpu:
             self._begin()
@@ -609,9 +679,14 @@ class Engine:
 
     def _propose_between(self, batch: Any) -> StepResult | None:
         """Between two steps: propose for as long as the controller asks for it, and know what comes then."""
-        run, fresh = self.run, batch is not None
+        run = self.run
         if not run.config.enabled or not (self._handover.empty and self._seen.empty):
             return None
+        with self.account.timed():
+            return self._proposals(batch)
+
+    def _proposals(self, batch: Any) -> StepResult | None:
+        run, fresh = self.run, batch is not None
         result: StepResult | None = None
         judged = batch if fresh else self._batch
         judgeable = self._judgeable(judged) if run.windows.observing else False
@@ -644,6 +719,7 @@ class Engine:
         outcome = execute(run, batch, decision)
         outcome.forwards, self._spent, self._looked = outcome.forwards + self._spent, 0.0, []
         self.result = close_step(run, decision, outcome, Stopwatch(called, called, None))
+        self.account.note(self.result)
         outside.remember(run)
         return self.result
 
@@ -778,9 +854,11 @@ def _checked(own: Any) -> StateDict:
         found = own["decision"]
         if found is not None:
             Decision(**{**found, "phase": Phase(found["phase"]), "reason": Reason(found["reason"])})
-        checked = {"decision": found, "looked": bool(own["looked"]), "spent": float(own["spent"])}
+        refused = own.get("account", {"refused": {}})["refused"]  # states of the first engines have none
+        account = {"refused": {str(reason): int(count) for reason, count in refused.items()}}
+        checked = {"decision": found, "looked": bool(own["looked"]), "spent": float(own["spent"]), "account": account}
         return {**checked, "forms": [[int(number), [str(n) for n in names]] for number, names in own["forms"]]}
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"the engine's state cannot be read ({type(error).__name__}: {error})") from error
 
 
@@ -835,7 +913,8 @@ def attach(
     if hooked is not None and is_attached(hooked):
         raise ConfigError("an engine rides along with this optimizer already: detach() it first")
     handed = Handed(
-        loss_fn=StepLoss(loss_fn), lr_scheduler=_inner_schedule(lr_scheduler), grad_scaler=grad_scaler,
+        loss_fn=loss_fn if isinstance(loss_fn, StepLoss) else StepLoss(loss_fn),
+        lr_scheduler=_inner_schedule(lr_scheduler), grad_scaler=grad_scaler,
         predictor=predictor, roles=roles, lr_interval=lr_interval, val_fn=val_fn, val_cost=val_cost,
         owns_schedule=schedule == "owned", sinks=sinks, modifiers=modifiers,
     )  # fmt: skip

@@ -41,12 +41,17 @@ class Backup:
         self._walk = Capture(parameter_names(run.subject.model, run.subject.optimizer), self._copied, by_reference=True)
         stay = [
             run.subject.model,
+            run.subject.loss_fn,  # the user's own, which no load changes: it may hold anything
+            None if run.safety.validation is None else run.safety.validation.fn,
+            run.recorder.sink,
             run.config,
             run.subject.optimizer,
             run.subject.optimizer.state,
             run.subject.optimizer.param_groups,
         ]
-        self._walk.stay = frozenset(map(id, [*stay, *run.subject.optimizer.param_groups, *run.subject.model.modules()]))
+        self._walk.stay = frozenset(
+            id(v) for v in [*stay, *run.subject.optimizer.param_groups, *run.subject.model.modules()] if v is not None
+        )
         self._own: dict[str, Any] = {}
         try:
             self._state = self._walk.of(self._objects, ("run",))

@@ -198,7 +198,12 @@ class LrSchedule:
         Args:
             position: Of the run on its clock.
             num_loop_steps: Steps of the optimizer that the loop has attempted.
+
+        Returns:
+            0 for a schedule that counts passes over the data: no step of the clock is one of its own.
         """
+        if self.interval == "epoch":
+            return 0
         made = (count_of(self.scheduler) or 0) - self._first
         self._num_beyond = max(self._num_beyond, made - num_loop_steps)
         return max(position - num_loop_steps - self._num_beyond, 0)

@@ -1,0 +1,140 @@
+"""A loop of your own with ``accelerate``: one import and one line, the loop stays as it is::
+
+    from hybrid_predict_trainer.adapters.accelerate import ride_along
+
+    model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
+    engine = ride_along(accelerator, model, optimizer, scheduler)
+    for batch in loader:
+        with accelerator.accumulate(model):
+            loss = model(**batch).loss
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+
+Steps are those of the optimizer: micro-batches whose gradients are only accumulated are none.  The schedule stays the
+loop's; what claimed steps and the price of proposals have put the clock ahead by is taken behind ``scheduler.step()``.
+``accelerator.save_state`` and ``load_state`` include what is ours.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+from torch.optim import Optimizer
+
+from ..config.settings import HybridTrainerConfig
+from ..cycle.engine import Engine, attach
+from ..keep.subject import LossFn
+from ..notices import warn
+from .missing import framework
+from .replaced import Replaced
+
+framework("accelerate", "transformers")
+
+#: Folder of ours in a state that accelerate has saved.
+FOLDER = "hybrid_predict_trainer"
+
+
+def ride_along(
+    accelerator: Any, model: nn.Module, optimizer: Optimizer, scheduler: Any = None,
+    config: HybridTrainerConfig | None = None, *, loss_fn: LossFn | None = None, total_steps: int | None = None,
+    lr_interval: Literal["step", "epoch"] | None = None, **more: Any,
+) -> Engine:  # fmt: skip
+    """Attach an engine to what ``accelerator.prepare`` has returned.
+
+    Args:
+        accelerator: ``accelerate.Accelerator``.
+        model: Prepared.
+        optimizer: Prepared.
+        scheduler: Prepared or not, stepped by the loop; None: there is none.
+        config: Defaults if None.
+        loss_fn: (model, batch) -> loss, where the model does not return its loss; then the loop hands every batch over
+            as well: ``engine.note(batch=batch)``.
+        total_steps: Steps of the optimizer that the run has, for the budget; None: not known.
+        lr_interval: What one step of the schedule stands for; None: as configured.
+        more: Other arguments of :func:`hybrid_predict_trainer.attach`.
+
+    Raises:
+        ConfigError: as ``attach``; among others, prediction is on and there is more than one process.
+    """
+    engine = attach(
+        model, optimizer, config, loss_fn=loss_fn, lr_scheduler=scheduler, lr_interval=lr_interval,
+        schedule="owned" if scheduler is None else "external", total_steps=total_steps,
+        grad_scaler=getattr(accelerator, "scaler", None), **more,
+    )  # fmt: skip
+    stations = _Stations(accelerator, engine)
+    if loss_fn is not None:
+        stations.replaced.wrap(accelerator, "backward", stations.backward)
+    stations.replaced.wrap(accelerator, "clip_grad_norm_", stations.clip)
+    stations.replaced.wrap(accelerator, "clip_grad_value_", stations.clip)
+    if scheduler is not None:
+        stations.replaced.wrap(scheduler, "step", stations.schedule)
+    state = _Kept(engine)
+    stations.replaced.wrap(accelerator, "load_state", state.load)
+    engine.on_detach(stations.replaced.restore)
+    engine.on_detach(accelerator.register_save_state_pre_hook(state.save).remove)
+    engine.on_detach(accelerator.register_load_state_pre_hook(state.find).remove)
+    return engine
+
+
+class _Stations:
+    """What is called around accelerate's own functions."""
+
+    def __init__(self, accelerator: Any, engine: Engine) -> None:
+        self.accelerator, self.engine, self.replaced = accelerator, engine, Replaced()
+
+    def backward(self, backward: Any, loss: Any, **kwargs: Any) -> Any:
+        """The loss of a micro-batch, before it is divided."""
+        self.engine.note(loss)
+        return backward(loss, **kwargs)
+
+    def clip(self, clip: Any, *args: Any, **kwargs: Any) -> Any:
+        """Gradients before clipping, in the step's last micro-batch."""
+        if self.accelerator.sync_gradients and self.engine.in_step:
+            self.accelerator.unscale_gradients()
+            self.engine.after_backward()
+        return clip(*args, **kwargs)
+
+    def schedule(self, step: Any, *args: Any, **kwargs: Any) -> Any:
+        """The loop's own step, and those that the schedule is owed."""
+        found = step(*args, **kwargs)
+        if self.accelerator.sync_gradients:
+            inner = getattr(step.__self__, "scheduler", None)
+            advance = step if inner is None else inner.step
+            for _ in range(self.engine.owed_schedule_steps()):
+                advance()
+        return found
+
+
+class _Kept:
+    """What is the engine's own, in a folder of a saved state.
+
+    It is no registered object of accelerate's: those are read back by unpickling, and a state that was saved without
+    one could not be loaded at all.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._folder: Path | None = None
+
+    def save(self, models: Any, weights: Any, output_dir: str) -> None:
+        """Write, before accelerate does."""
+        self._engine.save_state(Path(output_dir) / FOLDER)
+
+    def find(self, models: Any, input_dir: str) -> None:
+        """Remember where the state comes from: accelerate chooses the newest where it is not told."""
+        self._folder = Path(input_dir) / FOLDER
+
+    def load(self, load: Any, *args: Any, **kwargs: Any) -> Any:
+        """Read, after accelerate has."""
+        found = load(*args, **kwargs)
+        folder, self._folder = self._folder, None
+        if folder is not None and folder.is_dir():
+            self._engine.load_state(folder)
+        elif folder is not None:
+            warn(f"{folder.parent} was saved without {FOLDER}: prediction begins anew", stacklevel=3)
+        return found

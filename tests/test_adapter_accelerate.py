@@ -1,0 +1,182 @@
+"""accelerate: the loop stays as it is, optimizer steps are counted, the schedule ends where the run does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from cases import assert_same, difference
+from frameworks import framework, gpt2, sequences, weights_of, willing
+from hybrid_predict_trainer import Engine, HybridTrainerConfig
+
+accelerate = framework("accelerate")
+
+from hybrid_predict_trainer.adapters.accelerate import ride_along  # noqa: E402
+
+STEPS = 20
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    accelerate.state.AcceleratorState._reset_state(True)
+    accelerate.state.GradientState._reset_state()
+
+
+class Run:
+    """The loop that accelerate's documentation shows."""
+
+    def __init__(self, settings: HybridTrainerConfig | None, *, accumulate: int = 1, precision: str = "no",
+                 dropout: float = 0.1) -> None:  # fmt: skip
+        self.accelerator = accelerate.Accelerator(
+            cpu=True, gradient_accumulation_steps=accumulate, mixed_precision=precision
+        )
+        model = gpt2(dropout)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: max(0.0, 1 - t / STEPS))
+        rows = [{"input_ids": row, "labels": row} for row in sequences(12 * STEPS)]
+        loader = torch.utils.data.DataLoader(rows, batch_size=12 // accumulate)  # type: ignore[arg-type]
+        self.model, self.optimizer, self.loader, self.scheduler = self.accelerator.prepare(
+            model, optimizer, loader, scheduler
+        )
+        self.bare = scheduler
+        self.engine: Engine | None = None
+        if settings is not None:
+            self.engine = ride_along(
+                self.accelerator, self.model, self.optimizer, self.scheduler, settings, total_steps=STEPS
+            )
+        self.losses: list[float] = []
+
+    def train(self, *, skip: int = 0, stop: int | None = None, clip: float = 0.5) -> Run:
+        for i, batch in enumerate(self.loader):
+            if i < skip:
+                continue
+            with self.accelerator.accumulate(self.model):
+                loss = self.model(**batch).loss
+                self.accelerator.backward(loss)
+                if self.accelerator.sync_gradients:
+                    self.accelerator.clip_grad_norm_(self.model.parameters(), clip)
+                self.optimizer.step()
+                self.scheduler.step()
+                self.optimizer.zero_grad()
+            self.losses.append(float(loss.detach()))
+            if i + 1 == stop:
+                break
+            if self.engine is not None and self.engine.finished:
+                break
+        return self
+
+    def everything(self) -> dict[str, Any]:
+        inner = self.optimizer.optimizer
+        return {
+            "weights": weights_of(self.model), "schedule": self.bare.last_epoch, "rng": torch.get_rng_state(),
+            "optimizer": [dict(inner.state[p]) for p in self.model.parameters()],
+        }  # fmt: skip
+
+
+QUIET = {"max_predict_steps": 0, "max_lr_multiplier": 1.0, "min_group_factor": 1.0}
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("settings", [HybridTrainerConfig(enabled=False), willing(**QUIET)], ids=["off", "no-jumps"])
+def test_without_a_jump_it_is_the_plain_loop(settings: HybridTrainerConfig, accumulate: int) -> None:
+    torch.manual_seed(3)
+    plain = Run(None, accumulate=accumulate).train()
+    torch.manual_seed(3)
+    ours = Run(settings, accumulate=accumulate).train()
+    assert ours.losses == plain.losses
+    assert_same(ours.everything(), plain.everything())
+    assert ours.engine is not None
+    assert ours.engine.statistics()["num_real_steps"] == STEPS  # of the optimizer, not of micro-batches
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_jumps_are_made_and_the_schedule_ends_with_the_clock(accumulate: int) -> None:
+    ours = Run(willing(), accumulate=accumulate, dropout=0.0).train()
+    engine = ours.engine
+    assert engine is not None
+    assert engine.report()["num_jumps_proposed"] > 0
+    assert engine.position == ours.bare.last_epoch == STEPS
+    assert engine.statistics()["num_real_steps"] < STEPS
+    assert "steps gained by jumps" in engine.report_text()
+
+
+def test_accumulated_losses_are_the_mean_of_their_micro_batches() -> None:
+    whole, parts = (Run(willing(**QUIET), accumulate=a, dropout=0.0).train() for a in (1, 3))
+    assert [sum(parts.losses[i : i + 3]) / 3 for i in range(0, 3 * STEPS, 3)] == pytest.approx(whole.losses, rel=1e-3)
+    results = [run.engine.result for run in (whole, parts) if run.engine is not None]
+    assert results[0] is not None
+    assert results[1] is not None
+    assert results[1].loss == pytest.approx(results[0].loss, rel=1e-3)
+
+
+@pytest.mark.parametrize("at", [6, 14])
+def test_a_saved_state_goes_on_bit_for_bit(tmp_path: Path, at: int) -> None:
+    straight = Run(willing(), dropout=0.0).train()
+    first = Run(willing(), dropout=0.0).train(stop=at)
+    first.accelerator.save_state(str(tmp_path))
+    second = Run(willing(), dropout=0.0)
+    second.accelerator.load_state(str(tmp_path))
+    second.train(skip=at)
+    assert second.engine is not None
+    assert second.engine.statistics()["num_jumps_proposed"] > 0
+    without_dice = [{k: v for k, v in run.everything().items() if k != "rng"} for run in (second, straight)]
+    assert_same(*without_dice)  # going through the loader again draws from the dice
+
+
+def test_a_state_without_ours_is_said(tmp_path: Path) -> None:
+    plain = Run(None)
+    plain.accelerator.save_state(str(tmp_path))
+    ours = Run(willing())
+    with pytest.warns(UserWarning, match="prediction begins anew"):
+        ours.accelerator.load_state(str(tmp_path))
+
+
+def test_a_loss_function_of_ones_own(tmp_path: Path) -> None:
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
+    x = torch.randn(480, 3)
+    data = torch.utils.data.TensorDataset(x, torch.tanh(x.sum(1, keepdim=True)) + 0.1 * torch.randn(480, 1))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, torch.utils.data.DataLoader(data, batch_size=6))
+    loss_fn = lambda m, b: nn.functional.mse_loss(m(b[0]), b[1])  # noqa: E731
+    engine = ride_along(accelerator, model, optimizer, config=willing(), loss_fn=loss_fn)
+    for batch in loader:
+        with accelerator.accumulate(model):
+            engine.note(batch=batch)
+            accelerator.backward(loss_fn(model, batch))
+            optimizer.step()
+            optimizer.zero_grad()
+    assert engine.why_not == ""
+    assert engine.statistics()["num_real_steps"] == 40
+    assert engine.statistics()["num_jumps_proposed"] > 0
+
+
+def test_detached_it_was_never_there() -> None:
+    run = Run(willing())
+    assert run.engine is not None
+    before = set(vars(run.accelerator))
+    assert "clip_grad_norm_" in before
+    run.engine.detach()
+    assert not {"clip_grad_norm_", "clip_grad_value_", "backward"} & set(vars(run.accelerator))
+    assert "step" not in vars(run.scheduler)
+    assert not run.accelerator._save_model_state_pre_hook
+
+
+def test_bfloat16(tmp_path: Path) -> None:
+    run = Run(willing(), precision="bf16", dropout=0.0).train()
+    assert run.engine is not None
+    assert run.engine.statistics()["num_jumps_proposed"] > 0
+    assert all(p.dtype is torch.float32 and bool(torch.isfinite(p).all()) for p in run.model.parameters())
+
+
+def test_the_comparison_can_fail() -> None:
+    torch.manual_seed(3)
+    plain = Run(None).train()
+    torch.manual_seed(3)
+    ours = Run(willing()).train()
+    assert difference(ours.everything(), plain.everything()) is not None

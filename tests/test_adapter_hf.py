@@ -1,0 +1,248 @@
+"""transformers.Trainer with the callback: off it is the plain Trainer, on it counts, resumes and reports."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cases import assert_same, difference
+from frameworks import Sequences, framework, gpt2, weights_of, willing
+from hybrid_predict_trainer import ConfigError, HybridTrainerConfig
+
+transformers = framework("transformers")
+framework("accelerate")
+
+from hybrid_predict_trainer.adapters.hf import REPORT, HybridCallback, TrainerLoss  # noqa: E402
+
+transformers.logging.set_verbosity_error()
+
+STEPS = 20
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path
+
+
+def trainer_of(out: Path, callback: Any = None, *, kind: Any = None, model: Any = None, data: Any = None,
+               eval_data: Any = None, **changes: Any) -> Any:  # fmt: skip
+    settings = {
+        "max_steps": STEPS, "per_device_train_batch_size": 4, "learning_rate": 3e-3, "report_to": [], "seed": 1,
+        "logging_steps": 6, "disable_tqdm": True, "use_cpu": True, "save_strategy": "no", "output_dir": str(out),
+        "dataloader_pin_memory": False, **changes,
+    }  # fmt: skip
+    return (kind or transformers.Trainer)(
+        model=gpt2(dropout=0.1) if model is None else model, args=transformers.TrainingArguments(**settings),
+        train_dataset=Sequences() if data is None else data, eval_dataset=eval_data,
+        callbacks=[] if callback is None else [callback],
+    )  # fmt: skip
+
+
+def state_of(trainer: Any) -> dict[str, Any]:
+    order = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    return {
+        "weights": weights_of(trainer.model), "schedule": trainer.lr_scheduler.last_epoch,
+        "optimizer": [dict(trainer.optimizer.state[p]) for p in order], "rng": torch.get_rng_state(),
+        "steps": trainer.state.global_step,
+    }  # fmt: skip
+
+
+def logged(trainer: Any) -> list[dict[str, Any]]:
+    times = ("runtime", "per_second")
+    return [
+        {k: v for k, v in sorted(line.items()) if not any(t in k for t in times)} for line in trainer.state.log_history
+    ]
+
+
+# ---------------------------------------------------------------- off, and without a jump
+
+
+@pytest.mark.parametrize(("accumulate", "clip"), [(1, 0.0), (3, 0.05)], ids=["plain", "accumulated-clipped"])
+@pytest.mark.parametrize(
+    "settings", [HybridTrainerConfig(enabled=False),
+                 willing(max_predict_steps=0, max_lr_multiplier=1.0, min_group_factor=1.0)], ids=["off", "no-jumps"],
+)  # fmt: skip
+def test_without_a_jump_it_is_the_plain_trainer(out: Path, settings: Any, clip: float, accumulate: int) -> None:
+    plain = trainer_of(out, gradient_accumulation_steps=accumulate, max_grad_norm=clip)
+    plain.train()
+    callback = HybridCallback(settings, say=False)
+    ours = trainer_of(out, callback, gradient_accumulation_steps=accumulate, max_grad_norm=clip)
+    ours.train()
+    assert_same(state_of(ours), state_of(plain))
+    mine = [{k: v for k, v in line.items() if not k.startswith("hpt/")} for line in logged(ours)]
+    assert_same(mine, logged(plain))
+    assert callback.engine is not None
+    assert callback.engine.statistics()["num_real_steps"] == STEPS
+
+
+def test_the_comparison_can_fail(out: Path) -> None:
+    plain, ours = trainer_of(out), trainer_of(out, HybridCallback(willing(), say=False))
+    plain.train()
+    ours.train()
+    assert difference(state_of(ours), state_of(plain)) is not None
+
+
+# ---------------------------------------------------------------- on
+
+
+def test_jumps_are_made_and_the_run_ends_on_its_clock_with_a_checkpoint(out: Path, capsys: Any) -> None:
+    callback = HybridCallback(willing())
+    trainer = trainer_of(out, callback, save_strategy="steps", save_steps=1000)
+    trainer.train()
+    report = callback.report
+    assert report is not None
+    assert report["num_jumps_proposed"] > 0
+    steps = trainer.state.global_step
+    assert report["num_real_steps"] == steps < STEPS  # what proposals cost was taken from the run
+    assert trainer.lr_scheduler.last_epoch == STEPS  # and the schedule has come to its end
+    assert (out / f"checkpoint-{steps}" / "hybrid_predict_trainer").is_dir()
+    assert json.loads((out / REPORT).read_text())["num_jumps_proposed"] == report["num_jumps_proposed"]
+    assert "steps gained by jumps" in capsys.readouterr().out
+    figures = [line for line in trainer.state.log_history if "hpt/full_steps" in line]
+    assert len(figures) == steps // 6
+    last = figures[-1]
+    phases = sum(last[f"hpt/{phase}_steps"] for phase in ("warmup", "full", "correct"))
+    assert phases == last["step"]  # every step of the optimizer is of one phase
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["full", "ragged"])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_losses_of_training_and_of_judging_are_on_one_scale(out: Path, accumulate: int, ragged: bool) -> None:
+    pairs: list[tuple[float, float]] = []
+
+    class Look(HybridCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            assert self.engine is not None
+            with torch.no_grad():
+                judged = TrainerLoss(self._trainer)(self._trainer.model, self._batch)
+            pairs.append((float(self.engine._pending.step.loss), float(judged)))  # type: ignore[union-attr]
+
+    model, data = gpt2(), Sequences(ragged=ragged)
+    trainer_of(
+        out, Look(willing(), say=False), model=model, data=data, gradient_accumulation_steps=accumulate, max_steps=5
+    ).train()
+    assert pairs
+    assert all(trained == pytest.approx(judged, rel=1e-5) for trained, judged in pairs)
+
+
+def test_accumulation_is_one_step_with_the_mean_of_its_losses(out: Path) -> None:
+    losses = {}
+    for accumulate, batch in ((1, 12), (3, 4)):
+        sink: list[dict[str, Any]] = []
+        callback = HybridCallback(
+            willing(max_predict_steps=0),
+            say=False,
+            sinks=(type("Sink", (), {"write": lambda _, r, s=sink: s.append(r)})(),),
+        )
+        trainer_of(
+            out, callback, model=gpt2(), gradient_accumulation_steps=accumulate, per_device_train_batch_size=batch,
+            max_steps=8,
+        ).train()  # fmt: skip
+        losses[accumulate] = [record["loss"] for record in sink if record["event"] == "step"]
+    assert len(losses[1]) == len(losses[3]) == 8
+    assert losses[3] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_interrupted_and_resumed_is_uninterrupted(out: Path) -> None:
+    settings = {"save_strategy": "steps", "save_steps": 6, "logging_steps": 6, "gradient_accumulation_steps": 2}
+    straight = trainer_of(out, HybridCallback(willing(), say=False), **settings)
+    straight.train()
+    for step in (6, 12):  # before the first jump, and after it
+        callback = HybridCallback(willing(), say=False)
+        resumed = trainer_of(out, callback, **settings)
+        resumed.train(resume_from_checkpoint=str(out / f"checkpoint-{step}"))
+        assert callback.report is not None
+        assert callback.report["num_jumps_proposed"] > 0
+        assert_same(state_of(resumed), state_of(straight))
+        assert_same(logged(resumed)[:-1], logged(straight)[:-1])
+
+
+def test_a_checkpoint_moved_elsewhere_is_found_and_one_without_ours_is_said(out: Path) -> None:
+    settings = {"save_strategy": "steps", "save_steps": 7, "max_steps": 12}
+    straight = trainer_of(out / "a", HybridCallback(willing(), say=False), **settings)
+    straight.train()
+    (out / "a" / "checkpoint-7").rename(out / "moved")
+    resumed = trainer_of(out / "b", HybridCallback(willing(), say=False), **settings)
+    resumed.train(resume_from_checkpoint=str(out / "moved"))
+    assert_same(state_of(resumed), state_of(straight))
+
+    trainer_of(out / "c", **settings).train()
+    with pytest.warns(UserWarning, match="prediction begins anew"):
+        trainer_of(out / "c", HybridCallback(willing(), say=False), **settings).train(
+            resume_from_checkpoint=str(out / "c" / "checkpoint-7")
+        )
+
+
+def test_judging_leaves_no_trace_in_the_trainers_own_figures(out: Path) -> None:
+    class Counting(transformers.Trainer):  # type: ignore[misc]
+        num_losses = 0
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.seen: dict[str, list[float]] = {"loss": []}
+
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            loss = super().compute_loss(*args, **kwargs)
+            self.num_losses += 1
+            self.seen["loss"].append(float(loss.detach()))
+            return loss
+
+    callback = HybridCallback(willing(), say=False)
+    trainer = trainer_of(out, callback, kind=Counting)
+    trainer.train()
+    assert callback.report is not None
+    assert callback.report["num_jumps_proposed"] > 0
+    assert trainer.num_losses == len(trainer.seen["loss"]) == trainer.state.global_step
+
+
+def test_evaluation_in_the_middle_changes_nothing(out: Path) -> None:
+    without = trainer_of(out, HybridCallback(willing(), say=False), model=gpt2())
+    without.train()
+    trainer = trainer_of(
+        out, HybridCallback(willing(), say=False), eval_strategy="steps", eval_steps=5, eval_data=Sequences(8),
+        model=gpt2(),
+    )  # fmt: skip
+    trainer.train()
+    assert_same(weights_of(trainer.model), weights_of(without.model))
+
+
+def test_nothing_is_left_behind_and_training_can_go_on(out: Path) -> None:
+    callback = HybridCallback(willing(), say=False)
+    trainer = trainer_of(out, callback)
+    before = set(vars(trainer)), set(vars(trainer.accelerator))
+    trainer.train()
+    added = set(vars(trainer)) - before[0]
+    assert not {"training_step", "log", "get_batch_samples"} & added
+    assert not {"clip_grad_norm_", "backward"} & set(vars(trainer.accelerator))
+    first = callback.engine
+    trainer.train()
+    assert callback.engine is not first
+    assert callback.report is not None
+    assert callback.report["num_real_steps"] > 0
+
+
+def test_a_run_that_ended_with_an_error_is_forgotten(out: Path) -> None:
+    class Fails(transformers.TrainerCallback):  # type: ignore[misc]
+        armed = True
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if self.armed and state.global_step == 3:
+                raise OSError("the disk is full")
+
+    callback, fails = HybridCallback(willing(), say=False), Fails()
+    trainer = trainer_of(out, callback)
+    trainer.add_callback(fails)
+    with pytest.raises(OSError, match="the disk is full"):
+        trainer.train()
+    fails.armed = False
+    trainer.train()
+    assert trainer.state.global_step > 3
+
+
+def test_only_a_trainer_may_call_it(out: Path) -> None:
+    with pytest.raises(ConfigError, match="callbacks="):
+        HybridCallback().on_train_begin(None, None, None)
