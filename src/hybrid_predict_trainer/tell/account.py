@@ -17,7 +17,7 @@ from ..records import StateDict, StepResult
 from .figures import statistics
 
 if TYPE_CHECKING:
-    from ..cycle.state import Run
+    from ..cycle.state import State
 
 
 class Account:
@@ -57,7 +57,7 @@ class Account:
             reason = str(verdict.reason)
             self.refused[reason] = self.refused.get(reason, 0) + 1
 
-    def report(self, run: Run, why_not: str = "") -> dict[str, Any]:
+    def report(self, run: State, why_not: str = "") -> dict[str, Any]:
         """Everything that :func:`text` says, JSON-able.
 
         Args:
