@@ -32,6 +32,7 @@ ORDER = (
     "weights",
     "cost",
     "numerics",
+    "forecast",
     "keep",
     "observe",
     "predictors",

@@ -16,11 +16,13 @@ from .cost import STEP_UNITS
 from .cycle import outside
 from .cycle.construction import Handed, build_run
 from .cycle.construction import default_loss as default_loss
+from .cycle.foretell import foretell
 from .cycle.learning import settle_readings
 from .cycle.loop import take_step
 from .cycle.passes import Rounds, Tally, goes_round, has_ended, replaying
 from .cycle.transaction import interrupted
 from .distributed.processes import refuse_several_processes
+from .forecast.final_loss import Forecast
 from .judge.validation import ValFn
 from .keep import resume as persistence
 from .keep.finiteness import trained_weights_finite, whereabouts
@@ -290,6 +292,20 @@ class HybridTrainer:
         """Metrics summary in the published schema."""
         settle_readings(self.run, self.metrics)
         return self.metrics.summary(self.run)
+
+    def forecast(self, total_steps: int | None = None, *, level: float = 0.9) -> Forecast:
+        """The training loss at the end of the run under the rest of its schedule, with an interval; changes nothing.
+
+        Args:
+            total_steps: End of the run on its clock; None: as ``fit`` was told.
+            level: Of the interval, the share of such intervals that hold the final loss.
+
+        Raises:
+            ConfigError: the end is not known, there are fewer than 8 losses after the warm-up, prediction is off, or
+                scipy is missing.
+        """
+        settle_readings(self.run, self.metrics)
+        return foretell(self.run, total_steps, level)
 
     def force_full_phase(self, steps: int) -> None:
         """No proposals for the next ``steps`` real steps.

@@ -109,6 +109,20 @@ def run_stack(args: argparse.Namespace) -> Shown:
     return result, lambda: str(stack.text(result))
 
 
+def run_forecast(args: argparse.Namespace) -> Shown:
+    """Forecasts of final losses."""
+    from ..experiments.forecasts import program
+
+    with as_input_error():
+        require("scipy")
+        found = program.measure(args.curves, args.out, note)
+        if args.write_priors is not None:
+            write_named(args.write_priors, program.priors_text(found))
+        if args.markdown is not None:
+            write_named(args.markdown, program.markdown(found))
+    return found, lambda: program.text(found)
+
+
 def run_overhead(args: argparse.Namespace) -> Shown:
     """A full step of the trainer against the bare loop."""
     if args.model != "gpt":
@@ -192,5 +206,6 @@ MEASUREMENTS: dict[str, Callable[[argparse.Namespace], Shown]] = {
     "stack": run_stack,
     "regimes": run_regimes,
     "harm": run_harm,
+    "forecast": run_forecast,
     "report": run_report,
 }

@@ -12,6 +12,7 @@ from .arguments import budgets, examples, number, numbers, positive, whole, word
 #: Where results of the regimes go, and are looked for again when a benchmark is resumed.
 RESULTS = Path("results") / "regimes"
 HARM_RESULTS = Path("results") / "harm"
+FORECAST_RESULTS = Path("results") / "forecast"
 
 
 class Benchmarks:
@@ -61,6 +62,7 @@ def add_commands(bench: argparse.ArgumentParser) -> None:
     _add_stack(benchmarks)
     _add_regimes(benchmarks)
     _add_harm(benchmarks)
+    _add_forecast(benchmarks)
     _add_report(benchmarks)
 
 
@@ -272,6 +274,22 @@ def _add_harm(benchmarks: Benchmarks) -> None:
     parser.add_argument("--out", type=Path, default=HARM_RESULTS, metavar="DIR", help=f"runs (default {HARM_RESULTS})")
     parser.add_argument("--report", type=Path, metavar="DIR", help="run nothing: the table of the runs in DIR")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table here as well")
+
+
+def _add_forecast(benchmarks: Benchmarks) -> None:
+    ends = benchmarks.add(
+        "forecast", "forecasts of final losses, on published curves and on small runs made here",
+        "Forecasts the final loss of published runs (HPT_DATA_DIR/loss-curves) and of 48 small runs\n"
+        "that it trains itself where they are missing, with the law's shape learnt on other models.",
+        "hpt bench forecast", "hpt bench forecast --curves published",
+    )  # fmt: skip
+    ends.add_argument("--curves", choices=["published", "own", "all"], default="all", help="which runs (default all)")
+    ends.add_argument(
+        "--out", type=Path, default=FORECAST_RESULTS, metavar="DIR",
+        help=f"folder of the own runs (default {FORECAST_RESULTS})",
+    )  # fmt: skip
+    ends.add_argument("--write-priors", type=Path, metavar="FILE", help="write the priors that come out")
+    ends.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables for a document")
 
 
 def _add_report(benchmarks: Benchmarks) -> None:

@@ -30,12 +30,18 @@ from .arguments import (
     budgets,
     complain,
     examples,
+    name_of,
     number,
     what_is_missing,
+    whole,
 )
+from .names import PRIORS
 
 #: Command -> the module beside this one whose ``run`` it calls.
-COMMANDS = {"train": ".train", "compare": ".compare", "inspect": ".inspect", "report": ".report", "bench": ".bench"}
+COMMANDS = {
+    "train": ".train", "compare": ".compare", "inspect": ".inspect", "report": ".report", "forecast": ".forecast",
+    "bench": ".bench",
+}  # fmt: skip
 
 DESCRIPTION = """\
 Trains models by gradient steps, and takes part of the way by predicted jumps
@@ -101,6 +107,15 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     report.add_argument("folder", type=Path, metavar="DIR", help="of 'hpt train' or 'hpt compare'")
     report.add_argument("--out", type=Path, metavar="FILE", help="the page (default DIR/report.html)")
+    _add_forecast(command(
+        "forecast", "the final loss of a run in progress, from its log",
+        "Forecasts the final loss of a run from its loss curve and its learning rates, with an\n"
+        "interval.  The run may be anybody's: a table (CSV), JSON lines, trainer_state.json,\n"
+        "TensorBoard event files, an export of Weights & Biases, or a folder of 'hpt train'.",
+        "hpt forecast results/first",
+        "hpt forecast log.csv --schedule cosine:warmup=2000,final=0.1 --steps 24000",
+        usage="%(prog)s RUN [OPTIONS]",
+    ))  # fmt: skip
     bench_arguments.add_commands(command(
         "bench", "the measurements behind the figures in the documents",
         "Runs one of the measurements that the figures in docs/benchmarks.md come from.",
@@ -131,6 +146,26 @@ def _add_compare(compare: argparse.ArgumentParser) -> None:
     again = compare.add_mutually_exclusive_group()
     again.add_argument("--overwrite", action="store_true", help="replace the comparison in --out")
     again.add_argument("--resume", action="store_true", help="go on with the comparison in --out: finished runs stay")
+
+
+def _add_forecast(forecast: argparse.ArgumentParser) -> None:
+    forecast.add_argument("run", type=Path, metavar="RUN", help="a log, or a folder that holds one")
+    forecast.add_argument(
+        "--schedule", metavar="SCHEDULE",
+        help="NAME:KEY=VALUE,...; constant, cosine, linear, stages or wsd; keys warmup, final, decay, shape, peak or, "
+        "of stages, STEP=SHARE (default: that of a run of 'hpt train')",
+    )  # fmt: skip
+    forecast.add_argument("--steps", type=whole, metavar="N", help="of the whole run (default as the log says)")
+    forecast.add_argument("--until", type=whole, metavar="N", help="leave out what came after step N")
+    forecast.add_argument(
+        "--level", type=number(float, 0.01, 0.999), default=0.9, metavar="L", help="of the interval (default 0.9)"
+    )
+    forecast.add_argument(
+        "--prior", type=name_of("prior", PRIORS), metavar="NAME",
+        help=f"what such models are known to do: {', '.join(PRIORS)} (default all, weighed)",
+    )  # fmt: skip
+    for kind in ("loss", "rate", "step"):
+        forecast.add_argument(f"--{kind}-column", metavar="NAME", help=f"column of the {kind} (default by its name)")
 
 
 # ---- entry point ------------------------------------------------------------------------------------------

@@ -42,3 +42,6 @@ HARM_SETTINGS = (
 
 #: Small models of ``hpt bench overhead`` and ``hpt bench profile``.
 SMALL_MODELS = ("tiny", "mlp")
+
+#: What ``hpt forecast`` may be told to know before: ``forecast.prior.PRIORS``.
+PRIORS = ("language-models",)

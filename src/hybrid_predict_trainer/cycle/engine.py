@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 
 from ..config.settings import HybridTrainerConfig
 from ..distributed.processes import refuse_several_processes
+from ..forecast.final_loss import Forecast
 from ..judge.validation import ValFn
 from ..keep import checkpoint, resume
 from ..keep.periodic import PeriodicSaver
@@ -43,6 +44,7 @@ from ..weights.parameters import optimizer_parameters
 from . import outside
 from .construction import Handed, build_run
 from .correct_step import conclude
+from .foretell import foretell
 from .handover import Call, Handover, MicroBatches, StepLoss, is_whole, loss_in
 from .hooks import GradientWitness, is_attached, on_forward, on_step, with_hooks
 from .learning import enter, settle_readings
@@ -357,6 +359,20 @@ class Engine:
         model, optimizer = type(run.subject.model).__name__, type(run.subject.optimizer).__name__
         state = "attached" if self._attached else "detached"
         return f"Engine({model}, {optimizer}, {state}, {run.phases.current.value}, position {run.position})"
+
+    def forecast(self, total_steps: int | None = None, *, level: float = 0.9) -> Forecast:
+        """The training loss at the end of the run under the rest of its schedule, with an interval; changes nothing.
+
+        Args:
+            total_steps: End of the run on the clock; None: as ``attach`` was told.
+            level: Of the interval, the share of such intervals that hold the final loss.
+
+        Raises:
+            ConfigError: the end is not known, there are fewer than 8 losses after the warm-up, prediction is off, or
+                scipy is missing.
+        """
+        settle_readings(self.run, self.run.recorder)
+        return foretell(self.run, total_steps, level)
 
     # ---- state ---------------------------------------------------------------------------------------
 

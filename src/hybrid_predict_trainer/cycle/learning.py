@@ -88,7 +88,7 @@ def _check(run: State, metrics: Metrics, reading: Reading) -> Alarm:
         return Alarm()
     alarm = run.monitor.check(reading, run.losses.history, warming_up=warming_up, exact=run.full_batch)
     if alarm.level < Level.CRITICAL and reading.finite:
-        run.losses.keep(reading, warming_up=warming_up)
+        run.losses.keep(reading, warming_up=warming_up, position=run.position, rate=run.learning_rate)
     if alarm.level >= Level.WARNING:
         metrics.note_alarm(run, alarm)
     elif alarm.quiet:

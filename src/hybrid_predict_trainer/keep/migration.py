@@ -78,10 +78,11 @@ def upgraded(parts: dict[str, StateDict], live: dict[str, StateDict], format_ver
         live: Parts of the run that is to take them.
         format_version: Of the checkpoint.
     """
-    if format_version >= 4:
-        return parts
     own = dict(parts["trainer"])
-    own["run"] = by_owner(own["run"])
+    if format_version >= 4:
+        own["run"] = with_later(own["run"], live["trainer"]["run"])
+        return {**parts, "trainer": own}
+    own["run"] = with_later(by_owner(own["run"]), live["trainer"]["run"])
     # a basis was kept in any case; whether that is worth its memory is asked from here on
     sketch = copy.deepcopy(live["trainer"]["run"]["windows"]["sketch"])
     own["run"]["windows"] = {"keeping": True, "sketch": sketch, **own["run"].get("windows", {})}
@@ -91,6 +92,14 @@ def upgraded(parts: dict[str, StateDict], live: dict[str, StateDict], format_ver
         for name in ("run", "metrics"):
             own[name] = _filled(own[name], live["trainer"][name], (name,))
     return {**parts, "trainer": own}
+
+
+def with_later(run: StateDict, live: StateDict) -> StateDict:
+    """The library's state with what format 4 did not have from its beginning: the run's whole loss curve."""
+    losses = run.get("losses")
+    if not isinstance(losses, dict) or "curve" in losses:
+        return run
+    return {**run, "losses": {**losses, "curve": copy.deepcopy(live["losses"]["curve"])}}
 
 
 def by_owner(run: StateDict) -> StateDict:

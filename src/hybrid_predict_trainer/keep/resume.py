@@ -18,7 +18,7 @@ from . import checkpoint, failures, model_state, optimizer_state, schema
 from .backup import Backup
 from .identity import check_identity, check_parts, identity
 from .manifest import MALFORMED, refusal
-from .migration import upgraded
+from .migration import upgraded, with_later
 from .object_state import stateful
 from .rng import rng_state, set_rng_state
 from .state_tree import check_plain, decode, encode
@@ -184,6 +184,7 @@ def load_own_state(run: State, state: StateDict) -> None:
     try:
         found = decode(json.loads(state["tree"]), state["tensors"])
         name = found["name"]
+        found["run"] = with_later(found["run"], run.state_dict())
         for part, live in (("run", run.state_dict()), ("metrics", run.recorder.state_dict())):
             schema.check(found[part], live, (part,), free=failures.TABLES)
     except (*MALFORMED, IndexError) as error:

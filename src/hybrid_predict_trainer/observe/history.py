@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..numerics.running import Baseline, RunningMoments, slope
+from ..numerics.thinned import ThinnedCurve
 from ..records import StateDict
 from ..weights import algebra as weights
 
@@ -166,12 +167,14 @@ class Losses:
     Attributes:
         readout: Brings them to the host.
         history: What is remembered of them.
+        curve: The whole run in blocks, by the position of the clock; for a forecast of its end.
     """
 
     def __init__(self, interval: int) -> None:
         """Args: interval: steps between two fetches from an accelerator."""
         self.readout = Readout(interval)
         self.history = History()
+        self.curve = ThinnedCurve()
 
     def push(self, step: int, loss: Tensor, gradient_norm: Tensor | None) -> None:
         """Queue the scalars of one step."""
@@ -181,9 +184,10 @@ class Losses:
         """Readings that are due, oldest first; :meth:`keep` remembers the good ones."""
         return self.readout.read(force=force)
 
-    def keep(self, reading: Reading, *, warming_up: bool) -> None:
-        """Remember a reading that raised no alarm."""
+    def keep(self, reading: Reading, *, warming_up: bool, position: int, rate: float) -> None:
+        """Remember a reading that raised no alarm, and where the run's clock and learning rate were."""
         self.history.push(reading, warming_up=warming_up)
+        self.curve.push(position, reading.loss, rate)
 
     def newest(self, num: int) -> list[float]:
         """The last losses, oldest first."""
@@ -191,8 +195,9 @@ class Losses:
 
     def state_dict(self) -> StateDict:
         """Plain containers; what waits to be read is read before a checkpoint."""
-        return self.history.state_dict()
+        return {**self.history.state_dict(), "curve": self.curve.state_dict()}
 
     def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
         self.history.load_state_dict(state)
+        self.curve.load_state_dict(state["curve"])

@@ -1,0 +1,151 @@
+"""``hpt bench forecast``: all scores in one object, their tables, and the priors that the package ships."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from ...forecast.curve import Curve
+from ...forecast.law import NAMES
+from ...forecast.prior import learnt
+from ..report.text import aligned
+from . import published, recorded, scores
+
+#: Bars: largest median error by share, and mean error after three whole curves.
+BARS = {"published": {0.25: 0.005}, "own": {0.25: 0.02, 0.5: 0.01}}
+#: Name of the prior that is learnt from each.
+PRIOR_OF = {"published": "language-models", "own": "small-models"}
+WHOLE_CURVES_BAR = 0.0010
+#: The published law's own mean errors after a fit on the same three curves (arXiv 2503.12811, table of its fits).
+PUBLISHED_LAW = {"25M": 0.0011, "100M": 0.0014}
+COVERAGE = (0.85, 0.95)
+
+
+def measure(curves: Literal["published", "own", "all"], out: Path, tell: Callable[[str], None]) -> dict[str, Any]:
+    """All that is asked for.
+
+    Args:
+        curves: Which runs.
+        out: Of the own runs; what is missing is trained.
+        tell: Takes a line about every run.
+
+    Returns:
+        JSON-able; ``passed`` is whether every bar is met.
+    """
+    sets: dict[str, list[published.Run]] = {}
+    if curves in ("own", "all"):
+        sets["own"] = own_runs(out, tell)
+    if curves in ("published", "all"):
+        sets["published"] = published.runs()
+    found: dict[str, Any] = {"sets": {name: _scored(name, runs) for name, runs in sets.items()}}
+    if "published" in sets:
+        found["whole_curves"] = scores.whole_curves(sets["published"])
+    found["passed"] = all(_verdicts(found).values())
+    found["verdicts"] = _verdicts(found)
+    return found
+
+
+def own_runs(out: Path, tell: Callable[[str], None]) -> list[published.Run]:
+    """The recorded runs; those of one width are one group."""
+    files = recorded.record(out, tell)
+    found = []
+    for recipe, path in zip(recorded.recipes(), files, strict=True):
+        steps, _, losses = published.columns(path)
+        found.append(
+            published.Run(
+                recipe.name,
+                f"w{recipe.width}-lr{recipe.lr:g}",
+                f"w{recipe.width}",
+                Curve.of(steps, losses),
+                recorded.rates(recipe),
+            )
+        )
+    return found
+
+
+def _scored(name: str, runs: list[published.Run]) -> dict[str, Any]:
+    raw = scores.leave_family_out(runs)
+    told = scores.calibrated(raw)
+    shapes = scores.shapes_of(runs)
+    prior = learnt(PRIOR_OF[name], list(shapes.values()), widening=scores.widening_of(raw))
+    families = sorted({run.family for run in runs})
+    return {
+        "runs": len(runs), "families": families, "summary": scores.summary(told),
+        "by_family": {f: scores.summary([s for s in told if s.family == f]) for f in families},
+        "covered": float(np.mean([s.covered for s in told])),
+        "covered_as_stated": float(np.mean([s.covered for s in raw])),
+        "shapes": {g: dict(zip(NAMES, theta.tolist(), strict=True)) for (_, g), theta in shapes.items()},
+        "prior": prior.to_json(), "scores": [asdict(s) for s in told],
+    }  # fmt: skip
+
+
+def _verdicts(found: Mapping[str, Any]) -> dict[str, bool]:
+    """Bar -> whether it is met."""
+    verdicts = {}
+    for name, result in found["sets"].items():
+        for row in result["summary"]:
+            bar = BARS[name].get(row["share"])
+            if bar is not None:
+                percent = f"{100 * row['share']:.0f} %"
+                verdicts[f"{name}, {percent} known: median error at most {100 * bar:g} %"] = row["median"] <= bar
+                verdicts[f"{name}, {percent} known: ahead of the last value"] = row["median"] < row["last_value"]
+                verdicts[f"{name}, {percent} known: ahead of the power law"] = row["median"] < row["power_law"]
+        inside = COVERAGE[0] <= result["covered"] <= COVERAGE[1]
+        verdicts[f"{name}: 90 % intervals hold 85 to 95 %"] = inside
+    for row in found.get("whole_curves", ()):
+        what = f"{row['group']}, {row['prior']}: mean error after three whole curves"
+        verdicts[f"{what} at most {WHOLE_CURVES_BAR:.4f}"] = row["mean"] <= WHOLE_CURVES_BAR
+        verdicts[f"{what} ahead of the published law's"] = row["mean"] < PUBLISHED_LAW[row["group"]]
+    return verdicts
+
+
+def priors_text(found: Mapping[str, Any]) -> str:
+    """The priors as ``forecast/priors.json`` has them."""
+    priors = [result["prior"] for result in found["sets"].values()]
+    return json.dumps({p["name"]: p for p in sorted(priors, key=lambda p: str(p["name"]))}, indent=1) + "\n"
+
+
+HEAD = ("runs", "known", "n", "median error", "largest", "90 % interval holds", "last value", "power law")
+
+
+def _rows(found: Mapping[str, Any]) -> list[list[str]]:
+    rows = []
+    for name, result in found["sets"].items():
+        parts = [(name, result["summary"]), *((f"{name} {g}", rs) for g, rs in result["by_family"].items())]
+        for label, summary in parts:
+            for row in summary:
+                power = "-" if row["power_law"] is None else f"{100 * row['power_law']:.2f} %"
+                rows.append([
+                    label, f"{100 * row['share']:.0f} %", str(row["n"]), f"{100 * row['median']:.2f} %",
+                    f"{100 * row['largest']:.2f} %", f"{100 * row['covered']:.0f} %",
+                    f"{100 * row['last_value']:.2f} %", power,
+                ])  # fmt: skip
+    return rows
+
+
+def text(found: Mapping[str, Any]) -> str:
+    """What a person reads."""
+    lines = aligned(HEAD, _rows(found))
+    for name, result in found["sets"].items():
+        lines.append(f"{name}: all intervals together hold {100 * result['covered']:.0f} %")
+    for row in found.get("whole_curves", ()):
+        lines.append(
+            f"{row['group']}: fitted to three whole curves ({row['prior']}), mean error on the other "
+            f"{len(row['runs'])}: {row['mean']:.5f}; published law {PUBLISHED_LAW[row['group']]:.4f}"
+        )
+    lines += [f"{'PASS' if met else 'FAIL'}  {what}" for what, met in found["verdicts"].items()]
+    return "\n".join(lines)
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+    """The tables of docs/forecast.md."""
+    lines = ["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
+    lines += ["| " + " | ".join(row) + " |" for row in _rows(found)]
+    lines += ["", "| bar | met |", "|---|---|"]
+    lines += [f"| {what} | {'yes' if met else '**no**'} |" for what, met in found["verdicts"].items()]
+    return "\n".join(lines) + "\n"
