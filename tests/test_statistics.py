@@ -12,10 +12,16 @@ from hypothesis import strategies as st
 from hybrid_predict_trainer.experiments import statistics
 from hybrid_predict_trainer.experiments.statistics import (
     Bound,
+    always_valid,
+    bca_interval,
+    bonferroni,
     bootstrap_t,
     bounded_interval,
+    equivalent,
+    holm,
     log_interval,
     paired_interval,
+    paired_tests,
     t_interval,
     t_quantile,
 )
@@ -163,3 +169,97 @@ def test_no_values_make_it_raise(values: list[float], level: float) -> None:
 def test_a_level_that_is_none() -> None:
     with pytest.raises(ValueError, match="between 0 and 1"):
         t_interval([1.0, 2.0], 95)
+
+
+# ---------------------------------------------------------------- tests over seeds
+
+
+def pairs_of(n: int, ratio: float, seed: int, spread: float = 0.01) -> list[tuple[float, float]]:
+    rng = np.random.default_rng(seed)
+    base = np.exp(rng.normal(size=n))
+    return list(zip(base, base * ratio * np.exp(spread * rng.normal(size=n)), strict=True))
+
+
+def test_identical_arms_are_rejected_one_time_in_twenty() -> None:
+    found = np.array([
+        [t.t, t.wilcoxon, t.permutation] for t in (paired_tests(pairs_of(8, 1.0, seed)) for seed in range(400))
+    ])  # fmt: skip
+    rejected = (found < 0.05).mean(axis=0)
+    assert ((rejected > 0.02) & (rejected < 0.085)).all(), rejected
+
+
+@pytest.mark.parametrize("n", [3, 4, 6])
+def test_few_pairs_have_a_least_p(n: int) -> None:
+    found = paired_tests(pairs_of(n, 0.5, 0))
+    assert found.least == 2 / 2**n
+    assert found.permutation == pytest.approx(found.least)
+    assert found.wilcoxon == pytest.approx(found.least)
+    assert found.t is not None
+    assert found.t < found.least
+
+
+def test_two_pairs_have_no_test_and_equal_ones_no_difference() -> None:
+    assert paired_tests([(1.0, 2.0), (1.0, 3.0)]).permutation is None
+    same = paired_tests([(1.0, 1.0)] * 4)
+    assert (same.t, same.wilcoxon, same.permutation) == (1.0, 1.0, 1.0)
+    assert paired_tests([(1.0, math.nan)] * 3).wilcoxon is None
+
+
+def test_five_percent_are_not_equal_at_a_margin_of_two() -> None:
+    assert not equivalent(pairs_of(5, 1.05, 0, 0.001), 0.02).equal
+    assert not equivalent(pairs_of(5, 0.95, 0, 0.001), 0.02).equal
+    near = equivalent(pairs_of(5, 1.005, 0, 0.001), 0.02)
+    assert near.equal
+    assert 1 / 1.02 < near.interval.low < near.interval.high < 1.02
+
+
+def test_not_significant_is_not_equal() -> None:
+    pairs = pairs_of(3, 1.0, 1, spread=0.05)
+    assert paired_tests(pairs).t > 0.05
+    found = equivalent(pairs, 0.02)
+    assert not found.equal
+    assert found.p > 0.05
+
+
+def test_equivalence_is_claimed_wrongly_one_time_in_twenty() -> None:
+    found = np.mean([equivalent(pairs_of(5, 1.02, seed, 0.005), 0.02).equal for seed in range(1000)])
+    assert 0.03 < found < 0.07
+
+
+def test_a_margin_and_a_seed_that_are_none() -> None:
+    with pytest.raises(ValueError, match="margin"):
+        equivalent([(1.0, 1.0)], 0.0)
+    assert equivalent([(1.0, 1.0)], 0.02).p is None
+    assert equivalent([(2.0, 2.0)] * 3, 0.02).equal
+    assert not equivalent([(2.0, 2.2)] * 3, 0.02).equal
+
+
+def test_many_tests_are_adjusted() -> None:
+    assert bonferroni([0.01, 0.04, 0.5]) == pytest.approx([0.03, 0.12, 1.0])
+    assert holm([0.04, 0.01, 0.5]) == pytest.approx([0.08, 0.03, 0.5])
+    assert holm([0.03, 0.04]) == pytest.approx([0.06, 0.06])
+    rng = np.random.default_rng(0)
+    wrong = np.mean([min(holm(rng.uniform(size=10))) < 0.05 for _ in range(2000)])
+    assert 0.03 < wrong < 0.065
+
+
+def test_the_accelerated_bootstrap_holds_less_than_it_says_of_few_seeds() -> None:
+    rng = np.random.default_rng(0)
+    found = [bca_interval(rng.normal(size=10)) for _ in range(60)]
+    assert 0.8 <= np.mean([low < 0 < high for low, high in found]) <= 1.0
+    assert bca_interval([1.0] * 6) is None
+    assert bca_interval([1.0, 2.0, 3.0, 4.0]) is None
+
+
+def test_looking_often_does_not_break_the_always_valid_interval() -> None:
+    rng = np.random.default_rng(0)
+    broken = always = 0
+    for _ in range(300):
+        values = rng.normal(size=30)
+        looks = range(4, 31, 2)
+        always += any((e := always_valid(values[:n])) is not None and not e[0] < 0 < e[1] for n in looks)
+        broken += any(
+            abs(values[:n].mean()) > t_quantile(0.025, n - 1) * values[:n].std(ddof=1) / n**0.5 for n in looks
+        )
+    assert always <= 0.06 * 300
+    assert broken > 0.1 * 300

@@ -12,13 +12,13 @@ import torch
 from ..forecast.curve import Array
 from ..forecast.final_loss import Forecast, forecast
 from ..records import ConfigError
-from .state import RunState
+from .state import State
 
 #: Settings of a group that schedules read and write.
 SCALARS = (int, float)
 
 
-def foretell(run: RunState, total_steps: int | None, level: float) -> Forecast:
+def foretell(run: State, total_steps: int | None, level: float) -> Forecast:
     """Forecast the training loss at the end of a run; changes nothing.
 
     Args:
@@ -44,7 +44,7 @@ def foretell(run: RunState, total_steps: int | None, level: float) -> Forecast:
     return forecast(points[:, 0], points[:, 1], np.concatenate([past, rates_ahead(run, end - now)]), level=level)
 
 
-def rates_ahead(run: RunState, num_steps: int) -> Array:
+def rates_ahead(run: State, num_steps: int) -> Array:
     """Learning rates of the next steps of the clock, (num_steps,), from a copy of the schedule.
 
     A schedule per epoch takes its steps as far apart as it did so far; without a schedule the rate stays.

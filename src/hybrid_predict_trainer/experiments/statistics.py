@@ -22,6 +22,8 @@ from typing import Literal
 
 import numpy as np
 
+from ..numerics.sequential import mean_interval
+
 Bound = Literal["exact", "at least", "at most"]
 
 #: Words for tables and result files.
@@ -276,3 +278,188 @@ def _moments(data: np.ndarray) -> tuple[float, float]:
 def _exp(value: float) -> float:
     """``exp`` that ends in infinity instead of raising."""
     return math.exp(value) if value < 709 else math.inf
+
+
+# ---- tests over seeds ------------------------------------------------------------------------------------
+
+#: Fewest values of an interval by resampling with bias and acceleration.
+MIN_BCA = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairedTests:
+    """Tests that the other arm does not differ from the baseline, two-sided, over paired seeds.
+
+    Attributes:
+        n: pairs.
+        t: p of the paired t test.
+        wilcoxon: p of the signed-rank test.
+        permutation: p over all exchanges of sign.
+        least: the smallest p that n pairs can have in the last two, 2 / 2^n: 0.25 of three.
+    """
+
+    n: int
+    t: float | None
+    wilcoxon: float | None
+    permutation: float | None
+    least: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Equivalence:
+    """Whether two arms are equal within a margin.
+
+    Attributes:
+        margin: as a share of the baseline.
+        p: of the hypothesis that they differ by the margin or more; None where it has none.
+        interval: of the ratio, at 1 - 2 alpha: inside the margin exactly where p < alpha.
+        equal: p < alpha.
+    """
+
+    margin: float
+    p: float | None
+    interval: Interval
+    equal: bool
+
+
+def paired_tests(pairs: Sequence[tuple[float, float]]) -> PairedTests:
+    """All three tests of :class:`PairedTests`, of logarithms where every loss is above 0.
+
+    Args:
+        pairs: (baseline, other) of a seed.
+    """
+    change = paired_changes(pairs)
+    count = len(change)
+    return PairedTests(
+        n=count, t=paired_p(pairs), wilcoxon=wilcoxon_p(change), permutation=permutation_p(change),
+        least=min(1.0, 2.0 ** (1 - count)),
+    )  # fmt: skip
+
+
+def paired_changes(pairs: Sequence[tuple[float, float]]) -> list[float]:
+    """ln(other / baseline) of every pair where all are above 0, else other - baseline."""
+    logs = all(v > 0 for pair in pairs for v in pair)
+    return [math.log(b) - math.log(a) if logs else b - a for a, b in pairs]
+
+
+def wilcoxon_p(differences: Sequence[float]) -> float | None:
+    """Two-sided p of the signed-rank test (Wilcoxon, Biometrics Bulletin 1, 1945), exact for few pairs.
+
+    Args:
+        differences: One per seed; zeros are left out.
+
+    Returns:
+        None below :data:`MIN_PAIRED` pairs or where a difference is not finite; 1 where all are 0.
+    """
+    if len(differences) < MIN_PAIRED or not all(map(math.isfinite, differences)):
+        return None
+    kept = [d for d in differences if d != 0]
+    if not kept:
+        return 1.0
+    from scipy import stats
+
+    return float(stats.wilcoxon(kept).pvalue)
+
+
+def permutation_p(differences: Sequence[float], seed: int = 0) -> float | None:
+    """Two-sided p of the mean under exchange of the arms within pairs: all 2^n exchanges, or random ones of many.
+
+    It needs no distribution, only that the arms could be exchanged if there were no effect (Fisher, 1935).
+
+    Args:
+        differences: One per seed.
+        seed: Of the random exchanges, beyond 13 pairs.
+    """
+    if len(differences) < MIN_PAIRED or not all(map(math.isfinite, differences)):
+        return None
+    data = np.asarray(differences, dtype=np.float64)
+    if not data.any():
+        return 1.0
+    from scipy import stats
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = stats.permutation_test(
+            (data,), np.mean, permutation_type="samples", n_resamples=NUM_RESAMPLES, rng=np.random.default_rng(seed)
+        )
+    return float(found.pvalue)
+
+
+def bca_interval(values: Sequence[float], level: float = 0.95, seed: int = 0) -> tuple[float, float] | None:
+    """Interval of a mean by the bootstrap with bias correction and acceleration (Efron, JASA 82, 1987).
+
+    Args:
+        values: One per seed.
+        level: Two-sided.
+        seed: Of the resampling.
+
+    Returns:
+        None below :data:`MIN_BCA` values, or where they do not differ or one is not finite.
+    """
+    data = np.asarray(values, dtype=np.float64)
+    if len(data) < MIN_BCA or not np.isfinite(data).all() or np.ptp(data) == 0:
+        return None
+    from scipy import stats
+
+    found = stats.bootstrap(
+        (data,), np.mean, confidence_level=level, method="BCa", rng=np.random.default_rng(seed)
+    ).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def bonferroni(p: Sequence[float]) -> list[float]:
+    """Every p times the number of tests, at most 1."""
+    return [min(1.0, len(p) * value) for value in p]
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Step-down adjusted p values (Holm, Scand. J. Statist. 6, 1979): never above Bonferroni's, as safe."""
+    found = [1.0] * len(p)
+    running = 0.0
+    for rank, at in enumerate(sorted(range(len(p)), key=lambda k: p[k])):
+        running = max(running, min(1.0, (len(p) - rank) * p[at]))
+        found[at] = running
+    return found
+
+
+def equivalent(pairs: Sequence[tuple[float, float]], margin: float, alpha: float = 0.05) -> Equivalence:
+    """Two one-sided t tests of paired logarithms (TOST; Schuirmann, J. Pharmacokin. Biopharm. 15, 1987).
+
+    A claim "within 2 %" needs this test: that a difference is not significant says only that there are few seeds.
+
+    Args:
+        pairs: (baseline, other) losses of a seed, above 0.
+        margin: Above 0: other / baseline must lie between 1 / (1 + margin) and 1 + margin.
+        alpha: Level of each of the two tests.
+
+    Raises:
+        ValueError: the margin is not above 0.
+    """
+    if not margin > 0:
+        raise ValueError(f"a margin of {margin} leaves no room to be equal in")
+    interval = paired_interval([b for _, b in pairs], [a for a, _ in pairs], 1 - 2 * alpha)
+    if interval.ends is None or not math.isfinite(interval.mean):
+        return Equivalence(margin=margin, p=None, interval=interval, equal=False)
+    change = np.array(paired_changes(pairs))
+    bound = math.log1p(margin)
+    center, spread = _moments(change)
+    if spread == 0.0:
+        p = 0.0 if abs(center) < bound else 1.0
+    else:
+        from scipy import stats
+
+        error = spread / math.sqrt(len(change))
+        p = max(float(stats.t.sf((side * center + bound) / error, len(change) - 1)) for side in (1, -1))
+    return Equivalence(margin=margin, p=p, interval=interval, equal=p < alpha)
+
+
+def always_valid(values: Sequence[float], level: float = 0.95) -> tuple[float, float] | None:
+    """Interval of a mean that holds its level however often somebody looks while values arrive, and stops at will.
+
+    ``numerics.sequential.mean_interval`` has the derivation; it is wider than a t interval for it.
+
+    Returns:
+        None where it is unbounded yet: below three values or so.
+    """
+    found = mean_interval(list(values), 1 - level)
+    return (found.low, found.high) if math.isfinite(found.low) and math.isfinite(found.high) else None
