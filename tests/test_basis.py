@@ -336,3 +336,87 @@ def test_state_round_trip_continues_bitwise(name: str) -> None:
     bench.windows(3)
     other.windows(3)
     assert_same(other.basis.state_dict(), bench.basis.state_dict())
+
+
+# ---------------------------------------------------------------- one vector for a small model
+
+POOLED = {
+    "curvature": BasisSpec(num_displacements=3, curvature=True, pooled=True),
+    "plain": BasisSpec(num_displacements=3, lag=True, optimizer=True, pooled=True),
+    "differences": DIFFERENCES,
+}
+
+
+def both_layouts(name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Basis, Basis, Bench]:
+    """One basis with all weights in a vector, one tensor by tensor, fed by the same run with a jump in it."""
+    bench = Bench(POOLED[name])
+    groups = bench.groups.pooled()
+    one = Basis(bench.parameters, groups, POOLED[name])
+    with monkeypatch.context() as patched:
+        patched.setattr(weights, "SMALL", 0)
+        many = Basis(bench.parameters, groups, POOLED[name])
+    assert one._layout.flat
+    assert not many._layout.flat
+    for step in range(1, 14):
+        bench.optimizer.zero_grad()
+        loss_fn(bench.model, next(bench.batches)).backward()
+        for basis in (one, many):
+            basis.accumulate()
+            basis.before_step(last=step % 2 == 0)
+        bench.optimizer.step()
+        for basis in (one, many) if step % 2 == 0 else ():
+            basis.close_window()
+        if step == 8:
+            deltas = one.combine(torch.ones(1, POOLED[name].num_columns, dtype=torch.float64))
+            weights.move_(bench.parameters, weights.clone(bench.parameters), deltas, 0.1)
+            for basis in (one, many):
+                basis.translate(deltas, 0.1)
+    return one, many, bench
+
+
+def assert_alike(one: Basis, many: Basis) -> None:
+    K, c = one.spec.num_columns, torch.linspace(-1, 1, one.spec.num_columns, dtype=torch.float64)[None]
+    close(flat(one.combine(c)), flat(many.combine(c)), 1e-12)
+    close(flat(one.average()), flat(many.average()), 1e-12)
+    close(flat(one.newest()), flat(many.newest()), 1e-12)
+    close(one.displacement_rms(), many.displacement_rms(), 1e-12)
+    found, wanted = one.products(), many.products()
+    ring = slice(0, one.spec.first_extra if one.spec.differences else K)
+    close(found.BB[:, ring, ring], wanted.BB[:, ring, ring], 1e-10)
+    close(found.gg, wanted.gg, 1e-12)
+    if one.spec.curvature:
+        close(found.Bg[:, ring], wanted.Bg[:, ring], 1e-9)
+
+
+@pytest.mark.parametrize("name", POOLED)
+def test_in_one_vector_it_is_as_tensor_by_tensor(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_alike(*both_layouts(name, monkeypatch)[:2])
+
+
+@pytest.mark.parametrize("name", POOLED)
+def test_a_checkpoint_says_nothing_of_the_layout(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, many, bench = both_layouts(name, monkeypatch)
+    assert [t.shape for t in one.state_dict()["columns"]] == [t.shape for t in many.state_dict()["columns"]]
+    mark = many.mark()
+    taken, other = (Basis(bench.parameters, one.groups, one.spec) for _ in range(2))
+    taken.load_state_dict(copy.deepcopy(many.state_dict()))
+    other.load_state_dict(copy.deepcopy(one.state_dict()))
+    assert_alike(taken, many)
+    assert_alike(other, one)
+    taken.translate(bench.parameters, 1.0)
+    taken.revert(mark)
+    close(flat(taken.average()), flat(many.average()), 1e-12)
+
+
+def test_a_multiple_of_a_known_jump_reads_no_displacement(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, _, _ = both_layouts("differences", monkeypatch)
+    first_extra = one.spec.first_extra
+    c = torch.linspace(-1, 1, one.spec.num_columns, dtype=torch.float64)[None]
+    shorter, bent = 0.3 * c, 0.3 * c
+    shorter[:, first_extra:] = torch.tensor([1.0, -0.2])
+    bent[0, 0] += 1e-6
+    known = c, one.combine(c)
+    wanted, wanted_bent = flat(one.combine(shorter)), flat(one.combine(bent))
+    close(flat(one.combine(bent, known)), wanted_bent, 1e-12)
+    one._columns[0][:first_extra] = math.nan
+    close(flat(one.combine(shorter, known)), wanted, 1e-12)

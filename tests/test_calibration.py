@@ -345,3 +345,30 @@ def test_track_record_starts_even_and_forgets():
     for _ in range(50):
         record.record(False)
     assert record.confidence == pytest.approx(1 / 12, abs=0.01)
+
+
+def test_a_fit_from_the_one_before_is_the_fit():
+    evidence, kept, _ = stream(1, 200)
+    Z, y, prior = np.array([e.features() for e in evidence]), np.array(kept, dtype=float), np.array(Confidence.PRIOR)
+    before = calibration.fit_logistic(Z[:-1], y[:-1], prior, 2.0)
+    cold, warm = (calibration.fit_logistic(Z, y, prior, 2.0, start) for start in (None, before))
+    np.testing.assert_allclose(warm, cold, rtol=1e-5)
+    temperature = calibration.fit_temperature(Z @ cold * 3, y)
+    assert calibration.fit_temperature(Z @ cold * 3, y, start=5.0) == pytest.approx(temperature, rel=1e-10)
+
+
+def test_of_many_outcomes_one_more_waits_and_a_checkpoint_knows_how_many_wait():
+    evidence, kept, _ = stream(2, 300)
+    model, fits = Confidence(), []
+    for e, y in zip(evidence[:290], kept, strict=False):
+        before = model._weights
+        model.observe(e, bool(y))
+        fits.append(model._weights is not before)
+    assert all(fits[:127])
+    assert fits[-32:].count(True) == 8  # every fourth of more than 256
+    again = Confidence()
+    again.load_state_dict(model.state_dict())
+    for e, y in zip(evidence[290:], kept[290:], strict=True):
+        for each in (model, again):
+            each.observe(e, bool(y))
+        assert again.state_dict() == model.state_dict()

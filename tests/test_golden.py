@@ -16,7 +16,7 @@ from golden.__main__ import main, told
 from golden.builds import PACKAGE, PRESENT, build
 from golden.drive import Run, play, unmet
 from golden.runs import RUNS
-from golden.trace import Trace, added, digest, first_difference, flat
+from golden.trace import Trace, added, digest, first_difference, flat, how_far
 
 
 def played(run: Run, folder: Path) -> Trace:
@@ -141,3 +141,12 @@ def test_every_predictor_and_every_way_is_covered() -> None:
     assert set(wanted) <= {run.settings.get("predictor.type") for run in RUNS.values()}
     for run in RUNS.values():
         assert run.least or run.shows is not Run.__dataclass_fields__["shows"].default or run.without, run.about
+
+
+def test_runs_that_differ_by_rounding_are_told_from_other_runs() -> None:
+    rows = [{"phase": "full", "loss": 1.0, "reason": "r"}, {"phase": "predict", "loss": 0.5, "reason": "r"}]
+    old, rounded, other = (Trace(steps=deepcopy(rows)) for _ in range(3))
+    rounded.steps[1]["loss"] = 0.5 * (1 + 1e-9)
+    other.steps[1]["phase"] = "full"
+    assert how_far(old, rounded) == "the same decisions in 2 steps, losses within 1.0e-09"
+    assert how_far(old, other) == "another decision at step 2, losses within 0.0e+00 until then"

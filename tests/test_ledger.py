@@ -138,6 +138,21 @@ def test_accounts_are_settled_when_due() -> None:
     assert ledger.settle(100, 1.8) == []
 
 
+def test_accounts_that_count_are_those_kept_and_known() -> None:
+    """Kept sorted as they come: 512 at most, jumps and controls apart, without those that say nothing."""
+    ledger = Ledger(GateConfig())
+    for i in range(700):
+        ledger.open_account(account(step=i, due=i + 1, skipped=i % 3 == 0, gain=math.nan if i % 7 == 0 else 0.1))
+        ledger.settle(i + 1, 0.9)
+    again = Ledger(GateConfig())
+    again.load_state_dict(ledger.state_dict())
+    for each in (ledger, again):
+        known = [a for a in each.settled if a.known]
+        assert list(each._jumps) == [a for a in known if not a.skipped]
+        assert list(each._controls) == [a for a in known if a.skipped]
+    assert again.persistence == ledger.persistence
+
+
 def test_a_loss_that_is_not_a_number_teaches_nothing() -> None:
     ledger = Ledger(GateConfig())
     for loss in (math.nan, math.inf):

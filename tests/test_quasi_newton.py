@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ from hybrid_predict_trainer.predictors.quasi_newton import (
     history_that_fits,
     log_scaling,
     newest_first,
+    oldest_first,
+    square,
     step_of,
 )
 from hybrid_predict_trainer.records import Products, Reason, Window
@@ -82,6 +85,26 @@ def ring_products(s: Sequence[Tensor], y: Sequence[Tensor], g: Tensor, num_place
     )
 
 
+@pytest.mark.parametrize(("first", "n"), [(0, 1), (0, 5), (2, 3), (3, 5), (4, 2)])
+def test_numbers_by_place_come_oldest_first(first: int, n: int) -> None:
+    M = np.arange(25.0).reshape(5, 5)
+    places = (first + np.arange(n)) % 5
+    assert (oldest_first(M[0], first, n) == M[0, places]).all()
+    assert (square(M, first, n) == M[np.ix_(places, places)]).all()
+
+
+def test_pairs_left_out_are_as_if_they_were_not_there() -> None:
+    s, y, g, _ = random_pairs(6, seed=4)
+    S, Y, tau = torch.stack(s), torch.stack(y), torch.linspace(-0.5, 0, 6, dtype=torch.float64)
+    kept = [0, 2, 5]
+    wanted = direction(S[kept] @ Y[kept].T, Y[kept] @ Y[kept].T, S[kept] @ g, Y[kept] @ g, tau[kept], 0.3)
+    found = direction(S @ Y.T, Y @ Y.T, S @ g, Y @ g, tau, 0.3, np.array([1, 3, 4]))
+    assert found[2] == pytest.approx(wanted[2])
+    for a, b in zip(found[:2], wanted[:2], strict=True):
+        assert torch.allclose(a[kept], b, rtol=1e-10)
+        assert not a[[1, 3, 4]].any()
+
+
 @pytest.mark.parametrize(("num_pairs", "num_places"), [(1, 4), (3, 4), (4, 4), (11, 4)])
 def test_a_step_uses_the_pairs_in_the_ring(num_pairs: int, num_places: int) -> None:
     """Wherever the ring's head stands, and with the oldest pairs written over."""
@@ -92,7 +115,7 @@ def test_a_step_uses_the_pairs_in_the_ring(num_pairs: int, num_places: int) -> N
     s, y = s[-held:], y[-held:]
     gamma = max(float(a @ b / (b @ b)) for a, b in zip(s, y, strict=True))
     wanted = dense_direction(s, y, [1.0] * held, gamma, g)
-    c = newest_first(found.c, products.newest, num_places)
+    c = torch.from_numpy(newest_first(found.c.numpy(), products.newest))
     got = sum(c[i] * s[-1 - i] + c[num_places + i] * y[-1 - i] for i in range(held)) + found.of_g * g
     assert torch.allclose(got, wanted)
     assert found.slope == pytest.approx(float(g @ wanted))

@@ -12,7 +12,7 @@ import torch
 from cases import OPTIMIZERS, assert_same, make_batches, rng, seed_all, setup
 from hybrid_predict_trainer.keep.buffers import BufferGuard
 from hybrid_predict_trainer.keep.isolation import side_effect_free
-from hybrid_predict_trainer.keep.rng import rng_state, set_rng_state
+from hybrid_predict_trainer.keep.rng import RandomStates, rng_state, set_rng_state
 from hybrid_predict_trainer.keep.snapshot import Snapshot
 
 
@@ -138,6 +138,23 @@ def test_generators_come_back(odd: int) -> None:
     set_rng_state(state)
     assert_same(rng(), before)
     assert draw() == first
+
+
+def test_numpy_is_asked_only_where_its_words_have_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    np.random.seed(5)
+    first = RandomStates()
+    with monkeypatch.context() as patched:
+        for name in ("get_state", "set_state"):
+            patched.setattr(np.random, name, lambda *_, name=name, **__: pytest.fail(f"{name} was called"))
+        RandomStates().put_back()
+        first.put_back()
+    one = np.random.normal()  # a second normal number waits in the generator now: no word tells whether it was taken
+    waiting = RandomStates()
+    second = np.random.normal()
+    waiting.put_back()
+    assert np.random.normal() == second
+    first.put_back()
+    assert np.random.normal() == one
 
 
 def test_generator_state_is_plain() -> None:

@@ -150,6 +150,7 @@ class BasisSpec:
     curvature: bool = False  # observe gradient differences, so that S'Y is known
     differences: bool = False  # keep them as columns too, and no products of the extras: twice the memory
     pooled: bool = False  # one model over all weights: products are summed over groups, G is 1
+    features: bool = True  # encode the loss curve of every window; without, a window's ``features`` are zeros
 
     @property
     def extras(self) -> tuple[str, ...]:

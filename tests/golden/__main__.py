@@ -13,7 +13,7 @@ import torch
 from .builds import PRESENT, build
 from .drive import play, unmet
 from .runs import RUNS
-from .trace import Trace, added, first_difference
+from .trace import Trace, added, first_difference, how_far
 
 
 def traces(root: Path, names: Sequence[str], shared: Path) -> dict[str, Trace]:
@@ -26,7 +26,7 @@ def told(name: str, old: Trace, new: Trace) -> tuple[bool, str]:
     """Whether a run is the same with both builds and shows what it should, and a line that says so."""
     difference = first_difference(old, new)
     if difference is not None:
-        return False, f"{name:18} DIFFERS  {difference}"
+        return False, f"{name:18} DIFFERS  {difference}; {how_far(old, new)}"
     missing = unmet(RUNS[name], new)
     if missing is not None:
         return False, f"{name:18} VACUOUS  {missing}"

@@ -125,6 +125,24 @@ def first_difference(old: Trace, new: Trace) -> str | None:
     return f"at the end: {found}" if found else None
 
 
+#: What a step decides, as its row has it.
+DECISIONS = (
+    "phase", "reason", "was_predicted", "candidate", "skipped", "consumed", "num_forward", "num_claimed_steps", "alarm",
+)  # fmt: skip
+
+
+def how_far(old: Trace, new: Trace) -> str:
+    """Whether two runs that differ decide alike, and by how much their losses part: rounding, or another run."""
+    furthest = 0.0
+    for index, (a, b) in enumerate(zip(old.steps, new.steps, strict=False)):
+        if any(a.get(name) != b.get(name) for name in DECISIONS):
+            return f"another decision at step {index + 1}, losses within {furthest:.1e} until then"
+        x, y = a.get("loss"), b.get("loss")
+        if isinstance(x, float) and isinstance(y, float) and x != y:
+            furthest = max(furthest, abs(x - y) / max(abs(x), abs(y)))
+    return f"the same decisions in {len(new.steps)} steps, losses within {furthest:.1e}"
+
+
 def added(old: Trace, new: Trace) -> set[str]:
     """Names of fields that only the new trace has."""
     pairs = [(old.end, new.end), *zip(old.steps, new.steps, strict=False), *zip(old.records, new.records, strict=False)]

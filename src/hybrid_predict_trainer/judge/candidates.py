@@ -42,7 +42,8 @@ def judge(run: State, batch: Any, prediction: PhasePrediction, deltas: list[Tens
     def make(candidate: int) -> None:
         while len(deltas) <= candidate:
             with host.own_defaults():
-                deltas.append(combined(run.windows, run.watch, prediction.alternatives[len(deltas) - 1]))
+                first = prediction.coefficients, deltas[0]
+                deltas.append(combined(run.windows, run.watch, prediction.alternatives[len(deltas) - 1], first))
             run.meter.add_passes(run.windows.basis.num_filled)
 
     def work(isolation: Isolation) -> Verdict:

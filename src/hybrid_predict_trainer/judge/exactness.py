@@ -62,8 +62,11 @@ def conditions(model: nn.Module) -> int:
 
 
 def _rate(module: nn.Module) -> Any:
+    own = vars(module)
+    if "p" in own or not hasattr(type(module), "p"):  # asking a module for what it has not takes as long as an addition
+        return own.get("p")
     try:
-        return getattr(module, "p", None)
+        return module.p
     except Exception:  # a property of the user's own
         return None
 

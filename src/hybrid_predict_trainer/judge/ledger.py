@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import asdict, replace
+from itertools import islice
 from typing import Any
 
 from ..config.settings import GateConfig
@@ -33,6 +34,8 @@ PRIOR_NOISY = (0.1, 0.1)
 
 #: Windows without a jump that say what is usual.
 NUM_FREE_WINDOWS = 16
+#: Settled jumps that persistence is judged by.
+NUM_RECENT = 32
 
 
 class Ledger:
@@ -58,7 +61,8 @@ class Ledger:
         self.open: list[Account] = []
         self._free_ratios: deque[float] = deque(maxlen=NUM_FREE_WINDOWS)
         self.settled: deque[Account] = deque(maxlen=512)
-        self._known: dict[bool, list[Account]] = {}  # of these, by ``skipped``: asked for many times a step
+        self._jumps: deque[Account] = deque()  # of these, those with finite numbers: asked for many times a step
+        self._controls: deque[Account] = deque()  # likewise
         self.wait_windows = 0  # before the next proposal
         self._backoff = 0
         self._losing_checks = 0
@@ -149,12 +153,12 @@ class Ledger:
         for account in due:
             left = account.usual - loss / account.loss if account.loss else math.nan
             account = replace(account, left=left)
-            self.settled.append(account)
-            self._known.clear()
+            self._remember(account)
             if not account.skipped:
                 account = replace(account, credited=self._credit(account))
                 self.settled[-1] = account
-                self._known.clear()
+                if account.known:
+                    self._jumps[-1] = account
             done.append(account)
         if done:
             self._check_switch()
@@ -169,10 +173,17 @@ class Ledger:
         self.returned_units += steps * STEP_UNITS
         return steps
 
-    def _settled(self, *, skipped: bool) -> list[Account]:
-        if skipped not in self._known:
-            self._known[skipped] = [a for a in self.settled if a.skipped is skipped and a.known]
-        return self._known[skipped]
+    def _remember(self, account: Account) -> None:
+        if len(self.settled) == self.settled.maxlen:
+            oldest = self.settled[0]
+            if oldest.known:
+                self._pool(oldest).popleft()
+        self.settled.append(account)
+        if account.known:
+            self._pool(account).append(account)
+
+    def _pool(self, account: Account) -> deque[Account]:
+        return self._controls if account.skipped else self._jumps
 
     @property
     def usual_spread(self) -> float:
@@ -189,8 +200,9 @@ class Ledger:
         windows without a jump as the noise.  A few jumps of 0.5 % under a noise of 2 % say next to
         nothing, and a plain ratio of sums would be 0 or 1 by luck.
         """
-        jumps = self._settled(skipped=False)[-32:]  # recent ones: a run's early gains are not its late ones
-        controls = [a.left for a in self._settled(skipped=True)]
+        settled = self._jumps  # recent ones: a run's early gains are not its late ones
+        jumps = list(islice(settled, max(len(settled) - NUM_RECENT, 0), None))
+        controls = [a.left for a in self._controls]
         drift = sum(controls) / len(controls) if len(controls) >= 3 else 0.0
         mean, std = PRIOR_EXACT if self.exact else PRIOR_NOISY
         weight = 1 / self.usual_spread**2
@@ -201,15 +213,15 @@ class Ledger:
     @property
     def known(self) -> bool:
         """Whether any jump has been settled."""
-        return bool(self._settled(skipped=False))
+        return bool(self._jumps)
 
     def effect(self) -> tuple[float, float, float] | None:
         """Mean share of the loss that a jump has taken off N steps later, with a 95 % interval.
 
         Jumps against the control group; None with fewer than three settled accounts in either.
         """
-        jumps = [a.left for a in self._settled(skipped=False)]
-        controls = [a.left for a in self._settled(skipped=True)]
+        jumps = [a.left for a in self._jumps]
+        controls = [a.left for a in self._controls]
         if len(jumps) < 3 or len(controls) < 3:
             return None
         (m1, v1), (m0, v0) = _moments(jumps), _moments(controls)
@@ -219,7 +231,7 @@ class Ledger:
 
     def steps_gained(self) -> dict[str, Any]:
         """Steps gained by all settled jumps, from the controlled comparison, with its interval."""
-        jumps = [a for a in self._settled(skipped=False) if a.pace > 0]
+        jumps = [a for a in self._jumps if a.pace > 0]
         effect = self.effect()
         if effect is None or not jumps:
             return {
@@ -281,8 +293,11 @@ class Ledger:
         self.switched_off = state["switched_off"]
         self._free_ratios = deque(state["free_ratios"], maxlen=NUM_FREE_WINDOWS)
         self.open = [Account(**a) for a in state["open"]]
-        self.settled = deque((Account(**a) for a in state["settled"]), maxlen=512)
-        self._known.clear()
+        self.settled.clear()
+        self._jumps.clear()
+        self._controls.clear()
+        for values in state["settled"]:
+            self._remember(Account(**values))
 
 
 def _moments(values: list[float]) -> tuple[float, float]:

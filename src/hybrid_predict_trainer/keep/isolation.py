@@ -9,6 +9,7 @@ changed, so that both see the same random numbers and the same carried state.
 from __future__ import annotations
 
 import copy
+import operator
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,7 +53,8 @@ class _Kept:
         self.module, self.training = module, module.training
         self.buffers = dict(module._buffers)
         self.values = {k: host.copied(b.detach()) for k, b in self.buffers.items() if b is not None}
-        self.attributes = {k: v for k, v in vars(module).items() if k not in _OWN}
+        self.all = vars(module).copy()
+        self.attributes = {k: v for k, v in self.all.items() if k not in _OWN}
         self.contents = {k: v.copy() for k, v in self.attributes.items() if type(v) in _CONTAINERS}
         self.tensors = {k: host.copied(v.detach()) for k, v in self.attributes.items() if isinstance(v, Tensor)}
         self.modules = dict(module._modules)
@@ -60,9 +62,10 @@ class _Kept:
     def put_back(self, *, values: bool) -> None:
         """Everything as it was; ``values``: numbers that are changed in place as well."""
         own = vars(self.module)
-        for key in own.keys() - self.attributes.keys() - _OWN:
-            del own[key]
-        own.update(self.attributes)
+        if own.keys() != self.all.keys() or not all(map(operator.is_, own.values(), self.all.values())):
+            for key in own.keys() - self.attributes.keys() - _OWN:
+                del own[key]
+            own.update(self.attributes)
         for key, content in self.contents.items():
             live = self.attributes[key]
             if not _same_items(live, content):
@@ -98,7 +101,14 @@ def _same_items(live: Any, old: Any) -> bool:
     return live == old if isinstance(live, set) else all(a is b for a, b in zip(live, old, strict=True))
 
 
+def _set_mode(module: nn.Module, training: bool) -> None:
+    if module.training is not training:  # a module asks for long what is set on it
+        module.training = training
+
+
 def _rebind(live: dict[str, Any], old: dict[str, Any]) -> None:
+    if not live and not old:
+        return
     if live.keys() != old.keys() or any(live[k] is not v for k, v in old.items()):
         live.clear()
         live.update(old)
@@ -125,9 +135,9 @@ class Isolation:
     def enter(self, mode: Mode) -> None:
         """Set the modes of the model's modules; gradients are put aside."""
         for module, kept in self._kept.items():
-            module.training = kept.training and (
+            _set_mode(module, kept.training and (
                 mode == "training" or (mode == "quiet" and isinstance(module, _NormBase))
-            )
+            ))  # fmt: skip
         for p, _ in self._gradients:
             p.grad = None
 
@@ -153,7 +163,7 @@ class Isolation:
         for kept in self._kept.values():
             training = kept.module.training
             kept.put_back(values=False)
-            kept.module.training = training
+            _set_mode(kept.module, training)
         if self._carries is None:
             moved = (k for k in self._kept.values() if not isinstance(k.module, _NormBase))
             self._carries = [k for k in moved if any(not same(live, old) for live, old in k._pairs())]
@@ -165,7 +175,7 @@ class Isolation:
         """Everything as it was."""
         for module, kept in self._kept.items():
             kept.put_back(values=True)  # all of them: without grad mode BatchNorm does not count versions
-            module.training = kept.training
+            _set_mode(module, kept.training)
         for module, state in self._extra.items():
             if not same(module.get_extra_state(), state):
                 module.set_extra_state(state)

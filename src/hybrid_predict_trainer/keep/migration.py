@@ -85,6 +85,7 @@ def upgraded(parts: dict[str, StateDict], live: dict[str, StateDict], format_ver
     own["run"] = with_later(by_owner(own["run"]), live["trainer"]["run"])
     # a basis was kept in any case; whether that is worth its memory is asked from here on
     sketch = copy.deepcopy(live["trainer"]["run"]["windows"]["sketch"])
+    own["run"]["proposer"]["feedback"]["confidence"].setdefault("num_new", 0)  # every outcome was learnt at once
     own["run"]["windows"] = {"keeping": True, "sketch": sketch, **own["run"].get("windows", {})}
     own["run"]["optimizer_step"] = {"modifiers": [], **own["run"].get("optimizer_step", {})}  # there were none
     if format_version < 3:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +20,7 @@ class RandomStates:
         """Take them; nothing is converted to what a file can hold."""
         self._torch = torch.get_rng_state()
         self._python = random.getstate()
-        self._numpy = np.random.get_state(legacy=True)
+        self._numpy = _NumpyState()
         self._cuda = (
             torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
         )
@@ -27,11 +30,46 @@ class RandomStates:
         """Every generator as it was."""
         torch.set_rng_state(self._torch)
         random.setstate(self._python)
-        np.random.set_state(self._numpy)
+        self._numpy.put_back()
         if self._cuda is not None:
             torch.cuda.set_rng_state_all(self._cuda)
         if self._mps is not None:
             torch.mps.set_rng_state(self._mps)
+
+
+class _NumpyState:
+    """State of numpy's global generator.
+
+    Reading and writing it take as long as a forward of a small model, so its words are compared where they lie.  While
+    no normal number waits in the generator nothing can be drawn from it that leaves them as they are.
+    """
+
+    def __init__(self) -> None:
+        """Take it; what was taken last is taken again if no word has changed."""
+        self._words = _words()
+        self._state = _state_with.__wrapped__(None) if self._words is None else _state_with(self._words)
+        self._waits = bool(self._state[3])
+        if self._waits:
+            _state_with.cache_clear()
+
+    def put_back(self) -> None:
+        """The generator as it was."""
+        if self._waits or self._words is None or _words() != self._words:
+            np.random.set_state(self._state)
+
+
+@lru_cache(maxsize=1)
+def _state_with(words: bytes | None) -> Any:
+    """The state that these words, the present ones, belong to; None: nobody knows its words."""
+    return np.random.get_state(legacy=True)
+
+
+def _words() -> bytes | None:
+    """Words and position of numpy's global generator; None where it is not the Mersenne twister."""
+    generator: Any = np.random.get_bit_generator()  # type: ignore[attr-defined]
+    if type(generator) is not np.random.MT19937:
+        return None
+    return ctypes.string_at(generator.ctypes.state_address, 4 * (624 + 1))
 
 
 def rng_state() -> StateDict:

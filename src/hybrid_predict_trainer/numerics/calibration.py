@@ -42,7 +42,7 @@ def log_loss(logits: Array, kept: Array) -> float:
     return float(np.mean(np.logaddexp(0, logits) - kept * logits)) if len(logits) else math.nan
 
 
-def fit_temperature(logits: Array, kept: Array, *, prior_weight: float = 10.0) -> float:
+def fit_temperature(logits: Array, kept: Array, *, prior_weight: float = 10.0, start: float | None = None) -> float:
     """T of the maximum a posteriori, by bisection.
 
     In b = 1/T the objective  sum_i nll(b z_i, y_i) + prior_weight / 2 * (b - 1)^2  is strictly convex
@@ -53,6 +53,7 @@ def fit_temperature(logits: Array, kept: Array, *, prior_weight: float = 10.0) -
         logits: (n,) as stated.
         kept: (n,) outcomes in {0, 1}.
         prior_weight: Curvature of the prior, in nats; an outcome at a logit of 2 weighs about 0.4.
+        start: T of an outcome less, say: Newton's iteration begins there, and its answer is not halved any further.
 
     Returns:
         T in [1/20, 20].
@@ -62,7 +63,9 @@ def fit_temperature(logits: Array, kept: Array, *, prior_weight: float = 10.0) -
     def derivative(b: float) -> float:
         return float((sigmoid(b * logits) - kept) @ logits) + prior_weight * (b - 1)
 
-    below, above = _bracket(derivative, logits, prior_weight)
+    below, above = _bracket(derivative, logits, prior_weight, 1 / (start or 1.0))
+    if start is not None and low < below < above < high:
+        return 2 / (below + above)
     for _ in range(60):
         middle = (low + high) / 2
         rises = middle > below and (middle >= above or derivative(middle) >= 0)
@@ -70,12 +73,14 @@ def fit_temperature(logits: Array, kept: Array, *, prior_weight: float = 10.0) -
     return 2 / (low + high)
 
 
-def _bracket(derivative: Callable[[float], float], logits: Array, prior_weight: float) -> tuple[float, float]:
+def _bracket(
+    derivative: Callable[[float], float], logits: Array, prior_weight: float, start: float
+) -> tuple[float, float]:
     """Two numbers between which the rising derivative has its zero, so that halving need not ask outside of them.
 
     Newton's iteration finds them within 1e-11 of each other; where it doesn't they are minus and plus infinity.
     """
-    b, squares = 1.0, logits * logits
+    b, squares = start, logits * logits
     for _ in range(8):
         p = sigmoid(b * logits)
         step = derivative(b) / (float((p * (1 - p)) @ squares) + prior_weight)
@@ -86,7 +91,7 @@ def _bracket(derivative: Callable[[float], float], logits: Array, prior_weight: 
     return (below, above) if derivative(below) < 0 < derivative(above) else (-math.inf, math.inf)
 
 
-def fit_logistic(Z: Array, kept: Array, prior: Array, precision: float) -> Array:
+def fit_logistic(Z: Array, kept: Array, prior: Array, precision: float, start: Array | None = None) -> Array:
     """Weights of the maximum a posteriori logistic regression, by damped Newton steps.
 
     argmin_w  sum_i nll(z_i . w, y_i) + precision / 2 * |w - prior|^2
@@ -96,8 +101,9 @@ def fit_logistic(Z: Array, kept: Array, prior: Array, precision: float) -> Array
         kept: (n,) outcomes in {0, 1}.
         prior: (F,) what no evidence means.
         precision: Of the prior.
+        start: (F,) where the iteration begins, the weights of an outcome less, say; None: at ``prior``.
     """
-    w = prior.copy()
+    w = (prior if start is None else start).copy()
 
     def objective(v: Array) -> float:
         z = Z @ v

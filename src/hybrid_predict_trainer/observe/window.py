@@ -7,6 +7,9 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..config.settings import PredictorConfig
 from ..keep.failures import Failures, Place
 from ..records import Hindsight, Products, StateDict, Window
@@ -15,7 +18,7 @@ from ..weights.algebra import Tensors
 from ..weights.parameters import Groups
 from .basis import Basis
 from .history import History
-from .loss_features import loss_features
+from .loss_features import NUM_LOSS_FEATURES, loss_features
 from .sketch import Sketch
 from .window_encoder import NullObserver, Observer
 
@@ -184,7 +187,7 @@ class WindowRecorder:
             lr_integral=self.lr_integral,
             lr_ahead=planned_lr(num_steps),
             jumped=jumped,
-            features=loss_features(history.losses, step),
+            features=self._features(history, step),
             products=self.basis.products(),
             hindsight=hindsight,
             group_sizes=self.groups.sizes,
@@ -197,6 +200,10 @@ class WindowRecorder:
         self.num_closed += 1
         self.lr_integral = 0.0
         return window
+
+    def _features(self, history: History, step: int) -> Tensor:
+        """The encoded loss curve, for who reads it: encoding takes as long as a step of a small model."""
+        return loss_features(history.losses, step) if self.basis.spec.features else torch.zeros(NUM_LOSS_FEATURES)
 
     def _close_basis(self, *, exact: bool) -> Hindsight | None:
         """Close the window in the basis, if it is kept, and decide whether the next one will be."""

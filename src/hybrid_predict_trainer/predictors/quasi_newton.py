@@ -35,15 +35,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..config.settings import HybridTrainerConfig, QuasiNewtonConfig
 from ..observe.basis import FLOAT64_BELOW
 from ..observe.window import window_from_state, window_state
-from ..records import BasisSpec, PhasePrediction, Products, StateDict, Window, zeros_like_coefficients
+from ..records import BasisSpec, PhasePrediction, Products, StateDict, Window
 from ._common import linear_loss_trajectory
+
+Array = NDArray[Any]
 
 #: s'y has to exceed this share of |s| |y|: a pair with less has no curvature a step could trust.
 MIN_CURVATURE = 1e-10
@@ -75,9 +80,12 @@ def with_history_that_fits(config: HybridTrainerConfig, num_weights: int) -> Hyb
 
 
 def direction(
-    SY: Tensor, YY: Tensor, Sg: Tensor, Yg: Tensor, log_tau: Tensor, gamma: float
+    SY: Tensor, YY: Tensor, Sg: Tensor, Yg: Tensor, log_tau: Tensor, gamma: float, left_out: Array | None = None
 ) -> tuple[Tensor, Tensor, float]:
     """-H g as coefficients of s, of y and of g, from inner products; pairs oldest first.
+
+    A pair that is left out gets the coefficients zero by a row and a column of the unit matrix: a copy of all products
+    without those of a few pairs would take longer than all the rest.
 
     Args:
         SY: (K, K) s_i'y_j.
@@ -86,14 +94,23 @@ def direction(
         Yg: (K,) y_i'g.
         log_tau: (K,) logarithms of the scalings, at most 0; all 0: L-BFGS.
         gamma: Of the matrix gamma I that the updates start from.
+        left_out: (n,) places of pairs that say nothing.
     """
-    R = torch.triu(SY)
+    R, D, tau = torch.triu(SY), SY.diagonal().numpy(), log_tau.numpy()
+    if left_out is not None:
+        R[left_out] = 0.0
+        R[:, left_out] = 0.0
+        R[left_out, left_out] = 1.0
+        D, tau, Sg = D.copy(), tau.copy(), Sg.clone()
+        D[left_out], tau[left_out], Sg[left_out] = 0.0, 0.0, 0.0
     a = torch.linalg.solve_triangular(R, Sg[:, None], upper=True)[:, 0]
-    total = log_tau.sum()
-    growth = (log_tau.cumsum(0) - total).clamp(max=MAX_LOG_GROWTH)  # by the scalings after each pair
-    u = gamma * math.exp(min(-float(total), MAX_LOG_GROWTH))
-    right = torch.exp(growth) * SY.diagonal() * a - u * (Yg - YY @ a)
-    b = torch.linalg.solve_triangular(R.T, right[:, None], upper=False)[:, 0]
+    total = float(tau.sum())
+    growth = np.minimum(tau.cumsum() - total, MAX_LOG_GROWTH)  # by the scalings after each pair
+    u = gamma * math.exp(min(-total, MAX_LOG_GROWTH))
+    right = np.exp(growth) * D * a.numpy() - u * (Yg - YY @ a).numpy()
+    if left_out is not None:
+        right[left_out] = 0.0
+    b = torch.linalg.solve_triangular(R.T, torch.from_numpy(right)[:, None], upper=False)[:, 0]
     return -b, u * a, -u
 
 
@@ -123,32 +140,59 @@ def step_of(products: Products, log_tau: Tensor, num_pairs: int, num_places: int
         num_pairs: Pairs that hold data, the newest ones.
         num_places: K.
     """
-    K, M = num_places, products.BB[0]
-    Mg = products.Bg[0]
-    ages = torch.arange(num_pairs - 1, -1, -1)
-    places = (products.newest - ages) % K  # oldest first
-    squares, curvature = M.diagonal(), M.diagonal(K)[:K]  # |s|^2 and |y|^2; s'y of each pair
-    curved = curvature > MIN_CURVATURE * (squares[:K] * squares[K : 2 * K]).clamp(min=0.0).sqrt()
-    kept = places[curved[places]]
-    c, of_g = torch.zeros(2 * K, dtype=torch.float64), -1.0
-    if len(kept):
-        SY, YY = taken(M, kept, K + kept), taken(M, K + kept, K + kept)
-        gamma = float((SY.diagonal() / YY.diagonal()).max())
-        of_s, of_y, of_g = direction(SY, YY, Mg[kept], Mg[K + kept], log_tau[kept], gamma)
-        c[kept], c[K + kept] = of_s, of_y
-    newest_y = K + products.newest
-    slope = float(Mg[: 2 * K] @ c) + of_g * float(products.gg[0])
-    along = float(M[newest_y, : 2 * K] @ c) + of_g * float(Mg[newest_y])
-    return Step(c, of_g, slope, along)
+    K, n = num_places, num_pairs
+    # the same memory: numpy takes a third of torch's time for a few hundred numbers
+    M, Mg = products.BB[0].numpy(), products.Bg[0].numpy()
+    first = (products.newest - n + 1) % K
+    SY, YY = M[:K, K : 2 * K], M[K : 2 * K, K : 2 * K]
+    squares, s_y, y_y = M.diagonal()[:K], SY.diagonal(), YY.diagonal()
+    kept = oldest_first(s_y > MIN_CURVATURE * np.sqrt(np.maximum(squares * y_y, 0.0)), first, n)
+    c, of_g = np.zeros((2, K)), -1.0
+    num_kept = int(np.count_nonzero(kept))
+    if num_kept:
+        ratios = oldest_first(s_y, first, n)[kept] / oldest_first(y_y, first, n)[kept]
+        Sg, Yg, tau = (oldest_first(v, first, n) for v in (Mg[:K], Mg[K : 2 * K], log_tau.numpy()))
+        of_s, of_y, of_g = direction(
+            torch.from_numpy(square(SY, first, n)), torch.from_numpy(square(YY, first, n)), torch.from_numpy(Sg),
+            torch.from_numpy(Yg), torch.from_numpy(tau), float(ratios.max()),
+            None if num_kept == n else np.flatnonzero(~kept),
+        )  # fmt: skip
+        both = torch.stack([of_s, of_y]).numpy()
+        for piece, start in by_place(c, first, n):
+            piece[:] = both[:, start : start + piece.shape[1]]
+    told, newest_y = c.reshape(2 * K), K + products.newest
+    slope = float(Mg[: 2 * K] @ told) + of_g * float(products.gg[0])
+    along = float(M[newest_y, : 2 * K] @ told) + of_g * float(Mg[newest_y])
+    return Step(torch.from_numpy(told), of_g, slope, along)
 
 
-def taken(M: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """M[rows][:, columns]; a view where both are runs of successive places, as they are until the ring is full."""
-    n = len(rows)
-    i, j = int(rows[0]), int(columns[0])
-    if int(rows[-1]) - i == int(columns[-1]) - j == n - 1:
-        return M[i : i + n, j : j + n]
-    return M[rows[:, None], columns]
+def by_place(ring: Array, first: int, n: int) -> list[tuple[Array, int]]:
+    """Views of (..., K) numbers by place in the ring, oldest first, with how many older ones there are before each.
+
+    Args:
+        ring: By place.
+        first: Place of the oldest.
+        n: That hold data.
+    """
+    room = ring.shape[-1] - first
+    if n <= room:
+        return [(ring[..., first : first + n], 0)]
+    return [(ring[..., first:], 0), (ring[..., : n - room], room)]
+
+
+def oldest_first(ring: Array, first: int, n: int) -> Array:
+    """(n,) of (K,) numbers by place in the ring; a view where the ring has not come round."""
+    pieces = [piece for piece, _ in by_place(ring, first, n)]
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+def square(M: Array, first: int, n: int) -> Array:
+    """(n, n) of (K, K) products by place in the ring, oldest first; a view where the ring has not come round."""
+    columns = [piece for piece, _ in by_place(M, first, n)]
+    if len(columns) == 1:
+        return columns[0][first : first + n]
+    rows = [[piece.T for piece, _ in by_place(column.T, first, n)] for column in columns]
+    return np.block([[rows[0][i], rows[1][i]] for i in range(2)])
 
 
 def log_scaling(products: Products, step: Step | None, num_places: int) -> float:
@@ -158,10 +202,11 @@ def log_scaling(products: Products, step: Step | None, num_places: int) -> float
     """
     if step is None or num_places < 2 or not step.slope < 0:
         return 0.0
-    K, M, place = num_places, products.BB[0], products.newest
+    K, place = num_places, products.newest
+    M = products.BB[0].numpy()  # single numbers are read several times faster there
     before = K + (place - 1) % K
     s_y = float(M[place, K + place])
-    s_g = float(products.Bg[0, place]) - s_y  # g_before = g - y
+    s_g = float(products.Bg.numpy()[0, place]) - s_y  # g_before = g - y
     t = s_g / step.slope
     length = math.sqrt(max(float(M[place, place] * M[before, before]), 0.0))
     if t <= 0 or s_y <= 0 or not abs(float(M[place, before]) - t * step.along) <= SAME_STEP * length:
@@ -178,8 +223,9 @@ class QuasiNewton:
         """Args: config: pairs and the multiples to try."""
         self.config = config
         self.spec = BasisSpec(
-            num_displacements=config.history, lag=True, gradient=True, curvature=True, differences=True, pooled=True
-        )
+            num_displacements=config.history, lag=True, gradient=True, curvature=True, differences=True, pooled=True,
+            features=False,
+        )  # fmt: skip
         self._window: Window | None = None
         self._step: Step | None = None  # of that window, once it was asked for
         self._asked: tuple[Step, PhasePrediction] | None = None  # the last answer, and the step that it tells
@@ -212,12 +258,12 @@ class QuasiNewton:
         step = self._step
         if self._asked is not None and self._asked[0] is step and self._asked[1].horizon == horizon:
             return self._asked[1]  # a proposal is looked at before it is made
-        multiples = torch.tensor((*self.config.shrink, 0.0), dtype=torch.float64)[:, None]  # 0: back to x
-        coefficients = zeros_like_coefficients(len(multiples), self.spec.num_columns)
-        coefficients[:, :lag] = multiples * newest_first(step.c, window.products.newest, self.config.history)
+        multiples = np.array((*self.config.shrink, 0.0))[:, None]  # 0: back to x
+        coefficients = np.empty((len(multiples), self.spec.num_columns))
+        np.multiply(multiples, newest_first(step.c.numpy(), window.products.newest), out=coefficients[:, :lag])
         coefficients[:, lag] = 1.0
         coefficients[:, lag + 1 : lag + 2] = multiples * step.of_g
-        candidates = coefficients.split(1)
+        candidates = torch.from_numpy(coefficients).split(1)
         reduction = max(-step.slope / 2, 0.0)  # of a quadratic whose minimum along d lies at d
         trajectory = linear_loss_trajectory(window.loss, -reduction / max(horizon, 1), horizon)
         prediction = PhasePrediction(
@@ -256,7 +302,8 @@ class QuasiNewton:
         self._log_tau, self._num_pairs = state["log_tau"].clone(), state["num_pairs"]
 
 
-def newest_first(by_place: Tensor, newest: int, num_places: int) -> Tensor:
+def newest_first(by_place: Array, newest: int) -> Array:
     """(2K,) numbers of s and y by place in the ring -> in the order of :class:`..records.BasisSpec`."""
+    ring = by_place.reshape(2, -1)
     # from the newest down to the first place, then from the last place down to the one after the newest
-    return by_place.view(2, num_places).roll(num_places - 1 - newest, 1).flip(1).view(-1)
+    return np.concatenate([ring[:, newest::-1], ring[:, :newest:-1]], axis=1).reshape(-1)

@@ -100,6 +100,8 @@ def bounded(coefficients: Tensor, BB: Tensor, limit: float) -> Tensor:
 def apply(prediction: PhasePrediction, correction: Correction) -> PhasePrediction:
     """The corrected prediction; the uncorrected one stays the gate's first alternative."""
     if not bool(correction.coefficients.any()):
+        if correction.loss == 0:
+            return prediction
         return replace(prediction, predicted_loss=prediction.predicted_loss + correction.loss)
     low, high = prediction.loss_interval
     return replace(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -45,7 +47,7 @@ def propose(
         expected = _shape(windows)
         if any(tuple(c.shape) != expected for c in candidates):
             return prediction, [], Verdict(accepted=False, reason=Reason.WRONG_SHAPE)
-        if not all(bool(torch.isfinite(c).all()) for c in candidates):
+        if not bool(torch.isfinite(torch.cat(candidates)).all()):
             return prediction, [], Verdict(accepted=False, reason=Reason.NOT_FINITE)
         if prediction.first_fit:  # shorter pieces of the same step: made when they are tried
             candidates = candidates[:1]
@@ -54,9 +56,9 @@ def propose(
         proposer.note_failure(error)
         return None, [], Verdict(accepted=False, reason=Reason.PREDICTOR_FAILED)
     meter.add_passes(len(candidates) * windows.basis.num_filled)
-    if not all(weights.all_finite(d) for d in deltas):
-        return prediction, [], Verdict(accepted=False, reason=Reason.NOT_FINITE)
     lengths = [weights.per_tensor_rms(d) for d in deltas]
+    if not all(map(math.isfinite, itertools.chain.from_iterable(lengths))):  # one such number makes its length one
+        return prediction, [], Verdict(accepted=False, reason=Reason.NOT_FINITE)
     if not any(lengths[0]):
         return prediction, [], Verdict(accepted=False, reason=Reason.ZERO_JUMP)
     spans, rho = windows.basis.displacement_rms().tolist(), config.gate.max_relative_length
@@ -68,9 +70,18 @@ def propose(
     return prediction, deltas[:num_inside], None
 
 
-def combined(windows: WindowRecorder, watch: Watch, coefficients: Tensor) -> Tensors:
-    """The move that coefficients stand for, zero where only the optimizer may move the weights, or nobody."""
-    return watch.trained.masked(windows.basis.combine(coefficients))
+def combined(
+    windows: WindowRecorder, watch: Watch, coefficients: Tensor, like: tuple[Tensor, Tensors] | None = None
+) -> Tensors:
+    """The move that coefficients stand for, zero where only the optimizer may move the weights, or nobody.
+
+    Args:
+        windows: Their basis.
+        watch: Which weights may be moved.
+        coefficients: (G, K).
+        like: Coefficients that this was asked of before, and the answer.
+    """
+    return watch.trained.masked(windows.basis.combine(coefficients, like))
 
 
 def fits(windows: WindowRecorder, prediction: PhasePrediction) -> bool:

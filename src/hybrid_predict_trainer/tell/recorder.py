@@ -88,8 +88,13 @@ class Metrics:
                 "correction",
                 {"kept": outcome.kept, "reason": reason, "loss_before": before, "loss_after": after},
             )
-        if not isinstance(self.sink, NullSink):
+        if self.heard:
             self._step(run, decision, result)
+
+    @property
+    def heard(self) -> bool:
+        """Whether anybody gets the records; else they are not even made."""
+        return not isinstance(self.sink, NullSink)
 
     def _step(self, run: State, decision: Decision, result: StepResult) -> None:
         """Queue the record of one step; on an accelerator its scalars are fetched together, later."""
@@ -125,6 +130,8 @@ class Metrics:
         if verdict.accepted and prediction is not None:
             self.jump_lengths.append(prediction.horizon)
             self.loss_pairs.append((prediction.predicted_loss, verdict.loss_after))
+        if not self.heard:
+            return
         self._write(
             run,
             "jump",
@@ -179,7 +186,7 @@ class Metrics:
 
     def note_outcomes(self, run: State, accounts: list[Any]) -> None:
         """Record settled ledger accounts."""
-        for a in accounts:
+        for a in accounts if self.heard else ():
             self._write(
                 run, "outcome",
                 {

@@ -6,6 +6,7 @@ into one vector.  Shape letters: ``G`` groups.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -49,6 +50,9 @@ def move_(destination: Sequence[Tensor], origin: Sequence[Tensor], delta: Sequen
 
     Half-precision weights would swallow a small delta if it were rounded before the addition.
     """
+    if len({t.device for t in (*destination, *origin, *delta)}) == 1:  # one call, which widens as the loop does
+        copy_(destination, torch._foreach_add(list(origin), list(delta), alpha=scale))
+        return
     for p, o, d in zip(destination, origin, delta, strict=True):
         wide = torch.promote_types(o.dtype, d.dtype)
         p.copy_(torch.add(o.to(wide), d.to(device=o.device, dtype=wide), alpha=scale))
@@ -104,18 +108,27 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
     return total
 
 
+def norms(tensors: Sequence[Tensor], order: float = 2.0) -> list[Tensor]:
+    """Norm of each tensor, shape () on its device, as wide as it has numbers for; 0 for one without numbers."""
+    if len({t.device for t in tensors}) == 1 and all(t.numel() for t in tensors):
+        found: tuple[Tensor, ...] = torch._foreach_norm(list(tensors), order, dtype=accumulate_dtype(tensors[0].device))
+        return list(found)
+    return [
+        torch.linalg.vector_norm(t, order, dtype=accumulate_dtype(t.device))
+        if t.numel()
+        else torch.zeros((), dtype=accumulate_dtype(t.device), device=t.device)
+        for t in tensors
+    ]
+
+
 @torch.no_grad()
 def per_tensor_rms(tensors: Sequence[Tensor]) -> list[float]:
     """Root mean square of each tensor, read in one transfer."""
-    means = [
-        t.to(accumulate_dtype(t.device)).square().mean() if t.numel() else torch.zeros((), device=t.device)
-        for t in tensors
-    ]
-    roots: list[float] = on_host(means).sqrt().tolist()
-    return roots
+    lengths: list[float] = on_host(norms(tensors)).tolist()
+    return [length / math.sqrt(max(t.numel(), 1)) for length, t in zip(lengths, tensors, strict=True)]
 
 
 @torch.no_grad()
 def all_finite(tensors: Sequence[Tensor]) -> bool:
     """Whether no entry is NaN or infinite."""
-    return bool(on_host([torch.isfinite(t).all() for t in tensors]).all())
+    return bool(torch.isfinite(on_host(norms(tensors, math.inf))).all())

@@ -13,9 +13,7 @@ from . import algebra as weights
 @torch.no_grad()
 def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
     """(number of tensors,) squared Euclidean norms in float64 on the CPU, read in one transfer."""
-    return weights.on_host(
-        [torch.linalg.vector_norm(t, dtype=weights.accumulate_dtype(t.device)) for t in tensors]
-    ).square()
+    return weights.on_host(weights.norms(tensors)).square()
 
 
 @torch.no_grad()
