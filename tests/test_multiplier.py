@@ -34,6 +34,7 @@ from hybrid_predict_trainer.move.multiplier import (
     orthogonalizes,
 )
 from hybrid_predict_trainer.numerics.sequential import Moments
+from hybrid_predict_trainer.weights.parameters import pretrained
 
 HIGH = 100.0
 #: Losses of the first steps, and of later ones.
@@ -45,9 +46,11 @@ def reading(loss: float = 1.0, **changes: object) -> Reading:
     return replace(made, **changes)  # type: ignore[arg-type]
 
 
-def begun(maximum: float = HIGH, *, exact: bool = False, checks: int = FIRST_CHECKS) -> Multiplier:
+def begun(
+    maximum: float = HIGH, *, exact: bool = False, checks: int = FIRST_CHECKS, pretrained: bool = False
+) -> Multiplier:
     """One that has seen the loss fall and the rate stand."""
-    m = Multiplier(maximum)
+    m = Multiplier(maximum, pretrained=pretrained)
     for i in range(NUM_ENDS):
         m.watch(reading(newest=FIRST[: i + 1], exact=exact))
     for _ in range(checks):
@@ -103,6 +106,36 @@ def test_what_shows_on_the_mean_only_ends_the_slow_start() -> None:
     m = begun()
     assert m.decide(IN_NOISE, reading()) == (Advice.NOTHING, True)
     assert (m.value, m.touched, m.cap) == (1.0, True, ROOM)
+
+
+def test_of_a_network_that_was_trained_before_the_mean_is_enough() -> None:
+    m = begun(pretrained=True)
+    assert m.decide(IN_NOISE, reading()) == (Advice.RAISED, True)
+    assert m.decide(SHORT, reading()) == (Advice.NOTHING, True)
+    assert (m.value, m.touched) == (GROWTH**2, False)
+    assert m.decide(ZERO, reading()) == (Advice.NOTHING, True)
+    assert (m.value, m.touched) == (GROWTH**2, True)
+
+
+def _network(gains: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 1))
+    if gains == "none":
+        model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 1))
+    elif gains != "as drawn":
+        with torch.no_grad():
+            model[1].weight.add_(torch.linspace(0, 0.1, 6))
+    if gains == "frozen":
+        model[1].requires_grad_(False)
+    return model.to(torch.bfloat16) if gains == "half precision" else model
+
+
+@pytest.mark.parametrize(
+    ("gains", "known"),
+    [("as drawn", False), ("none", False), ("trained", True), ("frozen", True), ("half precision", True)],
+)
+def test_what_is_known_to_be_trained(gains: str, known: bool) -> None:
+    assert pretrained(_network(gains)) is known
 
 
 def test_past_the_edge_it_creeps_to_a_bound() -> None:

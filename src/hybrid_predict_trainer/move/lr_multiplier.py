@@ -10,7 +10,8 @@ along its own line, and slightly positive on the edge of stability, where a run 
 rate spends its stable phase (Cohen et al., arXiv 2103.00065; the same product drives hypergradient
 descent, Baydin et al., arXiv 1703.04782).  So
 
-    slow start: while single steps show that h is negative (:mod:`.edge_test`), m doubles at every check (``GROWTH``).
+    slow start: while single steps show that h is negative (:mod:`.edge_test`), m doubles at every check (``GROWTH``);
+    of a network that was trained before, while the mean shows it.
     edge: once they do not, one step per check is measured and m grows by ``CREEP``, only on significant evidence that
     h is negative, only while the schedule stands at its peak (a decay is meant to go below the edge), and to at most
     ``ROOM`` times its value at the edge.
@@ -74,7 +75,8 @@ class LrMultiplier:
 
     def __init__(
         self, groups: Groups, maximum: float, minimum: float = 1.0, check_steps: int = CHECK_STEPS, *,
-        untrained: bool = False, holdout_fraction: float = 0.0, generator: torch.Generator | None = None,
+        untrained: bool = False, pretrained: bool = False, holdout_fraction: float = 0.0,
+        generator: torch.Generator | None = None,
     ) -> None:  # fmt: skip
         """Bind to the groups.
 
@@ -84,11 +86,12 @@ class LrMultiplier:
             minimum: Bound from below on the group warm-up factors; 1: no group warm-up.
             check_steps: Real steps between checks.
             untrained: Whether the weights are as they were drawn.
+            pretrained: Whether they are known to have been trained before.
             holdout_fraction: Share of later blocks that step at the schedule's own rate, to compare with.
             generator: The run's own, for the draw of those blocks; one of its own if None.
         """
         self.groups, self.check_steps = groups, check_steps
-        self.multiplier = Multiplier(maximum)
+        self.multiplier = Multiplier(maximum, pretrained=pretrained)
         self.cuts = GroupWarmup(groups.roles, minimum, untrained=untrained)
         self.trial = Switchback(holdout_fraction)
         self._num_steps = 0  # since the last check

@@ -24,7 +24,7 @@ from ..keep.subject import Subject
 from ..observe.history import Losses
 from ..records import CheckpointError, StateDict
 from ..weights.algebra import LARGE, Tensors
-from ..weights.parameters import untrained
+from ..weights.parameters import pretrained, untrained
 from ..weights.trained import Watch
 from .drift_storage import Storage
 from .group_warmup import is_inside_a_block
@@ -316,7 +316,7 @@ def multiplier_for(
     steps = CHECK_STEPS if subject.on_cpu else max(CHECK_STEPS, config.divergence.check_interval_steps)
     return LrMultiplier(
         subject.groups, 1.0 if orthogonalizes(subject.optimizer) else config.max_lr_multiplier, least, steps,
-        untrained=untrained(subject.parameters, subject.groups.names),
+        untrained=untrained(subject.parameters, subject.groups.names), pretrained=pretrained(subject.model),
         holdout_fraction=config.block_holdout, generator=generator,
     )  # fmt: skip
 

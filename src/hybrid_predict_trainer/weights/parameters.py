@@ -137,14 +137,24 @@ def untrained(parameters: Sequence[Tensor], names: Sequence[str]) -> bool:
         parameters: That are trained.
         names: Qualified, one per parameter.
     """
-    gains = [
-        p.detach()
-        for p, name in zip(parameters, names, strict=True)
-        if p.dim() == 1 and p.numel() > 1 and "bias" not in name.rpartition(".")[2]
-    ]
+    gains = [p.detach() for p, name in zip(parameters, names, strict=True) if _is_gain(p, name)]
     if not gains or any(g.dtype in (torch.bfloat16, torch.float16) for g in gains):
         return False
     return bool(on_host([(g == g[0]).all() for g in gains]).all())
+
+
+def pretrained(model: nn.Module) -> bool:
+    """Whether a network is known to have been trained before: gains of one of its norms differ, frozen ones included.
+
+    They are all one (or zero) as drawn, and no optimizer moves them alike.  A network without gains, or with gains in
+    half precision that no step has moved, is not *known* to be.
+    """
+    gains = [p.detach() for name, p in model.named_parameters() if _is_gain(p, name)]
+    return bool(gains) and bool(on_host([(g != g[0]).any() for g in gains]).any())
+
+
+def _is_gain(parameter: Tensor, name: str) -> bool:
+    return parameter.dim() == 1 and parameter.numel() > 1 and "bias" not in name.rpartition(".")[2]
 
 
 def optimizer_parameters(optimizer: Optimizer) -> list[Tensor]:

@@ -167,7 +167,7 @@ SIZES = {
 
 def build_model(setting: Setting, seed: int) -> nn.Module:
     """The setting's model with the seed's initial weights; torch's global generator goes on from there."""
-    bases = {"mlp-lora": _trained_mlp, "gpt-lora": _trained_gpt}
+    bases = {"mlp-lora": _trained_mlp, "gpt-lora": _trained_gpt, "gpt-trained": _trained_gpt}
     if setting.model in bases:
         trained = bases[setting.model]()
         torch.manual_seed(seed)
@@ -195,17 +195,17 @@ def _new_model(setting: Setting) -> nn.Module:
     return Gpt(modern=setting.model == "gpt-modern", dropout=setting.dropout)
 
 
-# ---- low-rank adaptation ----------------------------------------------------------------------------------
+# ---- what is trained already ----------------------------------------------------------------------------------
 
 #: Of the training of a model that is adapted.
 BASE_STEPS = 500
 
 
 def _adapted(state: dict[str, Tensor], setting: Setting) -> nn.Module:
-    """A trained model with adapters of rank 4; what is not adapted stays frozen."""
-    model = Gpt(modern=False) if setting.model == "gpt-lora" else Mlp(*SIZES["glyphs"], nn.ReLU)
+    """A trained model as it is, or with adapters of rank 4: what is not adapted stays frozen then."""
+    model = Mlp(*SIZES["glyphs"], nn.ReLU) if setting.model == "mlp-lora" else Gpt(modern=False)
     model.load_state_dict(state)
-    return add_lora(model, rank=4, alpha=8.0)
+    return model if setting.model == "gpt-trained" else add_lora(model, rank=4, alpha=8.0)
 
 
 @functools.cache

@@ -21,7 +21,8 @@ Source = Literal[
     "stdlib", "manual", "regression", "poisson", "oscillator",
 ]  # fmt: skip
 Model = Literal[
-    "mlp", "logistic", "cnn", "cnn-bn", "gru", "lstm", "gpt", "gpt-modern", "mlp-lora", "gpt-lora", "pinn"
+    "mlp", "logistic", "cnn", "cnn-bn", "gru", "lstm", "gpt", "gpt-modern", "mlp-lora", "gpt-lora", "gpt-trained",
+    "pinn",
 ]  # fmt: skip
 Optimizer = Literal["sgd", "adam", "adamw", "muon", "schedule-free"]
 Schedule = Literal["none", "constant", "wsd", "cosine", "linear", "onecycle", "step"]
@@ -109,6 +110,11 @@ def _gpt(name: str, **changes: object) -> Setting:
     return replace(base, **changes)  # type: ignore[arg-type]
 
 
+def _finetune(name: str, **changes: object) -> Setting:
+    values = {"source": "manual", "model": "gpt-trained", "schedule": "linear", "weight_decay": 0.0, "steps": 600}
+    return _gpt(name, **(values | changes))
+
+
 def _equation(name: str, **changes: object) -> Setting:
     base = Setting(
         name=name, source="poisson", model="pinn", batch=64, lr=2e-3, steps=1000, optimizer="adam", weight_decay=0.0,
@@ -178,6 +184,9 @@ _SEQUENCES = (
     _gpt("gpt-modern-b4-wsd", steps=3000, quick_steps=300),
     _gpt("gpt-modern-muon", batch=8, optimizer="muon", ms=15.0),
     _gpt("gpt-schedule-free", model="gpt", batch=8, optimizer="schedule-free", schedule="none", clip=0.0, ms=6.0),
+    _finetune("gpt-finetune-b2", batch=2, lr=1e-3, about="a rate near the best", ms=4.0),
+    _finetune("gpt-finetune-b2-low-rate", batch=2, lr=1e-4, rate="low", about="a tenth of it", ms=4.0),
+    _finetune("gpt-finetune-b8-high-rate", batch=8, lr=6e-3, rate="high", about="several times the best", ms=9.0),
     _gpt("gpt-lora", source="manual", model="gpt-lora", batch=8, lr=1e-3, schedule="linear", weight_decay=0.0, ms=9.0),
 )  # fmt: skip
 
