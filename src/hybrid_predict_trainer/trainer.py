@@ -178,6 +178,10 @@ class HybridTrainer:
             DivergenceError: too many consecutive steps were not finite, or the weights are not at the end.
             ConfigError: there is no batch, or prediction is on and there is more than one process.
         """
+        if not isinstance(loader, Iterable):
+            raise TypeError(
+                f"fit takes the batches first, fit(loader, total_steps=...); this is a {type(loader).__name__}"
+            )
         result = self._go_through(loader, total_steps, progress_callback, should_stop)
         if self._saver is not None and result.num_steps:
             self._saver.attempt(self.current_step)

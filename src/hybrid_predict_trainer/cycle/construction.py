@@ -21,6 +21,8 @@ from ..records import ConfigError
 from ..tell.sinks import Sink, Writer, sink_of
 from ..weights.offload import own_defaults
 from ..weights.parameters import optimizer_parameters
+from .handed_in import check_handed_in
+from .hooks import is_attached, with_hooks
 from .state import State
 
 
@@ -65,9 +67,20 @@ def build_run(model: nn.Module, optimizer: Optimizer, config: HybridTrainerConfi
     """Check what was handed in, and bind it; nothing is changed before the first step.
 
     Raises:
-        ConfigError: the optimizer needs a closure (LBFGS), the schedule a metric, nothing can be trained, or
-            prediction is on and there is more than one process (DistributedDataParallel, FSDP, DTensor).
+        ConfigError: something is of the wrong type or does not belong to the rest; the optimizer needs a closure
+            (LBFGS) or has an engine already; the schedule needs a metric; nothing can be trained; or prediction is on
+            and there is more than one process (DistributedDataParallel, FSDP, DTensor).
     """
+    check_handed_in(
+        model, optimizer, config, loss_fn=handed.loss_fn, lr_scheduler=handed.lr_scheduler,
+        grad_scaler=handed.grad_scaler,
+        others={
+            "predictor": handed.predictor, "val_fn": handed.val_fn, "sinks": handed.sinks, "modifiers": handed.modifiers
+        },
+    )  # fmt: skip
+    hooked = with_hooks(optimizer)
+    if hooked is not None and is_attached(hooked):
+        raise ConfigError("an engine rides along with this optimizer already: detach() it first")
     config = config if config is not None else HybridTrainerConfig()
     if handed.lr_interval is not None:
         config = replace(config, lr_interval=handed.lr_interval)

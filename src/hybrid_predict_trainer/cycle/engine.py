@@ -45,8 +45,9 @@ from . import outside
 from .construction import Handed, build_run
 from .correct_step import conclude
 from .foretell import foretell
+from .handed_in import check_handed_in
 from .handover import Call, Handover, MicroBatches, StepLoss, is_whole, loss_in
-from .hooks import GradientWitness, is_attached, on_forward, on_step, with_hooks
+from .hooks import GradientWitness, on_forward, on_step, with_hooks
 from .learning import enter, settle_readings
 from .loop import Stopwatch, close_step, decide, look_at, prepare
 from .passes import has_ended
@@ -65,6 +66,12 @@ ROUNDING = 1e-2
 
 #: What a loop has to call where its optimizer's step fires no hooks.
 MISSING = ("engine.before_step() right before the optimizer's step", "engine.after_step() right after it")
+
+#: Said of a second look at the gradients of one step.
+TWICE = (
+    "engine.after_backward() was called twice with no step of the optimizer between: call it once per step, after the "
+    "last backward and before you clip"
+)
 
 #: Said of what was not handed over.
 NO_BATCH = "no batch was handed over: call engine.note(loss, batch) before optimizer.step(), and do not free it before"
@@ -118,6 +125,8 @@ class Engine:
         self._forms: set[Any] = set()  # of forwards that returned a loss
         self._inside = False  # an evaluation of our own is under way
         self._said: set[str] = set()
+        self._num_looks = 0  # at gradients whose step never came, in the steps that follow one another
+        self._looks_before = 0  # likewise, when the last step had been made
         self._witness: GradientWitness | None = None
         self._lack = ""  # what a judgement lacks
         self._lost = self._unasked = False  # the last step had no loss; nobody calls between_steps()
@@ -183,6 +192,9 @@ class Engine:
             self._dismiss_witness()
             if self._pending is not None and not (self._handover.empty and self._seen.empty):
                 self._drop_pending()  # its optimizer never stepped, and another step is under way
+                self._num_looks += 1
+                if self._num_looks > 2:  # once or twice is a step that was given up
+                    self._say(TWICE)
             if self._pending is None and self.run.config.enabled:
                 self._look_at_gradients()
         return self._pending is None or self._pending.usable
@@ -259,6 +271,16 @@ class Engine:
         """
         self._check_attached()
         self._skip(undo=True)
+
+    def give_up_step(self) -> None:
+        """The step that losses and batches were noted for will not be taken: they are dropped.
+
+        An epoch that ends between two steps and drops its gradients, or a batch that is left out after its loss was
+        noted.  Without it they would be counted into the next step.
+        """
+        self._check_attached()
+        self._taken()
+        self._drop_pending()
 
     def end_epoch(self) -> None:
         """A pass over the data has ended: a schedule in epochs (``lr_interval="epoch"``) takes its step."""
@@ -657,6 +679,7 @@ class Engine:
         run = self.run
         pending.disarm()
         self._pending = None
+        self._num_looks = self._looks_before = 0 if self._num_looks == self._looks_before else self._num_looks
         loss, _ = self._taken()
         self._lost = pending.step is None
         outcome = pending.end()
@@ -921,13 +944,14 @@ def attach(
     Raises:
         ConfigError: as :class:`.HybridTrainer`; or there is an engine on this optimizer already.
     """
+    check_handed_in(
+        model, optimizer, config, loss_fn=loss_fn, lr_scheduler=_inner_schedule(lr_scheduler), grad_scaler=grad_scaler
+    )
     if schedule not in ("owned", "external"):
         raise ConfigError(f"schedule = {schedule!r} is unknown: must be owned or external")
     if schedule == "external" and count_of(lr_scheduler) is None:
         raise ConfigError('schedule="external" needs the schedule to look at: pass lr_scheduler=')
     hooked = with_hooks(optimizer)
-    if hooked is not None and is_attached(hooked):
-        raise ConfigError("an engine rides along with this optimizer already: detach() it first")
     handed = Handed(
         loss_fn=loss_fn if isinstance(loss_fn, StepLoss) else StepLoss(loss_fn),
         lr_scheduler=_inner_schedule(lr_scheduler), grad_scaler=grad_scaler,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -97,6 +98,8 @@ class Handover:
         Raises:
             TypeError: it is not a scalar.
         """
+        if not isinstance(loss, Tensor | float | int | np.number) or isinstance(loss, bool):
+            raise TypeError(f"note(loss, batch) takes the loss first, a scalar; this is a {type(loss).__name__}")
         value = loss.detach() if isinstance(loss, Tensor) else torch.as_tensor(loss, device="cpu")
         if value.numel() != 1 or value.is_complex():
             raise TypeError(f"the loss must be a real scalar, not of shape {tuple(value.shape)}: take its mean")
