@@ -184,9 +184,10 @@ _SEQUENCES = (
     _gpt("gpt-modern-b4-wsd", steps=3000, quick_steps=300),
     _gpt("gpt-modern-muon", batch=8, optimizer="muon", ms=15.0),
     _gpt("gpt-schedule-free", model="gpt", batch=8, optimizer="schedule-free", schedule="none", clip=0.0, ms=6.0),
-    _finetune("gpt-finetune-b2", batch=2, lr=1e-3, about="a rate near the best", ms=4.0),
-    _finetune("gpt-finetune-b2-low-rate", batch=2, lr=1e-4, rate="low", about="a tenth of it", ms=4.0),
-    _finetune("gpt-finetune-b8-high-rate", batch=8, lr=6e-3, rate="high", about="several times the best", ms=9.0),
+    _finetune("gpt-finetune-b2", batch=2, lr=1e-3, rate="low", about="all weights of a trained model", ms=4.0),
+    _finetune("gpt-finetune-b2-low-rate", batch=2, lr=1e-4, rate="low", about="a thirtieth of the best", ms=4.0),
+    _finetune("gpt-finetune-b2-high-rate", batch=2, lr=1e-2, rate="high", about="three times the best", ms=4.0),
+    _finetune("gpt-finetune-b8", batch=8, lr=6e-3, ms=9.0),
     _gpt("gpt-lora", source="manual", model="gpt-lora", batch=8, lr=1e-3, schedule="linear", weight_decay=0.0, ms=9.0),
 )  # fmt: skip
 
