@@ -7,11 +7,13 @@ OUT ?= demo-results
 
 REGIMES := pinn epochs finetune lm lm-lowlr lm-muon
 
-.PHONY: coverage demo test golden check bench regimes harm harm-quick clean help
+.PHONY: coverage demo test frameworks test-oldest golden check bench regimes harm harm-quick clean help
 
 help:
 	@echo "make demo   train a language model and a physics-informed network plainly and with predicted phases"
 	@echo "make test   run the tests"
+	@echo "make frameworks  the tests of adapters and trackers that need more than the development environment"
+	@echo "make test-oldest  the same with the oldest versions that are supported"
 	@echo "make golden AGAINST=path  short runs with the checkout there and with this one: the same to the last bit?"
 	@echo "make check  ruff, mypy, import order"
 	@echo "make coverage  how much of encoder, monitor, gate, phases, dynamics and bandit their tests run"
@@ -34,6 +36,20 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+# Beyond what `make test` installs: TRL, Weights & Biases, trackio (400 MB more).
+frameworks:
+	$(PYTHON) -m venv $(VENV)-frameworks
+	$(VENV)-frameworks/bin/python -m pip install --quiet --constraint constraints.txt "torch==2.13.0"
+	$(VENV)-frameworks/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[frameworks]"
+	$(VENV)-frameworks/bin/python -m pytest tests/test_adapter*.py tests/test_trackers.py
+
+# The oldest versions that pyproject.toml allows, in an environment of its own.
+test-oldest:
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet "torch==2.10.*" "transformers==5.0.*" "accelerate==1.10.*" \
+		"lightning==2.5.*" "peft==0.15.*" pytest pytest-timeout hypothesis scipy scikit-learn --editable .
+	$(VENV)-oldest/bin/python -m pytest tests/test_adapter*.py tests/test_engine.py
 
 golden: $(STAMP)
 	$(if $(AGAINST),,$(error say AGAINST=path, a checkout of an earlier build: git worktree add path commit))

@@ -98,7 +98,7 @@ def test_jumps_are_made_and_the_run_ends_on_its_clock_with_a_checkpoint(out: Pat
     assert report["num_jumps_proposed"] > 0
     steps = trainer.state.global_step
     assert report["num_real_steps"] == steps < STEPS  # what proposals cost was taken from the run
-    assert trainer.lr_scheduler.last_epoch == STEPS  # and the schedule has come to its end
+    assert steps < trainer.lr_scheduler.last_epoch <= STEPS  # and the schedule has followed
     assert (out / f"checkpoint-{steps}" / "hybrid_predict_trainer").is_dir()
     assert json.loads((out / REPORT).read_text())["num_jumps_proposed"] == report["num_jumps_proposed"]
     assert "steps gained by jumps" in capsys.readouterr().out

@@ -28,6 +28,7 @@ from cases import (
     setup,
 )
 from hybrid_predict_trainer import CheckpointError, ConfigError, Engine, HybridTrainer, HybridTrainerConfig, attach
+from hybrid_predict_trainer.cost import STEP_UNITS
 from hybrid_predict_trainer.cycle import correct_step
 from hybrid_predict_trainer.records import Phase
 
@@ -637,7 +638,7 @@ REFUSED: dict[str, tuple[Callable[[Setup], Any], str]] = {
     "plateau": (
         lambda s: ride(s, lr_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau(s.optimizer)), "ReduceLROnPlateau",
     ),
-    "schedule": (lambda s: ride(s, schedule="mine"), "must be owned or external"),
+    "schedule": (lambda s: ride(s, schedule="mine"), "must be owned, external or shared"),
     "unseen": (lambda s: ride(s, schedule="external"), "pass lr_scheduler="),
 }  # fmt: skip
 
@@ -837,3 +838,130 @@ def test_phases_are_reported() -> None:
     assert engine.result is not None
     assert engine.result.phase is Phase.WARMUP
     assert engine.summary()["training_summary"]["total_steps"] == 3
+
+
+# ---------------------------------------------------------------- drivers
+
+
+def test_a_closures_loss_is_not_handed_over_twice() -> None:
+    """A framework whose closure calls ``after_backward``: the step that was looked at is the one that is taken."""
+    plain, ours = setup("mlp", "adam"), setup("mlp", "adam")
+    engine = ride(ours, auto=False, predictor=Fake())
+    for batch in make_batches(12):
+
+        def closure(built: Setup, riding: Engine | None, batch: Any = batch) -> Tensor:
+            built.optimizer.zero_grad()
+            loss = loss_fn(built.model, batch)
+            loss.backward()
+            if riding is not None:
+                riding.note(loss, batch)
+                riding.after_backward()
+            return loss
+
+        engine.between_steps(batch)
+        ours.optimizer.step(lambda: closure(ours, engine))
+        plain.optimizer.step(lambda: closure(plain, None))
+    assert engine.statistics()["num_jumps_proposed"] > 0
+    assert engine.statistics()["num_real_steps"] == 12
+    assert engine.why_not == ""
+
+
+class _Sharing(torch.optim.Adam):
+    """A wrapper that is an optimizer by class and hands over everything of the one inside, its hooks too."""
+
+    def __init__(self, inner: Optimizer) -> None:
+        self.optimizer = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["optimizer"], name)
+
+    def step(self, closure: Any = None) -> Any:
+        return self.optimizer.step()
+
+
+def test_of_a_wrapper_that_shares_its_hooks_the_optimizer_inside_is_taken() -> None:
+    built = setup("mlp", "adam")
+    engine = attach(built.model, _Sharing(built.optimizer), config(), loss_fn=loss_fn)
+    drive(built, engine, make_batches(3))
+    assert engine.statistics()["num_real_steps"] == 3
+
+
+def test_a_shared_schedule_takes_what_it_is_owed_before_the_next_step() -> None:
+    built = setup("mlp", "adam", "lambda")
+    engine = ride(built, schedule="shared", changes={"clock": "claimed"})
+    assert built.scheduler is not None
+    drive(built, engine, full_batch(40), own_schedule=True)
+    claimed = engine.statistics()["num_claimed_steps"]
+    assert claimed > 0
+    assert built.scheduler.last_epoch + engine.owed_schedule_steps() == engine.position
+    assert built.scheduler.last_epoch > 40  # more than the loop's own steps
+
+
+def test_a_schedule_in_epochs_is_owed_nothing() -> None:
+    built = setup("mlp", "adam", "lambda")
+    engine = ride(built, schedule="external", changes={"clock": "claimed"}, lr_interval="epoch")
+    drive(built, engine, full_batch(40))
+    assert engine.statistics()["num_claimed_steps"] > 0
+    assert engine.owed_schedule_steps() == 0
+
+
+class _Opaque:
+    """A loss of somebody's own that holds what nobody can copy."""
+
+    def __init__(self) -> None:
+        self.stream = (i for i in range(3))
+        self.teacher = nn.Linear(2, 2)
+        self.teacher.stream = self.stream  # type: ignore[assignment]
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        return loss_fn(model, batch)
+
+
+def test_the_state_in_a_folder_goes_on_bit_for_bit(tmp_path: Any) -> None:
+    batches = make_batches(30)
+    straight = setup("mlp", "adam", "lambda")
+    drive(straight, ride(straight, loss_fn=_Opaque()), batches)
+    first = setup("mlp", "adam", "lambda")
+    engine = ride(first, loss_fn=_Opaque())
+    drive(first, engine, batches[:17])
+    engine.save_state(tmp_path)
+    engine.save_state(tmp_path)  # the later one replaces the earlier
+    second = setup("mlp", "adam", "lambda", seed=2)
+    second.model.load_state_dict(first.model.state_dict())
+    second.optimizer.load_state_dict(first.optimizer.state_dict())
+    assert second.scheduler is not None
+    assert first.scheduler is not None
+    second.scheduler.load_state_dict(first.scheduler.state_dict())
+    other = ride(second, loss_fn=_Opaque())
+    other.load_state(tmp_path)
+    assert other.report()["refused"] == engine.report()["refused"]
+    drive(second, other, batches[17:])
+    assert_same(second.everything()["parameters"], straight.everything()["parameters"])
+
+
+def test_a_folder_without_a_state_is_refused(tmp_path: Any) -> None:
+    built = setup("mlp", "adam")
+    engine = ride(built)
+    with pytest.raises(CheckpointError):
+        engine.load_state(tmp_path)
+    drive(built, engine, make_batches(2))
+    trainer = setup("mlp", "adam").trainer(config())
+    trainer.save_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match="no state of an engine"):
+        engine.load_state(tmp_path)
+
+
+def test_the_report_says_what_came_of_it() -> None:
+    built = setup("mlp", "adam", "lambda")
+    engine = ride(built, predictor=Fake(), changes=ALL)
+    drive(built, engine, make_batches(60))
+    report, said = engine.report(), engine.report_text()
+    statistics = engine.statistics()
+    assert report["num_jumps_proposed"] == statistics["num_jumps_proposed"] > 0
+    kept = report["num_jumps_accepted"] + sum(report["refused"].values())
+    assert kept == report["num_jumps_proposed"]  # every proposal was accepted, or refused for a reason
+    assert report["cost_steps"] == pytest.approx(statistics["cost_units"] / STEP_UNITS)
+    assert 0 < report["own_seconds"] < report["seconds"]
+    assert all(f"refused {n} times: {reason}" in said for reason, n in report["refused"].items())
+    assert "hpt compare" in said
+    assert repr(engine).startswith("Engine(Sequential, Adam, attached, ")

@@ -14,7 +14,7 @@
             optimizer.zero_grad()
 
 Steps are those of the optimizer: micro-batches whose gradients are only accumulated are none.  The schedule stays the
-loop's; what claimed steps and the price of proposals have put the clock ahead by is taken behind ``scheduler.step()``.
+loop's; what claimed steps and the price of proposals have put the clock ahead by is taken before the next step.
 ``accelerator.save_state`` and ``load_state`` include what is ours.
 """
 
@@ -30,8 +30,8 @@ from ..config.settings import HybridTrainerConfig
 from ..cycle.engine import Engine, attach
 from ..keep.subject import LossFn
 from ..notices import warn
+from .loops import Stations
 from .missing import framework
-from .replaced import Replaced
 
 framework("accelerate", "transformers")
 
@@ -63,51 +63,21 @@ def ride_along(
     """
     engine = attach(
         model, optimizer, config, loss_fn=loss_fn, lr_scheduler=scheduler, lr_interval=lr_interval,
-        schedule="owned" if scheduler is None else "external", total_steps=total_steps,
+        schedule="owned" if scheduler is None else "shared", total_steps=total_steps,
         grad_scaler=getattr(accelerator, "scaler", None), **more,
     )  # fmt: skip
-    stations = _Stations(accelerator, engine)
+    stations = Stations(
+        engine, complete=lambda: bool(accelerator.sync_gradients), unscale=accelerator.unscale_gradients
+    )
     if loss_fn is not None:
-        stations.replaced.wrap(accelerator, "backward", stations.backward)
-    stations.replaced.wrap(accelerator, "clip_grad_norm_", stations.clip)
-    stations.replaced.wrap(accelerator, "clip_grad_value_", stations.clip)
-    if scheduler is not None:
-        stations.replaced.wrap(scheduler, "step", stations.schedule)
+        stations.backward(accelerator)
+    stations.clip(accelerator, "clip_grad_norm_")
+    stations.clip(accelerator, "clip_grad_value_")
     state = _Kept(engine)
     stations.replaced.wrap(accelerator, "load_state", state.load)
-    engine.on_detach(stations.replaced.restore)
     engine.on_detach(accelerator.register_save_state_pre_hook(state.save).remove)
     engine.on_detach(accelerator.register_load_state_pre_hook(state.find).remove)
     return engine
-
-
-class _Stations:
-    """What is called around accelerate's own functions."""
-
-    def __init__(self, accelerator: Any, engine: Engine) -> None:
-        self.accelerator, self.engine, self.replaced = accelerator, engine, Replaced()
-
-    def backward(self, backward: Any, loss: Any, **kwargs: Any) -> Any:
-        """The loss of a micro-batch, before it is divided."""
-        self.engine.note(loss)
-        return backward(loss, **kwargs)
-
-    def clip(self, clip: Any, *args: Any, **kwargs: Any) -> Any:
-        """Gradients before clipping, in the step's last micro-batch."""
-        if self.accelerator.sync_gradients and self.engine.in_step:
-            self.accelerator.unscale_gradients()
-            self.engine.after_backward()
-        return clip(*args, **kwargs)
-
-    def schedule(self, step: Any, *args: Any, **kwargs: Any) -> Any:
-        """The loop's own step, and those that the schedule is owed."""
-        found = step(*args, **kwargs)
-        if self.accelerator.sync_gradients:
-            inner = getattr(step.__self__, "scheduler", None)
-            advance = step if inner is None else inner.step
-            for _ in range(self.engine.owed_schedule_steps()):
-                advance()
-        return found
 
 
 class _Kept:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -37,9 +38,10 @@ from ..cycle.engine import Engine, attach
 from ..cycle.handover import MicroBatches, StepLoss
 from ..notices import warn
 from ..predictors import Predictor
-from ..records import ConfigError, Phase
+from ..records import ConfigError
 from ..tell.account import text
 from ..tell.sinks import Sink, Writer, jsonable
+from .loops import figures
 from .missing import framework
 from .replaced import Replaced
 
@@ -113,7 +115,7 @@ class HybridCallback(TrainerCallback):  # type: ignore[misc]
         scaler = getattr(trainer.accelerator, "scaler", None)
         self.engine = attach(
             trainer.model, trainer.optimizer, self.config, loss_fn=TrainerLoss(trainer),
-            lr_scheduler=_inner(trainer.lr_scheduler), auto=False, schedule="external", total_steps=state.max_steps,
+            lr_scheduler=trainer.lr_scheduler, auto=False, schedule="shared", total_steps=state.max_steps,
             grad_scaler=scaler, **self._handed,
         )  # fmt: skip
         wrap = self._replaced.wrap
@@ -126,13 +128,10 @@ class HybridCallback(TrainerCallback):  # type: ignore[misc]
             self._resume(args, state, resumed_from)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """The schedule takes what it is owed; a run whose clock is at its end stops, evaluates and saves."""
+        """A run whose clock is at its end stops, evaluates and saves."""
         engine = self.engine
         if engine is None or not self.config.enabled:
             return control
-        scheduler = _inner(self._trainer.lr_scheduler)
-        for _ in range(engine.owed_schedule_steps()):
-            scheduler.step()
         if engine.finished and state.global_step < state.max_steps:
             control.should_training_stop = True
             control.should_evaluate = control.should_evaluate or args.eval_strategy != "no"
@@ -168,6 +167,8 @@ class HybridCallback(TrainerCallback):  # type: ignore[misc]
         """The micro-batches of the coming step are fetched: what they hold is what a jump is judged on."""
         found = fetch(*args, **kwargs)
         micro = list(found[0])
+        if _is_paired(self._trainer):
+            micro = [split_pairs(batch) for batch in micro]
         self._num_micro = len(micro)
         self._batch = micro[0] if len(micro) == 1 else MicroBatches(micro)
         return found
@@ -202,7 +203,7 @@ class HybridCallback(TrainerCallback):  # type: ignore[misc]
     def _log(self, write: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
         """Phases and jumps stand in every line of the training's log."""
         if self.engine is not None and self.config.enabled and "loss" in logs:
-            logs.update(_figures(self.engine))
+            logs.update(figures(self.engine))
         return write(logs, *args, **kwargs)
 
     # ---- checkpoints -------------------------------------------------------------------------------------
@@ -230,11 +231,15 @@ class TrainerLoss(StepLoss):
     def __init__(self, trainer: Any) -> None:
         """Bind."""
         super().__init__(self._of_one)
-        self._trainer = trainer
+        self._known = weakref.ref(trainer)  # nothing that is found through it belongs to this loss
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         """Of a whole step, a batch, or a piece of either."""
         return self._of_step(list(batch) if isinstance(batch, MicroBatches) else [batch])
+
+    @property
+    def _trainer(self) -> Any:
+        return self._known()
 
     def _of_one(self, model: nn.Module, batch: Any) -> Tensor:
         return self._of_step([batch])
@@ -247,6 +252,8 @@ class TrainerLoss(StepLoss):
 
     def _total(self, batches: list[Any]) -> Tensor:
         trainer = self._trainer
+        if _is_paired(trainer):
+            batches = [joined_pairs(batch) for batch in batches]
         given, num_items = _originally(trainer, "get_batch_samples")(iter(batches), len(batches), trainer.args.device)
         shares = [self._share(batch, num_items) for batch in given]
         total = torch.stack(shares).sum()
@@ -269,6 +276,26 @@ class TrainerLoss(StepLoss):
             return bool(told)
         counted = getattr(trainer, "model_accepts_loss_kwargs", False) and num_items is not None
         return bool(counted or trainer.compute_loss_func is not None)
+
+
+def _is_paired(trainer: Any) -> bool:
+    """Whether a batch holds answers that were chosen and, after them, those that were not (TRL's preference data)."""
+    return type(getattr(trainer, "data_collator", None)).__name__ == "DataCollatorForPreference"
+
+
+def split_pairs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch of pairs so that its first dimension is pairs everywhere, and a piece of it is made of whole pairs."""
+    rows = len(batch["input_ids"])
+    doubled = {k for k, v in batch.items() if isinstance(v, Tensor) and v.dim() and len(v) == rows}
+    halves = [{k: batch[k][i * rows // 2 : (i + 1) * rows // 2] for k in batch if k in doubled} for i in (0, 1)]
+    return {**{k: v for k, v in batch.items() if k not in doubled}, "chosen": halves[0], "rejected": halves[1]}
+
+
+def joined_pairs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Inverse of :func:`split_pairs`."""
+    rest = {k: v for k, v in batch.items() if k not in ("chosen", "rejected")}
+    chosen, rejected = batch["chosen"], batch["rejected"]
+    return {**rest, **{k: torch.cat([chosen[k], rejected[k]]) for k in chosen}}
 
 
 @contextmanager
@@ -307,18 +334,6 @@ def _copied(value: Any) -> Any:
     return type(value)(_copied(inner) for inner in value) if isinstance(value, list | tuple | deque) else value
 
 
-def _figures(engine: Engine) -> dict[str, float]:
-    """Numbers only: trackers drop everything else."""
-    run = engine.run
-    meter = run.meter
-    steps = {f"hpt/{phase.value}_steps": float(meter.steps_by_phase[phase]) for phase in Phase}
-    return {
-        **steps, "hpt/position": float(run.position), "hpt/jumps_accepted": float(meter.num_jumps_accepted),
-        "hpt/jumps_proposed": float(meter.num_jumps_proposed), "hpt/confidence": float(run.proposer.confidence),
-        "hpt/multiplier": float(run.optimizer_step.scale.learned),
-    }  # fmt: skip
-
-
 def _caller(callback: HybridCallback) -> tuple[Any, str | None]:
     """The trainer that calls a callback, and the folder that its run is resumed from.
 
@@ -343,11 +358,6 @@ def _caller(callback: HybridCallback) -> tuple[Any, str | None]:
 def _originally(trainer: Any, name: str) -> Any:
     """A method of the trainer as its class has it, without what was put in its place."""
     return getattr(type(trainer), name).__get__(trainer)
-
-
-def _inner(scheduler: Any) -> Any:
-    """Of accelerate's wrapper the schedule inside, which counts its own steps."""
-    return getattr(scheduler, "scheduler", scheduler)
 
 
 def _checkpoint_folder(args: Any, state: Any) -> Path:

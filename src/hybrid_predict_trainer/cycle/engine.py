@@ -101,9 +101,10 @@ class Engine:
         account: Refusals, and the time that riding along has taken.
     """
 
-    def __init__(self, run: State, *, auto: bool, missing: tuple[str, ...] = ()) -> None:
+    def __init__(self, run: State, *, auto: bool, missing: tuple[str, ...] = (), catches_up: bool = False) -> None:
         """Bind; :func:`attach` sets the hooks."""
         self.run, self.missing = run, missing
+        self._catches_up = catches_up  # takes the steps that a schedule of the loop's is owed
         self.result: StepResult | None = None
         self.account = Account()
         self._auto = auto
@@ -206,7 +207,8 @@ class Engine:
         with self.account.timed():
             self._close_left_open()
             self._notice_overflow(undo=False)
-            if loss is not None and not (self._handover.has_loss or self._seen.has_loss):
+            known = self._pending is not None or self._handover.has_loss or self._seen.has_loss
+            if loss is not None and not known:  # a closure's, where nobody has handed it over
                 self._handover.note_loss(loss)
             try:
                 self._prepare_step()
@@ -612,6 +614,9 @@ class Engine:
         if not run.config.enabled:
             self._prepare_plain()
             return
+        if self._catches_up and not hasattr(run.schedule.scheduler, "total_steps"):  # OneCycleLR raises beyond its end
+            for _ in range(self.owed_schedule_steps()):
+                run.schedule.scheduler.step()
         if self._pending is not None and not (self._handover.empty and self._seen.empty):
             self._drop_pending()  # its optimizer never stepped, and another step is under way
         self._unscale()
@@ -906,7 +911,7 @@ def attach(
     loss_fn: LossFn | None = None, lr_scheduler: Any = None, auto: bool = True, grad_scaler: Any = None,
     val_fn: ValFn | None = None, val_cost: float = 1.0, predictor: Predictor | None = None,
     roles: dict[str, str] | None = None, lr_interval: Literal["step", "epoch"] | None = None,
-    schedule: Literal["owned", "external"] = "owned", total_steps: int | None = None,
+    schedule: Literal["owned", "external", "shared"] = "owned", total_steps: int | None = None,
     sinks: Sequence[Sink | Writer] = (), modifiers: Sequence[StepModifier] = (),
 ) -> Engine:  # fmt: skip
     """Ride along with a loop of your own: it keeps its forward, backward and step, the engine adds the prediction.
@@ -937,6 +942,7 @@ def attach(
         lr_interval: What one step of the schedule stands for; None: as configured.
         schedule: ``"owned"``: the engine steps it.  ``"external"``: the loop does, once per step of the optimizer, and
             may ask for :meth:`Engine.owed_schedule_steps`; a jump that is taken back leaves the schedule where it is.
+            ``"shared"``: the loop does as well, and what it owes is taken right before the optimizer's next step.
         total_steps: Planned end of the run on the configured clock, for the budget; None: not known.
         sinks: Objects of your own that get every record, beside the file that ``metrics.path`` names.
         modifiers: Of your own, around every step of the optimizer (:class:`.StepModifier`).
@@ -947,10 +953,10 @@ def attach(
     check_handed_in(
         model, optimizer, config, loss_fn=loss_fn, lr_scheduler=_inner_schedule(lr_scheduler), grad_scaler=grad_scaler
     )
-    if schedule not in ("owned", "external"):
-        raise ConfigError(f"schedule = {schedule!r} is unknown: must be owned or external")
-    if schedule == "external" and count_of(lr_scheduler) is None:
-        raise ConfigError('schedule="external" needs the schedule to look at: pass lr_scheduler=')
+    if schedule not in ("owned", "external", "shared"):
+        raise ConfigError(f"schedule = {schedule!r} is unknown: must be owned, external or shared")
+    if schedule != "owned" and count_of(lr_scheduler) is None:
+        raise ConfigError(f'schedule="{schedule}" needs the schedule to look at: pass lr_scheduler=')
     hooked = with_hooks(optimizer)
     handed = Handed(
         loss_fn=loss_fn if isinstance(loss_fn, StepLoss) else StepLoss(loss_fn),
@@ -963,7 +969,7 @@ def attach(
         run.meter.plan(total_steps)
         run.schedule.plan(total_steps)
     missing = () if hooked is not None else MISSING
-    engine = Engine(run, auto=auto, missing=missing)
+    engine = Engine(run, auto=auto, missing=missing, catches_up=schedule == "shared")
     engine.connect(hooked, watch_forward=loss_fn is None)
     if missing:
         warn(f"{type(optimizer).__name__} has no step hooks: call {' and '.join(missing)}", stacklevel=2)

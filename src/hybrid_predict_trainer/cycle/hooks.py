@@ -62,9 +62,15 @@ def _nothing(*args: Any) -> None:
 def with_hooks(optimizer: Any) -> Optimizer | None:
     """The optimizer whose step fires hooks: itself, or the one that a wrapper holds; None where there is none.
 
-    Some wrappers are optimizers by class whose ``register_step_..._hook`` raises ``AttributeError``.
+    Some wrappers are optimizers by class whose ``register_step_..._hook`` raises ``AttributeError``; others hand over
+    the table of hooks of the one inside, which is the one that fires them.
     """
     for _ in range(MAX_DEPTH):
+        inner = getattr(optimizer, "optimizer", None)
+        hooks = getattr(optimizer, "_optimizer_step_pre_hooks", None)
+        if hooks is not None and hooks is getattr(inner, "_optimizer_step_pre_hooks", None):
+            optimizer = inner
+            continue
         try:
             optimizer.register_step_pre_hook(_nothing).remove()
             optimizer.register_step_post_hook(_nothing).remove()

@@ -50,7 +50,9 @@ class Backup:
             run.subject.optimizer.param_groups,
         ]
         self._walk.stay = frozenset(
-            id(v) for v in [*stay, *run.subject.optimizer.param_groups, *run.subject.model.modules()] if v is not None
+            id(v)
+            for v in [*stay, *run.subject.optimizer.param_groups, *run.subject.model.modules(), *run.buffers.modules()]
+            if v is not None
         )
         self._own: dict[str, Any] = {}
         try:

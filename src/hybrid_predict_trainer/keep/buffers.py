@@ -150,6 +150,10 @@ class BufferGuard:
         self._saved: dict[str, tuple[Tensor, int]] = {}
         self._extra: dict[str, Any] = {}
 
+    def modules(self) -> list[nn.Module]:
+        """All that are watched, the model's and those beside it."""
+        return list(self._model.modules())
+
     @property
     def changing(self) -> frozenset[str]:
         """Names of the buffers that a forward is known to change."""

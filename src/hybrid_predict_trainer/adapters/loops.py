@@ -1,0 +1,64 @@
+"""What accelerate and Fabric share: the loop is the user's, and backward and clipping go through one object."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ..cycle.engine import Engine
+from ..records import Phase
+from .replaced import Replaced
+
+
+class Stations:
+    """The engine's stations around the functions that a loop calls."""
+
+    def __init__(self, engine: Engine, *, complete: Callable[[], bool], unscale: Callable[[], object]) -> None:
+        """Nothing is replaced yet.
+
+        Args:
+            engine: That rides along.
+            complete: Whether the micro-batch under way is the last of its step.
+            unscale: Divides gradients by a scaler's scale, once per step.
+        """
+        self.engine, self.replaced = engine, Replaced()
+        self._complete, self._unscale = complete, unscale
+        engine.on_detach(self.replaced.restore)
+
+    def backward(self, owner: Any, *, times: float = 1.0) -> None:
+        """Losses are handed over where ``owner.backward(loss)`` is called.
+
+        Args:
+            owner: Of the method.
+            times: What a loss is multiplied by, where the loop has divided it by the number of micro-batches.
+        """
+
+        def around(backward: Any, loss: Any, *args: Any, **kwargs: Any) -> Any:
+            self.engine.note(loss.detach() * times)
+            self.engine.before_backward()
+            return backward(loss, *args, **kwargs)
+
+        self.replaced.wrap(owner, "backward", around)
+
+    def clip(self, owner: Any, name: str) -> None:
+        """Gradients are looked at before ``owner.name`` clips them."""
+
+        def around(clip: Any, *args: Any, **kwargs: Any) -> Any:
+            if self._complete() and self.engine.in_step:
+                self._unscale()
+                self.engine.after_backward()
+            return clip(*args, **kwargs)
+
+        self.replaced.wrap(owner, name, around)
+
+
+def figures(engine: Engine) -> dict[str, float]:
+    """What a line of a framework's log says of the run, numbers only: trackers drop everything else."""
+    run = engine.run
+    meter = run.meter
+    steps = {f"hpt/{phase.value}_steps": float(meter.steps_by_phase[phase]) for phase in Phase}
+    return {
+        **steps, "hpt/position": float(run.position), "hpt/jumps_accepted": float(meter.num_jumps_accepted),
+        "hpt/jumps_proposed": float(meter.num_jumps_proposed), "hpt/confidence": float(run.proposer.confidence),
+        "hpt/multiplier": float(run.optimizer_step.scale.learned),
+    }  # fmt: skip
