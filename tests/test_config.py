@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybrid_predict_trainer import ConfigError, HybridTrainerConfig, load_config, preset_config, with_values
+from hybrid_predict_trainer.config.keys import ALIASES, TABLE_ALIASES
 from hybrid_predict_trainer.config.presets import PRESETS
-from hybrid_predict_trainer.config.toml import ALIASES, MAX_TOML_BYTES, TABLE_ALIASES, loads, to_toml, valid_keys
+from hybrid_predict_trainer.config.toml import MAX_TOML_BYTES, loads, to_toml, valid_keys
 
 DEFAULT = HybridTrainerConfig()
 

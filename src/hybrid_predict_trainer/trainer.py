@@ -70,7 +70,8 @@ class HybridTrainer:
             model: Any module.
             optimizer: Any optimizer whose step needs no closure.
             config: Defaults if None.
-            loss_fn: (model, batch) -> scalar tensor.
+            loss_fn: (model, batch) -> scalar tensor; or a loss of (output, target), such as ``nn.MSELoss()``, for
+                batches (input, target).
             lr_scheduler: Stepped by the trainer, on the configured clock.  Do not step it yourself.
             grad_scaler: ``torch.amp.GradScaler`` for float16.
             predictor: One of your own instead of ``config.predictor_type``.
@@ -96,6 +97,16 @@ class HybridTrainer:
         self._busy = False
         own = self.config.checkpoint
         self._saver = PeriodicSaver(own.directory, own.save_interval, self.save_checkpoint) if own.directory else None
+
+    def __repr__(self) -> str:
+        """What is trained, how, and where the run is."""
+        subject, run = self.run.subject, self.run
+        weights = sum(p.numel() for p in subject.parameters)
+        state = f"predictor {run.proposer.predictor.name}" if self.config.enabled else "switched off"
+        return (
+            f"HybridTrainer({type(subject.model).__name__} with {weights:,} trained weights, "
+            f"{type(subject.optimizer).__name__}, {state}, {run.phases.current.value}, step {self.current_step})"
+        )
 
     @property
     def metrics(self) -> Metrics:

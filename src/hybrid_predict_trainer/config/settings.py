@@ -10,6 +10,8 @@ from typing import Literal
 
 from ..records import ConfigError
 from .former import with_former_names
+from .keys import short, with_values
+from .presets import PRESETS
 
 Clock = Literal["cost", "credited", "claimed"]
 Interval = Literal["step", "epoch"]
@@ -454,6 +456,22 @@ class HybridTrainerConfig:
         for name in ("enabled", "collect_metrics"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"training.{name} = {getattr(self, name)!r} must be true or false")
+
+    @classmethod
+    def preset(cls, name: object) -> HybridTrainerConfig:
+        """Settings of a named starting point: ``HybridTrainerConfig.preset("full_batch")``.
+
+        Args:
+            name: One of :data:`~hybrid_predict_trainer.config.presets.PRESETS`.
+
+        Raises:
+            ConfigError: unknown name; the message lists the known ones.
+        """
+        if not isinstance(name, str) or name not in PRESETS:
+            near = difflib.get_close_matches(str(name)[:80], PRESETS, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"unknown preset {short(name)}: must be one of {', '.join(PRESETS)}{hint}")
+        return with_values(cls(), PRESETS[name])
 
     @property
     def block_holdout(self) -> float:

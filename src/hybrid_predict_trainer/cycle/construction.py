@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -40,6 +41,45 @@ def default_loss(model: nn.Module, batch: Any) -> Tensor:
     loss = output["loss"] if isinstance(output, Mapping) else output.loss
     assert isinstance(loss, Tensor), "the model's output has no loss: pass loss_fn"
     return loss
+
+
+#: What the first argument of a loss of (model, batch) is called, and the second one of (output, target).
+_MODELS = ("model", "module", "net", "network", "m")
+_TARGETS = ("target", "targets", "label", "labels", "y_true")
+
+
+class PairLoss:
+    """A loss of (output, target), such as ``nn.MSELoss()``, for batches that are pairs of input and target."""
+
+    def __init__(self, loss: Callable[[Any, Any], Tensor]) -> None:
+        """Bind."""
+        self.loss = loss
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        """Loss of a batch.
+
+        Raises:
+            TypeError: the batch is no pair.
+        """
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            raise TypeError(
+                f"loss_fn = {self.loss!r} compares an output with a target, and the batch is no pair (input, target) "
+                f"but a {type(batch).__name__}: pass loss_fn=lambda model, batch: ..."
+            )
+        return self.loss(model(batch[0]), batch[1])
+
+
+def of_model_and_batch(loss_fn: Any) -> Any:
+    """A loss function as (model, batch) -> loss; losses of (output, target) are known by their second argument."""
+    if loss_fn is None or isinstance(loss_fn, PairLoss):
+        return loss_fn
+    try:
+        called = loss_fn.forward if isinstance(loss_fn, nn.Module) else loss_fn
+        names = list(inspect.signature(called).parameters)
+    except (TypeError, ValueError):  # built in
+        return loss_fn
+    pair = len(names) > 1 and names[1] in _TARGETS and names[0] not in _MODELS
+    return PairLoss(loss_fn) if pair else loss_fn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +140,9 @@ def build_run(model: nn.Module, optimizer: Optimizer, config: HybridTrainerConfi
         raise ConfigError(f"val_cost = {handed.val_cost!r} is out of range: forwards of a training batch, at least 0")
     validation = None if handed.val_fn is None else Validation(handed.val_fn, handed.val_cost)
     with own_defaults():
-        subject = Subject.of(model, optimizer, handed.loss_fn or default_loss, handed.grad_scaler, handed.roles)
+        subject = Subject.of(
+            model, optimizer, of_model_and_batch(handed.loss_fn) or default_loss, handed.grad_scaler, handed.roles
+        )
         run = State(
             subject, config, handed.lr_scheduler, predictor=handed.predictor, validation=validation,
             owns_schedule=handed.owns_schedule, modifiers=handed.modifiers,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..keep.subject import LossFn
 from ..observe.batches import tensors
-from .construction import default_loss
+from .construction import default_loss, of_model_and_batch
 
 
 class MicroBatches(list[Any]):
@@ -38,7 +38,7 @@ class StepLoss:
         Args:
             loss_fn: (model, one batch) -> loss; None: the model returns it.
         """
-        self.loss_fn, self.is_default = loss_fn or default_loss, loss_fn is None
+        self.loss_fn, self.is_default = of_model_and_batch(loss_fn) or default_loss, loss_fn is None
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         """Mean over the micro-batches, or the loss of a single batch."""
