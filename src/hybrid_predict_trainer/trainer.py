@@ -19,7 +19,7 @@ from .cycle.construction import default_loss as default_loss
 from .cycle.foretell import foretell
 from .cycle.learning import settle_readings
 from .cycle.loop import take_step
-from .cycle.passes import Rounds, Tally, goes_round, has_ended, replaying
+from .cycle.passes import Rounds, Tally, goes_round, has_ended, owes_proposal, replaying
 from .cycle.transaction import interrupted
 from .distributed.processes import refuse_several_processes
 from .forecast.final_loss import Forecast
@@ -27,7 +27,7 @@ from .judge.validation import ValFn
 from .keep import resume as persistence
 from .keep.finiteness import trained_weights_finite, whereabouts
 from .keep.periodic import PeriodicSaver
-from .keep.subject import LossFn
+from .keep.subject import LossFn, OutputFn, ResidualFn
 from .move.modifier import StepModifier
 from .predictors import Predictor
 from .records import DivergenceError, EpochResult, StateDict, StepResult
@@ -63,6 +63,8 @@ class HybridTrainer:
         val_cost: float = 1.0,
         sinks: Sequence[Sink | Writer] = (),
         modifiers: Sequence[StepModifier] = (),
+        residual_fn: ResidualFn | None = None,
+        output_fn: OutputFn | None = None,
     ) -> None:
         """Wrap a model and its optimizer; neither is changed until the first step.
 
@@ -82,6 +84,9 @@ class HybridTrainer:
             val_cost: What one answer of it costs, in forwards of a training batch.
             sinks: Objects of your own that get every record, beside the file that ``metrics.path`` names.
             modifiers: Of your own, around every step of the optimizer (:class:`.StepModifier`).
+            residual_fn: (model, batch) -> residuals (R,) or (R, C) whose mean square is the loss, for
+                ``predictor.type = "gauss_newton"``.
+            output_fn: Instead, (model, batch) -> outputs (N,) or (N, C) and the loss as a convex function of them.
 
         Raises:
             ConfigError: the optimizer needs a closure (LBFGS), the schedule a metric, nothing can be trained, or
@@ -89,8 +94,8 @@ class HybridTrainer:
         """
         handed = Handed(
             loss_fn=loss_fn, lr_scheduler=lr_scheduler, grad_scaler=grad_scaler, predictor=predictor, roles=roles,
-            lr_interval=lr_interval, val_fn=val_fn, val_cost=val_cost, sinks=sinks,
-            modifiers=modifiers,
+            lr_interval=lr_interval, val_fn=val_fn, val_cost=val_cost, sinks=sinks, modifiers=modifiers,
+            residual_fn=residual_fn, output_fn=output_fn,
         )  # fmt: skip
         self.run = build_run(model, optimizer, config, handed)
         self.config = self.run.proposer.settings
@@ -223,7 +228,7 @@ class HybridTrainer:
                 if progress_callback is not None:
                     progress_callback(result)
                 stopped = should_stop is not None and should_stop()
-                if stopped or has_ended(run, total_steps):
+                if (stopped or has_ended(run, total_steps)) and not owes_proposal(run):
                     break
         finally:
             run.schedule.plan(None)

@@ -87,6 +87,38 @@ class QuasiNewtonConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GaussNewtonConfig:
+    """Closed-form training of the linearised model; needs ``residual_fn`` or ``output_fn``."""
+
+    filter: Literal["damped", "flow"] = "damped"  # limit of damping, or gradient flow for a time (eigenvectors)
+    form: Literal["auto", "kernel", "weight", "cg"] = "auto"  # auto: the smaller matrix, cg where neither fits
+    initial_damping: float = 1e-2  # relative to the mean eigenvalue of the kernel
+    second_order: bool = True  # correct every move by the second derivative along it
+    linearizations: int = 8  # moves of one proposal, each from where the last one ended
+    chain: int = 8  # proposals in a row without a real step between them
+    largest_matrix: int = 6000  # side of a matrix that is still factorised
+    memory_mb: float = 1024.0  # for that matrix, or a Jacobian that has to be written out
+    chunk_rows: int = 64  # residuals differentiated at a time where one backward does not tell all their gradients
+    cg_iterations: int = 200
+    cg_rank: int = 50  # of the preconditioner
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _choice("predictor.gauss_newton.filter", self.filter, ("damped", "flow"))
+        _choice("predictor.gauss_newton.form", self.form, ("auto", "kernel", "weight", "cg"))
+        _number("predictor.gauss_newton.initial_damping", self.initial_damping, 0.0, 1e8, open_low=True)
+        for name in ("linearizations", "chain", "largest_matrix", "chunk_rows", "cg_iterations", "cg_rank"):
+            _whole(f"predictor.gauss_newton.{name}", getattr(self, name), 1)
+        _number("predictor.gauss_newton.memory_mb", self.memory_mb, 0.0, open_low=True)
+        if self.filter == "flow" and self.form == "cg":
+            raise ConfigError(
+                'predictor.gauss_newton.filter = "flow" needs eigenvectors: form must be auto, kernel or weight'
+            )
+        if not isinstance(self.second_order, bool):
+            raise ConfigError(f"predictor.gauss_newton.second_order = {self.second_order!r} must be true or false")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LinearConfig:
     """Online ridge on hindsight-optimal coefficients."""
 
@@ -196,6 +228,7 @@ class PredictorConfig:
     keep_basis: bool = False  # also on large models whose displacements cannot be predicted
     secant: SecantConfig = field(default_factory=SecantConfig)
     quasi_newton: QuasiNewtonConfig = field(default_factory=QuasiNewtonConfig)
+    gauss_newton: GaussNewtonConfig = field(default_factory=GaussNewtonConfig)
     linear: LinearConfig = field(default_factory=LinearConfig)
     dmd: DmdConfig = field(default_factory=DmdConfig)
     mlp: MlpConfig = field(default_factory=MlpConfig)
@@ -486,3 +519,6 @@ class HybridTrainerConfig:
 
 
 AUTO, NOISY, EXACT = "auto", "secant", "quasi_newton"
+#: Sources of proposals that look at residuals, by the names that settings may give them.
+CLOSED_FORM = "gauss_newton"
+SOURCES = {CLOSED_FORM: CLOSED_FORM, "ntk": CLOSED_FORM}

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from ..config.settings import HybridTrainerConfig
+from ..config.settings import SOURCES, HybridTrainerConfig
 from ..distributed.processes import refuse_distributed
 from ..judge.validation import ValFn, Validation
 from ..keep import resume
-from ..keep.subject import LossFn, Subject
+from ..keep.subject import LossFn, OutputFn, ResidualFn, Subject
 from ..move.modifier import StepModifier
 from ..predictors import Predictor
 from ..records import ConfigError
@@ -101,6 +101,8 @@ class Handed:
     sinks: Sequence[Sink | Writer] = ()
     modifiers: Sequence[StepModifier] = ()
     owns_schedule: bool = True
+    residual_fn: ResidualFn | None = None
+    output_fn: OutputFn | None = None
 
 
 def build_run(model: nn.Module, optimizer: Optimizer, config: HybridTrainerConfig | None, handed: Handed) -> State:
@@ -138,11 +140,13 @@ def build_run(model: nn.Module, optimizer: Optimizer, config: HybridTrainerConfi
         )
     if not handed.val_cost >= 0:
         raise ConfigError(f"val_cost = {handed.val_cost!r} is out of range: forwards of a training batch, at least 0")
+    _check_residuals(config, handed)
     validation = None if handed.val_fn is None else Validation(handed.val_fn, handed.val_cost)
     with own_defaults():
         subject = Subject.of(
-            model, optimizer, of_model_and_batch(handed.loss_fn) or default_loss, handed.grad_scaler, handed.roles
-        )
+            model, optimizer, of_model_and_batch(handed.loss_fn) or default_loss, handed.grad_scaler, handed.roles,
+            residual_fn=handed.residual_fn, output_fn=handed.output_fn,
+        )  # fmt: skip
         run = State(
             subject, config, handed.lr_scheduler, predictor=handed.predictor, validation=validation,
             owns_schedule=handed.owns_schedule, modifiers=handed.modifiers,
@@ -151,3 +155,23 @@ def build_run(model: nn.Module, optimizer: Optimizer, config: HybridTrainerConfi
     if config.checkpoint.directory:
         resume.warn_unless_savable(run, run.recorder)
     return run
+
+
+def _check_residuals(config: HybridTrainerConfig, handed: Handed) -> None:
+    """What looks at residuals needs a function that has them.
+
+    Raises:
+        ConfigError: there is none, there are two, or it is no function.
+    """
+    for name in ("residual_fn", "output_fn"):
+        value = getattr(handed, name)
+        if value is not None and not callable(value):
+            raise ConfigError(f"{name} must be a function (model, batch) -> ..., not {type(value).__name__}")
+    if handed.residual_fn is not None and handed.output_fn is not None:
+        raise ConfigError("residual_fn and output_fn are two ways to say the same: pass one of them")
+    needs = not config.never_predicts and handed.predictor is None and config.predictor_type in SOURCES
+    if needs and handed.residual_fn is None and handed.output_fn is None:
+        raise ConfigError(
+            f"predictor.type = {config.predictor_type!r} needs residuals: pass residual_fn=lambda model, batch: ... of "
+            "shape (R,) or (R, C) whose mean square is the loss, or output_fn= with a convex loss"
+        )

@@ -29,7 +29,7 @@ from ..forecast.final_loss import Forecast
 from ..judge.validation import ValFn
 from ..keep import checkpoint, resume
 from ..keep.periodic import PeriodicSaver
-from ..keep.subject import LossFn
+from ..keep.subject import LossFn, OutputFn, ResidualFn
 from ..move.modifier import StepModifier
 from ..move.schedule import count_of
 from ..notices import warn
@@ -46,7 +46,7 @@ from .construction import Handed, build_run
 from .correct_step import conclude
 from .foretell import foretell
 from .handed_in import check_handed_in
-from .handover import Call, Handover, MicroBatches, StepLoss, is_whole, loss_in
+from .handover import Call, Handover, MicroBatches, StepLoss, StepResiduals, is_whole, loss_in
 from .hooks import GradientWitness, on_forward, on_step, with_hooks
 from .learning import enter, settle_readings
 from .loop import Stopwatch, close_step, decide, look_at, prepare
@@ -913,6 +913,7 @@ def attach(
     roles: dict[str, str] | None = None, lr_interval: Literal["step", "epoch"] | None = None,
     schedule: Literal["owned", "external", "shared"] = "owned", total_steps: int | None = None,
     sinks: Sequence[Sink | Writer] = (), modifiers: Sequence[StepModifier] = (),
+    residual_fn: ResidualFn | None = None, output_fn: OutputFn | None = None,
 ) -> Engine:  # fmt: skip
     """Ride along with a loop of your own: it keeps its forward, backward and step, the engine adds the prediction.
 
@@ -946,6 +947,8 @@ def attach(
         total_steps: Planned end of the run on the configured clock, for the budget; None: not known.
         sinks: Objects of your own that get every record, beside the file that ``metrics.path`` names.
         modifiers: Of your own, around every step of the optimizer (:class:`.StepModifier`).
+        residual_fn: (model, batch) -> residuals, see :class:`.HybridTrainer`.
+        output_fn: (model, batch) -> outputs and the loss as a function of them, likewise.
 
     Raises:
         ConfigError: as :class:`.HybridTrainer`; or there is an engine on this optimizer already.
@@ -963,12 +966,14 @@ def attach(
         lr_scheduler=_inner_schedule(lr_scheduler), grad_scaler=grad_scaler,
         predictor=predictor, roles=roles, lr_interval=lr_interval, val_fn=val_fn, val_cost=val_cost,
         owns_schedule=schedule == "owned", sinks=sinks, modifiers=modifiers,
+        residual_fn=None if residual_fn is None else StepResiduals(residual_fn), output_fn=output_fn,
     )  # fmt: skip
     run = build_run(model, optimizer if hooked is None else hooked, config, handed)
     if total_steps is not None:
         run.meter.plan(total_steps)
         run.schedule.plan(total_steps)
     missing = () if hooked is not None else MISSING
+    run.proposer.bound_chain(1)  # the loop counts steps of its own, and waits for them
     engine = Engine(run, auto=auto, missing=missing, catches_up=schedule == "shared")
     engine.connect(hooked, watch_forward=loss_fn is None)
     if missing:

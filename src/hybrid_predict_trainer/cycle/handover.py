@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..keep.subject import LossFn
+from ..keep.subject import LossFn, ResidualFn
 from ..observe.batches import tensors
 from .construction import default_loss, of_model_and_batch
 
@@ -50,6 +50,26 @@ class StepLoss:
                 raise TypeError("the model returned no loss: pass loss_fn")
             return loss
         return self.loss_fn(model, batch)
+
+
+class StepResiduals:
+    """Residuals of all that one step of the optimizer is trained on, whose mean square is the mean of the losses."""
+
+    def __init__(self, residual_fn: ResidualFn) -> None:
+        """Bind.
+
+        Args:
+            residual_fn: (model, one batch) -> residuals.
+        """
+        self.residual_fn = residual_fn
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        """Of all micro-batches, weighted as their losses are; or of a single batch."""
+        if not isinstance(batch, MicroBatches):
+            return self.residual_fn(model, batch)
+        parts = [self.residual_fn(model, each) for each in batch]
+        total = sum(r.numel() for r in parts)
+        return torch.cat([r * (total / (len(parts) * r.numel())) ** 0.5 for r in parts])
 
 
 def loss_in(output: Any) -> Tensor | None:

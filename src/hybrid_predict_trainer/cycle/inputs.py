@@ -47,6 +47,11 @@ def preview_proposal(run: State) -> Preview:
     return Preview(horizon, ready=predictor_ready(run), promising=promising)
 
 
+def goes_on(run: State) -> bool:
+    """Whether a source that has just proposed may do so again."""
+    return run.proposer.goes_on and predictor_ready(run) and affordable(run)
+
+
 def num_full_steps_due(run: State) -> int:
     """Full steps between two proposals: where losses are exact a test says at once what one is worth."""
     return 0 if run.full_batch else run.config.full_steps
@@ -75,6 +80,7 @@ def inputs(run: State, preview: Preview) -> Signals:
         num_forced_full_steps=phases.num_forced_full_steps,
         forced_by_alarm=phases.forced_by_alarm,
         num_probation_steps=0 if probation is None or proposer.segment is not None else probation.num_steps_left,
+        goes_on=phases.current is Phase.PREDICT and goes_on(run),
         num_segments_left=0 if proposer.segment is None else proposer.segment.num_left,
         fallback_threshold=2 * run.windows.loss,
     )
@@ -82,6 +88,8 @@ def inputs(run: State, preview: Preview) -> Signals:
 
 def _considered(run: State, horizon: int) -> tuple[int, bool]:
     """Look at a proposal before any forward is spent on it: its horizon, and whether it promises enough."""
+    if run.proposer.source is not None:  # what it would propose costs as much to know as to propose
+        return horizon, run.full_batch
     feedback, window, loss = run.proposer.feedback, run.windows.last, run.losses.history.loss_ema
     try:
         if feedback.uses_bandit and window is not None:
@@ -120,7 +128,7 @@ def predictor_ready(run: State) -> bool:
     try:
         return (
             run.windows.observing
-            and run.windows.basis.ready
+            and (run.windows.basis.ready or run.proposer.source is not None)
             and not run.failures.exhausted(Place.PREDICTOR)
             and not run.failures.exhausted(Place.GATE)
             and not run.failures.exhausted(Place.FEEDBACK)

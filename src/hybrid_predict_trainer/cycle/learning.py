@@ -231,7 +231,7 @@ def learn(run: State, window: Window) -> None:
             run.proposer.predictor.pace(window_seconds)
         with run.proposer.time.call():
             run.proposer.predictor.observe(window)
-        if run.proposer.feedback.forecasts and run.proposer.predictor.ready:
+        if run.proposer.source is None and run.proposer.feedback.forecasts and run.proposer.predictor.ready:
             with run.proposer.time.call():
                 forecast = run.proposer.predictor.predict(window.num_steps)
             if fits(run.windows, forecast):

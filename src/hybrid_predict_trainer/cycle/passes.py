@@ -11,6 +11,7 @@ from torch import Tensor
 from ..records import ConfigError, EpochResult
 from ..tell.figures import statistics
 from ..weights import algebra as weights
+from .inputs import predictor_ready
 from .state import State
 
 
@@ -99,6 +100,13 @@ def has_ended(run: State, total_steps: int | None) -> bool:
     """Whether a planned run is at its end, with no jump on probation."""
     settled = run.judge.probation is None and run.proposer.segment is None
     return total_steps is not None and run.position >= total_steps and settled
+
+
+def owes_proposal(run: State) -> bool:
+    """Whether a run that might end goes on for one step, because its weights are worse than others that it knows."""
+    owes = run.proposer.owes and predictor_ready(run)
+    run.proposer.note_owed(owes)
+    return owes
 
 
 class Tally:

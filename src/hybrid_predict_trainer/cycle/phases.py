@@ -59,6 +59,7 @@ class Signals:
     forced_by_alarm: bool
     num_probation_steps: int  # still to run
     num_segments_left: int
+    goes_on: bool  # a source of proposals has more to say without a real step
     fallback_threshold: float
 
 
@@ -106,6 +107,8 @@ class PhaseController:
                 return self._predict(s, Reason.SEGMENT)
             phase = Phase.CORRECT if c.correct_steps else Phase.FULL
             return Decision(phase=phase, reason=Reason.NOT_CONFIDENT, confidence=s.confidence)
+        if s.goes_on and s.phase is Phase.PREDICT and s.num_forced_full_steps == 0 and not s.switched_off:
+            return self._predict(s, Reason.CONFIDENT)
         reason = self._objection(s)
         if reason is not None:
             return self._full(reason, s.confidence)

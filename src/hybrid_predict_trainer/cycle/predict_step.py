@@ -14,8 +14,9 @@ from torch import Tensor
 from ..judge.candidates import judge
 from ..judge.probation import Probation
 from ..keep.failures import Place
-from ..propose.proposal import propose
+from ..propose.proposal import propose, propose_move
 from ..propose.segments import Segment
+from ..propose.sources.base import Material
 from ..records import Account, Decision, PhasePrediction, Reason, StepOutcome, Verdict
 from ..weights import algebra as weights
 from ..weights import offload as host
@@ -45,10 +46,13 @@ def transact(run: State, batch: Any, decision: Decision, accept: Accept) -> tupl
     done = False
     try:
         with host.own_defaults():
-            prediction, deltas, verdict = propose(
-                run.proposer, run.windows, run.watch, run.meter, run.config, horizon=decision.horizon,
-                exact=run.full_batch,
-            )  # fmt: skip
+            if run.proposer.source is not None:
+                prediction, deltas, verdict = _moved(run, batch)
+            else:
+                prediction, deltas, verdict = propose(
+                    run.proposer, run.windows, run.watch, run.meter, run.config, horizon=decision.horizon,
+                    exact=run.full_batch,
+                )  # fmt: skip
         if verdict is None and prediction is not None:
             saved = weights.clone(run.subject.parameters)
             run.judge.hold(saved)
@@ -66,6 +70,15 @@ def transact(run: State, batch: Any, decision: Decision, accept: Accept) -> tupl
     finally:
         if saved and not done:
             weights.copy_(run.subject.parameters, saved)
+
+
+def _moved(run: State, batch: Any) -> tuple[PhasePrediction | None, list[Tensors], Verdict | None]:
+    """Ask a source for a move and book what it took; a verdict means that it is refused already."""
+    material = Material(
+        model=run.subject.model, parameters=run.subject.parameters, movable=list(run.watch.trained.movable),
+        batch=batch, exact=run.full_batch,
+    )  # fmt: skip
+    return propose_move(run.proposer, material, run.meter)
 
 
 def run_predict(run: State, batch: Any, decision: Decision) -> StepOutcome:
@@ -109,6 +122,7 @@ def run_predict(run: State, batch: Any, decision: Decision) -> StepOutcome:
     _next_segment(run, prediction, verdict)
     if not approved or (verdict.accepted and run.judge.probation is None):
         run.proposer.feedback.note_outcome(verdict.accepted)
+    run.proposer.note_verdict(verdict)
     outcome.prediction_ms = 1e3 * (time.perf_counter() - started)
     return outcome
 

@@ -12,16 +12,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..config.presets import PRESETS
-from ..config.settings import EXACT, NOISY, HybridTrainerConfig
+from ..config.settings import AUTO, CLOSED_FORM, EXACT, NOISY, SOURCES, HybridTrainerConfig
 from ..config.toml import valid_keys, with_values
 from ..keep.failures import Failures, Place
 from ..keep.subject import Subject
 from ..observe.basis import Basis
 from ..observe.guarded_observer import GuardedObserver
 from ..observe.window_encoder import NullObserver, Observer, observer_for
-from ..predictors import Paced, Predictor, build
+from ..predictors import Hold, Paced, Predictor, build
 from ..propose.feedback import Feedback
+from ..propose.sources.base import Source
+from ..propose.sources.gauss_newton import GaussNewton
+from ..propose.sources.least_squares import Convex, LeastSquares
 from ..propose.time_budget import TimeBudget
+from ..records import ConfigError
 from ..version import PACKAGE
 from ..weights.algebra import LARGE
 from ..weights.parameters import Groups
@@ -43,6 +47,19 @@ def _value(config: HybridTrainerConfig, path: tuple[str, ...]) -> Any:
     return value
 
 
+#: Whose settings come with a predictor, as far as the user left them at their defaults.
+PRESET_OF = {EXACT: "full_batch", CLOSED_FORM: "gauss_newton"}
+
+
+def settled(config: HybridTrainerConfig) -> HybridTrainerConfig:
+    """The settings that a run begins with: those that come with a source of proposals, or the noisy ones."""
+    if config.predictor_type == AUTO:
+        return settings_for(config, NOISY)
+    if config.predictor_type in SOURCES:
+        return settings_for(config, SOURCES[config.predictor_type])
+    return config
+
+
 def settings_for(config: HybridTrainerConfig, name: str) -> HybridTrainerConfig:
     """The settings of a run with ``predictor.type = "auto"`` whose predictor is ``name`` now.
 
@@ -51,10 +68,10 @@ def settings_for(config: HybridTrainerConfig, name: str) -> HybridTrainerConfig:
         name: ``NOISY`` or ``EXACT``; the latter takes along what preset ``full_batch`` sets and the user did not.
     """
     chosen: dict[str, Any] = {"predictor.type": name}
-    if name == EXACT:
+    if name in PRESET_OF:
         keys, defaults = valid_keys(), HybridTrainerConfig()
-        for key, value in PRESETS["full_batch"].items():
-            if _value(config, keys[key]) == _value(defaults, keys[key]):
+        for key, value in PRESETS[PRESET_OF[name]].items():
+            if key != "predictor.type" and _value(config, keys[key]) == _value(defaults, keys[key]):
                 chosen[key] = value
     return with_values(config, chosen)
 
@@ -90,11 +107,13 @@ def parts_for(
         hands_off: Only the optimizer may move weights: nothing is proposed.
     """
     groups = subject.groups
+    if predictor is None and config.predictor_type in SOURCES:
+        predictor = Hold() if config.never_predicts else _source(subject, config)
     if predictor is None:
         predictor = build(config, groups.num_groups, groups.num_weights)
     spec = predictor.spec
     own = type(predictor).__module__.startswith(f"{PACKAGE}.")
-    time = TimeBudget(own=own, paced=isinstance(predictor, Paced))
+    time = TimeBudget(own=own, paced=isinstance(predictor, Paced), source=isinstance(predictor, Source))
     groups = groups.pooled() if spec.pooled else groups
     basis = Basis(
         subject.parameters, groups, spec, dtype=config.predictor.basis_dtype, offload=config.predictor.offload
@@ -109,6 +128,21 @@ def parts_for(
     feedback = Feedback(config, spec, groups.num_groups, failures)
     on_trial = own and isinstance(observer, NullObserver) and not spec.differences and not config.predictor.keep_basis
     return Parts(predictor, time, feedback, basis, groups, observer, on_trial and groups.num_weights > LARGE)
+
+
+def _source(subject: Subject, config: HybridTrainerConfig) -> Predictor:
+    """A source of proposals, with what it needs of the subject."""
+    problem: LeastSquares | Convex
+    if subject.residual_fn is not None:
+        problem = LeastSquares(subject.residual_fn)
+    elif subject.output_fn is not None:
+        problem = Convex(subject.output_fn)
+    else:
+        raise ConfigError(f"predictor.type = {config.predictor_type!r} needs residual_fn or output_fn")
+    rate = lambda: float(subject.optimizer.param_groups[0].get("lr", 1.0))  # noqa: E731
+    return GaussNewton(
+        config.predictor.gauss_newton, problem, rate, longest=max(config.max_predict_steps, 1), seed=config.seed
+    )
 
 
 def choose_by_losses(run: State) -> None:

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from .. import former_names
-from ..config.settings import AUTO, NOISY, HybridTrainerConfig
+from ..config.settings import AUTO, HybridTrainerConfig
 from ..cost import CostMeter
 from ..judge.judge import Judge
 from ..judge.safety import Safety
@@ -38,7 +38,7 @@ from ..tell.sinks import NullSink
 from ..weights.algebra import LARGE, Tensors
 from ..weights.trained import Watch
 from .phases import PhaseState, controller_for
-from .predictor_choice import parts_for, settings_for
+from .predictor_choice import parts_for, settings_for, settled
 
 __all__ = ["LossFn", "State"]
 
@@ -84,6 +84,7 @@ class State:
             owns_schedule: We step it; else the caller's loop does.
             modifiers: What the user has handed in to be around the optimizer's step.
         """
+        asked, config = config, settled(config)
         self.subject, self.config = subject, config
         self.origin = Origin.of(subject.model, subject.optimizer, config.checkpoint.include_frozen)
         self.failures = Failures()
@@ -98,13 +99,13 @@ class State:
         self.monitor = Monitor(config.divergence, config.divergence_threshold)
         self.phases = PhaseState(controller_for(config))
         self.windows = WindowRecorder(self.failures)
-        chooses = config.predictor_type == AUTO and predictor is None and not config.never_predicts
-        self.proposer = Proposer(config, self.failures, chooses=chooses)
+        chooses = asked.predictor_type == AUTO and predictor is None and not config.never_predicts
+        self.proposer = Proposer(asked, self.failures, chooses=chooses)
         self.judge = Judge(config, subject, self.failures)
         self.safety = Safety(validation)
         self.rollback = RollbackPoint()
         self.buffers = BufferGuard(with_modules_beside(subject.loss_fn, subject.model))
-        self.follow(settings_for(config, NOISY) if config.predictor_type == AUTO else config, predictor)
+        self.follow(config, predictor)
         anneals = lr_scheduler is not None
         around = Around(
             scale=multiplier_for(subject, self.watch, config, self.judge.generator, anneals=anneals),
@@ -264,7 +265,7 @@ class State:
         """
         for part in self._remembering:
             part.on_overwrite()
-        self.proposer.note_refused(True)
+        self.proposer.overwritten()
         self.end_probation()
 
     def end_probation(self) -> None:

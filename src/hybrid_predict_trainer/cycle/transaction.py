@@ -45,6 +45,7 @@ def books(run: State) -> Memento:
     return Memento([
         run.meter, run.phases, run.windows, run.monitor, run.safety, run.optimizer_step, run.optimizer_step.switchback,
         p, a, a.record, a.confidence, a.bandit, p.segment, j, j.ledger, j.evaluation, j.probation,
+        p.source,
     ])  # fmt: skip
 
 

@@ -13,6 +13,10 @@ from ..weights.parameters import Groups, predicted_parameters
 from ..weights.real_views import RealView
 
 LossFn = Callable[[nn.Module, Any], Tensor]
+#: (model, batch) -> residuals, shape (R,) or (R, C), whose mean square is the loss.
+ResidualFn = Callable[[nn.Module, Any], Tensor]
+#: (model, batch) -> outputs, shape (N,) or (N, C), and the loss as a convex function of them.
+OutputFn = Callable[[nn.Module, Any], tuple[Tensor, Callable[[Tensor], Tensor]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +31,8 @@ class Subject:
         parameters: Those that are predicted, in the optimizer's order.
         groups: The same by role.
         on_cpu: Losses can be read at once, without a wait for a device.
+        residual_fn: (model, batch) -> residuals, or None.
+        output_fn: (model, batch) -> outputs and the loss as a function of them, or None.
     """
 
     model: nn.Module
@@ -36,11 +42,14 @@ class Subject:
     parameters: list[Tensor]
     groups: Groups
     on_cpu: bool
+    residual_fn: ResidualFn | None = None
+    output_fn: OutputFn | None = None
 
     @classmethod
     def of(
-        cls, model: nn.Module, optimizer: Optimizer, loss_fn: LossFn, grad_scaler: Any, roles: dict[str, str] | None
-    ) -> Subject:
+        cls, model: nn.Module, optimizer: Optimizer, loss_fn: LossFn, grad_scaler: Any, roles: dict[str, str] | None,
+        *, residual_fn: ResidualFn | None = None, output_fn: OutputFn | None = None,
+    ) -> Subject:  # fmt: skip
         """Look at model and optimizer.
 
         Args:
@@ -49,6 +58,8 @@ class Subject:
             loss_fn: (model, batch) -> loss.
             grad_scaler: Or None.
             roles: Overrides of parameter roles, qualified name -> role.
+            residual_fn: Or None.
+            output_fn: Or None.
 
         Raises:
             ConfigError: nothing can be trained.
@@ -57,7 +68,7 @@ class Subject:
         on_cpu = all(p.device.type == "cpu" for p in parameters)
         return cls(
             model=model, optimizer=optimizer, loss_fn=loss_fn, grad_scaler=grad_scaler, parameters=parameters,
-            groups=groups, on_cpu=on_cpu,
+            groups=groups, on_cpu=on_cpu, residual_fn=residual_fn, output_fn=output_fn,
         )  # fmt: skip
 
     @property

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..config.settings import HybridTrainerConfig
-from ..cost import CostMeter
+from ..cost import BACKWARD_UNITS, FORWARD_UNITS, PASS_UNITS, CostMeter
 from ..observe.window import WindowRecorder
 from ..records import PhasePrediction, Reason, Verdict
 from ..weights import algebra as weights
@@ -19,6 +19,7 @@ from ..weights.algebra import Tensors
 from ..weights.trained import Watch
 from . import corrector
 from .proposer import Proposer
+from .sources.base import Material
 
 
 def propose(
@@ -68,6 +69,33 @@ def propose(
     if not num_inside:
         return prediction, [], Verdict(accepted=False, reason=Reason.TOO_LONG)
     return prediction, deltas[:num_inside], None
+
+
+def propose_move(
+    proposer: Proposer, material: Material, meter: CostMeter
+) -> tuple[PhasePrediction | None, list[Tensors], Verdict | None]:
+    """Ask a source for a move, book what it took, and check what comes back.
+
+    Args:
+        proposer: Its source is asked.
+        material: What the source may look at.
+        meter: Counts what it took.
+    """
+    source = proposer.source
+    assert source is not None, "no source of proposals"
+    try:
+        with proposer.time.call():
+            move = source.propose(material)
+    except Exception as error:  # whatever it raises must not end a run
+        proposer.note_failure(error)
+        return None, [], Verdict(accepted=False, reason=Reason.PREDICTOR_FAILED)
+    meter.add_forwards(move.num_forward)
+    meter.add_passes((move.num_backward * BACKWARD_UNITS + move.num_matrix_forwards * FORWARD_UNITS) / PASS_UNITS)
+    if not weights.all_finite(move.delta):
+        return move.prediction, [], Verdict(accepted=False, reason=Reason.NOT_FINITE)
+    if not any(weights.per_tensor_rms(move.delta)):
+        return move.prediction, [], Verdict(accepted=False, reason=Reason.NO_DESCENT)
+    return move.prediction, [move.delta], None
 
 
 def combined(

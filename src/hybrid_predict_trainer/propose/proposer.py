@@ -7,10 +7,11 @@ from typing import Any
 from ..config.settings import HybridTrainerConfig
 from ..keep.failures import Failures, Place, name_of
 from ..predictors import Predictor
-from ..records import StateDict
+from ..records import StateDict, Verdict
 from .corrector import Correction
 from .feedback import Feedback
 from .segments import Segment, segment_from, segment_state
+from .sources.base import Source
 from .time_budget import TimeBudget
 
 
@@ -29,6 +30,7 @@ class Proposer:
         correction: Of the last proposal, for the record.
         refused: A proposal was refused since the last window.
         num_windows_since_proposal: Windows closed since the last proposal.
+        num_in_chain: Proposals since the last real step.
     """
 
     def __init__(self, settings: HybridTrainerConfig, failures: Failures, *, chooses: bool) -> None:
@@ -40,6 +42,9 @@ class Proposer:
         self.feedback: Feedback
         self.horizon = 1
         self._least = self._most = 1  # horizons
+        self._longest_chain = 1 << 30
+        self.num_in_chain = 0
+        self.owed = False
         self.confidence = 0.5
         self.segment: Segment | None = None
         self.correction: Correction | None = None
@@ -67,15 +72,42 @@ class Proposer:
         """The choice is over."""
         self.chooses = False
 
+    @property
+    def source(self) -> Source | None:
+        """Who proposes moves of its own, if the predictor is no predictor but that."""
+        return self.predictor if isinstance(self.predictor, Source) else None
+
+    def bound_chain(self, num_proposals: int) -> None:
+        """So many proposals may follow one another without a real step between them, at most."""
+        self._longest_chain = num_proposals
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether a source may propose again right after a proposal of its own."""
+        source = self.source
+        return source is not None and not self.refused and self.num_in_chain < min(source.chain, self._longest_chain)
+
+    @property
+    def owes(self) -> bool:
+        """Whether a real step has left weights that a source would lead back to: a run does not end there."""
+        source = self.source
+        return source is not None and self.num_in_chain == 0 and not self.owed and source.knows_better
+
+    def note_owed(self, owed: bool) -> None:
+        """A run goes on for the proposal that it owes, once."""
+        self.owed = owed
+
     # ---- what happens --------------------------------------------------------------------------------
 
     def count_proposal(self) -> None:
         """A proposal is being made."""
         self.num_windows_since_proposal = 0
+        self.num_in_chain += 1
 
     def window_closed(self) -> None:
         """A window was closed, and tells of the refusals before it."""
         self.refused = False
+        self.num_in_chain = 0
         self.num_windows_since_proposal += 1
 
     def state_confidence(self, confidence: float) -> None:
@@ -102,6 +134,21 @@ class Proposer:
         """A jump was taken back, or went wrong."""
         self.horizon = max(self.horizon // 2, self._least)
 
+    def note_verdict(self, verdict: Verdict) -> None:
+        """The gate has judged the proposal of a source."""
+        source = self.source
+        if source is not None:
+            try:
+                source.note_verdict(verdict)
+            except Exception as error:
+                self.note_failure(error)
+
+    def overwritten(self) -> None:
+        """The weights are others than any that were seen."""
+        self.note_refused(True)
+        if self.source is not None:
+            self.source.overwritten()
+
     def note_failure(self, error: Exception) -> None:
         """The predictor raised: count it, and say once what happened."""
         self._failures.note(Place.PREDICTOR, error, name=name_of(self.predictor))
@@ -115,7 +162,7 @@ class Proposer:
 
     # ---- state -----------------------------------------------------------------------------------------
 
-    _NUMBERS = ("horizon", "confidence", "refused", "num_windows_since_proposal")
+    _NUMBERS = ("horizon", "confidence", "refused", "num_windows_since_proposal", "num_in_chain")
 
     def state_dict(self) -> StateDict:
         """Plain containers; the predictor's own state is saved beside it."""

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 
 #: Seconds of one call, of any predictor and of one of this package.
 MAX_CALL_SECONDS, OWN_CALL_SECONDS = 1.0, 10.0
+#: The same of a source of proposals, whose calls are all of what it does.
+SOURCE_CALL_SECONDS = 600.0
 #: Share of the real steps' time, and steps that it is taken over.
 MAX_SHARE, STEPS = 0.05, 100
 #: Seconds per so many steps that are nobody's concern.
@@ -30,17 +32,20 @@ class TimeBudget:
         objection: Why the predictor was found too slow, or None.
     """
 
-    def __init__(self, *, own: bool, paced: bool, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self, *, own: bool, paced: bool, source: bool = False, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
         """Nothing measured yet.
 
         Args:
             own: The predictor is one of this package.
             paced: It keeps its training to a share of the run's time itself.
+            source: It makes the moves that others are asked to judge.
             clock: Seconds.
         """
         self.clock = clock
         self.objection: str | None = None
-        self._longest = OWN_CALL_SECONDS if own else MAX_CALL_SECONDS
+        self._longest = SOURCE_CALL_SECONDS if source else OWN_CALL_SECONDS if own else MAX_CALL_SECONDS
         self._shares = not (own or paced)
         self._num_steps = 0
         self._step_seconds = self._call_seconds = 0.0

@@ -32,6 +32,7 @@ def statistics(run: State) -> dict[str, Any]:
         "num_jumps_proposed": c.num_jumps_proposed, "num_jumps_accepted": c.num_jumps_accepted,
         "num_controls": c.num_controls, "num_rollbacks": c.num_rollbacks,
         "num_predictor_failures": run.num_predictor_failures, **_failures(run),
+        "regime": None if run.proposer.source is None else run.proposer.source.regime,
         "num_divergence_events": c.num_divergence_events,
         "num_outside_writes": c.num_outside_writes, "num_left_alone": run.watch.trained.num_left_alone,
         "hands_off": run.watch.hands_off,

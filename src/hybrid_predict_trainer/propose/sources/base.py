@@ -1,0 +1,114 @@
+"""A second kind of proposals: from the model, a batch and its residuals, not from products of past displacements."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...records import BasisSpec, PhasePrediction, StateDict, Verdict, Window
+from ...weights.algebra import Tensors
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Material:
+    """What a source may look at.
+
+    Attributes:
+        model: In the modes of a real step.
+        parameters: Those of the run.
+        movable: Which of them may be moved now.
+        batch: That the proposal will be judged on.
+        exact: Every batch is the same, and losses are exact.
+    """
+
+    model: nn.Module
+    parameters: list[Tensor]
+    movable: list[bool]
+    batch: Any
+    exact: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Move:
+    """A proposed move, with what it has cost.
+
+    Attributes:
+        prediction: What it claims.
+        delta: One tensor per parameter of the run, zero where nothing may be moved.
+        num_forward, num_backward: Passes through the model that it took.
+        num_matrix_forwards: Price of its matrix work, in forwards.
+    """
+
+    prediction: PhasePrediction
+    delta: Tensors
+    num_forward: float
+    num_backward: float
+    num_matrix_forwards: float
+
+
+class Source:
+    """Proposes moves of its own.
+
+    It stands where a predictor does, with its name, its wish for a basis and its state, and is never asked to predict.
+
+    Attributes:
+        name: As in ``predictor.type``.
+        spec: As little as there can be: windows tell it nothing.
+        chain: Proposals that may follow one another without a real step between them.
+    """
+
+    name: str
+    spec: BasisSpec
+    chain: int
+
+    def propose(self, material: Material) -> Move:
+        """A move from the present weights, which are as before when this returns or raises."""
+        raise NotImplementedError
+
+    def note_verdict(self, verdict: Verdict) -> None:
+        """What the gate said of the last move."""
+
+    @property
+    def regime(self) -> str:
+        """What kind of training this is, as far as the source can tell."""
+        return "unknown"
+
+    @property
+    def knows_better(self) -> bool:
+        """Whether a proposal would lead back to weights that were better than those that a real step leaves."""
+        return False
+
+    def overwritten(self) -> None:
+        """The weights are others than any that were seen."""
+
+    # ---- as a predictor ----------------------------------------------------------------------------------
+
+    @property
+    def ready(self) -> bool:
+        """Always: nothing has to be observed first."""
+        return True
+
+    def observe(self, window: Window) -> None:
+        """Windows tell nothing that residuals do not."""
+
+    def predict(self, horizon: int) -> PhasePrediction:
+        """Never asked.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("a source proposes moves")
+
+    def memory_bytes(self) -> int:
+        """Bytes held between proposals."""
+        return 0
+
+    def state_dict(self) -> StateDict:
+        """Everything learnt, as plain containers, scalars and tensors."""
+        raise NotImplementedError
+
+    def load_state_dict(self, state: StateDict) -> None:
+        """Inverse of :meth:`state_dict`."""
+        raise NotImplementedError

@@ -1,0 +1,407 @@
+"""``gauss_newton``: where training of the linearised model leads, and on from there.
+
+In the lazy regime (wide networks, the end of training, fine-tuning) a model is linear in the weights along its
+training, and the weights Y steps ahead have a closed form (:mod:`...numerics.closed_form`).  Here the model is
+linearised at the present weights, moved to where gradient flow for a time t = 1 / damping would lead, and linearised
+again there: the time that is believed is found by comparing the true reduction of the loss with the predicted one, as
+trust-region methods do (Conn, Gould & Toint, Trust-Region Methods, 2000, section 6.1).  With the rational filter each
+such move is a step of Levenberg and Marquardt.
+
+Nonlinearity is corrected once per move (geodesic acceleration: Transtrum & Sethna, arXiv 1207.4999): the residuals at
+theta + d differ from those of the linear model by half the second derivative along d, and solving with the same
+factorisation for that difference bends the step back on to the curve.  It costs a forward and a product; on narrow
+valleys, which the losses of differential equations are, it is worth a factor of ten to a thousand in the final loss
+(docs/benchmarks.md).
+
+A proposal is a chain of such moves.  The gate judges where it ends by the run's own loss function.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...config.settings import GaussNewtonConfig
+from ...keep.isolation import isolated
+from ...records import BasisSpec, PhasePrediction, StateDict, Verdict
+from ...weights import algebra as weights
+from ...weights.real_views import RealView
+from .base import Material, Move, Source
+from .jacobian import Linearizer
+from .least_squares import Convex, LeastSquares, Point, ResidualError
+from .solve import Linearized, form_for
+
+#: Dampings tried at one linearisation, at most.
+MAX_TRIES = 12
+#: Factors on the damping after a move that was refused, that gained less than a quarter of what was predicted, and that
+#: was good.
+RAISE, HOLD, LOWER = 4.0, 2.0, 1 / 3
+#: Relative error of the linear model below which it is taken for exact, and the factor there.
+LINEAR, LOWER_LINEAR = 1e-3, 1e-4
+#: Ratio of true and predicted reduction below which the damping grows.
+POOR = 0.25
+#: Smallest and largest relative damping.
+LEAST, MOST = 1e-16, 1e8
+#: Longest correction of second order, in lengths of half the step (Transtrum & Sethna, section 4).
+MAX_BEND = 0.75
+#: Relative difference between the run's loss and the one of the residuals that passes for rounding.
+SAME_LOSS = 1e-2
+#: Price of a multiplication in a matrix product, in those of a forward: networks small enough for this source spend
+#: most of a forward on other things.  Measured with 258 to 1,217 residuals (LOG.md).
+MATRIX_PRICE = 1 / 6
+#: Where the predicted loss curve is told, as shares of the time that is believed.
+CURVE = (0.25, 0.5, 1.0)
+#: Relative error of the linear model below which training counts as lazy.
+LAZY = 0.1
+
+
+class _Spent:
+    """What a proposal has cost so far.
+
+    Attributes:
+        forwards, backwards: Through the model.
+    """
+
+    def __init__(self) -> None:
+        self.forwards = self.backwards = 0.0
+        self._matrix, self._forward = 0.0, 1.0  # multiplications: of matrix work, and of one forward
+
+    def forward(self) -> None:
+        """One was made."""
+        self.forwards += 1
+
+    def linearized(self, model: Linearized, num_backward: int) -> None:
+        """The matrix, its factor, and products beside them."""
+        A = model.A
+        self.backwards += num_backward
+        self._forward = max(float(A.num_products), 1.0)
+        self._matrix += model.num_products * A.num_products
+        if model.form != "cg":
+            side = min(A.num_rows, A.num_weights)
+            self._matrix += side * A.num_rows * A.num_weights / 2 + side**3 / 6
+
+    @property
+    def matrix_forwards(self) -> float:
+        """Price of the matrix work, in forwards."""
+        return MATRIX_PRICE * self._matrix / self._forward
+
+
+@dataclass(slots=True)
+class _Walk:
+    """Where a chain of moves stands.
+
+    Attributes:
+        x: (P,) weights that may be moved, in the widest type.
+        point: Loss and residuals there.
+        predicted: Sum of predicted reductions.
+        time: Sum of the times of gradient flow.
+    """
+
+    x: Tensor
+    point: Point
+    predicted: float = 0.0
+    time: float = 0.0
+
+
+class GaussNewton(Source):
+    """Closed-form training of the linearised model; see the module.
+
+    Attributes:
+        chain: Proposals that may follow one another without a real step between them.
+        damping: Relative to the mean eigenvalue of the kernel.
+        linearity: Mean relative error of the linear model at the moves of the last proposal; NaN before.
+    """
+
+    name = "gauss_newton"
+
+    def __init__(
+        self, config: GaussNewtonConfig, problem: LeastSquares | Convex, rate: Callable[[], float],
+        *, longest: int, seed: int,
+    ) -> None:  # fmt: skip
+        """Bind.
+
+        Args:
+            config: Settings.
+            problem: :class:`LeastSquares` or :class:`Convex`.
+            rate: Learning rate of the next real step: tells how many steps a time of gradient flow is.
+            longest: Steps that a move may claim to be worth, at most.
+            seed: Of the preconditioner.
+        """
+        self._longest = longest
+        self.config, self.chain = config, config.chain
+        self._problem, self._rate, self._seed = problem, rate, seed
+        self.spec = BasisSpec(num_displacements=1)
+        self.damping = config.initial_damping
+        self.linearity = math.nan
+        self.num_moves = 0
+        self._needs_graph = False  # the residuals differentiate inside: they cannot be had without grad mode
+        self._mismatch = ""  # why the residuals are not those of the run's loss
+        self._compared = False  # the run's loss with that of the residuals
+        self._best: list[Tensor] | None = None  # where a chain ended that could not go on
+        self._best_loss = math.inf
+        self._proposed: tuple[float, list[Tensor]] | None = None  # loss before, weights it leads to
+        self._linearizer: Linearizer | None = None
+        self._movable: list[bool] = []
+
+    def memory_bytes(self) -> int:
+        """Weights to come back to."""
+        return sum(t.numel() * t.element_size() for t in self._best or ())
+
+    # ---- proposals ---------------------------------------------------------------------------------------
+
+    def propose(self, material: Material) -> Move:
+        """A chain of moves from the present weights.
+
+        Raises:
+            ResidualError: what the user's function returned is no residuals.
+            ArithmeticError: nothing can be solved for.
+        """
+        if self._mismatch:
+            raise ResidualError(self._mismatch)
+        if any(isinstance(p, RealView) for p in material.parameters):
+            raise ResidualError("gauss_newton needs real parameters, and some are complex")
+        self._prepare(material)
+        live = [p for p, may in zip(material.parameters, material.movable, strict=True) if may]
+        if not live:
+            raise ResidualError("no parameter may be moved")
+        before = weights.clone(live)
+        spent = _Spent()
+        try:
+            with isolated(material.model, "training" if material.exact else "quiet") as isolation:
+
+                def at(x: Tensor, *, graph: bool) -> Point:
+                    _put(live, x)
+                    isolation.begin()
+                    spent.forward()
+                    return self._at(material, graph=graph)
+
+                walk, first = self._walk(_flat(live), at, spent)
+            end = [t.clone() for t in _split(walk.x, live)]
+        finally:
+            weights.copy_(live, before)
+        return self._move(material, walk, first, end, spent)
+
+    def _prepare(self, material: Material) -> None:
+        """A linearizer of the weights that may be moved now."""
+        if self._movable != material.movable:
+            if self._movable:
+                self.overwritten()
+            self._linearizer, self._movable = None, list(material.movable)
+        if self._linearizer is None:
+            movable = [p for p, may in zip(material.parameters, material.movable, strict=True) if may]
+            c = self.config
+            self._linearizer = Linearizer(movable, chunk_rows=c.chunk_rows, memory_mb=c.memory_mb)
+
+    def _at(self, material: Material, *, graph: bool) -> Point:
+        """Residuals at the model's weights; falls back on grad mode where they differentiate inside."""
+        if not graph and not self._needs_graph:
+            try:
+                with torch.no_grad():
+                    return self._problem.at(material.model, material.batch)
+            except RuntimeError as error:
+                if "does not require grad" not in str(error):
+                    raise
+                self._needs_graph = True
+        with torch.enable_grad():
+            return self._problem.at(material.model, material.batch)
+
+    def _walk(self, x: Tensor, at: Callable[..., Point], spent: _Spent) -> tuple[_Walk, float]:
+        """Moves from x, or from the best weights known where these are better; returns the loss at x as well."""
+        walk, first = self._start(x, at)
+        if not math.isfinite(walk.point.loss):
+            raise ArithmeticError("the loss of the residuals is not finite")
+        errors: list[float] = []
+        for number in range(self.config.linearizations):
+            if not self._step(walk, at, spent, errors, check=number == 0):
+                break
+        if errors:
+            self.linearity = sum(errors) / len(errors)
+        return walk, first
+
+    def _start(self, x: Tensor, at: Callable[..., Point]) -> tuple[_Walk, float]:
+        """Where the chain begins, and the loss at x; a graph is of the weights that were evaluated last."""
+        home = None if self._best is None else torch.cat([t.reshape(-1) for t in self._best]).to(x)
+        if home is not None and not torch.equal(home, x):
+            first = at(x, graph=False).loss
+            if self._best_loss < first:
+                there = at(home, graph=True)
+                if there.loss < first:
+                    return _Walk(home, there), first
+        point = at(x, graph=True)
+        return _Walk(x, point), point.loss
+
+    def _step(self, walk: _Walk, at: Callable[..., Point], spent: _Spent, errors: list[float], *, check: bool) -> bool:
+        """Linearise, and move as far as the linear model holds; False where no damping lowers the loss."""
+        assert self._linearizer is not None
+        A = self._linearizer.jacobian(walk.point.outputs, walk.point.cotangents, check=check)
+        c = self.config
+        form = c.form if c.form != "auto" else form_for(
+            A.num_rows, A.num_weights, largest=c.largest_matrix, memory_mb=c.memory_mb
+        )  # fmt: skip
+        model = Linearized(A, form, rank=c.cg_rank, max_iterations=c.cg_iterations, seed=self._seed)
+        found, believed = None, self.damping
+        for _ in range(MAX_TRIES if model.scale > 0 else 0):
+            found = self._tried(walk, model, at, errors)
+            if found is not None or self.damping >= MOST:
+                break
+        spent.linearized(model, len(walk.point.cotangents) + check)
+        if found is None:
+            self.damping = believed  # nothing helps here, whatever the damping
+            return False
+        walk.x, walk.point = found
+        self.num_moves += 1
+        return True
+
+    def _tried(
+        self, walk: _Walk, model: Linearized, at: Callable[..., Point], errors: list[float]
+    ) -> tuple[Tensor, Point] | None:
+        """One damping: where it leads if that lowers the loss; the damping is set for what comes next."""
+        damping, before = self.damping * model.scale, walk.point
+        try:
+            d = model.move(before.rho, damping, self.config.filter)
+        except ArithmeticError:
+            self.damping = min(max(self.damping * RAISE, LEAST), MOST)
+            return None
+        bent = walk.x + d
+        change = model.A.jvp(d)
+        linear = before.rho + change
+        predicted = before.loss - _half(before.rho) + _half(linear)
+        expected = before.loss - predicted
+        if not math.isfinite(expected) or not bool(torch.isfinite(d).all()):
+            self.damping = min(self.damping * RAISE, MOST)
+            return None
+        with_correction = self.config.second_order
+        point = at(bent, graph=not with_correction)
+        errors_here = math.nan
+        best, x = point, bent
+        if with_correction and math.isfinite(point.loss):
+            moved = point.outputs.detach().to(change.dtype) - before.outputs.detach().to(change.dtype)
+            missing = before.folded(moved) - change
+            errors_here = float(missing.norm() / change.norm().clamp(min=torch.finfo(change.dtype).tiny))
+            correction = model.move(missing, damping, self.config.filter)
+            if float(correction.norm()) <= MAX_BEND / 2 * float(d.norm()):
+                bent = walk.x + d + correction
+                corrected = at(bent, graph=True)
+                if corrected.loss < point.loss:
+                    best, x = corrected, bent
+        gain = before.loss - best.loss
+        if not gain > 0:
+            self.damping = min(self.damping * RAISE, MOST)
+            return None
+        if not best.outputs.requires_grad:
+            best = at(x, graph=True)
+        errors.append(errors_here)
+        walk.predicted += max(expected, 0.0)
+        walk.time += 1 / max(damping, torch.finfo(torch.float64).tiny)
+        factor = LOWER if gain >= POOR * expected else HOLD
+        self.damping = max(self.damping * (LOWER_LINEAR if errors_here < LINEAR else factor), LEAST)
+        return x, best
+
+    def _move(self, material: Material, walk: _Walk, first: float, end: list[Tensor], spent: _Spent) -> Move:
+        """What is proposed."""
+        wide = weights.accumulate_dtype(material.parameters[0].device)
+        ends = iter(end)
+        delta = []
+        for p, may in zip(material.parameters, self._movable, strict=True):
+            to = next(ends) if may else None
+            delta.append(torch.zeros_like(p) if to is None else to.to(wide) - p.detach().to(wide))
+        self._proposed = first, end
+        rate = self._rate()
+        steps = walk.time / rate if rate > 0 else walk.time
+        horizon = int(min(max(steps, 1.0), self._longest))
+        prediction = PhasePrediction(
+            coefficients=torch.ones(1, 1, dtype=torch.float64),
+            horizon=horizon,
+            predicted_loss=walk.point.loss,
+            loss_trajectory=((horizon, walk.point.loss),),
+            predicted_reduction=0.0,
+            max_scale=1.0,
+        )
+        return Move(
+            prediction=prediction, delta=delta, num_forward=spent.forwards, num_backward=spent.backwards,
+            num_matrix_forwards=spent.matrix_forwards,
+        )  # fmt: skip
+
+    # ---- what becomes of them ----------------------------------------------------------------------------
+
+    def note_verdict(self, verdict: Verdict) -> None:
+        """Remember weights that could not be improved on: real steps from there may only make them worse.
+
+        Raises:
+            ResidualError: the run's loss is another one than that of the residuals.
+        """
+        proposed, self._proposed = self._proposed, None
+        if proposed is None:
+            return
+        first, end = proposed
+        before = verdict.loss_before
+        known, self._compared = self._compared, True  # later losses may be small enough to differ by rounding
+        if not known and math.isfinite(before) and abs(before - first) > SAME_LOSS * max(abs(before), abs(first)):
+            self._mismatch = (
+                f"the mean square of residual_fn is {first:.6g}, and the loss is {before:.6g}: they must be the same"
+            )
+            raise ResidualError(self._mismatch)
+        loss = verdict.loss_after if verdict.accepted else verdict.loss_before
+        if math.isfinite(loss) and loss <= self._best_loss:
+            self._best_loss = loss
+            self._best = end if verdict.accepted else self._best
+
+    @property
+    def knows_better(self) -> bool:
+        """Whether there are weights to come back to."""
+        return self._best is not None
+
+    def overwritten(self) -> None:
+        """Weights from before are of no use any more."""
+        self._best, self._best_loss = None, math.inf
+
+    @property
+    def regime(self) -> str:
+        """Lazy, where the linear model holds over the moves that are made; else feature learning."""
+        if math.isnan(self.linearity):
+            return "unknown"
+        return "lazy" if self.linearity < LAZY else "feature learning"
+
+    # ---- state -------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> StateDict:
+        """Damping, and the best weights."""
+        return {
+            "damping": self.damping, "linearity": self.linearity, "num_moves": self.num_moves,
+            "best": None if self._best is None else [t.clone() for t in self._best], "best_loss": self._best_loss,
+            "movable": list(self._movable), "needs_graph": self._needs_graph, "compared": self._compared,
+            "mismatch": self._mismatch,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: StateDict) -> None:
+        """Inverse of :meth:`state_dict`."""
+        self.damping, self.linearity = state["damping"], state["linearity"]
+        self.num_moves, self._best_loss = state["num_moves"], state["best_loss"]
+        self._best = None if state["best"] is None else [t.clone() for t in state["best"]]
+        self._movable = [bool(v) for v in state["movable"]]
+        self._needs_graph, self._compared = state["needs_graph"], state["compared"]
+        self._mismatch = state["mismatch"]
+        self._linearizer, self._proposed = None, None
+
+
+def _half(v: Tensor) -> float:
+    return 0.5 * float(v @ v)
+
+
+def _flat(tensors: list[Tensor]) -> Tensor:
+    """(P,) in the widest type."""
+    return torch.cat([t.detach().reshape(-1).to(weights.accumulate_dtype(t.device)) for t in tensors])
+
+
+def _split(x: Tensor, like: list[Tensor]) -> list[Tensor]:
+    parts = x.split([t.numel() for t in like])
+    return [part.view(t.shape).to(t.dtype) for part, t in zip(parts, like, strict=True)]
+
+
+@torch.no_grad()
+def _put(live: list[Tensor], x: Tensor) -> None:
+    weights.copy_(live, _split(x, live))

@@ -1,0 +1,145 @@
+"""The move that training of the linearised model leads to, by whichever of three forms is the smallest.
+
+See :mod:`...numerics.closed_form` for the formulas.
+
+Letters: ``R`` residuals, ``P`` weights.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ...numerics.closed_form import Damped, Nystroem, Spectrum, conjugate_gradients
+from .jacobian import Jacobian
+
+Form = Literal["kernel", "weight", "cg"]
+Filter = Literal["damped", "flow"]
+
+#: Relative residual at which conjugate gradients stop.
+CG_TOLERANCE = 1e-10
+
+
+def form_for(num_rows: int, num_weights: int, *, largest: int, memory_mb: float) -> Form:
+    """Kernel or weight form, whichever is smaller; conjugate gradients where neither fits.
+
+    Args:
+        num_rows: R.
+        num_weights: P.
+        largest: Side of a matrix that is still factorised.
+        memory_mb: For the matrix and its factor.
+    """
+    smaller = min(num_rows, num_weights)
+    needed = 8 * 3 * smaller**2 / 2**20  # the matrix, its damped copy and its factor
+    if smaller > largest or needed > memory_mb:
+        return "cg"
+    return "kernel" if num_rows <= num_weights else "weight"
+
+
+class Linearized:
+    """A linearised model: moves for any damping or time, and for other residuals than its own.
+
+    Attributes:
+        form: How they are solved for.
+        scale: Mean eigenvalue of the smaller of A A' and A'A: what dampings are relative to.
+        num_products: Products with A or A' that were spent beside factorisations.
+    """
+
+    def __init__(self, A: Jacobian, form: Form, *, rank: int, max_iterations: int, seed: int) -> None:
+        """Form the matrix, if there is one.
+
+        Args:
+            A: (R, P).
+            form: See :func:`form_for`.
+            rank: Of the preconditioner of conjugate gradients.
+            max_iterations: Of conjugate gradients.
+            seed: Of the preconditioner's test matrix.
+
+        Raises:
+            ArithmeticError: the Jacobian is not finite.
+        """
+        self.A, self.form = A, form
+        self._rank, self._max_iterations, self._seed = rank, max_iterations, seed
+        self.num_products = 0
+        self._kernel = form == "kernel" or (form == "cg" and A.num_rows <= A.num_weights)
+        self._M: Tensor | None = None
+        if form != "cg":
+            self._M = A.gram() if form == "kernel" else A.normal()
+            trace = float(self._M.diagonal().sum())
+        else:
+            trace = A.squared_norm()
+        self.scale = trace / max(min(A.num_rows, A.num_weights), 1)
+        if not math.isfinite(self.scale):
+            raise ArithmeticError("the Jacobian is not finite")
+        self._factor: Damped | None = None
+        self._damping = math.nan
+        self._spectrum: Spectrum | None = None
+        self._nystroem: Nystroem | None = None
+
+    def move(self, rho: Tensor, damping: float, kind: Filter = "damped") -> Tensor:
+        """d (P,) for residuals rho (R,).
+
+        Args:
+            rho: At the point of linearisation, or a correction of them.
+            damping: Absolute; the flow's time is its inverse, and 0 leads to the least-squares solution.
+            kind: Which filter.
+
+        Raises:
+            ArithmeticError: the damped matrix is not positive definite, or conjugate gradients break down.
+        """
+        if kind == "flow" or damping == 0:
+            return self._flow(rho, math.inf if damping == 0 else 1 / damping)
+        if self._M is None:
+            return self._iterated(rho, damping)
+        if self._factor is None or damping != self._damping:
+            self._factor, self._damping = Damped(self._M, damping), damping
+        self.num_products += 1
+        if self._kernel:
+            return -self.A.vjp(self._factor.solve(rho))
+        return -self._factor.solve(self.A.vjp(rho))
+
+    def _flow(self, rho: Tensor, t: float) -> Tensor:
+        spectrum = self.spectrum
+        self.num_products += 1
+        if self._kernel:
+            return -self.A.vjp(spectrum.apply(t, rho))
+        return -spectrum.apply(t, self.A.vjp(rho))
+
+    @property
+    def spectrum(self) -> Spectrum:
+        """Of A A' or A'A, whichever was formed.
+
+        Raises:
+            ArithmeticError: there is none, conjugate gradients never form it; or the iteration does not converge.
+        """
+        if self._M is None:
+            raise ArithmeticError("conjugate gradients know the damped limit only: set filter = damped")
+        if self._spectrum is None:
+            try:
+                self._spectrum = Spectrum(self._M)
+            except RuntimeError as error:
+                raise ArithmeticError(str(error)) from error
+        return self._spectrum
+
+    def _iterated(self, rho: Tensor, damping: float) -> Tensor:
+        """By conjugate gradients in the smaller of the two spaces."""
+        A = self.A
+
+        def plain(v: Tensor) -> Tensor:
+            return A.jvp(A.vjp(v)) if self._kernel else A.vjp(A.jvp(v))
+
+        b = rho if self._kernel else A.vjp(rho)
+        if self._nystroem is None:
+            generator = torch.Generator().manual_seed(self._seed)
+            self._nystroem = Nystroem(plain, b, self._rank, generator)
+            self.num_products += 2 * self._rank
+        nystroem = self._nystroem
+        x, spent = conjugate_gradients(
+            lambda v: plain(v) + damping * v, b, lambda v: nystroem.precondition(v, damping),
+            tolerance=CG_TOLERANCE, max_iterations=self._max_iterations,
+        )  # fmt: skip
+        self.num_products += 2 * spent + 1
+        return -A.vjp(x) if self._kernel else -x
