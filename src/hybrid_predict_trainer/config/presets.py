@@ -17,6 +17,13 @@ EPOCHS: Mapping[str, Any] = {
     "gate.significance": 0.5, "gate.holdout_fraction": 0.0, "gate.min_persistence": 0.5,
 }  # fmt: skip
 
+#: What comes with a source of closed-form moves: few real steps, and no budget that would stop it.
+CLOSED_FORM: Mapping[str, Any] = {
+    "predictor.type": "gauss_newton", "predictor.window": 1, "training.warmup_steps": 20,
+    "training.correct_steps": 0, "training.confidence_threshold": 0.0, "gate.overhead_budget_exact": 1.0,
+    "gate.holdout_fraction": 0.0, "gate.max_backoff": 1,
+}  # fmt: skip
+
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     # by size of the model (methodology document, section "Presets")
     "small": {
@@ -36,12 +43,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "predictor.type": "quasi_newton", "predictor.window": 1, "training.warmup_steps": 20,
         "training.correct_steps": 0, "training.confidence_threshold": 0.0, "gate.overhead_budget_exact": 1.0,
         "gate.holdout_fraction": 0.02, "gate.max_backoff": 64,
-    },
-    # the same with residuals at hand: chains of closed-form moves, few real steps, no budget that would stop them
-    "gauss_newton": {
-        "predictor.type": "gauss_newton", "predictor.window": 1, "training.warmup_steps": 20,
-        "training.correct_steps": 0, "training.confidence_threshold": 0.0, "gate.overhead_budget_exact": 1.0,
-        "gate.holdout_fraction": 0.0, "gate.max_backoff": 1,
     },
     "epochs": EPOCHS,
     # Adam's steps have the same length whatever the gradient, so they oscillate, and damping helps; SGD with momentum

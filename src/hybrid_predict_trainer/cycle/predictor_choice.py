@@ -11,7 +11,7 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..config.presets import PRESETS
+from ..config import presets
 from ..config.settings import AUTO, CLOSED_FORM, EXACT, NOISY, SOURCES, HybridTrainerConfig
 from ..config.toml import valid_keys, with_values
 from ..keep.failures import Failures, Place
@@ -48,7 +48,7 @@ def _value(config: HybridTrainerConfig, path: tuple[str, ...]) -> Any:
 
 
 #: Whose settings come with a predictor, as far as the user left them at their defaults.
-PRESET_OF = {EXACT: "full_batch", CLOSED_FORM: "gauss_newton"}
+COMES_WITH = {EXACT: presets.PRESETS["full_batch"], CLOSED_FORM: presets.CLOSED_FORM}
 
 
 def settled(config: HybridTrainerConfig) -> HybridTrainerConfig:
@@ -68,9 +68,9 @@ def settings_for(config: HybridTrainerConfig, name: str) -> HybridTrainerConfig:
         name: ``NOISY`` or ``EXACT``; the latter takes along what preset ``full_batch`` sets and the user did not.
     """
     chosen: dict[str, Any] = {"predictor.type": name}
-    if name in PRESET_OF:
+    if name in COMES_WITH:
         keys, defaults = valid_keys(), HybridTrainerConfig()
-        for key, value in PRESETS[PRESET_OF[name]].items():
+        for key, value in COMES_WITH[name].items():
             if key != "predictor.type" and _value(config, keys[key]) == _value(defaults, keys[key]):
                 chosen[key] = value
     return with_values(config, chosen)

@@ -30,7 +30,6 @@ class Proposer:
         correction: Of the last proposal, for the record.
         refused: A proposal was refused since the last window.
         num_windows_since_proposal: Windows closed since the last proposal.
-        num_in_chain: Proposals since the last real step.
     """
 
     def __init__(self, settings: HybridTrainerConfig, failures: Failures, *, chooses: bool) -> None:
@@ -43,8 +42,6 @@ class Proposer:
         self.horizon = 1
         self._least = self._most = 1  # horizons
         self._longest_chain = 1 << 30
-        self.num_in_chain = 0
-        self.owed = False
         self.confidence = 0.5
         self.segment: Segment | None = None
         self.correction: Correction | None = None
@@ -85,29 +82,21 @@ class Proposer:
     def goes_on(self) -> bool:
         """Whether a source may propose again right after a proposal of its own."""
         source = self.source
-        return source is not None and not self.refused and self.num_in_chain < min(source.chain, self._longest_chain)
-
-    @property
-    def owes(self) -> bool:
-        """Whether a real step has left weights that a source would lead back to: a run does not end there."""
-        source = self.source
-        return source is not None and self.num_in_chain == 0 and not self.owed and source.knows_better
-
-    def note_owed(self, owed: bool) -> None:
-        """A run goes on for the proposal that it owes, once."""
-        self.owed = owed
+        return source is not None and not self.refused and source.num_in_chain < min(source.chain, self._longest_chain)
 
     # ---- what happens --------------------------------------------------------------------------------
 
     def count_proposal(self) -> None:
         """A proposal is being made."""
         self.num_windows_since_proposal = 0
-        self.num_in_chain += 1
+        if self.source is not None:
+            self.source.note_proposal()
 
     def window_closed(self) -> None:
         """A window was closed, and tells of the refusals before it."""
         self.refused = False
-        self.num_in_chain = 0
+        if self.source is not None:
+            self.source.note_real_step()
         self.num_windows_since_proposal += 1
 
     def state_confidence(self, confidence: float) -> None:
@@ -162,7 +151,7 @@ class Proposer:
 
     # ---- state -----------------------------------------------------------------------------------------
 
-    _NUMBERS = ("horizon", "confidence", "refused", "num_windows_since_proposal", "num_in_chain")
+    _NUMBERS = ("horizon", "confidence", "refused", "num_windows_since_proposal")
 
     def state_dict(self) -> StateDict:
         """Plain containers; the predictor's own state is saved beside it."""

@@ -57,11 +57,31 @@ class Source:
         name: As in ``predictor.type``.
         spec: As little as there can be: windows tell it nothing.
         chain: Proposals that may follow one another without a real step between them.
+        num_in_chain: Proposals since the last real step.
     """
 
     name: str
     spec: BasisSpec
     chain: int
+    num_in_chain = 0
+    _asked = False  # a run that might have ended went on for what it owes
+
+    def note_proposal(self) -> None:
+        """It is about to propose."""
+        self.num_in_chain += 1
+
+    def note_real_step(self) -> None:
+        """A real step has moved the weights."""
+        self.num_in_chain, self._asked = 0, False
+
+    def note_asked(self) -> None:
+        """A run that might have ended goes on for the proposal that it owes, once."""
+        self._asked = True
+
+    @property
+    def owes(self) -> bool:
+        """Whether a real step has left weights that a proposal would lead back to: a run does not end there."""
+        return self.num_in_chain == 0 and not self._asked and self.knows_better
 
     def propose(self, material: Material) -> Move:
         """A move from the present weights, which are as before when this returns or raises."""

@@ -374,7 +374,7 @@ class GaussNewton(Source):
             "damping": self.damping, "linearity": self.linearity, "num_moves": self.num_moves,
             "best": None if self._best is None else [t.clone() for t in self._best], "best_loss": self._best_loss,
             "movable": list(self._movable), "needs_graph": self._needs_graph, "compared": self._compared,
-            "mismatch": self._mismatch,
+            "mismatch": self._mismatch, "num_in_chain": self.num_in_chain,
         }  # fmt: skip
 
     def load_state_dict(self, state: StateDict) -> None:
@@ -384,7 +384,7 @@ class GaussNewton(Source):
         self._best = None if state["best"] is None else [t.clone() for t in state["best"]]
         self._movable = [bool(v) for v in state["movable"]]
         self._needs_graph, self._compared = state["needs_graph"], state["compared"]
-        self._mismatch = state["mismatch"]
+        self._mismatch, self.num_in_chain = state["mismatch"], state["num_in_chain"]
         self._linearizer, self._proposed = None, None
 
 

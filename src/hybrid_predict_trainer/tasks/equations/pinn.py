@@ -19,7 +19,7 @@ from ..base import (
     seeded_model,
     torch_dtype,
 )
-from .mlp import TanhMLP
+from .mlp import TanhMLP, jet_channels
 from .problems import PROBLEMS
 
 DEFAULTS: dict[str, TaskDefaults] = {
@@ -84,6 +84,20 @@ class PinnTask:
         interior, edge = jet[:, : len(batch)], jet[:, len(batch) :]
         inside = self.problem.residual(batch, interior).square().mean()
         return inside + self.problem.edge_residual(self._edge, edge).square().mean()
+
+    def residual_fn(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return residuals (R,) whose mean square is the loss, each of one point of its own."""
+        assert isinstance(batch, Tensor)
+        edge, count = self._edge, len(batch)
+        channels = len(jet_channels(self.problem.orders))
+        shape = self.problem.edge_residual(edge, torch.zeros(channels, len(edge), dtype=edge.dtype)).shape
+        kinds = shape[0] if len(shape) == 2 else 1
+        jet: Tensor = model(torch.cat([batch, *[edge] * kinds]))
+        inside = self.problem.residual(batch, jet[:, :count])
+        parts = [self.problem.edge_residual(edge, part) for part in jet[:, count:].split(len(edge), dim=1)]
+        outside = torch.cat([part.reshape(kinds, -1)[k] for k, part in enumerate(parts)])
+        total = count + len(outside)
+        return torch.cat([inside * (total / count) ** 0.5, outside * (total / len(outside)) ** 0.5])
 
     def evaluate(self, model: nn.Module) -> float:
         """Return the same loss on denser points that are not trained on."""

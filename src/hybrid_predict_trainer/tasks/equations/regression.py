@@ -83,6 +83,20 @@ class RegressionTask:
         prediction: Tensor = model(points)[0]
         return nn.functional.mse_loss(prediction, values)
 
+    def residual_fn(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return residuals (R,) whose mean square is the loss."""
+        assert isinstance(batch, tuple)
+        points, values = batch
+        residuals: Tensor = model(points)[0] - values
+        return residuals
+
+    def solution_error(self, model: nn.Module) -> float:
+        """Return |prediction - surface| / |surface| (L2 over the held-out points)."""
+        points, values = self._valid
+        with torch.no_grad():
+            difference: Tensor = model(points)[0] - values
+            return float(difference.double().norm() / values.double().norm())
+
     def evaluate(self, model: nn.Module) -> float:
         """Return the mean squared error on held-out points."""
         return mean_loss(self.loss_fn, model, [(self._valid, 1)])

@@ -1,0 +1,159 @@
+"""Final loss and error at equal CPU time, on full-batch tasks: ours beside what experts use.
+
+    python -m hybrid_predict_trainer.experiments.bench.clock --tasks pinn-poisson,regression --seconds 5 --seeds 0,1
+
+All methods have the same weights, the same points, one thread and the same CPU time of this process (``process_time``,
+so that a busy machine slows all of them alike); they take turns, seed by seed, in one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...config.settings import HybridTrainerConfig
+from ...config.toml import preset_config, with_values
+from ...tasks import TaskSettings, make_task
+from ...trainer import HybridTrainer
+from ..baselines.second_order import FIRST_RATE, Flat, dense, levenberg_marquardt, limited
+
+TASKS = ("pinn-poisson", "oscillator", "regression", "pinn-burgers")
+#: Steps that no run reaches: it ends by its time.
+ENDLESS = 10_000_000
+
+Method = Callable[[Any, torch.nn.Module, Any, float], None]
+
+
+def _ours(predictor: str) -> Method:
+    def train(task: Any, model: torch.nn.Module, batch: Any, seconds: float) -> None:
+        config = HybridTrainerConfig()
+        config = preset_config("full_batch") if predictor == "quasi_newton" else config
+        config = with_values(config, {"predictor.type": predictor})
+        started = time.process_time()
+        optimizer = torch.optim.Adam(model.parameters(), FIRST_RATE)
+
+        def share() -> float:
+            return max(0.0, 1 - (time.process_time() - started) / seconds)
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: share())
+        trainer = HybridTrainer(
+            model, optimizer, config, loss_fn=task.loss_fn, lr_scheduler=schedule, residual_fn=task.residual_fn
+        )
+        trainer.fit(itertools.repeat(batch), total_steps=ENDLESS, should_stop=lambda: share() <= 0)
+
+    return train
+
+
+def _flat(make: Callable[[Any, Flat], Iterator[float]]) -> Method:
+    def train(task: Any, model: torch.nn.Module, batch: Any, seconds: float) -> None:
+        started = time.process_time()
+        for _ in make(task, Flat(model, task.loss_fn, batch)):
+            if time.process_time() - started > seconds:
+                return
+
+    return train
+
+
+def _first_order(build: Callable[[Any], torch.optim.Optimizer]) -> Method:
+    def train(task: Any, model: torch.nn.Module, batch: Any, seconds: float) -> None:
+        started, optimizer = time.process_time(), build(model.parameters())
+        while (left := 1 - (time.process_time() - started) / seconds) > 0:
+            for group in optimizer.param_groups:
+                group["lr"] = FIRST_RATE * left
+            optimizer.zero_grad()
+            task.loss_fn(model, batch).backward()
+            optimizer.step()
+
+    return train
+
+
+def _soap(parameters: Any) -> torch.optim.Optimizer:
+    from pytorch_optimizer import SOAP
+
+    found: torch.optim.Optimizer = SOAP(
+        parameters, lr=FIRST_RATE, betas=(0.95, 0.95), weight_decay=0.0, precondition_frequency=10
+    )
+    return found
+
+
+METHODS: dict[str, Method] = {
+    "gauss_newton": _ours("gauss_newton"),
+    "quasi_newton": _ours("quasi_newton"),
+    "lm": _flat(lambda task, flat: levenberg_marquardt(flat, task.residual_fn)),
+    "ssbroyden": _flat(lambda task, flat: dense(flat, "ssbroyden")),
+    "ssbfgs": _flat(lambda task, flat: dense(flat, "ssbfgs")),
+    "lean-lbfgs": _flat(lambda task, flat: limited(flat, 400)),
+    "soap": _first_order(_soap),
+    "adam": _first_order(lambda parameters: torch.optim.Adam(parameters)),
+}
+
+
+def run(task: Any, method: str, seed: int, seconds: float) -> dict[str, Any]:
+    """Train from one seed for so much CPU time; loss on the training points, error against the true solution."""
+    model = task.build_model(seed)
+    batch = next(iter(task.batches(seed)))
+    started, wall = time.process_time(), time.perf_counter()
+    METHODS[method](task, model, batch, seconds)
+    spent, wall = time.process_time() - started, time.perf_counter() - wall
+    with torch.no_grad():
+        loss = float(task.loss_fn(model, batch))
+    return {"method": method, "seed": seed, "cpu_s": spent, "wall_s": wall, "loss": loss,
+            "error": task.solution_error(model)}  # fmt: skip
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Medians over seeds, a line per task, dtype and method, best loss first."""
+    lines = []
+    cells = itertools.groupby(rows, key=lambda r: (r["task"], r["dtype"]))
+    for (task, dtype), cell in cells:
+        by_method: dict[str, list[dict[str, Any]]] = {}
+        for row in cell:
+            by_method.setdefault(row["method"], []).append(row)
+        medians = {m: statistics.median(r["loss"] for r in found) for m, found in by_method.items()}
+        for m in sorted(medians, key=lambda m: medians[m] if math.isfinite(medians[m]) else math.inf):
+            found = by_method[m]
+            error, cpu = (statistics.median(r[k] for r in found) for k in ("error", "cpu_s"))
+            lines.append(f"{task:13s} {dtype} {m:13s} loss {medians[m]:.1e}  rel. error {error:.1e}  CPU {cpu:.1f} s"
+                         f"  n = {len(found)}")  # fmt: skip
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and print; rows as JSON lines with ``--out``."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", default=",".join(TASKS))
+    parser.add_argument("--dtypes", default="float64,float32")
+    parser.add_argument("--methods", default="gauss_newton,quasi_newton,lm,ssbroyden,lean-lbfgs")
+    parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--out")
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    methods, rows = args.methods.split(","), []
+    for name, dtype in itertools.product(args.tasks.split(","), args.dtypes.split(",")):
+        task: Any = make_task(name, TaskSettings(dtype=dtype))
+        for method in methods:  # what the first step of a kind takes is nobody's
+            run(task, method, 1_000, 0.3)
+        for seed in args.seeds.split(","):
+            for method in methods:
+                row = {"task": name, "dtype": dtype, **run(task, method, int(seed), args.seconds)}
+                rows.append(row)
+                if args.out:
+                    with Path(args.out).open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(row) + "\n")
+        print(table([r for r in rows if (r["task"], r["dtype"]) == (name, dtype)]), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
