@@ -131,6 +131,7 @@ class Step:
     along: float
 
 
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")  # what overflows is no curvature, and is left out
 def step_of(products: Products, log_tau: Tensor, num_pairs: int, num_places: int) -> Step:
     """The step of the pairs in memory.
 
