@@ -40,7 +40,7 @@ from .names import PRIORS
 #: Command -> the module beside this one whose ``run`` it calls.
 COMMANDS = {
     "train": ".train", "compare": ".compare", "inspect": ".inspect", "report": ".report", "forecast": ".forecast",
-    "bench": ".bench",
+    "validate": ".validate", "bench": ".bench",
 }  # fmt: skip
 
 DESCRIPTION = """\
@@ -116,6 +116,12 @@ def build_parser() -> argparse.ArgumentParser:
         "hpt forecast log.csv --schedule cosine:warmup=2000,final=0.1 --steps 24000",
         usage="%(prog)s RUN [OPTIONS]",
     ))  # fmt: skip
+    _add_validate(command(
+        "validate", "experiments on whether training can be predicted at all",
+        "Runs the experiments of the validation protocol and holds every criterion against its bar\n"
+        "and against a control in which there is nothing to find.  Finished seeds are kept in --out.",
+        "hpt validate --scale tiny --seeds 2", "hpt validate --experiment 2 --seeds 5",
+    ))  # fmt: skip
     bench_arguments.add_commands(command(
         "bench", "the measurements behind the figures in the documents",
         "Runs one of the measurements that the figures in docs/benchmarks.md come from.",
@@ -166,6 +172,23 @@ def _add_forecast(forecast: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     for kind in ("loss", "rate", "step"):
         forecast.add_argument(f"--{kind}-column", metavar="NAME", help=f"column of the {kind} (default by its name)")
+
+
+def _add_validate(validate: argparse.ArgumentParser) -> None:
+    validate.add_argument(
+        "--experiment", type=number(int, 1, 2), action="append", metavar="N",
+        help="1: structure of gradients, 2: prediction of the loss; may be repeated (default both)",
+    )  # fmt: skip
+    validate.add_argument(
+        "--scale", choices=["tiny", "small", "100m"], default="tiny", help="size of model and run (default tiny)"
+    )
+    validate.add_argument("--seeds", type=number(int, 1, 1000), default=2, metavar="N", help="runs (default 2)")
+    validate.add_argument(
+        "--out", type=Path, default=Path("results") / "validation", metavar="DIR",
+        help="folder of the results (default results/validation)",
+    )  # fmt: skip
+    validate.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables for a document")
+    validate.add_argument("--threads", type=whole, metavar="N", help="of the processor (default all)")
 
 
 # ---- entry point ------------------------------------------------------------------------------------------

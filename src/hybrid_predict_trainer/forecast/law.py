@@ -39,6 +39,8 @@ SHAPE = (DECAY, GAIN, SPEED, TAIL, RATE_POWER, GAIN_DECAY, TRANSIENT)
 
 #: Progress at which scale and gain are told, and after how much of it a drop's gain is.
 REFERENCE, SETTLED = 1e4, 5e3
+#: Bound of logarithms on the way of a fit: a step of it may try anything.
+LARGEST = 3.0
 #: Groups that the drops of a schedule are gathered into.
 MAX_DROPS = 96
 #: Share of a run that is left out at its start, however short the warm-up: the law is one of what follows.
@@ -137,12 +139,12 @@ def losses(theta: Array, plan: Plan, steps: Array, start: float) -> Array:
     """
     progress = np.maximum(plan.at(steps), 1e-9)
     x = progress / REFERENCE
-    decay, scale = math.exp(theta[DECAY]), math.exp(theta[SCALE])
+    decay, scale = math.exp(min(theta[DECAY], LARGEST)), math.exp(min(theta[SCALE], 30 * LARGEST))
     found: Array = theta[FLOOR] + scale * x**-decay + theta[TRANSIENT] * (progress / start) ** -2
     if len(plan.drops_at):
         sizes = plan.before ** theta[RATE_POWER] - plan.after ** theta[RATE_POWER]
-        gain = math.exp(theta[GAIN] + theta[DECAY] + theta[SCALE])
-        found = found - gain * x ** -theta[GAIN_DECAY] * (settled(theta, plan, progress) @ sizes)
+        gain = math.exp(min(theta[GAIN] + theta[DECAY] + theta[SCALE], 30 * LARGEST))
+        found = found - gain * x ** -min(theta[GAIN_DECAY], LARGEST) * (settled(theta, plan, progress) @ sizes)
     return found
 
 

@@ -73,6 +73,11 @@ def leave_family_out(runs: Sequence[Run], shares: Sequence[float] = SHARES, wide
     return found
 
 
+def with_prior(runs: Sequence[Run], prior: Prior, shares: Sequence[float] = SHARES) -> list[Score]:
+    """Forecast every run at every share with one prior, which comes from elsewhere."""
+    return [score(run, share, prior) for run in runs for share in shares]
+
+
 def score(run: Run, share: float, prior: Prior) -> Score:
     """One forecast."""
     first = float(run.curve.steps[0])

@@ -1,0 +1,146 @@
+"""The experiments of the validation protocol: known answers, controls, and what a wrong folder is told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hybrid_predict_trainer.cli import main
+from hybrid_predict_trainer.experiments.validation import gradients, losses, program
+from hybrid_predict_trainer.experiments.validation.criteria import Criterion, over_seeds
+from hybrid_predict_trainer.experiments.validation.plain import Recorded, Scale, Sketch
+from hybrid_predict_trainer.forecast import planned_rates
+
+
+def quadratic(count: int = 200, width: int = 300) -> np.ndarray:
+    """Gradients of gradient descent on a quadratic: nothing is random."""
+    curvature = np.linspace(0.001, 0.1, width)
+    weights, found = np.ones(width), []
+    for _ in range(count):
+        found.append(curvature * weights)
+        weights = weights - 0.1 * found[-1]
+    return np.array(found)
+
+
+def steps_of_a_random_walk(count: int = 200, width: int = 300, seed: int = 0) -> np.ndarray:
+    return np.diff(gradients.random_walk(count + 1, width, seed), axis=0)
+
+
+def test_a_random_walk_is_noise_and_a_quadratic_predictable() -> None:
+    assert {gradients.verdict(steps_of_a_random_walk(seed=seed)) for seed in range(20)} == {"noise"}
+    assert gradients.verdict(quadratic()) == "predictable"
+    mixed = 0.3 * quadratic() / quadratic().std() + steps_of_a_random_walk()
+    assert gradients.verdict(mixed) == "partly predictable"
+
+
+def test_positions_of_a_random_walk_pass_the_bar_on_components() -> None:
+    """6 / pi^2 k^2 of the variance is in component k (Antognini & Sohl-Dickstein, 2018): 94 % in ten."""
+    assert gradients.component_share(gradients.random_walk(400, 2000), 10) == pytest.approx(0.942, abs=0.01)
+    assert gradients.component_share(gradients.random_walk(400, 2000), 1) == pytest.approx(0.608, abs=0.04)
+
+
+def test_momentum_alone_passes_the_bar_on_updates() -> None:
+    noise = steps_of_a_random_walk(300, 400)
+    found = {bar.name: bar for bar in gradients.criteria(noise, noise)}
+    bar = found["mean cosine of adjacent updates"]
+    assert bar.control == pytest.approx(0.9, abs=0.02)
+    assert bar.control_passes
+    assert not bar.passed
+
+
+def test_order_in_time_is_found_where_it_is() -> None:
+    assert gradients.order_p(quadratic(), 50) < 0.01
+    assert gradients.order_p(quadratic(), 1) < 0.01
+    p = [gradients.order_p(steps_of_a_random_walk(60, 100, seed), 10) for seed in range(40)]
+    assert np.mean(np.array(p) < 0.05) < 0.2
+
+
+def test_a_pass_that_the_control_shares_is_no_evidence() -> None:
+    bar = {"name": "x", "bar": 0.5, "sense": "above", "control_name": "noise"}
+    assert Criterion(**bar, value=0.9, control=0.1).verdict == "PASS"
+    assert "no evidence" in Criterion(**bar, value=0.9, control=0.6).verdict
+    assert Criterion(**bar, value=0.4, control=0.6).verdict == "FAIL"
+    assert Criterion(**bar, value=float("nan"), control=0.6).verdict == "FAIL"
+    (row,) = over_seeds([[Criterion(**bar, value=v, control=0.1).to_json()] for v in (0.4, 0.8)])
+    assert row["seeds_passed"] == 1
+    assert row["value"] == pytest.approx(0.6)
+    assert row["interval"][0] < 0.4
+
+
+def test_a_sketch_keeps_cosines() -> None:
+    import torch
+
+    sketch = Sketch(20_000, 4096, 0)
+    draw = torch.Generator().manual_seed(0)
+    one = torch.randn(20_000, generator=draw)
+    other = one + torch.randn(20_000, generator=draw)
+    a, b = sketch.of(one), sketch.of(other)
+    assert a @ b / np.linalg.norm(a) / np.linalg.norm(b) == pytest.approx(2**-0.5, abs=0.05)
+
+
+def run_of(noise: float, seed: int = 0) -> Recorded:
+    """A loss that follows a power law."""
+    steps = np.arange(1, 601)
+    loss = (2 + 3 * steps**-0.5) * np.exp(noise * np.random.default_rng(seed).normal(size=600))
+    walk = steps_of_a_random_walk(120, 64, seed)
+    return Recorded(loss, planned_rates("constant:warmup=10", 600), walk, walk, 0.01)
+
+
+def test_a_smooth_loss_is_told_better_by_the_law_than_by_its_average() -> None:
+    found = losses.measure(run_of(0.0).losses, run_of(0.0).rates)
+    assert found["predictors"]["law"]["mae_of_range"] < 0.1 * found["predictors"]["moving average"]["mae_of_range"]
+    assert found["predictors"]["law"]["r2"] > 0.9
+    assert losses.decision(found["predictors"]["law"]["r2"]) == "continue"
+
+
+def test_noise_fails_and_the_ceiling_says_why() -> None:
+    found = losses.measure(run_of(0.05).losses, run_of(0.05).rates)
+    assert found["predictors"]["law"]["r2"] < 0.5
+    assert found["r2_ceiling"] < 0.6
+    assert losses.decision(0.5) == "stop"
+    assert losses.decision(0.8) == "refine"
+
+
+def test_finished_seeds_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = []
+    monkeypatch.setitem(program.SCALES, "tiny", Scale(steps=600))
+    monkeypatch.setattr(program, "record", lambda scale, seed, tell: trained.append(seed) or run_of(0.01, seed))
+    first = program.validate((1, 2), "tiny", 2, tmp_path, lambda line: None)
+    assert trained == [0, 1]
+    assert list(first["experiments"]) == ["2", "1"]
+    (tmp_path / "experiment1-tiny-seed1.json").unlink()
+    again = program.validate((1, 2), "tiny", 2, tmp_path, lambda line: None)
+    assert trained == [0, 1, 1]
+    assert again["experiments"] == first["experiments"]
+    assert "FAIL" in program.text(again)
+    assert "| criterion |" in program.markdown(again)
+
+
+@pytest.mark.parametrize(("spoil", "said"), [
+    (lambda d: {**d, "format": 99}, "another version"), (lambda d: {**d, "criteria": 3}, "damaged"),
+    (lambda d: {**d, "config": {**d["config"], "steps": 1}}, "other sizes"),
+])  # fmt: skip
+def test_a_folder_of_another_version_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], spoil: object, said: str
+) -> None:
+    monkeypatch.setattr(program, "record", lambda scale, seed, tell: run_of(0.01, seed))
+    arguments = ["validate", "--experiment", "2", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    path = tmp_path / "experiment2-tiny-seed0.json"
+    path.write_text(json.dumps(spoil(json.loads(path.read_text()))))  # type: ignore[operator]
+    capsys.readouterr()
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert len(error.splitlines()) == 1
+
+
+def test_one_seed_and_a_torn_file_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["validate", "--seeds", "1", "--out", str(tmp_path)]) == 2
+    assert "at least 2" in capsys.readouterr().err
+    (tmp_path / "experiment2-tiny-seed0.json").write_text('{"format": 1, "crit')
+    assert main(["validate", "--experiment", "2", "--out", str(tmp_path)]) == 2
+    assert "not valid JSON" in capsys.readouterr().err
