@@ -479,8 +479,9 @@ def test_what_a_trainer_cannot_foretell() -> None:
         trainer.forecast()
     with pytest.raises(ConfigError, match="beyond"):
         trainer.forecast(10)
-    off = HybridTrainer(torch.nn.Linear(1, 1), torch.optim.SGD(torch.nn.Linear(1, 1).parameters(), lr=0.1),
-                        HybridTrainerConfig(enabled=False), loss_fn=loss_fn)  # fmt: skip
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    off = HybridTrainer(model, optimizer, HybridTrainerConfig(enabled=False), loss_fn=loss_fn)
     with pytest.raises(ConfigError, match="no losses are kept"):
         off.forecast(10)
 
