@@ -7,7 +7,7 @@ OUT ?= demo-results
 
 REGIMES := pinn epochs finetune lm lm-lowlr lm-muon
 
-.PHONY: coverage demo test frameworks test-oldest golden check bench regimes harm harm-quick clean help
+.PHONY: coverage demo test frameworks test-oldest golden check audit bench regimes harm harm-quick faults scenarios clean help
 
 help:
 	@echo "make demo   train a language model and a physics-informed network plainly and with predicted phases"
@@ -15,11 +15,14 @@ help:
 	@echo "make frameworks  the tests of adapters and trackers that need more than the development environment"
 	@echo "make test-oldest  the same with the oldest versions that are supported"
 	@echo "make golden AGAINST=path  short runs with the checkout there and with this one: the same to the last bit?"
-	@echo "make check  ruff, mypy, import order"
+	@echo "make check  ruff (its security rules too), mypy, import order, no secrets"
+	@echo "make audit  known faults of what is installed, and secrets; needs the network"
 	@echo "make coverage  how much of encoder, monitor, gate, phases, dynamics and bandit their tests run"
 	@echo "make bench  measure the overhead of a full step"
 	@echo "make harm-quick  is ordinary training never made worse?  The short set (two minutes)"
 	@echo "make harm  the same, all settings (an hour)"
+	@echo "make faults  crashes, damaged files, bad numbers: the table of docs/reliability.md (a quarter of an hour)"
+	@echo "make scenarios  10,000 random scenarios of use and misuse (an hour)"
 	@echo "make regimes  speed against tuned baselines and published methods, short version (an hour)"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -70,7 +73,13 @@ check: $(STAMP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/python -m pytest tests/test_imports.py
+	$(BIN)/python -m pytest tests/test_imports.py tests/test_secrets.py
+
+# Asks the network which versions have known faults, and looks for secrets with more patterns than the tests have.
+audit: $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable ".[audit]"
+	$(BIN)/python -m pip_audit --skip-editable
+	git ls-files -z | xargs -0 $(BIN)/detect-secrets-hook
 
 bench: $(STAMP)
 	$(BIN)/hpt bench overhead
@@ -84,6 +93,12 @@ harm-quick: $(STAMP)
 
 harm: $(STAMP)
 	$(BIN)/hpt bench harm --out $(OUT)/harm --markdown $(OUT)/harm/table.md
+
+faults: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/hpt bench faults --markdown docs/reliability.md
+
+scenarios: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults --scenarios 10000
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

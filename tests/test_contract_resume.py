@@ -5,15 +5,26 @@ from __future__ import annotations
 import copy
 import json
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from cases import Fake, Setup, assert_same, config, difference, full_batch, make_batches, seed_all, setup
-from hybrid_predict_trainer import CheckpointError, HybridTrainer, HybridTrainerConfig
+from cases import (
+    Fake,
+    Setup,
+    assert_same,
+    config,
+    difference,
+    full_batch,
+    loss_fn,
+    make_batches,
+    seed_all,
+    setup,
+)
+from hybrid_predict_trainer import CheckpointError, Engine, HybridTrainer, HybridTrainerConfig, attach
 from hybrid_predict_trainer.cost import CostMeter
 from hybrid_predict_trainer.judge import candidates
 from hybrid_predict_trainer.judge.ledger import Ledger
@@ -396,3 +407,131 @@ def test_optimizer_state_is_exact(name: str, tmp_path: Path) -> None:
     resumed.load_checkpoint(path)
     assert [resumed.step(batch).loss for batch in batches[9:]] == losses
     assert_same(again.everything(), wanted)
+
+
+class StatefulLoader:
+    """As torchdata's: it can say where it stands, and goes on there the next time it is gone through."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches, self.num_given, self.epoch, self._start = batches, 0, 0, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        start, self._start = self._start, 0
+        order = torch.randperm(len(self.batches), generator=torch.Generator().manual_seed(self.epoch)).tolist()
+        for self.num_given, place in list(enumerate(order, 1))[start:]:
+            yield self.batches[place]
+        self.epoch += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"num_given": self.num_given, "epoch": self.epoch}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._start, self.epoch = state["num_given"], state["epoch"]
+
+
+@pytest.mark.parametrize("predictor", ["fake", "secant"])
+@pytest.mark.parametrize("stop", range(9, 26, 2))
+def test_a_loader_that_can_tell_goes_on_where_it_stood(predictor: str, stop: int, tmp_path: Path) -> None:
+    """At any step, that of a refused proposal too, whose batch the loader has already given."""
+    batches = make_batches(16, 32)
+    made, trainer = built(predictor, 1)
+    trainer.fit(StatefulLoader(batches), total_steps=40)
+    wanted = state(made, trainer)
+    _, first = built(predictor, 1)
+    seen: list[StepResult] = []
+    first.fit(
+        StatefulLoader(batches), total_steps=40, progress_callback=seen.append, should_stop=lambda: len(seen) == stop
+    )
+    path = first.save_checkpoint(tmp_path)
+    again, resumed = built(predictor, 1, seed=5)
+    seed_all(99)
+    resumed.load_checkpoint(path)
+    resumed.fit(StatefulLoader(batches), total_steps=40)
+    found = difference(state(again, resumed), wanted)
+    assert found is None, found
+
+
+def test_a_position_that_is_no_plain_data_is_left_out(tmp_path: Path) -> None:
+    class Odd(StatefulLoader):
+        def state_dict(self) -> dict[str, Any]:
+            return {"lock": object()}
+
+    _, trainer = built("secant", 1)
+    trainer.fit(Odd(make_batches(4, 32)))
+    with pytest.warns(UserWarning, match="count batches instead"):
+        trainer.save_checkpoint(tmp_path)
+    assert trainer.num_batches == 4
+
+
+# ---------------------------------------------------------------- the engine
+
+
+def ridden(predictor: str, segments: int, seed: int = 1, **more: Any) -> tuple[Setup, Engine]:
+    """As :func:`built`, by the engine."""
+    made, trainer = built(predictor, segments, seed, **more)
+    settings, own = trainer.config, {"fake": Fake}.get(predictor)
+    made = setup("norm_dropout", "adamw", "lambda", seed)
+    return made, attach(
+        made.model, made.optimizer, settings, loss_fn=loss_fn, lr_scheduler=made.scheduler, predictor=own and own()
+    )
+
+
+def ride(made: Setup, engine: Engine, batch: Any) -> float:
+    made.optimizer.zero_grad()
+    loss = loss_fn(made.model, batch)
+    loss.backward()
+    engine.note(loss, batch)
+    made.optimizer.step()
+    return loss.item()
+
+
+def place_of(engine: Engine) -> str:
+    """Where the engine stands after a step, and after what it did behind it."""
+    run, result = engine.run, engine.result
+    if run.phases.current is Phase.WARMUP:
+        return "warmup"
+    if run.judge.probation is not None:
+        segment = "" if run.proposer.segment is None else " between segments"
+        return f"probation{segment}, {run.judge.probation.num_steps_left} left"
+    if result is not None and result.phase is Phase.PREDICT:
+        return "accepted" if result.was_predicted else "refused"
+    return f"{run.windows.basis.num_steps} steps of a window"
+
+
+ENGINE_RUNS = [
+    ("fake", "exact", 1, {}),
+    ("fake", "exact", 2, {}),
+    ("fake", "noisy", 1, {}),
+    ("secant", "noisy", 1, MOTION),
+]
+ENGINE_RUNS += [(name, "exact", 1, {}) for name in ("linear", "secant", "quasi_newton", "dmd")]
+
+
+@pytest.mark.parametrize(
+    ("predictor", "data", "segments", "more"), ENGINE_RUNS,
+    ids=["-".join([*map(str, run[:3]), *list(run[3])[:1]]) for run in ENGINE_RUNS],
+)  # fmt: skip
+def test_the_engine_resumes_everywhere(
+    predictor: str, data: str, segments: int, more: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(candidates, "price", lambda ledger, slope: lambda forwards: 0.0)
+    batches = DATA[data](NUM_STEPS, 32)
+    made, engine = ridden(predictor, segments, **more)
+    saved: dict[str, tuple[Path, int]] = {}
+    losses = []
+    for index, batch in enumerate(batches):
+        losses.append(ride(made, engine, batch))
+        if (name := place_of(engine)) not in saved:
+            saved[name] = (engine.save_checkpoint(tmp_path / str(len(saved))), index + 1)
+    wanted, figures = made.everything(), engine.statistics()
+    assert {"warmup"} < set(saved)
+    if predictor == "fake" and data == "exact":
+        assert any(name.startswith("probation") for name in saved)
+    for name, (path, start) in saved.items():
+        again, resumed = ridden(predictor, segments, seed=5, **more)
+        seed_all(99)
+        resumed.load_checkpoint(path)
+        assert [ride(again, resumed, batch) for batch in batches[start:]] == losses[start:], name
+        found = difference(again.everything(), wanted)
+        assert found is None, f"{name}: {found}"
+        assert resumed.statistics() == figures, name

@@ -26,6 +26,7 @@ ORDER = (
     "former_names",
     "notices",
     "records",
+    "recovery",
     "safe_files",
     "config",
     "distributed",

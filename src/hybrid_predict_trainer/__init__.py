@@ -24,11 +24,13 @@ if TYPE_CHECKING:
     from .config.toml import with_values as with_values
     from .cycle.engine import Engine as Engine
     from .cycle.engine import attach as attach
+    from .move.average import AverageFollower as AverageFollower
     from .move.modifier import StepModifier as StepModifier
     from .predictors import Predictor as Predictor
     from .records import BasisSpec as BasisSpec
     from .records import CheckpointError as CheckpointError
     from .records import ConfigError as ConfigError
+    from .records import DamagedCheckpointError as DamagedCheckpointError
     from .records import DivergenceError as DivergenceError
     from .records import EpochResult as EpochResult
     from .records import HybridError as HybridError
@@ -37,6 +39,12 @@ if TYPE_CHECKING:
     from .records import StepResult as StepResult
     from .records import Verdict as Verdict
     from .records import Window as Window
+    from .recovery import CheckpointFailed as CheckpointFailed
+    from .recovery import IntegrationError as IntegrationError
+    from .recovery import NumericalInstability as NumericalInstability
+    from .recovery import PredictionDivergence as PredictionDivergence
+    from .recovery import PredictorTrainingFailed as PredictorTrainingFailed
+    from .recovery import Recovery as Recovery
     from .trainer import HybridTrainer as HybridTrainer
 
 _install_former_names()
@@ -53,7 +61,9 @@ _HOMES = {
     "StepModifier": "move.modifier",
     "Verdict": "records", "Window": "records", "Engine": "cycle.engine",
     "attach": "cycle.engine", "load_config": "config.toml:load", "preset_config": "config.toml",
-    "with_values": "config.toml",
+    "with_values": "config.toml", "AverageFollower": "move.average", "DamagedCheckpointError": "records",
+    "CheckpointFailed": "recovery", "IntegrationError": "recovery", "NumericalInstability": "recovery",
+    "PredictionDivergence": "recovery", "PredictorTrainingFailed": "recovery", "Recovery": "recovery",
 }  # fmt: skip
 
 #: Packages and modules that ``import hybrid_predict_trainer`` alone makes reachable as attributes.
@@ -63,9 +73,11 @@ _INNER = frozenset({
 })  # fmt: skip
 
 __all__ = [
-    "BasisSpec", "CheckpointConfig", "CheckpointError", "ConfigError", "DivergenceConfig", "DivergenceError",
-    "Engine", "EpochResult", "GateConfig", "HybridError", "HybridTrainer", "HybridTrainerConfig", "LinearConfig",
-    "LookaheadConfig", "MetricsConfig", "Phase", "PhasePrediction", "Predictor", "PredictorConfig", "SecantConfig",
+    "AverageFollower", "BasisSpec", "CheckpointConfig", "CheckpointError", "CheckpointFailed", "ConfigError",
+    "DamagedCheckpointError", "DivergenceConfig", "DivergenceError", "Engine", "EpochResult", "GateConfig",
+    "HybridError", "HybridTrainer", "HybridTrainerConfig", "IntegrationError", "LinearConfig", "LookaheadConfig",
+    "MetricsConfig", "NumericalInstability", "Phase", "PhasePrediction", "PredictionDivergence", "Predictor",
+    "PredictorConfig", "PredictorTrainingFailed", "Recovery", "SecantConfig",
     "StepModifier", "StepResult", "Verdict", "Window", "attach", "load_config", "preset_config", "with_values",
 ]  # fmt: skip
 

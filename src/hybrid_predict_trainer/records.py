@@ -10,10 +10,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .recovery import Recovery
 
 #: What ``state_dict`` methods return: nested plain containers, scalars and tensors, never pickled.
 StateDict = dict[str, Any]
@@ -121,6 +124,10 @@ class DivergenceError(HybridError, RuntimeError):
 
 class CheckpointError(HybridError, RuntimeError):
     """A checkpoint is missing, damaged or belongs to another run."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """What a folder holds is not what was written there: the one before may be used instead."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -325,6 +332,7 @@ class StepResult:
         num_claimed_steps: Real steps that an accepted jump stands for.
         verdict: Of the gate; None where nothing was proposed.
         alarm: The most severe divergence signal.
+        recovery: What was wrong in this step, and what was done about it; None where nothing was.
     """
 
     loss_tensor: Tensor
@@ -344,6 +352,7 @@ class StepResult:
     alarm: Alarm = field(default_factory=Alarm)
     metrics: Mapping[str, float] | None = None
     consumed: bool = True  # False: nothing was learnt from the batch, it may be used again
+    recovery: Recovery | None = None
 
     @property
     def loss(self) -> float:
@@ -418,6 +427,7 @@ class StepOutcome:
     consumed: bool = True  # False: the batch may be used again, nothing was learnt from it
     kept: bool | None = None  # verdict of a finished probation
     probation: tuple[float, float] | None = None  # (loss before, loss after) of a finished probation
+    promised: float = math.nan  # loss that the jump of a finished probation was to lead to
     forwards: float = 0.0
     backwards: int = 0
     claimed: int = 0

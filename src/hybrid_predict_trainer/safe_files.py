@@ -18,6 +18,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from .notices import warn
+
 #: Largest JSON file that is read: results with the curves of a thousand runs are a tenth of it.
 MAX_JSON_BYTES = 256_000_000
 #: Longest line of a metrics file; ours take a few hundred bytes, predictions that are kept some thousands.
@@ -192,6 +194,47 @@ def open_append(path: str | Path, *, written: bool = True) -> int:
         raise
     os.close(descriptor)
     return os.open(path, flags, 0o666)
+
+
+def end_torn_line(path: str | Path) -> None:
+    """See to it that what is appended to a file of JSON lines begins a line of its own.
+
+    A process that was killed while it wrote leaves half a record; that is dropped, and said.  A last line that is
+    whole and only lacks its end gets it.  Anything that is no regular file is left alone, and so is a tail that is no
+    record of ours.
+
+    Args:
+        path: May be missing.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    path = Path(path)
+    if not path.is_file() or path.stat().st_size == 0:
+        return
+    with opened(path) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - MAX_LINE_BYTES, 0))
+        tail = file.read().rpartition(b"\n")[2]
+    if not tail:
+        return
+    torn = tail.startswith(b"{") and not _is_json(tail)
+    with path.open("r+b") as file:
+        if torn:
+            file.truncate(size - len(tail))
+        else:
+            file.seek(0, os.SEEK_END)
+            file.write(b"\n")
+    if torn:
+        warn(f"{path}: the last line was torn ({len(tail)} bytes of a record) and has been dropped", stacklevel=3)
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _part_from_links(path: Path, mode: int) -> None:

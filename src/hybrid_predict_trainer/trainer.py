@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence, Sized
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,12 +26,17 @@ from .distributed.processes import refuse_several_processes
 from .forecast.final_loss import Forecast
 from .judge.validation import ValFn
 from .keep import resume as persistence
+from .keep.background import Write
+from .keep.batch_norm import reestimate
+from .keep.data_position import DataPosition
 from .keep.finiteness import trained_weights_finite, whereabouts
+from .keep.housekeeping import first_good
 from .keep.periodic import PeriodicSaver
 from .keep.subject import LossFn, OutputFn, ResidualFn
 from .move.modifier import StepModifier
 from .predictors import Predictor
-from .records import DivergenceError, EpochResult, StateDict, StepResult
+from .records import EpochResult, StateDict, StepResult
+from .recovery import NumericalInstability
 from .tell.figures import statistics
 from .tell.recorder import Metrics
 from .tell.sinks import Sink, Writer
@@ -100,8 +106,12 @@ class HybridTrainer:
         self.run = build_run(model, optimizer, config, handed)
         self.config = self.run.proposer.settings
         self._busy = False
+        self._data = DataPosition()
         own = self.config.checkpoint
-        self._saver = PeriodicSaver(own.directory, own.save_interval, self.save_checkpoint) if own.directory else None
+        self._saver: PeriodicSaver | None = None
+        if own.directory:
+            capture = self.capture_checkpoint if own.async_save else None
+            self._saver = PeriodicSaver(own.directory, own.save_interval, self.save_checkpoint, capture)
 
     def __repr__(self) -> str:
         """What is trained, how, and where the run is."""
@@ -148,7 +158,7 @@ class HybridTrainer:
     def _save_if_due(self) -> None:
         """Every ``save_interval`` steps a checkpoint is written where a directory is set; one that fails warns."""
         if self._saver is not None and self._saver.due(self.current_step):
-            self._saver.attempt(self.current_step)
+            self._saver.keep_up(self.current_step)
 
     def step_n(self, batches: Sequence[Any], n: int) -> list[StepResult]:
         """Take ``n`` steps with the first ``n`` batches.
@@ -181,7 +191,8 @@ class HybridTrainer:
     ) -> EpochResult:
         """Train until the clock reaches ``total_steps``, round after round over the loader, or once through it.
 
-        Where ``checkpoint.directory`` is set a checkpoint is written every ``save_interval`` steps and at the end.
+        Where ``checkpoint.directory`` is set a checkpoint is written every ``save_interval`` steps and at the end.  A
+        loader with ``state_dict`` and ``load_state_dict`` is part of it, and goes on there after ``load_checkpoint``.
 
         Args:
             loader: Batches.  A list or a data loader is gone through again (``set_epoch`` of its sampler is called);
@@ -219,7 +230,8 @@ class HybridTrainer:
         if goes_round(loader, total_steps, run.position) or self._seen_before(loader):
             run.batches.recurrence.announce()
         try:
-            for batch in () if has_ended(run, total_steps) else replaying(passes, self._unused):
+            left = self._data.follow(loader)
+            for batch in () if has_ended(run, total_steps) else replaying(chain(left, passes), self._unused):
                 self._last_batch = batch
                 result = self.step(batch)
                 tally.count_step()
@@ -243,9 +255,8 @@ class HybridTrainer:
                 stacklevel=3,
             )
         if tally.num_steps and not trained_weights_finite(run.subject.optimizer):
-            raise DivergenceError(
-                f"training diverged: {whereabouts(run.subject.model, run.subject.optimizer)}.  Lower the learning rate"
-            )
+            where = whereabouts(run.subject.model, run.subject.optimizer)
+            raise NumericalInstability(f"training diverged: {where}.  Lower the learning rate", self.current_step)
         return tally.result(stopped_early=stopped)
 
     def end_epoch(self) -> None:
@@ -269,6 +280,10 @@ class HybridTrainer:
     def _end_pass(self) -> None:
         if self.run.schedule.in_epoch:
             self.end_epoch()
+
+    def _with_position(self, extra: dict[str, StateDict] | None) -> dict[str, StateDict]:
+        """The caller's parts, and where the loader stands if it can tell."""
+        return {**self._data.parts(self._unused()), **(extra or {})}
 
     def _unused(self) -> Any:
         """The batch to use again, or None."""
@@ -337,6 +352,21 @@ class HybridTrainer:
             raise ValueError(f"force_full_phase needs a number of steps >= 0, got {steps}")
         self.run.phases.force_full(steps, by_alarm=False)
 
+    def reestimate_batch_norm(self, batches: Iterable[Any]) -> int:
+        """Running statistics of BatchNorm for the weights as they are now, from some batches of the training data.
+
+        After a jump they are those of earlier weights until real steps have caught up: before an evaluation right
+        after one this is worth its forwards.  Nothing else changes.
+
+        Returns:
+            The number of modules whose statistics are new.
+
+        Raises:
+            ValueError: there is no batch.
+        """
+        subject = self.run.subject
+        return reestimate(subject.model, lambda batch: subject.loss_fn(subject.model, batch), batches)
+
     def memory_usage(self) -> dict[str, int]:
         """Bytes held by predictor, basis and snapshots."""
         return persistence.memory_usage(self.run)
@@ -367,7 +397,37 @@ class HybridTrainer:
         """
         settle_readings(self.run, self.metrics)
         with own_defaults():
-            return persistence.save(self.run, self.metrics, Path(path), extra=extra)
+            return persistence.save(self.run, self.metrics, Path(path), extra=self._with_position(extra))
+
+    def capture_checkpoint(self, path: str | Path, *, extra: dict[str, StateDict] | None = None) -> Write:
+        """Copy what a checkpoint of this moment holds; the write is left to whoever calls what is returned.
+
+        The copy is apart from the live objects: it may be written from another thread while training goes on.
+
+        Args:
+            path: Made if missing.
+            extra: As for :meth:`save_checkpoint`.
+
+        Raises:
+            CheckpointError: something cannot be held by a checkpoint.
+        """
+        settle_readings(self.run, self.metrics)
+        with own_defaults():
+            return persistence.captured(self.run, self.metrics, Path(path), extra=self._with_position(extra))
+
+    def load_latest(self, directory: str | Path) -> dict[str, StateDict]:
+        """Continue from the newest good checkpoint of a folder, bit for bit.
+
+        A damaged one is set aside as ``*.corrupt`` with a warning, and the one before it is taken; one that is
+        whole and does not fit this run is refused, as by :meth:`load_checkpoint`.
+
+        Returns:
+            As :meth:`load_checkpoint`.
+
+        Raises:
+            CheckpointError: there is none, or it is of another model; nothing has been changed then.
+        """
+        return first_good(directory, self.load_checkpoint)
 
     def load_checkpoint(self, path: str | Path) -> dict[str, StateDict]:
         """Continue from a checkpoint folder, bit for bit.
@@ -380,6 +440,7 @@ class HybridTrainer:
         """
         with own_defaults():
             parts = persistence.load(self.run, self.metrics, Path(path))
+        self._data.found(parts)
         if self._saver is not None:
             self._saver.loaded(Path(path), self.current_step)
         return parts

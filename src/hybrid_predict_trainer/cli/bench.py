@@ -81,6 +81,32 @@ def run_harm(args: argparse.Namespace) -> Shown:
     return found, lambda: harm_table.text(found)
 
 
+def run_faults(args: argparse.Namespace) -> Shown:
+    """Faults, and what becomes of them."""
+    from ..experiments.faults import program, table
+
+    with as_input_error():
+        require("filelock")  # for the runs in processes of their own
+        found = program.run(quick=args.quick, times=args.times, seed=args.seed, only=args.case, note=note)
+        if args.markdown is not None:
+            table.write_markdown(args.markdown, found)
+    return found, lambda: table.text(found)
+
+
+def run_checkpoint(args: argparse.Namespace) -> Shown:
+    """What checkpoints cost a run."""
+    from ..experiments.bench import checkpoint_cost
+
+    workload = overhead.Workload(
+        preset=args.preset or "10M", batch_size=args.batch_size, context=args.context, device=args.device
+    )
+    with as_input_error():
+        found = checkpoint_cost.measure(
+            workload, num_steps=args.steps, num_saves=args.saves, interval=args.interval, note=note
+        )
+    return found, lambda: checkpoint_cost.text(found)
+
+
 def run_report(args: argparse.Namespace) -> Shown:
     """Tables and a page of results."""
     with as_input_error():
@@ -207,5 +233,7 @@ MEASUREMENTS: dict[str, Callable[[argparse.Namespace], Shown]] = {
     "regimes": run_regimes,
     "harm": run_harm,
     "forecast": run_forecast,
+    "faults": run_faults,
+    "checkpoint": run_checkpoint,
     "report": run_report,
 }

@@ -63,6 +63,8 @@ def add_commands(bench: argparse.ArgumentParser) -> None:
     _add_regimes(benchmarks)
     _add_harm(benchmarks)
     _add_forecast(benchmarks)
+    _add_faults(benchmarks)
+    _add_checkpoint(benchmarks)
     _add_report(benchmarks)
 
 
@@ -290,6 +292,41 @@ def _add_forecast(benchmarks: Benchmarks) -> None:
     )  # fmt: skip
     ends.add_argument("--write-priors", type=Path, metavar="FILE", help="write the priors that come out")
     ends.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables for a document")
+
+
+def _add_faults(benchmarks: Benchmarks) -> None:
+    parser = benchmarks.add(
+        "faults", "crashes, damaged files, bad numbers: what is survived?",
+        "Kills and stops runs, damages checkpoints, spoils losses, gradients, predictors, data and\n"
+        "clocks, and counts what was survived and what was lost.",
+        "hpt bench faults --quick", "hpt bench faults --case 'kill -9' --case checkpoint",
+    )  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="a try or two per case, no processes: half a minute")
+    parser.add_argument(
+        "--times", type=number(int, 1, 10_000), default=1, metavar="K", help="K times as many tries, with other seeds"
+    )
+    parser.add_argument("--seed", type=number(int, 0, 10**6), default=0, metavar="S", help="first seed (default 0)")
+    parser.add_argument("--case", action="append", default=[], metavar="NAME", help="or a part of it; may be repeated")
+    parser.add_argument(
+        "--markdown", type=Path, metavar="FILE", help="write the table here as well, between its marks if it has them"
+    )
+
+
+def _add_checkpoint(benchmarks: Benchmarks) -> None:
+    parser = benchmarks.add(
+        "checkpoint", "what checkpoints cost a run, written at once and in the background",
+        "Counts the CPU time of steps and of checkpoints, of the training thread and of all threads.",
+        "hpt bench checkpoint --preset 0.9M --interval 100",
+    )  # fmt: skip
+    _preset(parser, "10M")
+    parser.add_argument("--steps", type=whole, default=6, metavar="K", help="steps that are timed (default 6)")
+    parser.add_argument("--saves", type=whole, default=3, metavar="N", help="checkpoints of each kind (default 3)")
+    parser.add_argument(
+        "--interval", type=whole, default=100, metavar="K", help="steps between two checkpoints of a run (default 100)"
+    )
+    parser.add_argument("--batch-size", type=whole, default=8, metavar="N", help="examples per step (default 8)")
+    parser.add_argument("--context", type=whole, default=128, metavar="N", help="tokens per example (default 128)")
+    _device(parser)
 
 
 def _add_report(benchmarks: Benchmarks) -> None:

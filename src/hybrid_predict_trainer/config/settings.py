@@ -404,6 +404,7 @@ class CheckpointConfig:
     directory: str = ""  # empty: only on request
     save_interval: int = 1000
     keep_last_n: int = 3
+    async_save: bool = False  # those of the interval are copied, and written while training goes on
     include_predictor: bool = True
     # weights that are frozen, as they were at the start: "auto" leaves them out where they outweigh what trains
     include_frozen: Literal["auto", "always", "never"] = "auto"

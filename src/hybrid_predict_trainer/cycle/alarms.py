@@ -10,13 +10,18 @@ from .withdrawal import follow_advice
 RETRY_AFTER = 5
 
 
+def rate_is_lowered(run: State) -> bool:
+    """Whether the critical step just taken is one after which the same rate is not tried again."""
+    critical = run.monitor.num_consecutive_critical
+    return critical > 0 and critical % RETRY_AFTER == 0
+
+
 def respond(run: State, alarm: Alarm) -> None:
     """Apply what an alarm asks for."""
     settings = run.config.divergence
-    critical = run.monitor.num_consecutive_critical
     if alarm.level is Level.CRITICAL and run.optimizer_step.scale.learned > 1 and run.judge.probation is None:
         follow_advice(run, run.optimizer_step.scale.withdraw())
-    if alarm.level is Level.CRITICAL and critical and critical % RETRY_AFTER == 0:
+    if alarm.level is Level.CRITICAL and rate_is_lowered(run):
         run.schedule.lower(settings.retry_learning_rate_factor)
     if alarm.action is not Action.REDUCE_HORIZON:
         run.judge.note_level(alarm.level)

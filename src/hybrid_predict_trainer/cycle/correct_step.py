@@ -35,7 +35,7 @@ def conclude(run: State, outcome: StepOutcome) -> None:
     outcome.alarm = probation_alarm(run, probation, after)
     if _extended(run, probation, outcome.alarm, after):
         return
-    outcome.probation = (probation.loss_before, after)
+    outcome.probation, outcome.promised = (probation.loss_before, after), probation.predicted_loss
     outcome.kept = probation_passes(probation, run.config.divergence_threshold)
     if outcome.kept:
         run.judge.kept()

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +28,9 @@ from ..distributed.processes import refuse_several_processes
 from ..forecast.final_loss import Forecast
 from ..judge.validation import ValFn
 from ..keep import checkpoint, resume
+from ..keep.background import Write
+from ..keep.batch_norm import reestimate
+from ..keep.housekeeping import first_good
 from ..keep.periodic import PeriodicSaver
 from ..keep.subject import LossFn, OutputFn, ResidualFn
 from ..move.modifier import StepModifier
@@ -84,6 +87,12 @@ CHANGED = (
 NOT_ASKED = "auto=False, and the loop does not call engine.between_steps()"
 
 
+ACCUMULATING = (
+    "no checkpoint in the middle of a step: gradients of some of its batches have been added up, which it would not "
+    "hold; save after optimizer.step()"
+)
+
+
 #: Step under which the only state in a folder is written.
 ONLY = 0
 
@@ -130,10 +139,14 @@ class Engine:
         self._looks_before = 0  # likewise, when the last step had been made
         self._witness: GradientWitness | None = None
         self._lack = ""  # what a judgement lacks
+        self._used: tuple[Tensor, int] | None = None  # a gradient that the last step has used
         self._lost = self._unasked = False  # the last step had no loss; nobody calls between_steps()
         self._scale = self._scale_now()
         config = run.config.checkpoint
-        self._saver = PeriodicSaver(config.directory, config.save_interval, self._save) if config.directory else None
+        capture = self._capture if config.async_save else None
+        self._saver = (
+            PeriodicSaver(config.directory, config.save_interval, self._save, capture) if config.directory else None
+        )
 
     def connect(self, optimizer: Optimizer | None, *, watch_forward: bool) -> None:
         """Set the hooks; done by :func:`attach`.
@@ -288,6 +301,12 @@ class Engine:
         """A pass over the data has ended: a schedule in epochs (``lr_interval="epoch"``) takes its step."""
         self.run.schedule.end_epoch()
         self.run.step_scheduler()
+
+    def reestimate_batch_norm(self, batches: Iterable[Any]) -> int:
+        """Running statistics of BatchNorm for the weights as they are; see :class:`.HybridTrainer`."""
+        subject = self.run.subject
+        with self._evaluating():
+            return reestimate(subject.model, lambda batch: subject.loss_fn(subject.model, batch), batches)
 
     def owed_schedule_steps(self) -> int:
         """Steps that a schedule stepped by the loop is behind the clock, beyond the loop's own one per optimizer step.
@@ -449,8 +468,10 @@ class Engine:
         """Write a checkpoint folder below ``path``: model, optimizer, schedule, scaler, random states and ours.
 
         Raises:
-            CheckpointError: it could not be written; older checkpoints are untouched.
+            CheckpointError: it could not be written, or the step is not complete; older checkpoints are untouched.
         """
+        if self._accumulating():
+            raise CheckpointError(ACCUMULATING)
         return self._save(Path(path))
 
     def load_checkpoint(self, path: str | Path) -> None:
@@ -464,6 +485,14 @@ class Engine:
         self._restart(_checked(found.get("engine", _FRESH)))
         if self._saver is not None:
             self._saver.loaded(Path(path), self.run.meter.num_steps)
+
+    def load_latest(self, directory: str | Path) -> None:
+        """Continue from the newest good checkpoint of a folder; a damaged one is set aside with a warning.
+
+        Raises:
+            CheckpointError: there is none, or it is of another model; nothing has been changed then.
+        """
+        first_good(directory, self.load_checkpoint)
 
     def save_if_due(self) -> None:
         """Write a checkpoint below ``checkpoint.directory`` if ``save_interval`` steps have passed.
@@ -479,11 +508,32 @@ class Engine:
         with own_defaults():
             return resume.save(self.run, self.run.recorder, directory, extra={"engine": self._own_state()})
 
+    def _accumulating(self) -> bool:
+        """Whether gradients have been added up that no step of the optimizer has used yet: no checkpoint holds them."""
+        if not (self._handover.has_loss or self._seen.has_loss):
+            return False
+        witness = self._smallest_gradient()
+        used = self._used is not None and witness is not None and witness[0] is self._used[0]
+        if witness is None or (used and self._used is not None and witness[1] == self._used[1]):
+            return False
+        return bool((witness[0] != 0).any())
+
+    def _smallest_gradient(self) -> tuple[Tensor, int] | None:
+        """One gradient and how often it was written to: enough to see whether there was a backward since."""
+        found = [p.grad for p in optimizer_parameters(self.run.subject.optimizer) if p.grad is not None]
+        gradient = min(found, key=Tensor.numel, default=None)
+        return None if gradient is None else (gradient, gradient._version)
+
+    def _capture(self, directory: Path) -> Write:
+        settle_readings(self.run, self.run.recorder)
+        with own_defaults():
+            return resume.captured(self.run, self.run.recorder, directory, extra={"engine": self._own_state()})
+
     def _save_if_due(self, *, stepping: bool) -> None:
         run, saver = self.run, self._saver
         theirs = run.subject.grad_scaler is not None or not run.schedule.owned  # not updated before the hook returns
         if saver is not None and not (stepping and theirs) and saver.due(run.meter.num_steps):
-            saver.attempt(run.meter.num_steps)
+            saver.keep_up(run.meter.num_steps)
 
     def _own_state(self) -> StateDict:
         decision = self._decision
@@ -703,6 +753,7 @@ class Engine:
         watch = Stopwatch(began, began, run.proposer.time.clock() - clock)
         self.result = close_step(run, pending.decision, outcome, watch)
         outside.remember(run)
+        self._used = self._smallest_gradient()
         self._batch, self._step, self._consumed = pending.batch, None, None
         self._judgeable(pending.batch)
 

@@ -15,7 +15,8 @@ from ..move.multiplier import Reading as ScaleReading
 from ..observe.history import Reading
 from ..predictors import Paced
 from ..propose.proposal import fits
-from ..records import Action, Alarm, Decision, DivergenceError, Level, Phase, StepOutcome, StepResult, Window
+from ..records import Action, Alarm, Decision, Level, Phase, StepOutcome, StepResult, Window
+from ..recovery import NumericalInstability
 from ..tell.recorder import Metrics
 from .alarms import respond
 from .motions import note_motion_failure
@@ -54,10 +55,11 @@ def monitor(run: State, metrics: Metrics, outcome: StepOutcome) -> Alarm:
     if alarm.action is Action.ABORT and rescue(run):
         return alarm
     if alarm.action is Action.ABORT:
-        raise DivergenceError(
+        raise NumericalInstability(
             f"{int(alarm.value)} steps in a row had no usable loss or gradient ({alarm.signal}); "
             f"{whereabouts(run.subject.model, run.subject.optimizer)}.  Lower the learning rate, check the data of "
-            "these batches, or load a checkpoint"
+            "these batches, or load a checkpoint",
+            run.meter.num_steps,
         )
     if alarm.level >= Level.WARNING:
         respond(run, alarm)

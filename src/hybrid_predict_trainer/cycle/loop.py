@@ -7,7 +7,7 @@ goes the same way through :mod:`.engine`.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..records import Decision, Phase, StepOutcome, StepResult
@@ -17,6 +17,7 @@ from .inputs import inputs, preview_proposal
 from .learning import describe, enter, judge_lookahead, monitor, observe, rescale
 from .predictor_choice import choose_by_losses
 from .real_step import run_plain
+from .recovered import recovery_of
 from .state import State
 from .transaction import execute
 from .withdrawal import compare_with_anchor
@@ -74,6 +75,8 @@ def close_step(run: State, decision: Decision, outcome: StepOutcome, watch: Stop
         observe(run, run.recorder, outcome, watch.began)
         run.proposer.note_time(watch.seconds)
         result = describe(run, decision, outcome, alarm, watch.called)
+        if (recovery := recovery_of(run, outcome, alarm)) is not None:
+            result = replace(result, recovery=recovery)
         run.recorder.record(run, decision, outcome, result)
         return result
 

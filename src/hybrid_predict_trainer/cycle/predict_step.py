@@ -174,7 +174,7 @@ def _accept(
     elif run.judge.probation is not None:
         run.judge.probation.claim(prediction.horizon)
     only = run.watch.trained.only
-    weights.move_(only(run.subject.parameters), only(saved), only(delta), verdict.scale)
+    weights.move_(only(run.subject.parameters), only(saved), only(delta), verdict.scale, c.num_jumps_proposed)
     run.jumped(delta, verdict.scale)
     c.jump(prediction.horizon)
     candidates = [prediction.coefficients, *prediction.alternatives]

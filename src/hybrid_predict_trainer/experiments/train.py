@@ -17,10 +17,11 @@ from typing import Any
 
 from ..config.toml import load, to_toml
 from ..keep import housekeeping
-from ..keep.manifest import CONFIG
+from ..keep.background import Write
+from ..keep.manifest import CONFIG, verify
 from ..keep.periodic import PeriodicSaver
 from ..keep.stop_signal import StopSignal
-from ..records import CheckpointError, DivergenceError, StepResult
+from ..records import CheckpointError, DivergenceError, StateDict, StepResult
 from ..safe_files import UnusableFileError, write_text
 from ..tell.sinks import JsonlSink, jsonable
 from ..trainer import HybridTrainer
@@ -119,9 +120,7 @@ def _train(
     folder = out / "checkpoints"
     data = Position()
     if resume:
-        latest = housekeeping.latest(folder)
-        agree_checkpoint(out / "config.toml", load(latest / CONFIG), trainer.config)
-        data = Position.of(trainer.load_checkpoint(latest))
+        data = housekeeping.first_good(folder, lambda path: _taken(trainer, out, path))
     with as_input_error():
         trainer.metrics.sink = JsonlSink(out / "metrics.jsonl", follow_links=False)
     validation = Validation(trainer, setup.task, setup.steps, before_s=data.wall_s)
@@ -136,7 +135,7 @@ def _train(
         if validation.due():
             validation.measure()
         if saver.due:
-            saver.attempt()
+            saver.keep_up()
 
     with StopSignal() as stop, contextlib.closing(trainer.metrics.sink):
         if not resume:
@@ -160,6 +159,18 @@ def _train(
     printed = {k: v for k, v in result.items() if k != "divergence_events"}
     status = 0 if ended else stop.exit_status
     return {"out": str(out), "checkpoint": str(folder / f"checkpoint_step_{saver.saved}"), **jsonable(printed)}, status
+
+
+def _taken(trainer: HybridTrainer, out: Path, path: Path) -> Position:
+    """Go on from a checkpoint of the run in ``out``.
+
+    Raises:
+        CheckpointError: it is damaged, or of another trainer.
+        InputError: the run's settings have been changed since.
+    """
+    verify(path)
+    agree_checkpoint(out / "config.toml", load(path / CONFIG), trainer.config)
+    return Position.of(trainer.load_checkpoint(path))
 
 
 def _write_results(trainer: HybridTrainer, out: Path, result: Mapping[str, Any]) -> None:
@@ -187,7 +198,9 @@ class Saver:
         saved: step of the newest checkpoint, -1 if there is none.
         """
         self._trainer, self._data, self._validation = trainer, data, validation
-        self._periodic = PeriodicSaver(folder, trainer.config.checkpoint.save_interval, self._write)
+        settings = trainer.config.checkpoint
+        capture = self._capture if settings.async_save else None
+        self._periodic = PeriodicSaver(folder, settings.save_interval, self._write, capture)
         if saved >= 0:
             self._periodic.loaded(folder / f"checkpoint_step_{saved}", saved)
 
@@ -213,9 +226,19 @@ class Saver:
         """:meth:`save`, whose failure is returned; said once until one is written again."""
         return self._periodic.attempt(self._trainer.current_step)
 
+    def keep_up(self) -> CheckpointError | None:
+        """As :meth:`attempt`, in the background where the settings say so."""
+        return self._periodic.keep_up(self._trainer.current_step)
+
     def _write(self, folder: Path) -> None:
+        self._trainer.save_checkpoint(folder, extra=self._position())
+
+    def _capture(self, folder: Path) -> Write:
+        return self._trainer.capture_checkpoint(folder, extra=self._position())
+
+    def _position(self) -> dict[str, StateDict]:
         self._data.wall_s = self._validation.wall_s()
-        self._trainer.save_checkpoint(folder, extra={"data": asdict(self._data)})
+        return {"data": asdict(self._data)}
 
 
 def _silent(result: StepResult) -> None:

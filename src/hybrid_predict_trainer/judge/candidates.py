@@ -49,7 +49,9 @@ def judge(run: State, batch: Any, prediction: PhasePrediction, deltas: list[Tens
     def work(isolation: Isolation) -> Verdict:
         def evaluate(candidate: int, scale: float, part: Part) -> list[float]:
             make(candidate)
-            weights.move_(only(run.subject.parameters), only(origin), only(deltas[candidate]), scale)
+            # the same rounding as that of the move itself, where it comes to that
+            rounding = run.meter.num_jumps_proposed
+            weights.move_(only(run.subject.parameters), only(origin), only(deltas[candidate]), scale, rounding)
             run.meter.add_passes(3)
             return evaluation.losses_of(parts[part], isolation)
 

@@ -34,7 +34,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..notices import warn
-from ..records import CheckpointError, StateDict
+from ..records import StateDict
+from ..recovery import CheckpointFailed
 from .housekeeping import _discard, _is_intact, _quarantine, _rotate, _sweep, _temporary
 from .manifest import (
     CHECKPOINT_NAME,
@@ -53,6 +54,7 @@ from .manifest import (
     refusal,
     sha256_of,
     tensor_file,
+    unreadable,
 )
 from .manifest import verify as verify
 from .state_tree import Json, decode, encode, read_tensors, write_tensors
@@ -74,6 +76,96 @@ class LoadedCheckpoint:
     path: Path
 
 
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """All that a checkpoint is going to hold, apart from the live objects it was taken from.
+
+    Attributes:
+        step: Of the run.
+        encoded: Part -> JSON tree and tensors in host memory.
+        contents: Name -> bytes of the text files.
+        keep_last_n: As for :func:`save`.
+    """
+
+    step: int
+    encoded: Mapping[str, tuple[Json, dict[str, Tensor]]]
+    contents: Mapping[str, bytes]
+    keep_last_n: int | None = None
+
+
+def draft(
+    step: int,
+    parts: Mapping[str, StateDict],
+    *,
+    config_toml: str = "",
+    summary: Mapping[str, Json] | None = None,
+    texts: Mapping[str, str] | None = None,
+    keep_last_n: int | None = None,
+    copy: bool = False,
+) -> Draft:
+    """Put together what :func:`write` is to write; nothing is written yet.
+
+    Args:
+        step: non-negative; a checkpoint of the same step is replaced.
+        parts: part name -> state; the part ``model`` can be loaded as plain weights elsewhere.
+        config_toml: text of ``config.toml``.
+        summary: loss, phase, phase_step, confidence and the like, for people and ``describe``.
+        texts: more text files, file name -> contents, such as ``metrics_history.jsonl``.
+        keep_last_n: how many intact checkpoints to keep, None for all.
+        copy: tensors share no memory with the live ones, which may change before it is written.
+
+    Raises:
+        TypeError: a part holds something that is not plain data.
+        ValueError: a bad step, name or ``keep_last_n``.
+    """
+    if type(step) is not int or not CHECKPOINT_NAME.fullmatch(f"checkpoint_step_{step}"):
+        raise ValueError(f"step must be an int in 0..10**18, got {step!r}")
+    if keep_last_n is not None and keep_last_n < 1:
+        raise ValueError(f"keep_last_n must be at least 1 or None, got {keep_last_n}")
+    encoded = {part: encode(state) for part, state in parts.items()}
+    contents = _text_files(step, encoded, config_toml, summary or {}, texts or {})
+    if copy:
+        encoded = {
+            part: (tree, {name: tensor.clone() for name, tensor in tensors.items()})
+            for part, (tree, tensors) in encoded.items()
+        }
+    return Draft(step, encoded, contents, keep_last_n)
+
+
+def write(directory: str | Path, drafted: Draft) -> Path:
+    """Commit a draft as ``directory/checkpoint_step_{step}``, point ``latest`` at it, drop the oldest.
+
+    Args:
+        directory: holds the checkpoints of one run; created when missing.
+        drafted: from :func:`draft`.
+
+    Raises:
+        CheckpointError: the disk refused; what was written is removed, older checkpoints stand.
+    """
+    target = Path(directory) / f"checkpoint_step_{drafted.step}"
+    temporary = _temporary(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(target.parent)
+        temporary.mkdir()
+        _fill(temporary, drafted.step, drafted.encoded, drafted.contents)
+        _commit(temporary, target)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointFailed(str(target), str(error)) from error
+    finally:  # also on an interrupt; after the commit nothing is left under this name
+        _discard(temporary)
+    try:  # the checkpoint stands: from here on trouble is worth a warning, not the run
+        _write(temporary, f"{target.name}\n".encode())
+        temporary.replace(target.parent / "latest")
+        _sweep(target.parent)
+        if drafted.keep_last_n is not None:
+            _rotate(target, drafted.keep_last_n)
+    except OSError as error:
+        _discard(temporary)
+        warn(f"checkpoint {target} is saved, but tidying up failed: {error}", stacklevel=2)
+    return target
+
+
 def save(
     directory: str | Path,
     step: int,
@@ -84,54 +176,19 @@ def save(
     texts: Mapping[str, str] | None = None,
     keep_last_n: int | None = None,
 ) -> Path:
-    """Commit ``directory/checkpoint_step_{step}``, point ``latest`` at it, drop the oldest.
+    """:func:`draft` and :func:`write` in one: the checkpoint is there when it returns.
 
-    Args:
-        directory: holds the checkpoints of one run; created when missing.
-        step: non-negative; a checkpoint of the same step is replaced.
-        parts: part name -> state; the part ``model`` can be loaded as plain weights elsewhere.
-        config_toml: text of ``config.toml``.
-        summary: loss, phase, phase_step, confidence and the like, for people and ``describe``.
-        texts: more text files, file name -> contents, such as ``metrics_history.jsonl``.
-        keep_last_n: how many intact checkpoints to keep, None for all.  What is not a checkpoint of
-            ours, to the last file, is never deleted.
+    What is not a checkpoint of ours, to the last file, is never deleted.
 
     Raises:
         CheckpointError: the disk refused; what was written is removed, older checkpoints stand.
         TypeError: a part holds something that is not plain data (found before anything is written).
         ValueError: a bad step, name or ``keep_last_n``.
     """
-    if type(step) is not int or not CHECKPOINT_NAME.fullmatch(f"checkpoint_step_{step}"):
-        raise ValueError(f"step must be an int in 0..10**18, got {step!r}")
-    if keep_last_n is not None and keep_last_n < 1:
-        raise ValueError(f"keep_last_n must be at least 1 or None, got {keep_last_n}")
-    encoded = {part: encode(state) for part, state in parts.items()}
-    contents = _text_files(step, encoded, config_toml, summary or {}, texts or {})
-    target = Path(directory) / f"checkpoint_step_{step}"
-    temporary = _temporary(target)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(target.parent)
-        temporary.mkdir()
-        _fill(temporary, step, encoded, contents)
-        _commit(temporary, target)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"cannot save checkpoint {target}: {error}; free space or choose another directory "
-            "(older checkpoints are untouched)"
-        ) from error
-    finally:  # also on an interrupt; after the commit nothing is left under this name
-        _discard(temporary)
-    try:  # the checkpoint stands: from here on trouble is worth a warning, not the run
-        _write(temporary, f"{target.name}\n".encode())
-        temporary.replace(target.parent / "latest")
-        _sweep(target.parent)
-        if keep_last_n is not None:
-            _rotate(target, keep_last_n)
-    except OSError as error:
-        _discard(temporary)
-        warn(f"checkpoint {target} is saved, but tidying up failed: {error}", stacklevel=2)
-    return target
+    drafted = draft(
+        step, parts, config_toml=config_toml, summary=summary, texts=texts, keep_last_n=keep_last_n
+    )  # fmt: skip
+    return write(directory, drafted)
 
 
 def load(path: str | Path) -> LoadedCheckpoint:
@@ -149,7 +206,9 @@ def load(path: str | Path) -> LoadedCheckpoint:
             for part, tree in document["trees"].items()
         }
         config_toml = (path / CONFIG).read_bytes().decode()  # read_text would change line ends
-    except (*MALFORMED, OSError, SafetensorError) as error:
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except (*MALFORMED, SafetensorError) as error:
         raise refusal(path, f"cannot be read: {error}") from error
     return LoadedCheckpoint(
         step=manifest.step,

@@ -10,15 +10,19 @@ import secrets
 import shutil
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from ..notices import warn
-from ..records import CheckpointError
+from ..records import CheckpointError, DamagedCheckpointError
 from .manifest import CHECKPOINT_NAME
 from .manifest import verify as verify
 
 #: A temporary directory is abandoned after a day, whoever made it; arbitrary, far above any save.
 STALE_S = 86_400
+
+T = TypeVar("T")
 
 
 #: Tells this process from an earlier one with its pid: in a container every run may be pid 1.
@@ -57,21 +61,50 @@ def latest(directory: str | Path, *, quarantine: bool = False) -> Path:
         quarantine: rename damaged ones to ``*.corrupt``, so that they are not tried again.
 
     Raises:
-        CheckpointError: none is left.
+        CheckpointError: none is left, or the newest is of a build that this one cannot read.
     """
-    damaged = 0
+
+    def verified(path: Path) -> Path:
+        verify(path)
+        return path
+
+    return first_good(directory, verified, quarantine=quarantine)
+
+
+def first_good(directory: str | Path, take: Callable[[Path], T], *, quarantine: bool = True) -> T:
+    """Try the checkpoints of a folder, the newest first, until one can be taken.
+
+    What is damaged is set aside as ``*.corrupt``, where it can be looked at and is never tried again; what the disk
+    does not give is passed over, because it may be there again later.  Any other refusal is not the checkpoint's
+    fault (another model, a newer format) and is not got round by going back to an older one.
+
+    Args:
+        directory: Where ``save`` wrote.
+        take: Reads one.
+        quarantine: False: nothing is renamed.
+
+    Returns:
+        What ``take`` returned.
+
+    Raises:
+        CheckpointError: none is left, or ``take`` refused one that is whole.
+    """
+    refused = 0
     for path in reversed(checkpoints(directory)):
         try:
-            verify(path)
+            return take(path)
         except CheckpointError as error:
-            damaged += 1
-            warn(f"skipping a checkpoint: {error}", stacklevel=2)
-            if quarantine:
+            damaged = isinstance(error, DamagedCheckpointError)
+            if not damaged and not isinstance(error.__cause__, OSError):
+                raise
+            refused += 1
+            aside = None
+            if damaged and quarantine:
                 with contextlib.suppress(OSError):  # a read-only disk: skipping it is enough
-                    _quarantine(path)
-        else:
-            return path
-    raise CheckpointError(f"no intact checkpoint in {directory} ({damaged} damaged); begin a new run in another folder")
+                    aside = _quarantine(path)
+            kept = "" if aside is None else f" (it is {aside.name} now)"
+            warn(f"skipping a checkpoint{kept}: {error}", stacklevel=3)
+    raise CheckpointError(f"no intact checkpoint in {directory} ({refused} damaged); begin a new run in another folder")
 
 
 def _sweep(directory: Path) -> None:
@@ -116,12 +149,13 @@ def _discard(path: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _quarantine(path: Path) -> None:
+def _quarantine(path: Path) -> Path:
     number, aside = 1, path.with_name(f"{path.name}.corrupt")
     while os.path.lexists(aside):
         number += 1
         aside = path.with_name(f"{path.name}.corrupt-{number}")
     path.rename(aside)
+    return aside
 
 
 def _temporary(target: Path) -> Path:

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..records import CheckpointError
+from ..records import CheckpointError, DamagedCheckpointError
 from .state_tree import Json, TensorSpec
 
 FORMAT_VERSION = 4
@@ -81,7 +81,7 @@ def verify(path: str | Path, *, hashes: bool = True) -> Manifest:
         for file, record in manifest.files.items():
             check_file(path / file, record, hashes)
     except OSError as error:
-        raise refusal(path, f"cannot be read: {error}") from error
+        raise unreadable(path, error) from error
     return manifest
 
 
@@ -115,10 +115,10 @@ def read_manifest(path: Path) -> Manifest:
         if type(version) is not int:
             raise ValueError("format_version is not an int")
         if version > FORMAT_VERSION:
-            raise refusal(path, f"has format {version}, newer than {FORMAT_VERSION}", "upgrade the library")
+            raise _foreign(path, f"has format {version}, newer than {FORMAT_VERSION}; upgrade the library")
         if version < OLDEST_VERSION:
-            advice = "load it with the version that wrote it"
-            raise refusal(path, f"has format {version}, older than {OLDEST_VERSION}", advice)
+            older = f"has format {version}, older than {OLDEST_VERSION}; load it with the version that wrote it"
+            raise _foreign(path, older)
         del fields["sha256"]
         if manifest_text(fields) != raw:
             raise ValueError("its text does not match its own SHA-256")
@@ -161,14 +161,26 @@ def read_document(path: Path) -> dict[str, Json]:
         document = json.loads((path / STATE).read_bytes())
         if not isinstance(document["trees"], dict):
             raise TypeError("trees")
-    except (*MALFORMED, OSError) as error:
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except MALFORMED as error:
         raise refusal(path, f"has a {STATE} that cannot be read: {error}") from error
     return dict(document)
 
 
-def refusal(path: Path, why: str, advice: str = "use another checkpoint") -> CheckpointError:
+def refusal(path: Path, why: str, advice: str = "use another checkpoint") -> DamagedCheckpointError:
     """The error for a checkpoint that must not be used, and what to do instead."""
-    return CheckpointError(f"checkpoint {path} {why}; {advice}")
+    return DamagedCheckpointError(f"checkpoint {path} {why}; {advice}")
+
+
+def unreadable(path: Path, error: OSError) -> CheckpointError:
+    """The error where the disk refuses to give a checkpoint: that may pass, and says nothing of its contents."""
+    return CheckpointError(f"checkpoint {path} cannot be read: {error}; use another checkpoint")
+
+
+def _foreign(path: Path, why: str) -> CheckpointError:
+    """The error for a checkpoint that is whole, and that this build cannot read."""
+    return CheckpointError(f"checkpoint {path} {why}")
 
 
 def tensor_file(part: str) -> str:

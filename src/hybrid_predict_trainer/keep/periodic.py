@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..notices import warn
 from ..records import CheckpointError
+from .background import BackgroundWriter, Write
 from .housekeeping import checkpoints
 from .manifest import CHECKPOINT_NAME
 
@@ -21,21 +22,31 @@ class PeriodicSaver:
         saved: Step of the newest checkpoint that was written or loaded, -1 if there is none.
     """
 
-    def __init__(self, directory: str | Path, interval: int, save: Callable[[Path], object]) -> None:
+    def __init__(
+        self,
+        directory: str | Path,
+        interval: int,
+        save: Callable[[Path], object],
+        capture: Callable[[Path], Write] | None = None,
+    ) -> None:
         """Bind.
 
         Args:
             directory: Made if missing.
             interval: Steps between two checkpoints.
             save: Writes one below a directory.
+            capture: Copies what one would hold and returns what writes it: those of the interval are then written
+                while training goes on.  None: they are not.
         """
-        self.directory, self._interval, self._save = Path(directory), interval, save
+        self.directory, self._interval, self._save, self._capture = Path(directory), interval, save, capture
         self.saved = -1
         self._tried = 0  # step of the last attempt: one that fails is tried again at the next interval
         self._looked = self._failing = False
+        self._writer, self._under_way = BackgroundWriter(), -1
 
     def loaded(self, path: Path, step: int) -> None:
         """The run goes on from a checkpoint; if it is one of this folder the others there are of the same run."""
+        self._settle()
         self.saved = self._tried = step
         self._looked = path.resolve().parent == self.directory.resolve()
 
@@ -44,7 +55,7 @@ class PeriodicSaver:
         return step // self._interval > self._tried // self._interval
 
     def save(self, step: int) -> None:
-        """Write one, unless the newest is of this step.
+        """Write one, unless the newest is of this step; it is there when this returns.
 
         Args:
             step: Of the run, between two steps.
@@ -53,6 +64,7 @@ class PeriodicSaver:
             CheckpointError: it could not be written.
         """
         self._tried = step
+        self._settle()  # one that failed is made up for by the one that is written now
         if step == self.saved:
             return
         self._refuse_those_of_another_run()
@@ -61,12 +73,47 @@ class PeriodicSaver:
 
     def attempt(self, step: int) -> CheckpointError | None:
         """:meth:`save`, whose failure is returned; it is said once until one is written again."""
+        return self._told(lambda: self.save(step))
+
+    def keep_up(self, step: int) -> CheckpointError | None:
+        """As :meth:`attempt`, for a run that goes on: where it may be, it is written in the background.
+
+        While one is still being written nothing is done, and the next step asks again.
+        """
+        if self._capture is None:
+            return self.attempt(step)
+        if self._writer.busy:
+            return None
+        return self._told(lambda: self._begin(step))
+
+    def _begin(self, step: int) -> None:
+        assert self._capture is not None
+        failed = self._settle()
+        self._tried = step
+        if step != self.saved:
+            self._refuse_those_of_another_run()
+            self._writer.start(self._capture(self.directory))
+            self._under_way, self._looked = step, True
+        if failed is not None:
+            raise failed
+
+    def _settle(self) -> CheckpointError | None:
+        """Wait for the one that is being written; returns why it could not be."""
+        under_way, self._under_way = self._under_way, -1
         try:
-            self.save(step)
+            self._writer.wait()
+        except CheckpointError as error:
+            return error
+        self.saved = max(self.saved, under_way)
+        return None
+
+    def _told(self, save: Callable[[], None]) -> CheckpointError | None:
+        try:
+            save()
         except CheckpointError as error:
             if not self._failing:
                 kept = "there is none yet" if self.saved < 0 else f"the newest is of step {self.saved}"
-                warn(f"{error}; training goes on, and the next interval tries again ({kept})", stacklevel=3)
+                warn(f"{error}; training goes on, and the next interval tries again ({kept})", stacklevel=4)
             self._failing = True
             return error
         self._failing = False

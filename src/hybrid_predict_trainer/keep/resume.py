@@ -15,6 +15,7 @@ from ..config.toml import to_toml
 from ..records import CheckpointError, StateDict
 from ..weights.parameters import optimizer_parameters
 from . import checkpoint, failures, model_state, optimizer_state, schema
+from .background import Write
 from .backup import Backup
 from .identity import check_identity, check_parts, identity
 from .manifest import MALFORMED, refusal
@@ -70,10 +71,23 @@ def save(run: State, metrics: Metrics, directory: Path, extra: dict[str, StateDi
     Raises:
         CheckpointError: it could not be written, or holds something that could not be read back.
     """
-    try:
-        return _written(run, {**parts(run, metrics), **(extra or {})}, directory)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"cannot save a checkpoint: {error}") from error
+    return checkpoint.write(directory, _drafted(run, metrics, extra))
+
+
+def captured(run: State, metrics: Metrics, directory: Path, extra: dict[str, StateDict] | None = None) -> Write:
+    """Copy all that :func:`save` would write now, and hand back what writes it, from any thread and at any time.
+
+    Args:
+        run: In a consistent state, between steps.
+        metrics: Of that run.
+        directory: Made if missing.
+        extra: More parts, such as a data position.
+
+    Raises:
+        CheckpointError: it holds something that could not be read back.
+    """
+    drafted = _drafted(run, metrics, extra, copy=True)
+    return lambda: checkpoint.write(directory, drafted)
 
 
 def check_savable(run: State, metrics: Metrics) -> None:
@@ -97,11 +111,20 @@ def warn_unless_savable(run: State, metrics: Metrics) -> None:
         warnings.warn(f"no checkpoint of this run can be written: {error}", stacklevel=4)
 
 
-def _written(run: State, saved: dict[str, StateDict], directory: Path) -> Path:
-    return checkpoint.save(
-        directory,
+def _drafted(
+    run: State, metrics: Metrics, extra: dict[str, StateDict] | None, *, copy: bool = False
+) -> checkpoint.Draft:
+    try:
+        return _draft(run, {**parts(run, metrics), **(extra or {})}, copy)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"cannot save a checkpoint: {error}") from error
+
+
+def _draft(run: State, saved: dict[str, StateDict], copy: bool) -> checkpoint.Draft:
+    return checkpoint.draft(
         run.meter.num_steps,
         saved,
+        copy=copy,
         config_toml=to_toml(run.proposer.settings),
         summary={
             "loss": run.losses.history.loss_ema.mean, "phase": run.phases.current.value,
@@ -137,7 +160,7 @@ def load(run: State, metrics: Metrics, path: Path) -> dict[str, StateDict]:
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except (*MALFORMED, IndexError) as error:
-        raise refusal(path, f"holds a state that cannot be read ({type(error).__name__}: {error})") from error
+        raise _unfit(path, f"holds a state that cannot be read ({type(error).__name__}: {error})") from error
     del live
     backup = Backup(run, metrics)
     try:
@@ -147,11 +170,16 @@ def load(run: State, metrics: Metrics, path: Path) -> dict[str, StateDict]:
     except Exception as error:
         backup.put_back()
         why = f"does not fit this run ({type(error).__name__}: {error}); nothing was changed"
-        raise refusal(path, why) from error
+        raise _unfit(path, why) from error
     except BaseException:  # an interrupt
         backup.put_back()
         raise
     return loaded.parts
+
+
+def _unfit(path: Path, why: str) -> CheckpointError:
+    """The error for a checkpoint that is as it was written, and that this run has no use for."""
+    return CheckpointError(f"checkpoint {path} {why}; use another checkpoint")
 
 
 def own_state(run: State) -> StateDict:

@@ -14,7 +14,7 @@ from ..config.settings import HybridTrainerConfig
 from ..keep.failures import MAX_FAILURES
 from ..notices import warn
 from ..records import ConfigError
-from ..safe_files import open_append
+from ..safe_files import end_torn_line, open_append
 
 SCHEMA = 1
 
@@ -91,6 +91,7 @@ class JsonlSink:
             self._file = self._path.open("a", encoding="utf-8")
         else:
             self._file = os.fdopen(open_append(self._path), "a", encoding="utf-8")
+        end_torn_line(self._path)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Write a line; after a failure write no more."""

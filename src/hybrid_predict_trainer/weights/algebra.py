@@ -18,6 +18,8 @@ Tensors = list[Tensor]
 SMALL = 1 << 16
 #: Above so many weights a copy of all of them is something to do without.
 LARGE = 1 << 20
+#: Types whose spacing is so wide that a step of training may be below it.
+HALF = frozenset({torch.float16, torch.bfloat16})
 #: Devices that cannot hold float64.
 WITHOUT_FLOAT64 = frozenset({"mps"})
 
@@ -45,18 +47,47 @@ def like_sampled(tensor: Tensor, other: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def move_(destination: Sequence[Tensor], origin: Sequence[Tensor], delta: Sequence[Tensor], scale: float) -> None:
+def move_(
+    destination: Sequence[Tensor], origin: Sequence[Tensor], delta: Sequence[Tensor], scale: float, seed: int = 0
+) -> None:
     """``destination <- origin + scale * delta`` in place, summed in the wider of the two dtypes.
 
-    Half-precision weights would swallow a small delta if it were rounded before the addition.
+    Half-precision weights are rounded stochastically (arXiv 1502.02551): a delta below half their spacing, which
+    rounding to the nearest would lose in every single weight, is made by the right share of them.
+
+    Args:
+        destination: Written to.
+        origin: Shapes as destination.
+        delta: Likewise, in any type.
+        scale: Of the delta.
+        seed: Of the rounding; the same one makes the same move.  The global random state is left alone.
     """
-    if len({t.device for t in (*destination, *origin, *delta)}) == 1:  # one call, which widens as the loop does
+    together = len({t.device for t in (*destination, *origin, *delta)}) == 1
+    if together and not any(p.dtype in HALF for p in destination):  # one call, which widens as the loop does
         copy_(destination, torch._foreach_add(list(origin), list(delta), alpha=scale))
         return
-    for p, o, d in zip(destination, origin, delta, strict=True):
-        wide = torch.promote_types(o.dtype, d.dtype)
-        p.copy_(torch.add(o.to(wide), d.to(device=o.device, dtype=wide), alpha=scale))
+    for i, (p, o, d) in enumerate(zip(destination, origin, delta, strict=True)):
+        narrow = p.dtype in HALF
+        wide = torch.float32 if narrow and d.dtype in HALF else torch.promote_types(o.dtype, d.dtype)
+        moved = torch.add(o.to(wide), d.to(device=o.device, dtype=wide), alpha=scale)
+        p.copy_(_dithered(moved, p.dtype, seed + 1009 * i) if narrow else moved)
     _forget_casts()
+
+
+def _dithered(value: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
+    """``value`` rounded to one of its two neighbours in ``dtype``, the nearer it is the more likely: right on average.
+
+    What is a number of that type stays as it is.
+    """
+    generator = torch.Generator(device=value.device).manual_seed(seed)
+    chance = torch.rand(value.shape, generator=generator, device=value.device, dtype=torch.float32)
+    nearest = value.to(dtype)
+    missed = value - nearest.to(value.dtype)
+    # bits of such a number, read as an integer, count its magnitudes
+    outwards = torch.where(missed * value.sign() > 0, 1, -1).to(torch.int16)
+    other = (nearest.view(torch.int16) + outwards).view(dtype)
+    gap = other.to(value.dtype) - nearest.to(value.dtype)
+    return torch.where(chance * gap.abs() < missed.abs(), other, nearest)
 
 
 def _forget_casts() -> None:

@@ -1,0 +1,1 @@
+"""Faults: the short table, and random scenarios (``python -m tests.faults --scenarios N``)."""
