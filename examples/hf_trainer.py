@@ -15,8 +15,8 @@ from hybrid_predict_trainer import HybridTrainerConfig, with_values
 from hybrid_predict_trainer.adapters.hf import HybridCallback
 
 LENGTH, VOCABULARY, STEPS = 24, 64, 150
-#: A run of 150 steps is short: the defaults are for longer ones.  Shorter first steps of the blocks gain on text and are
-#: a loss on these sequences (LOG.md), so group warm-up is left out.
+#: A run of 150 steps is short, the defaults are for longer ones.  Shorter first steps of the blocks gain on text
+#: and are a loss on these sequences (LOG.md), so group warm-up is left out.
 SETTINGS = with_values(
     HybridTrainerConfig(), {"training.warmup_steps": 20, "predictor.window": 5, "training.min_group_factor": 1.0}
 )
