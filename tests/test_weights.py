@@ -128,11 +128,14 @@ def test_move_by_nothing_is_exact() -> None:
     assert all(torch.equal(a, b) for a, b in zip(target, origin, strict=True))
 
 
-def test_small_deltas_of_half_precision_weights_are_not_rounded_first() -> None:
-    """1 + 2^-7: a bfloat16 delta of 2^-8 + 2^-16 would be rounded down, the float32 one tips the sum."""
-    target = [torch.ones(1, dtype=torch.bfloat16)]
-    weights.move_(target, [torch.ones(1, dtype=torch.bfloat16)], [torch.tensor([2.0**-8 + 2.0**-16])], 1.0)
-    assert target[0].item() == 1 + 2.0**-7
+def test_small_deltas_of_half_precision_weights_are_not_lost() -> None:
+    """Half a step of the format, 2^-8 at 1: each weight goes to one of its neighbours, and the mean is the delta's."""
+    delta, count = 2.0**-8 + 2.0**-10, 4096
+    target = [torch.ones(count, dtype=torch.bfloat16)]
+    weights.move_(target, [torch.ones(count, dtype=torch.bfloat16)], [torch.full((count,), delta)], 1.0)
+    assert set(target[0].tolist()) == {1.0, 1 + 2.0**-7}
+    moved = target[0].double().mean().item() - 1
+    assert abs(moved - delta) < 4 * 2.0**-8 / count**0.5, "four standard errors"
 
 
 def test_gradients_and_norm() -> None:
