@@ -51,7 +51,8 @@ MAX_BEND = 0.75
 #: Relative difference between the run's loss and the one of the residuals that passes for rounding.
 SAME_LOSS = 1e-2
 #: Price of a multiplication in a matrix product, in those of a forward: networks small enough for this source spend
-#: most of a forward on other things.  Measured with 258 to 1,217 residuals (LOG.md).
+#: most of a forward on other things.  ``benchmarks/matrix_price.py`` measures it: 0.08 to 0.34 with 130 to 1,217
+#: residuals (LOG.md).
 MATRIX_PRICE = 1 / 6
 #: Where the predicted loss curve is told, as shares of the time that is believed.
 CURVE = (0.25, 0.5, 1.0)
