@@ -21,6 +21,7 @@ import pytest
 import hybrid_predict_trainer
 from hybrid_predict_trainer.cli import bench, bench_arguments, hpt, names
 from hybrid_predict_trainer.config.presets import PRESETS
+from hybrid_predict_trainer.config.settings import SOURCES
 from hybrid_predict_trainer.experiments.bench import predictors as predictor_bench
 from hybrid_predict_trainer.experiments.harm.runs import ARMS
 from hybrid_predict_trainer.experiments.harm.settings import SETTINGS
@@ -118,6 +119,7 @@ def test_names_are_those_of_the_library() -> None:
     assert get_args(OptimizerName) == names.OPTIMIZERS
     assert get_args(ScheduleName) == names.SCHEDULES
     assert tuple(PREDICTORS) == names.PREDICTORS
+    assert tuple(SOURCES) == names.SOURCES
     assert tuple(predictor_bench.REFERENCES) == names.REFERENCES
     assert tuple(PRESETS) == names.CONFIG_PRESETS
     assert catalogue.names() == names.REGIMES

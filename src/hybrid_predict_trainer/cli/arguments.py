@@ -180,7 +180,10 @@ def add_task_flags(parser: argparse.ArgumentParser) -> None:
     trainer.add_argument("--config", metavar="FILE", help="settings as TOML (docs/configuration.md)")
     trainer.add_argument("--config-preset", metavar="NAME", help=", ".join(names.CONFIG_PRESETS))
     trainer.add_argument(
-        "--predictor", type=name_of("predictor", names.PREDICTORS), metavar="NAME", help=", ".join(names.PREDICTORS)
+        "--predictor",
+        type=name_of("predictor", (*names.PREDICTORS, *names.SOURCES)),
+        metavar="NAME",
+        help=f"{', '.join(names.PREDICTORS)}; {', '.join(names.SOURCES)}: closed form, equations and classifiers",
     )
     trainer.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one setting; may be repeated")
     parser.add_argument(

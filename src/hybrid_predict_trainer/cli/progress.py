@@ -33,6 +33,7 @@ class Progress:
         self._first = trainer.run.position
         self._last_line = 0
         self._gone = False
+        self._error = ""
         self._notebook: Any = _notebook_bar(total_steps, self._first, name) if stream is None else None
 
     def __call__(self, result: StepResult) -> None:
@@ -49,6 +50,10 @@ class Progress:
         elif not self._bar and result.step - self._last_line >= self._interval:
             self._last_line = result.step - result.step % self._interval
             self._write(self.line(result, now) + "\n")
+
+    def show_error(self, error: float) -> None:
+        """From here on: the relative L2 error against the true solution, as it was measured last."""
+        self._error = f"rel. error {error:.1e}  "
 
     def _draw_in_notebook(self, bar: Any, result: StepResult, now: float) -> None:
         """tqdm knows the speed and the time left; the loss is read only where it is shown."""
@@ -80,6 +85,7 @@ class Progress:
         bar = f"[{'#' * filled}{'.' * (WIDTH - filled)}] " if self._bar else ""
         return (
             f"{self._name}{bar}{position}/{self._total} {result.phase.value:<7} loss {result.loss:.5g}  "
+            f"{self._error}"
             f"jumps {c.num_jumps_accepted}/{c.num_jumps_proposed}  {rate:.1f} steps/s  {left}"
         )
 

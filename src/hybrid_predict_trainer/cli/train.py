@@ -36,9 +36,12 @@ def run(args: argparse.Namespace) -> int:
 def trained(result: dict[str, Any]) -> str:
     """What a person wants to know of a run."""
     counts, loss = result["statistics"], result["final_val_loss"]
+    error = f", relative L2 error {result['solution_error']:.2e}" if "solution_error" in result else ""
     back = counts["num_guard_restores"]
     withdrawn = "the guard withdrew prediction, multiplier and lookahead: the loss stood above its best for good"
-    head = f"validation loss {loss:.5g}" if loss is not None else "stopped before the end; add --resume to continue"
+    head = (
+        f"validation loss {loss:.5g}{error}" if loss is not None else "stopped before the end; add --resume to continue"
+    )
     return "\n".join([
         f"{result['task']}, {result['arm']}, seed {result['seed']}: {head}",
         f"cost {in_steps(counts['cost_units']):.1f} of {result['steps']} steps, {result['wall_s']:.1f} s, "

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from ..config.settings import SOURCES
 from ..predictors import Predictor, build
-from ..records import StateDict, StepResult
+from ..records import ConfigError, StateDict, StepResult
+from ..tasks import Task
 from ..trainer import HybridTrainer
 from ..weights import algebra as weights
 from ..weights.parameters import predicted_parameters
@@ -70,15 +73,31 @@ def build_trainer(
     optimizer = recipe_optimizer(model, recipe, setup.settings)
     schedule = recipe_schedule(optimizer, recipe)
     config = replace(setup.config, enabled=setup.config.enabled and predict, seed=setup.config.seed + seed)
-    predictor = None
+    predictor, source = None, config.predictor_type in SOURCES
     if wrap is not None:
         groups = predicted_parameters(model, optimizer)[1]
         predictor = wrap(build(config, groups.num_groups, groups.num_weights))
     trainer = HybridTrainer(
-        model, optimizer, config, loss_fn=setup.task.loss_fn, lr_scheduler=schedule, predictor=predictor
-    )
+        model, optimizer, config, loss_fn=setup.task.loss_fn, lr_scheduler=schedule, predictor=predictor,
+        **(_residuals_of(setup.task, config.predictor_type) if source else {}),
+    )  # fmt: skip
     trainer.keep_no_checkpoints()  # many runs share these settings: they would write into one folder
     return trainer
+
+
+def _residuals_of(task: Task, predictor: str) -> dict[str, Any]:
+    """What a source of closed-form moves needs of a task.
+
+    Raises:
+        ConfigError: the task has neither residuals nor outputs with a convex loss.
+    """
+    for name in ("residual_fn", "output_fn"):
+        if hasattr(task, name):
+            return {name: getattr(task, name)}
+    raise ConfigError(
+        f"predictor.type = {predictor!r} needs residuals, and task {task.name} has none: take an equation, regression "
+        "or a classifier"
+    )
 
 
 class UndoneJumps:

@@ -13,8 +13,9 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
+from ..config.settings import SOURCES
 from ..config.toml import load, to_toml
 from ..keep import housekeeping
 from ..keep.background import Write
@@ -74,6 +75,8 @@ def train(request: Request, out: Path, *, resume: bool, watch: Watch | None = No
         setup = build_setup(request.options)
     described = setup.task.describe()
     if request.record:
+        if setup.config.predictor_type in SOURCES:
+            raise InputError(f"{setup.config.predictor_type} sees no windows: there is nothing to record")
         setup = replace(setup, config=recording_settings(setup.config, plain=request.plain))
     with locked(out):
         begin = not saved_steps(out)
@@ -134,6 +137,8 @@ def _train(
         validation.outside_s += time.perf_counter() - started
         if validation.due():
             validation.measure()
+            if isinstance(note, ShowsError) and validation.error is not None:
+                note.show_error(validation.error)
         if saver.due:
             saver.keep_up()
 
@@ -150,6 +155,8 @@ def _train(
         ended = _ended(trainer, setup.steps)
         val_loss = validation.final() if ended else None
         result = _result(setup, request, trainer, wall_s, val_loss, ended=ended)
+        if ended and validation.error is not None:
+            result["solution_error"] = validation.error
         trainer.metrics.sink.close()
         _write_results(trainer, out, result)
     if val_loss is not None and not math.isfinite(val_loss):
@@ -185,6 +192,14 @@ def _write_results(trainer: HybridTrainer, out: Path, result: Mapping[str, Any])
             trainer.run.proposer.predictor.recording.save(out / "recording")
     except (OSError, UnusableFileError) as error:
         raise CheckpointError(f"{out}: the results cannot be written: {error}") from error
+
+
+@runtime_checkable
+class ShowsError(Protocol):
+    """Who watches the steps and shows the error of the solution beside them."""
+
+    def show_error(self, error: float) -> None:
+        """Relative L2 error against the true solution, as it was measured last."""
 
 
 class Saver:

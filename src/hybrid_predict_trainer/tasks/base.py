@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -151,6 +151,15 @@ class Task(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """Return what a report must say about the task, JSON-able: sizes, data provenance, parameters."""
+        ...
+
+
+@runtime_checkable
+class HasSolution(Protocol):
+    """A task whose true solution is known."""
+
+    def solution_error(self, model: nn.Module) -> float:
+        """Return the relative L2 error of the model against it."""
         ...
 
 

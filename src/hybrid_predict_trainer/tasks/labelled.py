@@ -5,7 +5,7 @@ Letters: ``B`` examples of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -51,11 +51,17 @@ class ReadsLabelled:
 
     def loss_fn(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the mean cross-entropy of an example, nats; the batch is (inputs, labels (B,))."""
+        logits, loss = self.output_fn(model, batch)
+        return loss(logits)
+
+    def output_fn(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Return logits (B, classes) and the loss as a function of them, which is convex."""
         assert isinstance(batch, tuple)
         inputs, labels = batch
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.settings.autocast_bf16):
             logits: Tensor = model(inputs)
-        return functional.cross_entropy(logits.float() if logits.dtype == torch.bfloat16 else logits, labels)
+        logits = logits.float() if logits.dtype == torch.bfloat16 else logits
+        return logits, lambda z: functional.cross_entropy(z, labels)
 
     def _valid_parts(self) -> Iterator[tuple[Batch, int]]:
         for stored, labels in zip(*(torch.split(part, 4 * self.batch_size) for part in self._valid), strict=True):

@@ -209,12 +209,14 @@ class Metrics:
         if cosine is not None:
             self.cosines.append(cosine)
 
-    def validation(self, run: State, val_loss: float, wall_s: float) -> None:
-        """Record a validation loss measured outside the run's cost."""
+    def validation(self, run: State, val_loss: float, wall_s: float, solution_error: float | None = None) -> None:
+        """Record a validation loss measured outside the run's cost, and the error of the solution if there is one."""
         c = run.meter
+        error = {} if solution_error is None else {"solution_error": solution_error}
         self._write(
             run, "validation",
-            {"cost_units": c.cost_units, "num_real_steps": c.num_real_steps, "wall_s": wall_s, "val_loss": val_loss},
+            {"cost_units": c.cost_units, "num_real_steps": c.num_real_steps, "wall_s": wall_s, "val_loss": val_loss,
+             **error},
         )  # fmt: skip
 
     def _write(self, run: State, event: str, values: Mapping[str, Any]) -> None:

@@ -21,6 +21,7 @@ from ...cost import STEP_UNITS
 from ...records import DivergenceError, StepResult
 from ...safe_files import write_text
 from ...tasks import Task, TaskDefaults, TaskSettings, build_optimizer, build_scheduler, with_steps
+from ...tasks.base import HasSolution
 from ...tell.sinks import JsonlSink, jsonable
 from ...trainer import HybridTrainer
 
@@ -131,6 +132,7 @@ class Validation:
         self._started = time.perf_counter() - before_s
         self.outside_s = 0.0
         self.curve: list[tuple[float, float]] = []
+        self.error: float | None = None  # relative L2 error against the true solution, where the task knows one
 
     def wall_s(self) -> float:
         """Seconds of training so far."""
@@ -147,7 +149,9 @@ class Validation:
         run = self._trainer.run
         with self._at():
             loss = self._task.evaluate(run.subject.model)
-        self._trainer.metrics.validation(run, loss, wall_s)
+            if isinstance(self._task, HasSolution):
+                self.error = self._task.solution_error(run.subject.model)
+        self._trainer.metrics.validation(run, loss, wall_s, self.error)
         self.curve.append((run.meter.cost_units, loss))
         while self.due():
             self._next += self._every

@@ -11,8 +11,8 @@ from typing import Any, get_args
 
 import torch
 
-from ...config.presets import PRESETS
-from ...config.settings import HybridTrainerConfig
+from ...config.presets import CLOSED_FORM, PRESETS
+from ...config.settings import SOURCES, HybridTrainerConfig
 from ...config.toml import flatten, loads, parse, preset_config, read, with_values
 from ...predictors import PREDICTORS
 from ...records import CheckpointError, ConfigError, DivergenceError
@@ -131,13 +131,18 @@ def given_config(config: HybridTrainerConfig, said: Options, then: Options) -> H
             layers.append(PRESETS[said.config_preset])
         if said.config is not None:
             layers += file_layers(Path(said.config))
-        if said.predictor is not None and said.predictor not in PREDICTORS:
-            raise unknown_name("predictor", said.predictor, sorted(PREDICTORS))
+        _check_predictor(said.predictor)
         layers += [{"predictor.type": name} for name in (then.predictor, said.predictor) if name is not None]
         layers += [assignments(then.set), assignments(said.set)]
         for values in layers:
             config = with_values(config, values)
     return config
+
+
+def _check_predictor(name: str | None) -> None:
+    known = sorted({*PREDICTORS, *SOURCES})
+    if name is not None and name not in known:
+        raise unknown_name("predictor", name, known)
 
 
 def recipe_of(defaults: TaskDefaults, options: Options) -> TaskDefaults:
@@ -157,13 +162,14 @@ def config_of(options: Options, recipe: TaskDefaults, steps_per_epoch: int | Non
 
     Warm-up takes at most a tenth of the run unless it was set: a short run would never leave it.
     """
-    if options.predictor is not None and options.predictor not in PREDICTORS:
-        raise unknown_name("predictor", options.predictor, sorted(PREDICTORS))
+    _check_predictor(options.predictor)
     recipes = {"predictor.type": recipe.predictor, "training.gradient_clip_norm": recipe.grad_clip or 0.0}
     config = with_values(HybridTrainerConfig(), recipes)
     layers: list[Mapping[str, Any]] = []
     if (options.predictor or recipe.predictor) == "quasi_newton":
         layers.append(PRESETS["full_batch"])  # the windows and the budget it is made for
+    elif options.predictor in SOURCES:
+        layers.append(CLOSED_FORM)
     if (steps_per_epoch or 1) > 1 and (options.predictor or recipe.predictor) == "hold":
         name = "epochs_adam" if recipe.optimizer in ("adam", "adamw") else "epochs"
         layers.append({**PRESETS[name], "predictor.window": steps_per_epoch})
