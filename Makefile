@@ -7,7 +7,7 @@ OUT ?= demo-results
 
 REGIMES := pinn epochs finetune lm lm-lowlr lm-muon
 
-.PHONY: coverage demo test frameworks test-oldest golden check audit bench regimes harm harm-quick faults scenarios clean help
+.PHONY: presets coverage demo test frameworks test-oldest golden check audit bench regimes harm harm-quick faults scenarios clean help
 
 help:
 	@echo "make demo   train a language model and a physics-informed network plainly and with predicted phases"
@@ -17,6 +17,7 @@ help:
 	@echo "make golden AGAINST=path  short runs with the checkout there and with this one: the same to the last bit?"
 	@echo "make check  ruff (its security rules too), mypy, import order, no secrets"
 	@echo "make audit  known faults of what is installed, and secrets; needs the network"
+	@echo "make presets  write the preset files with the settings and defaults of today"
 	@echo "make coverage  how much of encoder, monitor, gate, phases, dynamics and bandit their tests run"
 	@echo "make bench  measure the overhead of a full step"
 	@echo "make harm-quick  is ordinary training never made worse?  The short set (two minutes)"
@@ -53,6 +54,9 @@ test-oldest:
 	$(VENV)-oldest/bin/python -m pip install --quiet "torch==2.10.*" "transformers==5.0.*" "accelerate==1.10.*" \
 		"lightning==2.5.*" "peft==0.15.*" pytest pytest-timeout hypothesis scipy scikit-learn --editable .
 	$(VENV)-oldest/bin/python -m pytest tests/test_adapter*.py tests/test_engine.py
+
+presets: $(STAMP)
+	$(BIN)/python -m tests.presets
 
 golden: $(STAMP)
 	$(if $(AGAINST),,$(error say AGAINST=path, a checkout of an earlier build: git worktree add path commit))

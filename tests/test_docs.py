@@ -136,7 +136,7 @@ def documented() -> dict[str, object]:
     """Key -> default, of every row of docs/configuration.md; `.name` shares the table of the key before it."""
     found: dict[str, object] = {}
     text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
-    for line in text.partition("## Former names")[0].splitlines():
+    for line in text.partition("## Settings")[2].partition("## Former names")[0].splitlines():
         if not line.startswith("| `"):
             continue
         cells = [cell.strip() for cell in line.strip("|").split("|")]

@@ -27,6 +27,7 @@ ORDER = (
     "notices",
     "records",
     "recovery",
+    "schedules",
     "safe_files",
     "config",
     "distributed",

@@ -147,7 +147,11 @@ def add_task_flags(parser: argparse.ArgumentParser) -> None:
     """What ``train`` and ``compare`` share."""
     task = parser.add_argument_group("task")
     task.add_argument("--task", type=name_of("task", names.TASKS), metavar="NAME", help=", ".join(names.TASKS))
-    task.add_argument("--preset", metavar="NAME", help="size or variant of the task's model (default the task's)")
+    task.add_argument(
+        "--preset",
+        metavar="NAME",
+        help="size or variant of the task's model (default the task's); or as --config-preset",
+    )
     task.add_argument("--data", metavar="PATH", help="text file or folder, .npz, a named set or hf:OWNER/NAME")
     task.add_argument("--data-bytes", type=whole, metavar="N", help="read at most N bytes of text (default all)")
     task.add_argument("--batch-size", type=whole, metavar="N", help="examples per step (default the task's)")
@@ -178,7 +182,10 @@ def add_task_flags(parser: argparse.ArgumentParser) -> None:
     recipe.add_argument("--seed", type=number(int, 0, 2**31), metavar="S", help="first seed (default 0)")
     trainer = parser.add_argument_group("trainer")
     trainer.add_argument("--config", metavar="FILE", help="settings as TOML (docs/configuration.md)")
-    trainer.add_argument("--config-preset", metavar="NAME", help=", ".join(names.CONFIG_PRESETS))
+    trainer.add_argument(
+        "--config-preset", metavar="NAME",
+        help=f"settings to begin with: {', '.join(names.CONFIG_PRESETS)}; {names.AUTO}: by trained weights",
+    )  # fmt: skip
     trainer.add_argument(
         "--predictor",
         type=name_of("predictor", (*names.PREDICTORS, *names.SOURCES)),
@@ -189,6 +196,22 @@ def add_task_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="folder of the results (default results/COMMAND-TASK-TIME)"
     )
+
+
+def take_preset(args: argparse.Namespace) -> str | None:
+    """Take ``--preset`` for settings where it names some, and the task they are tried with; an error, or None."""
+    if args.command not in ("train", "compare"):
+        return None
+    if args.preset in (*names.CONFIG_PRESETS, names.AUTO):
+        if args.config_preset not in (None, args.preset):
+            return f"--preset {args.preset} and --config-preset {args.config_preset} name different settings"
+        args.preset, args.config_preset = None, args.preset
+    if args.config_preset in names.CONFIG_PRESETS and args.task is None and not args.resume:
+        from ..config.presets import about
+
+        run = about(args.config_preset).get("run", {})
+        args.task, args.steps = run.get("task"), args.steps or run.get("steps")
+    return None
 
 
 def what_is_missing(args: argparse.Namespace) -> str | None:

@@ -32,6 +32,7 @@ from .arguments import (
     examples,
     name_of,
     number,
+    take_preset,
     what_is_missing,
     whole,
 )
@@ -85,6 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
         "a run that was stopped goes on bit for bit.",
         "hpt train --task pinn-poisson --steps 2000 --out results/first",
         "hpt train --resume --out results/first",
+        "hpt train --preset debug",
         "hpt train --task gpt --preset 0.3M --data corpus.txt --set training.full_steps=30",
     ))  # fmt: skip
     _add_compare(command(
@@ -204,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = build_parser().parse_args(argv)
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else BAD_INPUT
-    missing = what_is_missing(args)
+    missing = take_preset(args) or what_is_missing(args)
     if missing is not None:
         return complain(missing, BAD_INPUT)
     try:

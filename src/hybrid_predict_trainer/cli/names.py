@@ -24,8 +24,11 @@ REFERENCES = ("zero", "optimum")
 
 #: Keys of ``config.presets.PRESETS``.
 CONFIG_PRESETS = (
-    "small", "medium", "large", "full_batch", "epochs", "epochs_adam", "finetune", "muon", "specialist", "generalist",
+    "100M", "1B", "7B", "debug", "epochs", "epochs_adam", "finetune", "full_batch", "generalist", "large", "medium",
+    "muon", "small", "specialist",
 )  # fmt: skip
+#: What stands for a choice between them: ``config.presets.AUTO``.
+AUTO = "auto"
 
 #: Regimes of ``hpt bench regimes`` that a person would run.
 REGIMES = ("pinn", "epochs", "finetune", "lm", "lm-lowlr", "lm-muon")

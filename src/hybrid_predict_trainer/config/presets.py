@@ -1,21 +1,23 @@
-"""Named starting points, as dotted TOML keys over the defaults.
+"""Named starting points: complete TOML files in ``preset_files/``, each number with its source.
 
-The numbers are those the specification gives for model sizes and uses.  What it also names per
-preset and this version does not have (RSSM sizes, ensembles) is left to the predictor's table.
+A file holds every setting, so that it can be copied and passed to ``--config``, and a table ``[about]`` that settings
+do not read: ``title``, what the preset is for; ``sources``, where the numbers come from that are not the defaults;
+``not_taken``, what the source says besides and why it is not followed; ``run``, a task and a length to try it with.
+A preset *sets* the keys that it has a source for, and leaves the others as they stand.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
-#: The same data many times; set predictor.window to the batches of an epoch: noise repeats with the data, so that
-#: what is left between the means of two epochs is drift, and a jump every epoch costs next to nothing to test.
-EPOCHS: Mapping[str, Any] = {
-    "predictor.type": "hold", "predictor.rest_windows": 0, "training.correct_steps": 0, "lookahead.extrapolation": 0.0,
-    "lookahead.damping": 0.0, "training.confidence_threshold": 0.0, "gate.overhead_budget": 0.05,
-    "gate.significance": 0.5, "gate.holdout_fraction": 0.0, "gate.min_persistence": 0.5,
-}  # fmt: skip
+FOLDER = Path(__file__).parent / "preset_files"
+
+#: The name that stands for a choice, not for a file.
+AUTO = "auto"
 
 #: What comes with a source of closed-form moves: few real steps, and no budget that would stop it.
 CLOSED_FORM: Mapping[str, Any] = {
@@ -24,47 +26,67 @@ CLOSED_FORM: Mapping[str, Any] = {
     "gate.holdout_fraction": 0.0, "gate.max_backoff": 1,
 }  # fmt: skip
 
-PRESETS: Mapping[str, Mapping[str, Any]] = {
-    # by size of the model (methodology document, section "Presets")
-    "small": {
-        "training.warmup_steps": 100, "training.full_steps": 20, "training.max_predict_steps": 60,
-        "training.divergence_threshold": 3.0,
-    },
-    "medium": {
-        "training.warmup_steps": 200, "training.full_steps": 30, "training.max_predict_steps": 80,
-        "training.divergence_threshold": 2.5,
-    },
-    "large": {
-        "training.warmup_steps": 500, "training.full_steps": 50, "training.max_predict_steps": 100,
-        "training.divergence_threshold": 2.0, "predictor.basis_dtype": "bfloat16", "predictor.offload": True,
-    },
-    # every batch is the whole data set, so that losses are exact and every step may bring a proposal
-    "full_batch": {
-        "predictor.type": "quasi_newton", "predictor.window": 1, "training.warmup_steps": 20,
-        "training.correct_steps": 0, "training.confidence_threshold": 0.0, "gate.overhead_budget_exact": 1.0,
-        "gate.holdout_fraction": 0.02, "gate.max_backoff": 64,
-    },
-    "epochs": EPOCHS,
-    # Adam's steps have the same length whatever the gradient, so they oscillate, and damping helps; SGD with momentum
-    # gets worse (LOG.md)
-    "epochs_adam": {
-        **EPOCHS, "lookahead.damping": 0.25, "lookahead.drift": 0.0, "lookahead.scope": "all",
-    },
-    # short fine-tuning: too few steps to know the drift; damping helps as much as Lookahead (LOG.md)
-    "finetune": {
-        "lookahead.extrapolation": 0.0, "lookahead.damping": 0.4, "lookahead.drift": 0.0, "lookahead.scope": "all",
-    },
-    # orthogonal steps do not oscillate, group warm-up only slows them down, and extrapolating their drift gains more
-    # (EMA-Nesterov was published with 0.6 for them; twice that is better here)
-    "muon": {
-        "lookahead.extrapolation": 1.2, "lookahead.damping": 0.0, "training.min_group_factor": 1.0,
-        "lookahead.scope": "all",
-    },
-    # by breadth of the data
-    "specialist": {
-        "training.warmup_steps": 100, "training.full_steps": 15, "training.max_predict_steps": 120,
-    },
-    "generalist": {
-        "training.warmup_steps": 500, "training.full_steps": 50, "training.max_predict_steps": 80,
-    },
-}  # fmt: skip
+#: Least number of trained weights -> preset, largest first (methodology document, section "Presets").
+BY_WEIGHTS = ((3_000_000_000, "large"), (500_000_000, "medium"), (100_000_000, "small"))
+
+
+@functools.cache
+def names() -> tuple[str, ...]:
+    """Of all presets, in the order of the alphabet."""
+    return tuple(sorted(path.stem for path in FOLDER.glob("*.toml")))
+
+
+@functools.cache
+def table(name: str) -> Mapping[str, Any]:
+    """A preset's file as it stands.
+
+    Raises:
+        KeyError: there is none of this name.
+    """
+    if name not in names():
+        raise KeyError(name)
+    return tomllib.loads((FOLDER / f"{name}.toml").read_text(encoding="utf-8"))
+
+
+def about(name: str) -> Mapping[str, Any]:
+    """What a preset's file says about itself."""
+    found: Mapping[str, Any] = table(name)["about"]
+    return found
+
+
+class _Presets(Mapping[str, Mapping[str, Any]]):
+    """Name -> the keys that a preset sets, and their values; files are read when they are asked for."""
+
+    def __getitem__(self, name: str) -> Mapping[str, Any]:
+        """Values by dotted key."""
+        whole = table(name)
+        return {key: functools.reduce(lambda t, part: t[part], key.split("."), whole) for key in about(name)["sources"]}
+
+    def __iter__(self) -> Iterator[str]:
+        """Names."""
+        return iter(names())
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(names())
+
+
+PRESETS: Mapping[str, Mapping[str, Any]] = _Presets()
+
+
+def choose(num_weights: int, *, full_batch: bool = False, steps_per_epoch: int | None = None) -> tuple[str | None, str]:
+    """What ``auto`` stands for: a preset's name, None for the defaults, and why.
+
+    Args:
+        num_weights: Weights that train.
+        full_batch: Every batch is the whole data set, as far as is known.
+        steps_per_epoch: Steps of a pass over the data; None: not known, or data never come again.
+    """
+    if full_batch:
+        return "full_batch", "every batch is the whole data set, so that losses are exact"
+    told = f"{num_weights:,} weights train"
+    for least, name in BY_WEIGHTS:
+        if num_weights >= least:
+            return name, f"{told}, {least:,} or more"
+    again = "" if steps_per_epoch is None else f", a pass over the data takes {steps_per_epoch:,} steps"
+    return None, f"{told}, fewer than {BY_WEIGHTS[-1][0]:,}{again}"

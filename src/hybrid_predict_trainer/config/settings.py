@@ -6,12 +6,16 @@ import difflib
 import math
 import typing
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from ..records import ConfigError
 from .former import with_former_names
 from .keys import short, with_values
-from .presets import PRESETS
+from .presets import AUTO as CHOICE
+from .presets import PRESETS, choose
+
+if TYPE_CHECKING:
+    import torch
 
 Clock = Literal["cost", "credited", "claimed"]
 Interval = Literal["step", "epoch"]
@@ -492,19 +496,29 @@ class HybridTrainerConfig:
                 raise ConfigError(f"training.{name} = {getattr(self, name)!r} must be true or false")
 
     @classmethod
-    def preset(cls, name: object) -> HybridTrainerConfig:
+    def preset(
+        cls, name: object, model: torch.nn.Module | None = None, *, full_batch: bool = False
+    ) -> HybridTrainerConfig:
         """Settings of a named starting point: ``HybridTrainerConfig.preset("full_batch")``.
 
         Args:
-            name: One of :data:`~hybrid_predict_trainer.config.presets.PRESETS`.
+            name: One of :data:`~hybrid_predict_trainer.config.presets.PRESETS`; or "auto", by the weights that train.
+            model: For "auto" only: its parameters with ``requires_grad`` are counted.
+            full_batch: For "auto" only: every batch is the whole data set.
 
         Raises:
-            ConfigError: unknown name; the message lists the known ones.
+            ConfigError: unknown name (the message lists the known ones), or "auto" without a model.
         """
+        if name == CHOICE:
+            if model is None:
+                raise ConfigError('preset "auto" needs the model: HybridTrainerConfig.preset("auto", model)')
+            num_weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            chosen, _ = choose(num_weights, full_batch=full_batch)
+            return cls() if chosen is None else cls.preset(chosen)
         if not isinstance(name, str) or name not in PRESETS:
             near = difflib.get_close_matches(str(name)[:80], PRESETS, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"unknown preset {short(name)}: must be one of {', '.join(PRESETS)}{hint}")
+            raise ConfigError(f"unknown preset {short(name)}: must be one of {', '.join(PRESETS)}, {CHOICE}{hint}")
         return with_values(cls(), PRESETS[name])
 
     @property

@@ -69,13 +69,14 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def loads(text: str, source: str = "<string>") -> HybridTrainerConfig:
-    """Parse TOML text.  A top-level ``preset = "name"`` is applied first.
+    """Parse TOML text.  A top-level ``preset = "name"`` is applied first; a table ``[about]`` is for people.
 
     Raises:
         ConfigError: not TOML, or anything :func:`with_values` refuses; the message names ``source``.
     """
     try:
         table = parse(text)
+        table.pop("about", None)
         preset = table.pop("preset", None)
         base = HybridTrainerConfig() if preset is None else preset_config(preset)
         return with_values(base, flatten(table))
@@ -119,14 +120,15 @@ def preset_config(name: object) -> HybridTrainerConfig:
     return HybridTrainerConfig.preset(name)
 
 
-def _literal(value: Any) -> str:
+def literal(value: Any) -> str:
+    """A value as TOML writes it."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
         escaped = value.replace("\\", "\\\\").replace('"', '\\"')
         return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in escaped) + '"'
     if isinstance(value, tuple | list):
-        return "[" + ", ".join(_literal(v) for v in value) + "]"
+        return "[" + ", ".join(literal(v) for v in value) + "]"
     return repr(value)
 
 
@@ -138,6 +140,6 @@ def to_toml(config: HybridTrainerConfig) -> str:
         for name in path:
             value = getattr(value, name)
         table, _, name = key.rpartition(".")
-        tables.setdefault(table, []).append(f"{name} = {_literal(value)}")
+        tables.setdefault(table, []).append(f"{name} = {literal(value)}")
     order = sorted(tables, key=lambda t: (t.split(".")[0] != "training", t))
     return "\n\n".join("\n".join([f"[{t}]", *tables[t]]) for t in order) + "\n"

@@ -11,7 +11,8 @@ from typing import Any, get_args
 
 import torch
 
-from ...config.presets import CLOSED_FORM, PRESETS
+from ...config.preset_text import told
+from ...config.presets import AUTO, CLOSED_FORM, PRESETS, choose
 from ...config.settings import SOURCES, HybridTrainerConfig
 from ...config.toml import flatten, loads, parse, preset_config, read, with_values
 from ...predictors import PREDICTORS
@@ -104,7 +105,11 @@ def build_setup(options: Options, config: HybridTrainerConfig | None = None) -> 
         )  # fmt: skip
         task: Task = make_task(options.task, settings)
         recipe = recipe_of(task.defaults, options)
-        config = config if config is not None else config_of(options, recipe, task.steps_per_epoch)
+        if config is None:
+            options, why = chosen_preset(options, task, recipe)
+            config = config_of(options, recipe, task.steps_per_epoch)
+            if why:
+                print(why, file=sys.stderr)
         setup = Setup(task=task, settings=settings, recipe=recipe, config=config, steps=recipe.steps)
         trainer = build_trainer(
             setup, lr=recipe.lr, steps=recipe.steps, seed=0, predict=True
@@ -126,7 +131,7 @@ def given_config(config: HybridTrainerConfig, said: Options, then: Options) -> H
     """
     layers: list[Mapping[str, Any]] = []
     with as_input_error():
-        if said.config_preset is not None:
+        if said.config_preset is not None and not said.config_preset == then.config_preset == AUTO:
             preset_config(said.config_preset)
             layers.append(PRESETS[said.config_preset])
         if said.config is not None:
@@ -143,6 +148,21 @@ def _check_predictor(name: str | None) -> None:
     known = sorted({*PREDICTORS, *SOURCES})
     if name is not None and name not in known:
         raise unknown_name("predictor", name, known)
+
+
+def chosen_preset(options: Options, task: Task, recipe: TaskDefaults) -> tuple[Options, str]:
+    """The options with ``auto`` replaced by what it stands for, and what is told of the preset; "" without one."""
+    name = options.config_preset
+    if name is None:
+        return options, ""
+    if name != AUTO:
+        preset_config(name)  # says which there are
+        return options, told(name)
+    whole = (options.predictor or recipe.predictor) == "quasi_newton"
+    num_weights = sum(p.numel() for p in task.build_model(0).parameters() if p.requires_grad)
+    name, why = choose(num_weights, full_batch=whole, steps_per_epoch=task.steps_per_epoch)
+    what = f"preset auto: {name or 'the settings stay as they are'}: {why}"
+    return replace(options, config_preset=name), what if name is None else f"{what}\n{told(name)}"
 
 
 def recipe_of(defaults: TaskDefaults, options: Options) -> TaskDefaults:
