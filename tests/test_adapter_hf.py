@@ -119,7 +119,7 @@ def test_losses_of_training_and_of_judging_are_on_one_scale(out: Path, accumulat
             assert self.engine is not None
             with torch.no_grad():
                 judged = TrainerLoss(self._trainer)(self._trainer.model, self._batch)
-            pairs.append((float(self.engine._pending.step.loss), float(judged)))  # type: ignore[union-attr]
+            pairs.append((float(self.engine._step.pending.step.loss), float(judged)))  # type: ignore[union-attr]
 
     model, data = gpt2(), Sequences(ragged=ragged)
     trainer_of(

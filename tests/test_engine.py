@@ -738,7 +738,7 @@ def test_copies_of_model_and_optimizer_do_not_ride_along() -> None:
     own.step()
     copied.step()
     assert engine.statistics()["num_steps"] == 0
-    assert engine._seen.empty
+    assert engine._intake.seen.empty
 
 
 # ---------------------------------------------------------------- state

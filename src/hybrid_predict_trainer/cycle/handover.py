@@ -136,3 +136,35 @@ class Handover:
         loss = None if not losses else losses[0] if len(losses) == 1 else torch.stack(losses).mean()
         batch = None if not batches else batches[0] if len(batches) == 1 else MicroBatches(batches)
         return loss, batch
+
+
+class Intake:
+    """All that was handed over since the last step of the optimizer.
+
+    Attributes:
+        loop: By the loop.
+        seen: By the hook on the model's forward.
+        aside: By that hook in evaluation mode: a validation with gradients says nothing of the step, unless nothing
+            else does.
+    """
+
+    def __init__(self) -> None:
+        """Nothing was handed over yet."""
+        self.loop, self.seen, self.aside = Handover(), Handover(), Handover()
+
+    @property
+    def empty(self) -> bool:
+        """Whether no step is under way, as far as what was handed over tells."""
+        return self.loop.empty and self.seen.empty
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether the loss of the step is known."""
+        return self.loop.has_loss or self.seen.has_loss
+
+    def take(self) -> tuple[Tensor | None, Any]:
+        """Loss and batch of the step: the loop's, else what the hook has seen; forgets everything."""
+        found = [h.take() for h in (self.loop, self.seen, self.aside)]
+        losses = [loss for loss, _ in found if loss is not None]
+        batches = [batch for _, batch in found if batch is not None and is_whole(batch)]
+        return (losses[0] if losses else None), (batches[0] if batches else None)

@@ -6,11 +6,10 @@ its weights, say) has hooks that do nothing, and ``torch.save(model)`` works.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -137,41 +136,22 @@ def on_forward(module: nn.Module, before: Callable[..., None], after: Callable[.
     ]
 
 
-class GradientWitness:
-    """Looks whether gradients reach the optimizer as the backward has left them, by one small parameter.
+class OwnForwards:
+    """Whether a forward is one of ours: no hook looks at those.
 
-    Clipped gradients have other norms than the loss, and differences of them are no curvature.
+    Attributes:
+        under_way: An evaluation of our own is under way.
     """
 
-    def __init__(self, parameters: Iterable[Tensor]) -> None:
-        """Watch the smallest leaf.
+    def __init__(self) -> None:
+        """None is."""
+        self.under_way = False
 
-        Args:
-            parameters: That are trained.
-        """
-        leaves = [p for p in parameters if p.is_leaf and p.requires_grad and p.is_floating_point() and p.numel()]
-        self._parameter = min(leaves, key=lambda p: p.numel(), default=None)
-        self._left: Tensor | None = None
-        self._handle: RemovableHandle | None = None
-        if self._parameter is not None:
-            self._handle = self._parameter.register_post_accumulate_grad_hook(self._note)
-
-    @torch.no_grad()
-    def _note(self, parameter: Tensor) -> None:
-        self._left = None if parameter.grad is None else parameter.grad.detach().clone()
-
-    @torch.no_grad()
-    def factor(self) -> float:
-        """By what the gradient was multiplied since the backward; 1 where that cannot be told."""
-        left, now = self._left, None if self._parameter is None else self._parameter.grad
-        if left is None or now is None or now.layout is not torch.strided or left.shape != now.shape:
-            return 1.0
-        before = float(left.double().norm())
-        ratio = float(now.double().norm()) / before if before > 0 else 1.0
-        return ratio if math.isfinite(ratio) and ratio > 0 else 1.0
-
-    def remove(self) -> None:
-        """Look no more."""
-        if self._handle is not None:
-            self._handle.remove()
-        self._left = self._handle = None
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Forwards in here are our own."""
+        self.under_way = True
+        try:
+            yield
+        finally:
+            self.under_way = False
