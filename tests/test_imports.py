@@ -45,6 +45,7 @@ ORDER = (
     "cycle",
     "trainer",
     "__init__",
+    "doctor",
     "adapters",
     "tasks",
     "experiments",
@@ -52,7 +53,7 @@ ORDER = (
     "__main__",
 )
 #: The core knows nothing of these; tasks know nothing of the core.
-OUTER = ("adapters", "tasks", "experiments", "cli", "__main__")
+OUTER = ("doctor", "adapters", "tasks", "experiments", "cli", "__main__")
 
 
 @functools.cache

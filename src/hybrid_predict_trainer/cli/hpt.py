@@ -41,7 +41,7 @@ from .names import PRIORS
 #: Command -> the module beside this one whose ``run`` it calls.
 COMMANDS = {
     "train": ".train", "compare": ".compare", "inspect": ".inspect", "report": ".report", "forecast": ".forecast",
-    "validate": ".validate", "bench": ".bench",
+    "validate": ".validate", "doctor": ".doctor", "bench": ".bench",
 }  # fmt: skip
 
 DESCRIPTION = """\
@@ -109,6 +109,14 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     report.add_argument("folder", type=Path, metavar="DIR", help="of 'hpt train' or 'hpt compare'")
     report.add_argument("--out", type=Path, metavar="FILE", help="the page (default DIR/report.html)")
+    doctor = command(
+        "doctor", "what is wrong with a run, and what to change",
+        "Reads the records of a run, finished or not, and names what is wrong with it: what was\n"
+        "seen, what is healthy, what it means, what to do, and the settings to change as TOML.",
+        "hpt doctor results/first --patch patch.toml", usage="%(prog)s RUN [OPTIONS]",
+    )  # fmt: skip
+    doctor.add_argument("run", type=Path, metavar="RUN", help="a folder of 'hpt train', or a metrics file (JSON lines)")
+    doctor.add_argument("--patch", type=Path, metavar="FILE", help="write the settings to change (TOML)")
     _add_forecast(command(
         "forecast", "the final loss of a run in progress, from its log",
         "Forecasts the final loss of a run from its loss curve and its learning rates, with an\n"
