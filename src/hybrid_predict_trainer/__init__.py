@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from .cycle.engine import Engine as Engine
     from .cycle.engine import attach as attach
     from .move.average import AverageFollower as AverageFollower
+    from .move.head_ladder import find_recipe as find_recipe
     from .move.modifier import StepModifier as StepModifier
+    from .move.recipe import Recipe as Recipe
     from .predictors import Predictor as Predictor
     from .records import BasisSpec as BasisSpec
     from .records import CheckpointError as CheckpointError
@@ -58,7 +60,7 @@ _HOMES = {
     "LookaheadConfig": "config.settings", "MetricsConfig": "config.settings",
     "Phase": "records", "PhasePrediction": "records", "Predictor": "predictors",
     "PredictorConfig": "config.settings", "SecantConfig": "config.settings", "StepResult": "records",
-    "StepModifier": "move.modifier",
+    "StepModifier": "move.modifier", "Recipe": "move.recipe", "find_recipe": "move.head_ladder",
     "Verdict": "records", "Window": "records", "Engine": "cycle.engine",
     "attach": "cycle.engine", "load_config": "config.toml:load", "preset_config": "config.toml",
     "with_values": "config.toml", "AverageFollower": "move.average", "DamagedCheckpointError": "records",
@@ -77,7 +79,7 @@ __all__ = [
     "DamagedCheckpointError", "DivergenceConfig", "DivergenceError", "Engine", "EpochResult", "GateConfig",
     "HybridError", "HybridTrainer", "HybridTrainerConfig", "IntegrationError", "LinearConfig", "LookaheadConfig",
     "MetricsConfig", "NumericalInstability", "Phase", "PhasePrediction", "PredictionDivergence", "Predictor",
-    "PredictorConfig", "PredictorTrainingFailed", "Recovery", "SecantConfig",
+    "PredictorConfig", "PredictorTrainingFailed", "Recipe", "Recovery", "SecantConfig",
     "StepModifier", "StepResult", "Verdict", "Window", "attach", "load_config", "preset_config", "with_values",
 ]  # fmt: skip
 

@@ -34,6 +34,7 @@ from .keep.housekeeping import first_good
 from .keep.periodic import PeriodicSaver
 from .keep.subject import LossFn, OutputFn, ResidualFn
 from .move.modifier import StepModifier
+from .move.recipe import Recipe
 from .predictors import Predictor
 from .records import EpochResult, StateDict, StepResult
 from .recovery import NumericalInstability
@@ -327,6 +328,14 @@ class HybridTrainer:
         """Metrics summary in the published schema."""
         settle_readings(self.run, self.metrics)
         return self.metrics.summary(self.run)
+
+    def recipe(self) -> Recipe:
+        """Step sizes of this run to take home: factors by role, and the learned multiplier of all of them.
+
+        ``recipe().param_groups(model, lr)`` are parameter groups for a plain script, and ``recipe().save(path)`` is a
+        file that ``training.recipe`` of another run takes.
+        """
+        return self.run.optimizer_step.recipe
 
     def forecast(self, total_steps: int | None = None, *, level: float = 0.9) -> Forecast:
         """The training loss at the end of the run under the rest of its schedule, with an interval; changes nothing.

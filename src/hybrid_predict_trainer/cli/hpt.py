@@ -41,7 +41,7 @@ from .names import PRIORS
 #: Command -> the module beside this one whose ``run`` it calls.
 COMMANDS = {
     "train": ".train", "compare": ".compare", "inspect": ".inspect", "report": ".report", "forecast": ".forecast",
-    "validate": ".validate", "doctor": ".doctor", "bench": ".bench",
+    "recipe": ".recipe", "validate": ".validate", "doctor": ".doctor", "bench": ".bench",
 }  # fmt: skip
 
 DESCRIPTION = """\
@@ -117,6 +117,13 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     doctor.add_argument("run", type=Path, metavar="RUN", help="a folder of 'hpt train', or a metrics file (JSON lines)")
     doctor.add_argument("--patch", type=Path, metavar="FILE", help="write the settings to change (TOML)")
+    recipe = command(
+        "recipe", "the step sizes of a run, to take home into a plain script",
+        "Prints the rates per role of parameters that a run was trained with, times the multiplier\n"
+        "that it has learned, and the lines that make parameter groups of them.",
+        "hpt recipe results/first", usage="%(prog)s PATH [OPTIONS]",
+    )  # fmt: skip
+    recipe.add_argument("path", type=Path, metavar="PATH", help="a run's folder, or a recipe's file")
     _add_forecast(command(
         "forecast", "the final loss of a run in progress, from its log",
         "Forecasts the final loss of a run from its loss curve and its learning rates, with an\n"

@@ -29,6 +29,7 @@ from ..judge.validation import ValFn
 from ..keep.batch_norm import reestimate
 from ..keep.subject import LossFn, OutputFn, ResidualFn
 from ..move.modifier import StepModifier
+from ..move.recipe import Recipe
 from ..move.schedule import count_of
 from ..notices import warn
 from ..predictors import Predictor
@@ -333,6 +334,14 @@ class Engine:
         model, optimizer = type(run.subject.model).__name__, type(run.subject.optimizer).__name__
         state = "attached" if self._attached else "detached"
         return f"Engine({model}, {optimizer}, {state}, {run.phases.current.value}, position {run.position})"
+
+    def recipe(self) -> Recipe:
+        """Step sizes of this run to take home: factors by role, and the learned multiplier of all of them.
+
+        ``recipe().param_groups(model, lr)`` are parameter groups for a plain script, and ``recipe().save(path)`` is a
+        file that ``training.recipe`` of another run takes.
+        """
+        return self.run.optimizer_step.recipe
 
     def forecast(self, total_steps: int | None = None, *, level: float = 0.9) -> Forecast:
         """The training loss at the end of the run under the rest of its schedule, with an interval; changes nothing.

@@ -107,11 +107,12 @@ class State:
         self.buffers = BufferGuard(with_modules_beside(subject.loss_fn, subject.model))
         self.follow(config, predictor)
         anneals = lr_scheduler is not None
+        scale = multiplier_for(subject, self.watch, config, self.judge.generator, anneals=anneals)
         around = Around(
-            scale=multiplier_for(subject, self.watch, config, self.judge.generator, anneals=anneals),
+            scale=scale,
             lookahead=lookahead_for(subject, config, observing=self.windows.observing, anneals=anneals),
             switchback=Switchback(config.block_holdout), drifts=config.lookahead.drift > 0,
-            modifiers=[*modifiers_for(subject, config), *modifiers],
+            modifiers=[*modifiers_for(subject, self.watch, config, scale, self.schedule), *modifiers],
         )  # fmt: skip
         self.optimizer_step = OptimizerStep(subject, self.watch, self.schedule, around, self.failures)
 

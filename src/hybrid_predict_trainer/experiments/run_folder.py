@@ -34,7 +34,7 @@ OURS = (
     "sweep",
 )
 #: What a command writes to; none of it may lead elsewhere.
-WRITTEN = (*OURS, ".lock", "report.html", "recording", "finished")
+WRITTEN = (*OURS, "recipe.toml", ".lock", "report.html", "recording", "finished")
 
 #: A run's own description is a page.
 MAX_RUN_JSON_BYTES = 1_000_000

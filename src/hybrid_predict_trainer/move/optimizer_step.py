@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Generator, Tensor
@@ -33,6 +33,8 @@ from .lr_multiplier import CHECK_STEPS, LrMultiplier
 from .modifier import StepModifier
 from .multiplier import orthogonalizes
 from .overflow import ScaleSearch
+from .recipe import Recipe, for_run
+from .role_rates import RoleRates
 from .schedule import LrSchedule
 from .unit_multiplier import Multiplier, UnitMultiplier
 
@@ -245,6 +247,12 @@ class OptimizerStep:
         self.switchback.switch_off()
 
     @property
+    def recipe(self) -> Recipe:
+        """Step sizes by role, and what the multiplier makes of all of them."""
+        own = next((m.recipe for m in self.modifiers if isinstance(m, RoleRates)), Recipe({}, "one rate for all roles"))
+        return replace(own, multiplier=self.scale.learned)
+
+    @property
     def moving(self) -> bool:
         """Whether anything here has a hand in the weights or in their rate."""
         drifting = self.lookahead.num_steps > 0 and not self.switchback.switched_off
@@ -285,14 +293,27 @@ class OptimizerStep:
         self.switchback.load_state_dict(state["switchback"])
 
 
-def modifiers_for(subject: Subject, config: HybridTrainerConfig) -> list[StepModifier]:
-    """What the settings ask for beside multiplier and lookahead, in the order of their turns; today nothing.
+def modifiers_for(
+    subject: Subject, watch: Watch, config: HybridTrainerConfig, scale: Multiplier, schedule: LrSchedule
+) -> list[StepModifier]:
+    """What the settings ask for beside multiplier and lookahead, in the order of their turns.
 
     Args:
         subject: What is trained.
+        watch: Where only the optimizer may move weights nothing is added.
         config: Settings.
+        scale: The multiplier of all steps.
+        schedule: Whose rates recovery may have lowered.
+
+    Raises:
+        ConfigError: ``training.recipe`` names a file that cannot be read, or that is not of this network.
     """
-    return []
+    if config.recipe == "off" or not config.enabled:
+        return []
+    recipe = for_run(config.recipe, subject.parameters, subject.groups)
+    if recipe.empty or watch.hands_off is not None:
+        return []
+    return [RoleRates(subject, recipe, lambda: scale.value * schedule.factor)]
 
 
 def multiplier_for(

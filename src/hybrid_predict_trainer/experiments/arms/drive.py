@@ -255,6 +255,7 @@ def write_run(folder: Path, trainer: HybridTrainer, run: Run) -> None:
     trainer.metrics.sink.close()
     write_json(folder / "summary.json", {**summary_of(run), **trainer.summary()})
     write_text(folder / "config.toml", to_toml(trainer.config))
+    trainer.recipe().save(folder / "recipe.toml")
 
 
 def summary_of(run: Run) -> dict[str, Any]:

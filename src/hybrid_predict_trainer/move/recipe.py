@@ -1,0 +1,214 @@
+"""A recipe: step sizes per role of parameters, as multiples of the schedule's rate.
+
+One learning rate for a whole network is rarely the best one.  In a language model with untrained blocks most of the
+loss that plain AdamW leaves behind hangs on the head's rate, then on queries and keys, then on the embedding (LOG.md).
+A :class:`Recipe` is a table of such factors that can be applied in a run (:class:`.role_rates.RoleRates`), written
+down, and taken home into a plain script as parameter groups.
+"""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..records import ConfigError
+from ..safe_files import UnusableFileError, read_text, write_text
+from ..weights.parameters import Groups, predicted_parameters, untrained
+from .group_warmup import is_inside_a_block
+
+#: Factors for networks whose blocks were never trained; every other role keeps the schedule's rate.
+PRIOR = {"head": 8.0, "embedding": 4.0, "attention_q": 3.0, "attention_k": 3.0}
+#: Roles that a matrix with queries, keys and values in one is cut into, by thirds.
+FUSED, FUSED_PARTS = "attention_qkv", ("attention_q", "attention_k", "attention_v")
+#: No recipe is longer.
+MAX_BYTES = 1_000_000
+#: A factor beyond these is a mistake.
+LEAST, MOST = 1e-4, 1e4
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Multiples of the schedule's learning rate, by role.
+
+    Attributes:
+        rates: Role (:data:`.weights.parameters.ROLES`, or one of the user's own) -> factor, dimensionless; a role
+            that is not named has factor 1.
+        origin: Where the numbers are from, in a sentence.
+        multiplier: What all of them were multiplied by at the end of the run that found them.
+    """
+
+    rates: Mapping[str, float] = field(default_factory=dict)
+    origin: str = "by hand"
+    multiplier: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the numbers.
+
+        Raises:
+            ConfigError: a factor is no positive number.
+        """
+        for role, rate in {**self.rates, "multiplier": self.multiplier}.items():
+            number = isinstance(rate, int | float) and not isinstance(rate, bool)
+            if not number or not (math.isfinite(rate) and LEAST <= rate <= MOST):
+                raise ConfigError(f"recipe: {role} = {rate!r} must be a number in [{LEAST:g}, {MOST:g}]")
+
+    @property
+    def empty(self) -> bool:
+        """Whether every role keeps the schedule's rate."""
+        return all(rate == 1.0 for rate in self.rates.values())
+
+    def rate_of(self, role: str) -> float:
+        """Factor of a role."""
+        return float(self.rates.get(role, 1.0))
+
+    def parts_of(self, parameter: Tensor, role: str) -> list[tuple[Any, float]]:
+        """Slices of a parameter and their factors; one slice where the whole has the same.
+
+        A matrix that holds queries, keys and values is cut by thirds of the side that is three times the other.
+        """
+        if role == FUSED and role not in self.rates:
+            cuts = thirds(parameter)
+            if cuts:
+                return [(cut, self.rate_of(part)) for cut, part in zip(cuts, FUSED_PARTS, strict=True)]
+        return [(..., self.rate_of(role))]
+
+    def param_groups(
+        self, model: nn.Module, lr: float, *, weight_decay: float = 0.0, roles: dict[str, str] | None = None
+    ) -> list[dict[str, Any]]:
+        """Parameter groups for an optimizer of one's own: ``AdamW(recipe.param_groups(model, 3e-3))``.
+
+        Decoupled weight decay is multiplied by the rate in AdamW, so that it is divided by the factor here: what pulls
+        the weights back stays the same.  A fused matrix of queries, keys and values cannot be cut into groups: it has
+        the factor of its values.
+
+        Args:
+            model: Its parameters that require a gradient are grouped.
+            lr: Rate of factor 1.
+            weight_decay: The same for all parameters at factor 1.
+            roles: Overrides, as for :class:`.HybridTrainer`.
+        """
+        found = [p for p in model.parameters() if p.requires_grad]
+        if not found:
+            raise ConfigError("recipe: the model has no parameter that requires a gradient")
+        parameters, groups = predicted_parameters(model, _Holder(found), roles)  # type: ignore[arg-type]
+        by_factor: dict[float, list[Tensor]] = {}
+        for i, parameter in enumerate(parameters):
+            role = groups.roles[groups.index[i]]
+            name = FUSED_PARTS[2] if role == FUSED and role not in self.rates else role
+            by_factor.setdefault(self.rate_of(name), []).append(parameter)
+        total = lr * self.multiplier
+        return [
+            {"params": group, "lr": total * factor, "weight_decay": weight_decay / factor, "rate_factor": factor}
+            for factor, group in sorted(by_factor.items())
+        ]
+
+    def lines(self) -> str:
+        """The recipe as a TOML file."""
+        rows = [f'origin = "{_escaped(self.origin)}"', f"multiplier = {self.multiplier:.6g}", "", "[rates]"]
+        return "\n".join([*rows, *(f'"{_escaped(role)}" = {rate:.6g}' for role, rate in self.rates.items())]) + "\n"
+
+    def save(self, path: str | Path) -> Path:
+        """Write :meth:`lines` to a file; it is whole or not there."""
+        write_text(path, self.lines())
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ConfigError: there is no such file, or it holds something else.
+        """
+        try:
+            found = tomllib.loads(read_text(path, MAX_BYTES))
+        except UnusableFileError as error:
+            raise ConfigError(f"recipe {error}") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"recipe {path}: is not TOML ({error})") from error
+        unknown = sorted(set(found) - {"origin", "multiplier", "rates"})
+        if unknown:
+            raise ConfigError(f"recipe {path}: unknown key {unknown[0]!r}; it holds origin, multiplier and [rates]")
+        rates, origin = found.get("rates", {}), found.get("origin", str(path))
+        if not isinstance(rates, dict) or not isinstance(origin, str):
+            raise ConfigError(f"recipe {path}: [rates] must be a table of numbers, and origin a sentence")
+        return cls(rates, origin, found.get("multiplier", 1.0))
+
+
+class _Holder:
+    """Parameters in the shape of an optimizer."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.param_groups = [{"params": parameters}]
+
+
+def prior(parameters: list[Tensor], groups: Groups) -> Recipe:
+    """The recipe for a network of blocks that was never trained; for any other all factors are 1.
+
+    Measured on language models with a head of its own, drawn or of zeros, and on one whose head is its embedding, which
+    then has the factor of an embedding (LOG.md).
+
+    Args:
+        parameters: That are trained.
+        groups: Their names and roles.
+    """
+    inside = [is_inside_a_block(role) for role in groups.roles]
+    if not any(inside) or all(inside):
+        return Recipe({}, "no recipe: the network has no attention or MLP blocks that are trained with what is around")
+    if not untrained(parameters, groups.names):
+        return Recipe({}, "no recipe: the network has been trained before, or nothing tells that it has not")
+    present = _roles_in(groups)
+    rates = {role: rate for role, rate in PRIOR.items() if role in present}
+    return Recipe(rates, "prior of untrained networks of blocks")
+
+
+def for_run(asked: str, parameters: list[Tensor], groups: Groups) -> Recipe:
+    """What ``training.recipe`` names: ``"off"``, ``"prior"``, or a file.
+
+    Raises:
+        ConfigError: the file cannot be read, or names a role that this network has not.
+    """
+    if asked == "off":
+        return Recipe({}, "off")
+    if asked == "prior":
+        return prior(parameters, groups)
+    found = Recipe.load(asked)
+    foreign = sorted(set(found.rates) - _roles_in(groups))
+    if foreign:
+        there = ", ".join(groups.roles)
+        raise ConfigError(f"recipe {asked}: this network has no parameters of the role {foreign[0]!r}; it has {there}")
+    return found
+
+
+def _roles_in(groups: Groups) -> set[str]:
+    return set(groups.roles) | (set(FUSED_PARTS) if FUSED in groups.roles else set())
+
+
+def thirds(parameter: Tensor) -> list[Any]:
+    """Slices of queries, keys and values of a fused matrix or bias; none where its shape does not tell."""
+    shape = tuple(parameter.shape)
+    if len(shape) == 2 and shape[0] == 3 * shape[1]:
+        side, size = 0, shape[1]
+    elif len(shape) == 2 and shape[1] == 3 * shape[0]:
+        side, size = 1, shape[0]
+    else:
+        return []
+    at = [slice(k * size, (k + 1) * size) for k in range(3)]
+    return [(cut,) if side == 0 else (slice(None), cut) for cut in at]
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", " ")
+
+
+def decay_of(optimizer: Optimizer, group: Mapping[str, Any]) -> float:
+    """Decoupled weight decay of a group's step per unit of rate; 0 where the gradient has it, or there is none."""
+    decoupled = group.get("decoupled_weight_decay", type(optimizer).__name__ in ("AdamW", "Muon", "Adafactor"))
+    decay = group.get("weight_decay", 0.0)
+    return float(decay) if decoupled and isinstance(decay, int | float) else 0.0

@@ -1,0 +1,103 @@
+"""Step sizes per role around an optimizer that knows only one: every role's step is multiplied by its factor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..keep.subject import Subject
+from ..records import CheckpointError, StateDict
+from ..weights.algebra import Tensors
+from .modifier import StepModifier
+from .recipe import Recipe, decay_of
+
+
+class RoleRates(StepModifier):
+    """Multiplies the step of every role by its factor in a recipe.
+
+    For optimizers whose step is proportional to the rate (Adam's family, SGD, LAMB, Muon) this is what groups with
+    rates of their own do, without touching the optimizer's groups, its schedule or its state.  Decoupled weight decay
+    is left out of the factor: what pulls weights back stays what the user has set.
+
+    Attributes:
+        recipe: Factors by role.
+    """
+
+    def __init__(self, subject: Subject, recipe: Recipe, around: Callable[[], float] = lambda: 1.0) -> None:
+        """Bind.
+
+        Args:
+            subject: What is trained.
+            recipe: Factors by role.
+            around: What the schedule's rate is multiplied by in the next step, for all roles alike.
+        """
+        self.recipe, self._around = recipe, around
+        self._optimizer = subject.optimizer
+        self._parts: dict[int, list[tuple[Any, float]]] = {}  # by place of the parameter; factor 1 is left out
+        for i, parameter in enumerate(subject.parameters):
+            parts = recipe.parts_of(parameter, subject.groups.roles[subject.groups.index[i]])
+            if any(factor != 1.0 for _, factor in parts):
+                self._parts[i] = [part for part in parts if part[1] != 1.0]
+        held = {id(p): group for group in subject.optimizer.param_groups for p in group["params"]}
+        self._groups = {i: held.get(id(subject.parameters[i])) for i in self._parts}
+        self._before: dict[int, Tensor] = {}
+        self._pull: dict[int, float] = {}  # share of a weight that decay takes away in this step
+        share = sum(subject.parameters[i].numel() for i in self._parts) / max(subject.groups.num_weights, 1)
+        self._passes = round(2 * share) if share >= 0.25 else 1
+
+    @torch.no_grad()
+    def before_step(self, parameters: Sequence[Tensor]) -> int:
+        """Keep the weights whose step is to be another."""
+        self._before = {i: parameters[i].detach().clone() for i in self._parts}
+        self._pull = {i: self._pull_of(i) for i in self._parts}
+        return self._passes
+
+    def _pull_of(self, i: int) -> float:
+        group = self._groups[i]
+        if group is None:
+            return 0.0
+        rate = group.get("lr", 0.0)
+        return float(rate) * self._around() * decay_of(self._optimizer, group)
+
+    @torch.no_grad()
+    def after_step(self, parameters: Sequence[Tensor]) -> int:
+        """theta <- before + m (theta - before + pull before) - pull before, part by part."""
+        before, self._before = self._before, {}
+        for i, old in before.items():
+            new = parameters[i]
+            pull = self._pull.get(i, 0.0)
+            for at, factor in self._parts[i]:
+                step = new[at] - old[at]
+                if pull:
+                    step = step.add_(old[at], alpha=pull).mul_(factor).add_(old[at], alpha=-pull)
+                else:
+                    step = step.mul_(factor)
+                new[at] = old[at] + step
+        return self._passes + 1 if before else 0
+
+    def on_jump(self, delta: Tensors, scale: float) -> None:
+        """No copy is held between steps."""
+
+    def forget(self) -> None:
+        """Nothing is remembered of the step under way."""
+        self._before = {}
+
+    def state_dict(self) -> StateDict:
+        """The factors, so that a run goes on with those it was begun with."""
+        return {"rates": dict(self.recipe.rates), "origin": self.recipe.origin}
+
+    def load_state_dict(self, state: StateDict) -> None:
+        """Check that the run is continued with the same recipe.
+
+        Raises:
+            CheckpointError: it is another one.
+        """
+        self._before = {}
+        if dict(state["rates"]) != dict(self.recipe.rates):
+            raise CheckpointError(
+                f"the run was saved with the recipe {dict(state['rates'])} and is continued with "
+                f"{dict(self.recipe.rates)}: set training.recipe to the one it was begun with"
+            )

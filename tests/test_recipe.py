@@ -1,0 +1,262 @@
+"""Step sizes per role: what groups with rates of their own do, a file, and a ladder that leaves no trace."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cases import assert_same, config
+from hybrid_predict_trainer import CheckpointError, ConfigError, HybridTrainer, Recipe, attach, find_recipe
+from hybrid_predict_trainer.move.head_ladder import _climb, shape
+from hybrid_predict_trainer.move.recipe import PRIOR, prior, thirds
+from hybrid_predict_trainer.weights.parameters import predicted_parameters
+
+VOCABULARY, WIDTH, LENGTH = 11, 8, 6
+
+
+class Block(nn.Module):
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.fused = fused
+        if fused:
+            self.qkv = nn.Linear(WIDTH, 3 * WIDTH, bias=False)
+        else:
+            self.q_proj, self.k_proj, self.v_proj = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3))
+        self.up_proj, self.down_proj = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.norm(x)
+        q, k, v = self.qkv(n).chunk(3, -1) if self.fused else (self.q_proj(n), self.k_proj(n), self.v_proj(n))
+        x = x + torch.softmax(q @ k.transpose(-1, -2) / WIDTH**0.5, -1) @ v
+        return x + self.down_proj(torch.relu(self.up_proj(x)))
+
+
+class Small(nn.Module):
+    def __init__(self, fused: bool = False, zero_head: bool = False) -> None:
+        super().__init__()
+        self.embedding, self.block = nn.Embedding(VOCABULARY, WIDTH), Block(fused)
+        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+        if zero_head:
+            nn.init.zeros_(self.head.weight)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.block(self.embedding(tokens)))
+
+
+def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+
+
+def batches(count: int, seed: int = 0, size: int = 8) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    first = [torch.randint(VOCABULARY, (size, 1), generator=generator) for _ in range(count)]
+    return [(start + 3 * torch.arange(LENGTH)) % VOCABULARY for start in first]
+
+
+def made(fused: bool = False, optimizer: Any = torch.optim.AdamW, **options: Any) -> tuple[nn.Module, Any]:
+    torch.manual_seed(0)
+    model = Small(fused)
+    return model, optimizer(model.parameters(), **({"lr": 1e-2} | options))
+
+
+STILL = {"max_lr_multiplier": 1.0, "min_group_factor": 1.0, "lookahead__extrapolation": 0.0, "lookahead__damping": 0.0}
+OPTIMIZERS = [
+    (torch.optim.SGD, {"lr": 1e-2, "momentum": 0.9}), (torch.optim.Adam, {"lr": 1e-2}),
+    (torch.optim.AdamW, {"lr": 1e-2, "weight_decay": 0.3}), (torch.optim.NAdam, {"lr": 1e-2}),
+    (torch.optim.RMSprop, {"lr": 1e-2}), (torch.optim.Adagrad, {"lr": 1e-2}), (torch.optim.RAdam, {"lr": 1e-2}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("optimizer", "options"), OPTIMIZERS, ids=[o.__name__ for o, _ in OPTIMIZERS])
+def test_a_recipe_is_groups_with_rates_of_their_own(optimizer: Any, options: dict[str, Any], tmp_path: Path) -> None:
+    recipe = Recipe({"head": 8.0, "embedding": 4.0, "attention_q": 3.0, "attention_k": 0.5})
+    model, held = made(optimizer=optimizer, **options)
+    trainer = HybridTrainer(
+        model, held, config(recipe=str(recipe.save(tmp_path / "recipe.toml")), max_predict_steps=0, **STILL),
+        loss_fn=loss_fn,
+    )  # fmt: skip
+    plain, _ = made()
+    decay = options.get("weight_decay", 0.0)
+    groups = recipe.param_groups(plain, options["lr"], weight_decay=decay)
+    rest = {k: v for k, v in options.items() if k not in ("lr", "weight_decay")}
+    by_hand = optimizer(groups, **rest)
+    for batch in batches(20):
+        trainer.step(batch)
+        by_hand.zero_grad()
+        loss_fn(plain, batch).backward()
+        by_hand.step()
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_fused_matrix_is_cut_by_thirds() -> None:
+    apart, fused = Small(), Small(fused=True)
+    fused.load_state_dict({**fused.state_dict(), **{k: v for k, v in apart.state_dict().items() if "_proj" not in k
+                           or "up" in k or "down" in k}})  # fmt: skip
+    with torch.no_grad():
+        fused.block.qkv.weight.copy_(torch.cat([apart.block.q_proj.weight, apart.block.k_proj.weight,
+                                                apart.block.v_proj.weight]))  # fmt: skip
+    for model in (apart, fused):
+        trainer = HybridTrainer(
+            model, torch.optim.SGD(model.parameters(), lr=0.1),
+            config(recipe="prior", max_predict_steps=0, **STILL), loss_fn=loss_fn,
+        )  # fmt: skip
+        assert dict(trainer.recipe().rates) == PRIOR
+        for batch in batches(5):
+            trainer.step(batch)
+    together = torch.cat([apart.block.q_proj.weight, apart.block.k_proj.weight, apart.block.v_proj.weight])
+    torch.testing.assert_close(fused.block.qkv.weight, together)
+
+
+@pytest.mark.parametrize(("rows", "columns", "axis"), [(12, 4, 0), (4, 12, 1), (12, 12, None), (8, 4, None)])
+def test_where_a_fused_matrix_is_cut(rows: int, columns: int, axis: int | None) -> None:
+    cuts = thirds(torch.zeros(rows, columns))
+    assert [tuple(torch.zeros(rows, columns)[cut].shape) for cut in cuts] == ([] if axis is None else [(4, 4)] * 3)
+
+
+def test_off_is_the_plain_loop_and_the_prior_is_for_untrained_blocks_alone() -> None:
+    model, _ = made()
+    assert dict(prior(*predicted_parameters(model, torch.optim.SGD(model.parameters(), lr=1.0))).rates) == PRIOR
+    with torch.no_grad():
+        model.block.norm.weight[0] += 0.1  # it has been trained
+    assert prior(*predicted_parameters(model, torch.optim.SGD(model.parameters(), lr=1.0))).empty
+    mlp = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+    assert prior(*predicted_parameters(mlp, torch.optim.SGD(mlp.parameters(), lr=1.0))).empty
+
+
+def test_nothing_frozen_moves_and_weight_decay_stays_what_it_was() -> None:
+    model, optimizer = made(weight_decay=0.5, lr=0.1)
+    model.head.weight.requires_grad_(False)
+    before = model.head.weight.detach().clone()
+    trainer = HybridTrainer(model, optimizer, config(recipe="prior", max_predict_steps=0, **STILL), loss_fn=loss_fn)
+    for batch in batches(3):
+        trainer.step(batch)
+    assert torch.equal(model.head.weight, before)
+
+
+def test_decay_pulls_by_the_rate_and_not_by_the_factor() -> None:
+    weight = nn.Embedding(4, WIDTH)
+    block = Small()
+    block.embedding = weight
+    unused = torch.tensor([[0, 1, 0, 1, 0, 1]])  # rows 2 and 3 have a gradient of zero
+    optimizer = torch.optim.AdamW(block.parameters(), lr=0.1, weight_decay=0.5)
+    before = weight.weight.detach().clone()
+    trainer = HybridTrainer(block, optimizer, config(recipe="prior", max_predict_steps=0, **STILL), loss_fn=loss_fn)
+    trainer.step(unused)
+    torch.testing.assert_close(weight.weight[2:], before[2:] * (1 - 0.1 * 0.5))
+
+
+def test_a_run_with_a_recipe_goes_on_bit_for_bit_and_rides_along_the_same_way(tmp_path: Path) -> None:
+    def trainer() -> HybridTrainer:
+        model, optimizer = made()
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 40)
+        return HybridTrainer(model, optimizer, config(recipe="prior"), loss_fn=loss_fn, lr_scheduler=schedule)
+
+    whole, first = trainer(), trainer()
+    data = batches(40)
+    for batch in data:
+        whole.step(batch)
+    for batch in data[:17]:
+        first.step(batch)
+    half = first.save_checkpoint(tmp_path)
+    second = trainer()
+    second.load_checkpoint(half)
+    for batch in data[17:]:
+        second.step(batch)
+    assert_same(whole.run.subject.model.state_dict(), second.run.subject.model.state_dict())
+
+    model, optimizer = made()
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 40)
+    engine = attach(model, optimizer, config(recipe="prior", max_predict_steps=0), loss_fn=loss_fn,
+                    lr_scheduler=schedule)  # fmt: skip
+    assert dict(engine.recipe().rates) == PRIOR
+
+
+def test_another_recipe_is_not_the_same_run(tmp_path: Path) -> None:
+    model, optimizer = made()
+    first = HybridTrainer(model, optimizer, config(recipe="prior"), loss_fn=loss_fn)
+    first.step(batches(1)[0])
+    saved = first.save_checkpoint(tmp_path)
+    other = Recipe({"head": 2.0}).save(tmp_path / "other.toml")
+    for asked in ("off", str(other)):
+        model, optimizer = made()
+        second = HybridTrainer(model, optimizer, config(recipe=asked), loss_fn=loss_fn)
+        with pytest.raises(CheckpointError, match=r"recipe|step modifiers"):
+            second.load_checkpoint(saved)
+
+
+def test_a_file_is_what_was_saved_and_a_bad_one_is_one_clear_line(tmp_path: Path) -> None:
+    recipe = Recipe({"head": 7.5, "my role": 0.25}, 'by "hand"\\', 2.5)
+    assert Recipe.load(recipe.save(tmp_path / "good.toml")) == recipe
+    for text, says in (
+        ("[rates]\nhead = -1", "head"), ("[rates]\nhead = 'x'", "head"), ("rates = 3", "table"),
+        ("factor = 2", "unknown key"),
+        ("[rates", "TOML"), ("multiplier = nan", "multiplier"), ("[rates]\nhead = true", "head"),
+    ):  # fmt: skip
+        (tmp_path / "bad.toml").write_text(text)
+        with pytest.raises(ConfigError, match=says):
+            Recipe.load(tmp_path / "bad.toml")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        Recipe.load(tmp_path / "none.toml")
+    model, optimizer = made()
+    foreign = Recipe({"elbow": 2.0}).save(tmp_path / "foreign.toml")
+    with pytest.raises(ConfigError, match="elbow"):
+        HybridTrainer(model, optimizer, config(recipe=str(foreign)), loss_fn=loss_fn)
+
+
+@pytest.mark.parametrize(
+    ("best", "found"), [(1.0, 1.0), (3.0, 3.0), (9.0, 9.0), (5.2, 3 * 3**0.5), (1 / 9, 1 / 9), (1000.0, 81 * 3**0.5)]
+)
+def test_the_ladder_climbs_to_the_best_rung(best: float, found: float) -> None:
+    losses = lambda factor: 1 + 0.1 * (torch.log(torch.tensor(factor / best)).item()) ** 2  # noqa: E731
+    assert _climb(losses) == pytest.approx(found)
+    assert _climb(lambda factor: float("inf") if factor != 1 else 1.0) == 1.0
+
+
+def test_the_search_leaves_no_trace_and_says_what_it_cost() -> None:
+    model, optimizer = made(lr=1e-3)
+    data = batches(18)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    generator = torch.get_rng_state()
+    found = find_recipe(model, optimizer, loss_fn, data, num_steps=16)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert not optimizer.state
+    assert optimizer.param_groups[0]["lr"] == 1e-3
+    assert all(p.grad is None for p in model.parameters())
+    assert found.recipe.rate_of("head") > 1  # the base rate is far too low
+    assert len(found.tries) >= 2
+    assert found.cost <= len(found.tries) * (16 / 4 + 1)
+    with pytest.raises(ConfigError, match="18 batches are needed"):
+        find_recipe(model, optimizer, loss_fn, data[:17], num_steps=16)
+    with pytest.raises(ConfigError, match="at least 12"):
+        find_recipe(model, optimizer, loss_fn, data, num_steps=3)
+
+
+def test_a_loss_that_raises_in_the_search_leaves_everything_as_it_was() -> None:
+    model, optimizer = made()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    calls = 0
+
+    def failing(model: nn.Module, batch: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 20:
+            raise RuntimeError("no more")
+        return loss_fn(model, batch)
+
+    with pytest.raises(RuntimeError, match="no more"):
+        find_recipe(model, optimizer, failing, batches(18), num_steps=16)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def test_a_miniature_is_a_complete_run() -> None:
+    factors = [shape(step, 30) for step in range(30)]
+    assert factors[0] == pytest.approx(0.1)
+    assert max(factors) == factors[15] == 1
+    assert factors[-1] < 0.1
