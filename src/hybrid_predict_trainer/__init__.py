@@ -80,7 +80,8 @@ __all__ = [
     "HybridError", "HybridTrainer", "HybridTrainerConfig", "IntegrationError", "LinearConfig", "LookaheadConfig",
     "MetricsConfig", "NumericalInstability", "Phase", "PhasePrediction", "PredictionDivergence", "Predictor",
     "PredictorConfig", "PredictorTrainingFailed", "Recipe", "Recovery", "SecantConfig",
-    "StepModifier", "StepResult", "Verdict", "Window", "attach", "find_recipe", "load_config", "preset_config", "with_values",
+    "StepModifier", "StepResult", "Verdict", "Window", "attach", "find_recipe", "load_config", "preset_config",
+    "with_values",
 ]  # fmt: skip
 
 if not TYPE_CHECKING:  # seen by a type checker, it would let every misspelt name pass
