@@ -35,6 +35,7 @@ ORDER = (
     "cost",
     "numerics",
     "forecast",
+    "sweeps",
     "keep",
     "observe",
     "predictors",

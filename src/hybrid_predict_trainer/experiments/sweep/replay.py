@@ -1,0 +1,200 @@
+"""Searches over recorded runs: what each way of stopping spends, and what it finds.
+
+Nothing is trained: a trial "trains" by having more of its recorded rows read.  One problem is a random order of a
+random three quarters of a grid, so that ways whose result does not hang on the order still meet different problems.  A search
+spends CPU seconds as they were recorded; its regret is how much worse its best complete trial ends than the best of the
+problem.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ...sweeps.allocate import Rules, first_look, next_slice
+from ...sweeps.curves import LOOKS, TrialCurve
+from ...sweeps.decide import bar_of, cannot_win
+from ...sweeps.ends import ends_of
+from ...sweeps.looks import spent_at_a_look
+from .grids import Trial
+
+#: A regret that counts as none.
+REGRET = 0.002
+RATE_NAMES = ("lr", "schedule")
+KEPT = 0.75
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Of one search.
+
+    Attributes:
+        spent: CPU seconds over those of running all trials.
+        regret: relative; infinite where no trial was completed.
+        winner_stopped: the best trial of the problem was stopped.
+        found_after: share of the compute at which the first trial within :data:`REGRET` was complete; 1 where none was.
+    """
+
+    spent: float
+    regret: float
+    winner_stopped: bool
+    found_after: float
+
+
+class Book:
+    """What a search has spent and found so far."""
+
+    def __init__(self, trials: Sequence[Trial]) -> None:
+        """Args: trials: of the problem."""
+        self._trials = trials
+        self._total = sum(trial.cost for trial in trials)
+        self._best = min(trial.final for trial in trials)
+        self.rows = [0] * len(trials)
+        self.spent, self.found, self.found_after = 0.0, math.inf, 1.0
+
+    def read(self, i: int, rows: int) -> None:
+        """A trial has trained until a row."""
+        trial = self._trials[i]
+        rows = min(rows, len(trial.at))
+        self.spent += (
+            trial.cost * float(trial.at[rows - 1] - (trial.at[self.rows[i] - 1] if self.rows[i] else 0)) / trial.steps
+        )
+        self.rows[i] = rows
+        if math.isfinite(trial.final) and rows == len(trial.at):
+            self.found = min(self.found, trial.final)
+            if trial.final <= self._best * (1 + REGRET):
+                self.found_after = min(self.found_after, self.spent / self._total)
+
+    def outcome(self) -> Outcome:
+        """At the end."""
+        winner = min(range(len(self._trials)), key=lambda i: self._trials[i].final)
+        return Outcome(
+            self.spent / self._total, self.found / self._best - 1, self.rows[winner] < len(self._trials[winner].at),
+            self.found_after,
+        )  # fmt: skip
+
+
+def problem(trials: Sequence[Trial], seed: int, kept: float = KEPT) -> list[Trial]:
+    """A random part of a grid, in random order."""
+    rng = random.Random(seed)
+    return rng.sample(list(trials), max(2, round(kept * len(trials))))
+
+
+def curve_of(key: int, trial: Trial, rows: int) -> TrialCurve:
+    """A trial as it is seen after some rows."""
+    whole = rows == len(trial.at) and math.isfinite(trial.final)
+    reports = list(zip(trial.at[:rows].tolist(), np.log(trial.valid[:rows]).tolist(), strict=True))
+    return TrialCurve.of(key, reports, trial.rates, params=trial.params, complete=whole)
+
+
+def run_all(trials: Sequence[Trial]) -> Outcome:
+    """Every trial to its end."""
+    book = Book(trials)
+    for i, trial in enumerate(trials):
+        book.read(i, len(trial.at))
+    return book.outcome()
+
+
+def random_search(trials: Sequence[Trial], share: float) -> Outcome:
+    """Trials to their ends, one after another, until a share of the compute is spent."""
+    book = Book(trials)
+    total = sum(t.cost for t in trials)
+    for i, trial in enumerate(trials):
+        if i and book.spent + trial.cost > share * total:
+            break
+        book.read(i, len(trial.at))
+    return book.outcome()
+
+
+def one_by_one(trials: Sequence[Trial], *, confidence: float = 0.95, min_gain: float = REGRET) -> Outcome:
+    """What ``HybridPruner`` does where trials come one after another: the same functions, without a study."""
+    book, error = Book(trials), spent_at_a_look(confidence)
+    seen: list[TrialCurve] = []
+    for i, trial in enumerate(trials):
+        whole = curve_of(i, trial, len(trial.at))
+        rows = len(trial.at)
+        for k in range(len(LOOKS) - 1) if seen else ():
+            row = int(np.searchsorted(trial.at, LOOKS[k] * trial.steps - 1e-6)) + 1
+            if row >= len(trial.at):
+                break
+            now = curve_of(i, trial, row)
+            if max(now.stands, default=-1) != k:
+                continue
+            curves = [now, *seen]
+            ends = ends_of(curves, rate_names=RATE_NAMES, asked=[0])
+            bar = bar_of(curves, ends, error, [False, *[c.complete for c in seen]])
+            if cannot_win(now, ends[0], bar, error, math.log1p(min_gain)):
+                rows = row
+                break
+        book.read(i, rows)
+        seen.append(whole if rows == len(trial.at) else curve_of(i, trial, rows))
+    return book.outcome()
+
+
+def freeze_thaw(trials: Sequence[Trial], *, confidence: float = 0.95, min_gain: float = REGRET) -> Outcome:
+    """What ``hpt sweep`` does: the most promising trial goes on to its next look."""
+    book = Book(trials)
+    rules = Rules(error=spent_at_a_look(confidence), min_gain=math.log1p(min_gain), rate_names=RATE_NAMES)
+    curves = [curve_of(i, trial, 0) for i, trial in enumerate(trials)]
+    alive = [True] * len(trials)
+    for i, trial in enumerate(trials):  # all to their first look: nothing can be said before
+        _read(book, curves, alive, i, trial, LOOKS[first_look(curves[i])] * trial.steps)
+    while True:
+        step, stop, _ = next_slice(curves, alive, rules)
+        for i in stop:
+            alive[i] = False
+        if step is None:
+            return book.outcome()
+        _read(book, curves, alive, step.index, trials[step.index], step.until)
+
+
+def _read(book: Book, curves: list[TrialCurve], alive: list[bool], i: int, trial: Trial, until: float) -> None:
+    rows = min(int(np.searchsorted(trial.at, until - 1e-6)) + 1, len(trial.at))
+    book.read(i, rows)
+    curves[i] = curve_of(i, trial, rows)
+    if rows == len(trial.at):
+        alive[i] = False
+
+
+def with_optuna(trials: Sequence[Trial], pruner: Any, report_every: int = 1) -> Outcome:
+    """A pruner of Optuna's (or ours) in a real study, one trial after another."""
+    import optuna
+
+    book = Book(trials)
+    study = optuna.create_study(pruner=pruner)
+    for i, trial in enumerate(trials):
+        asked = study.ask()
+        rows, pruned = len(trial.at), False
+        for row in range(report_every - 1, len(trial.at), report_every):
+            asked.report(float(trial.valid[row]), int(trial.at[row]))
+            if row + 1 < len(trial.at) and asked.should_prune():
+                rows, pruned = row + 1, True
+                break
+        book.read(i, rows)
+        if pruned:
+            study.tell(asked, state=optuna.trial.TrialState.PRUNED)
+        elif math.isfinite(trial.final):
+            study.tell(asked, trial.final)
+        else:
+            study.tell(asked, state=optuna.trial.TrialState.FAIL)
+    return book.outcome()
+
+
+def summary(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """Over problems."""
+    spent = np.array([o.spent for o in outcomes])
+    return {
+        "problems": len(outcomes), "compute": float(spent.mean()), "compute_95": float(np.quantile(spent, 0.95)),
+        "regret_met": float(np.mean([o.regret <= REGRET for o in outcomes])),
+        "regret_95": float(np.quantile([min(o.regret, 10.0) for o in outcomes], 0.95)),
+        "winner_stopped": float(np.mean([o.winner_stopped for o in outcomes])),
+        "found_after": float(np.mean([o.found_after for o in outcomes])),
+    }  # fmt: skip
+
+
+Way = Callable[[Sequence[Trial]], Outcome]

@@ -1,0 +1,5 @@
+"""Which trials of a hyper-parameter search cannot win any more.
+
+Reading order: `curves` (a trial as it is seen), `ends` (their ends, foretold together), `looks` (confidence over many
+looks), `decide` (who is pruned, who goes on), `pruner` (all of it behind Optuna's interface).
+"""

@@ -1,0 +1,97 @@
+"""Which trial of a search trains next, and how far: freeze and thaw (Swersky, Snoek & Adams, arXiv 1406.3896).
+
+Every trial trains to its first look.  Then whichever is expected to end best goes on to its next one, and trials that
+cannot win stop, until one is complete that no other can beat.  A trial that waits costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from .curves import LOOKS, TrialCurve
+from .decide import bar_of, cannot_win, most_promising
+from .ends import End, Model, ends_of
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """What to train next.
+
+    Attributes:
+        index: of the trial.
+        until: step.
+    """
+
+    index: int
+    until: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """Of a search.
+
+    Attributes:
+        error: that one look may make (``looks.spent_at_a_look``).
+        min_gain: by which the best has to be beaten, on the scale of the values.
+        rate_names: parameters about rate and schedule only.
+        quantile: of the end that decides who goes on; 0.5 is what is expected.
+        model: of the forecast's errors.
+    """
+
+    error: float
+    min_gain: float = 0.0
+    rate_names: tuple[str, ...] = ()
+    quantile: float = 0.5
+    model: Model = field(default_factory=Model)
+
+
+def first_look(curve: TrialCurve) -> int:
+    """Index of the first look that is after a trial's warm-up, so that two reports can come before it."""
+    for k, look in enumerate(LOOKS[:-1]):
+        if look * curve.total_steps >= max(1.2 * curve.first, 2.0):
+            return k
+    return len(LOOKS) - 1
+
+
+def next_stop(curve: TrialCurve) -> int:
+    """The step at which a trial is looked at next."""
+    k = max(curve.stands, default=-1) + 1
+    k = max(k, first_look(curve))
+    while k < len(LOOKS) - 1 and LOOKS[k] * curve.total_steps <= curve.last_step:
+        k += 1
+    return curve.total_steps if LOOKS[k] >= 1 else -(-round(LOOKS[k] * curve.total_steps * 1000) // 1000)
+
+
+def stopped(curves: Sequence[TrialCurve], ends: Sequence[End], alive: Sequence[bool], rules: Rules) -> list[int]:
+    """Indices of living trials that cannot win."""
+    competing = [a or c.complete for a, c in zip(alive, curves, strict=True)]
+    bar = bar_of(curves, ends, rules.error, competing)
+    return [
+        i
+        for i, (curve, end) in enumerate(zip(curves, ends, strict=True))
+        if alive[i] and not curve.complete and cannot_win(curve, end, bar, rules.error, rules.min_gain)
+    ]
+
+
+def next_slice(
+    curves: Sequence[TrialCurve], alive: Sequence[bool], rules: Rules, busy: Sequence[int] = ()
+) -> tuple[Slice | None, list[int], list[End]]:
+    """What to train next.
+
+    Args:
+        curves: Of all trials.
+        alive: Whether each may still go on; complete ones may not.
+        rules: Of the search.
+        busy: Indices of those that another worker trains now.
+
+    Returns:
+        The slice (None: nothing is left to do, or all that is left is busy), the trials to stop, and all ends.
+    """
+    ends = ends_of(curves, model=rules.model, rate_names=rules.rate_names)
+    stop = stopped(curves, ends, alive, rules)
+    going = [i for i, a in enumerate(alive) if a and i not in stop and i not in busy and not curves[i].complete]
+    if not going:
+        return None, stop, ends
+    chosen = most_promising(curves, ends, going, rules.quantile)
+    return Slice(chosen, next_stop(curves[chosen])), stop, ends

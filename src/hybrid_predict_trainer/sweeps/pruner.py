@@ -1,0 +1,233 @@
+"""`HybridPruner`: a pruner for Optuna that knows the learning-rate schedules.
+
+    pruner = HybridPruner(schedule=lambda trial: lambda step: rate_of(step, trial.params), total_steps=5000)
+    study = optuna.create_study(pruner=pruner)
+
+Any training loop may report, at any steps::
+
+    trial.report(validation_loss, step)
+    if trial.should_prune():
+        raise optuna.TrialPruned
+
+Nothing is kept in the pruner that a resumed study or another worker would miss: what was decided stands in the trials'
+system attributes, and everything else is read from the study.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..forecast.schedules import planned_rates
+from ..records import ConfigError
+from .curves import LOOKS, Array, Scale, TrialCurve
+from .decide import bar_of, cannot_win
+from .ends import End, Model, ends_of, nearest
+from .looks import spent_at_a_look
+
+try:
+    import optuna
+    from optuna.pruners import BasePruner
+    from optuna.trial import TrialState
+except ModuleNotFoundError:
+    raise ConfigError('sweeps need optuna; run: pip install "hybrid-predict-trainer[sweep]"') from None
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
+#: What `schedule=` may return for a trial: the rate of step 1, 2, ..., T by a function, a vector of them, or a text as
+#: ``forecast.schedules`` reads it.
+Schedule = Callable[[int], float] | Sequence[float] | Array | str
+#: Trials that tell something; a pruned or failed one as far as it came.
+SEEN = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING, TrialState.FAIL)
+#: User attributes of a trial that are read where no arguments say it.
+SCHEDULE, TOTAL_STEPS = "schedule", "total_steps"
+#: System attribute: the last look that was decided on.
+LOOKED = "hybrid_predict_trainer:look"
+#: Trials that a forecast learns from: the nearest ones.  More would cost time and say little.
+MOST_KNOWN = 64
+#: Steps of which a rate is asked; between them it is taken to change evenly.
+MOST_RATES = 20_000
+#: Names of parameters that are about learning rate and schedule.
+RATE_NAMES = ("lr", "learning_rate", "max_lr", "peak_lr", "schedule", "lr_scheduler", "warmup", "warmup_steps", "decay")
+
+
+class HybridPruner(BasePruner):  # type: ignore[misc]
+    """Prunes a trial when its forecast says with stated confidence that it will not end below the best one.
+
+    The final value is foretold from the trial's own curve, its remaining learning rates, and what the other trials did
+    after the same share of their runs (``sweeps.ends``).  A trial is judged at the first report after 6, 9, 13, 19, 27,
+    38, 53 and 73 % of its run, and the confidence holds for all of these looks together (``sweeps.looks``).  Before two
+    reports after its warm-up nothing is decided, and the best trial so far is never pruned.
+
+    Example::
+
+        study = optuna.create_study(pruner=HybridPruner(schedule="cosine:warmup=100", total_steps=5000))
+    """
+
+    def __init__(
+        self,
+        *,
+        schedule: Schedule | Callable[[FrozenTrial], Schedule] | None = None,
+        total_steps: int | Callable[[FrozenTrial], int] | None = None,
+        confidence: float = 0.95,
+        min_gain: float = 0.0,
+        rate_names: Sequence[str] = RATE_NAMES,
+        count_running: bool = False,
+        model: Model = Model(),  # noqa: B008
+    ) -> None:
+        """Args: schedule: of all trials, or trial -> its own; None: each trial's user attribute ``schedule``.
+
+        total_steps: of all trials, or trial -> its own; None: each trial's user attribute ``total_steps``.
+        confidence: 1 - the probability that the winner is pruned.
+        min_gain: what a trial has to be better by: a share of the value where all are above 0 and minimized, else in
+            the value's units.
+        rate_names: parameters about learning rate and schedule; trials that share all others share what they do.
+        count_running: a running trial's forecast is a bar, too.  Off by default: one that was killed never ends.
+        model: of the forecast's errors.
+
+        Raises:
+            ConfigError: a value is out of range, or scipy is missing.
+        """
+        self._error = spent_at_a_look(confidence)
+        if not (math.isfinite(min_gain) and min_gain >= 0):
+            raise ConfigError(f"min_gain must be at least 0, not {min_gain}")
+        self._schedule, self._total_steps = schedule, total_steps
+        self._min_gain, self._rate_names, self._model = min_gain, tuple(rate_names), model
+        self._count_running = count_running
+        self._rates: dict[tuple[str, int], Array | None] = {}
+        self._finished: dict[tuple[str, int], tuple[Scale, TrialCurve | None]] = {}
+
+    def prune(self, study: optuna.study.Study, trial: FrozenTrial) -> bool:
+        """Whether a trial should stop now.
+
+        Raises:
+            ConfigError: the trial has no schedule or number of steps, or they make no sense.
+        """
+        reports = trial.intermediate_values
+        if not reports:
+            return False
+        if math.isnan(reports[max(reports)]):
+            return True  # it has diverged: what it would return ends the trial as failed
+        rates = self._rates_of(study.study_name, trial, needed=True)
+        assert rates is not None, "a schedule that is missing has raised"
+        raw = TrialCurve.of(trial.number, list(reports.items()), rates)
+        look = raw.standing
+        if look is None or look <= trial.system_attrs.get(LOOKED, -1) or raw.share >= 1:
+            return False
+        study._storage.set_trial_system_attr(trial._trial_id, LOOKED, look)
+        others = [t for t in study.get_trials(deepcopy=False, states=SEEN) if t.number != trial.number]
+        maximize = study.direction == optuna.study.StudyDirection.MAXIMIZE
+        values = [v for t in (trial, *others) for v in t.intermediate_values.values()]
+        scale = Scale.of(values + [t.value for t in others if t.value is not None], maximize=maximize)
+        own = self._curve(study.study_name, trial, scale)
+        assert own is not None, "its schedule is known"
+        return self._judged(study.study_name, own, others, scale)
+
+    def _judged(self, name: str, own: TrialCurve, others: Sequence[FrozenTrial], scale: Scale) -> bool:
+        """Whether a trial cannot win against the others."""
+        curves, competing = [own], [False]
+        for other in others:
+            curve = self._curve(name, other, scale)
+            if curve is not None and len(curve.values):
+                counts = other.state == TrialState.RUNNING and self._count_running
+                curves.append(curve)
+                competing.append(curve.complete or counts)
+        if not any(competing):
+            return False
+        kept = nearest(curves, 0, MOST_KNOWN, self._rate_names)
+        near = [curves[i] for i in kept]
+        asked = None if self._count_running else [0]
+        found = ends_of(near, model=self._model, rate_names=self._rate_names, asked=asked)
+        ends = dict(zip(kept, found, strict=True))
+        for i, curve in enumerate(curves):
+            if i not in ends and curve.complete:
+                ends[i] = End(float(curve.values[-1]), 0.0, math.inf, 1.0)
+        known = sorted(ends)
+        bar = bar_of([curves[i] for i in known], [ends[i] for i in known], self._error, [competing[i] for i in known])
+        gain = math.log1p(self._min_gain) if scale.logarithmic else self._min_gain
+        return cannot_win(own, ends[0], bar, self._error, gain)
+
+    # ---- reading trials --------------------------------------------------------------------------------------
+
+    def _curve(self, study: str, trial: FrozenTrial, scale: Scale) -> TrialCurve | None:
+        """A trial as forecasts see it; None where its schedule is not known, though it may still be complete.
+
+        The value that a complete trial returned is its last one, whatever it reported before.
+        """
+        key = (study, trial._trial_id)
+        if trial.state.is_finished():  # it does not change any more
+            if key not in self._finished or self._finished[key][0] != scale:
+                self._finished[key] = (scale, self._new_curve(study, trial, scale))
+            return self._finished[key][1]
+        return self._new_curve(study, trial, scale)
+
+    def _new_curve(self, study: str, trial: FrozenTrial, scale: Scale) -> TrialCurve | None:
+        rates = self._rates_of(study, trial, needed=False)
+        complete = trial.state == TrialState.COMPLETE and trial.value is not None and math.isfinite(trial.value)
+        if rates is None:
+            if not complete:
+                return None
+            rates = np.ones(1)
+        reports = [(float(step), scale.into(value)) for step, value in trial.intermediate_values.items()]
+        if complete:
+            assert trial.value is not None, "complete"
+            reports = [*[r for r in reports if r[0] < len(rates)], (float(len(rates)), scale.into(trial.value))]
+        return TrialCurve.of(trial.number, reports, rates, params=trial.params, complete=complete)
+
+    def _rates_of(self, study: str, trial: FrozenTrial, *, needed: bool) -> Array | None:
+        key = (study, trial._trial_id)
+        if key not in self._rates or (needed and self._rates[key] is None):
+            try:
+                self._rates[key] = self._planned(trial)
+            except ConfigError:
+                if needed:
+                    raise
+                self._rates[key] = None
+        return self._rates[key]
+
+    def _planned(self, trial: FrozenTrial) -> Array:
+        """The rate of every step of a trial, (T,).
+
+        Raises:
+            ConfigError: nothing says it, or what says it makes no sense.
+        """
+        said = self._total_steps if self._total_steps is not None else trial.user_attrs.get(TOTAL_STEPS)
+        total = said(trial) if callable(said) else said
+        schedule: Any = self._schedule if self._schedule is not None else trial.user_attrs.get(SCHEDULE)
+        if callable(schedule):
+            schedule = schedule(trial)
+        if schedule is None:
+            raise ConfigError(
+                f"trial {trial.number}: its learning-rate schedule is not known; say HybridPruner(schedule=...) or "
+                f"trial.set_user_attr({SCHEDULE!r}, 'cosine:warmup=100'); 'constant' if the rate stays"
+            )
+        if not callable(schedule) and not isinstance(schedule, str):
+            return np.asarray(schedule, dtype=np.float64)
+        if isinstance(total, bool) or not isinstance(total, int) or total < 1:
+            raise ConfigError(
+                f"trial {trial.number}: needs the number of steps of its run, not {total!r}; say "
+                f"HybridPruner(total_steps=...) or trial.set_user_attr({TOTAL_STEPS!r}, 5000)"
+            )
+        return (
+            _sampled(schedule, total) if callable(schedule) else _peaked(planned_rates(schedule, total), trial.params)
+        )
+
+
+def _sampled(rate_of: Callable[[int], float], total: int) -> Array:
+    """Rates of steps 1 to T, asked for at not too many of them."""
+    at = np.unique(np.linspace(1, total, min(total, MOST_RATES)).astype(np.int64))
+    found: Array = np.interp(np.arange(1, total + 1), at, [float(rate_of(int(step))) for step in at])
+    return found
+
+
+def _peaked(rates: Array, params: Mapping[str, Any]) -> Array:
+    """A named schedule has its trial's peak, so that rates are compared between trials."""
+    peak = next((params[name] for name in RATE_NAMES[:4] if isinstance(params.get(name), int | float)), 1.0)
+    return rates * float(peak) if peak > 0 else rates
+
+
+__all__ = ["LOOKS", "HybridPruner"]
