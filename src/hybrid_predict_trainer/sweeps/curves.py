@@ -205,9 +205,7 @@ class TrialCurve:
         if len(near) < 2:
             near = x[-2:]
         off = near[-1] - near.mean()
-        level = (
-            math.sqrt(1 / len(near) + off**2 / max(float(((near - near.mean()) ** 2).sum()), 1e-12))
-        )
+        level = math.sqrt(1 / len(near) + off**2 / max(float(((near - near.mean()) ** 2).sum()), 1e-12))
         return each, each * min(level, 1.0), each / math.sqrt(max(float(((x - x.mean()) ** 2).sum()), 1e-12))
 
     def _rows(self, since: float, step: float) -> tuple[int, int]:

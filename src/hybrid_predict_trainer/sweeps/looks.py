@@ -3,8 +3,8 @@
 A trial is judged at most once per look, and a share of the error that its whole run may make is spent at each (alpha
 spending: Lan & DeMets, Biometrika 70, 1983; here the same for all looks, whose sum is the whole by Bonferroni whatever
 their dependence).  The error that counts is that the later winner is pruned, which is an event of one trial, so that
-the number of trials does not enter.  Nor does the number of complete competitors: each of them ends above the winner, so
-that whichever of them it loses to, its own forecast was wrong by more than its quantile.
+the number of trials does not enter.  Nor does the number of complete competitors: each of them ends above the winner,
+so that whichever of them it loses to, its own forecast was wrong by more than its quantile.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 A small GPT on the standard library's source text and on TinyStories, and a convolutional network on a CIFAR-10 subset
 (32 runs each), and a physics-informed network (48 runs).  In each, the peak rate, the schedule, the width and one more
-setting vary; the largest rate is meant to be too large.  All runs of a grid share their seed, so they read the same batches.
+setting vary; the largest rate is meant to be too large.  All runs of a grid share their seed, so they read the same
+batches.
 
 A grid is one file, ``grids/NAME.json.gz``: ``steps``, the rows' ``at``, and per trial ``params``, ``cpu_s`` (of the
 training steps alone, on the machine that recorded them), ``num_parameters``, the validation loss of each row in

@@ -1,9 +1,9 @@
 """Searches over recorded runs: what each way of stopping spends, and what it finds.
 
 Nothing is trained: a trial "trains" by having more of its recorded rows read.  One problem is a random order of a
-random three quarters of a grid, so that ways whose result does not hang on the order still meet different problems.  A search
-spends CPU seconds as they were recorded; its regret is how much worse its best complete trial ends than the best of the
-problem.
+random three quarters of a grid, so that ways whose result does not hang on the order still meet different problems.
+A search spends CPU seconds as they were recorded; its regret is how much worse its best complete trial ends than the
+best of the problem.
 """
 
 from __future__ import annotations
