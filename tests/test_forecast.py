@@ -284,6 +284,36 @@ def test_tensorboard_event_files(tmp_path: Path) -> None:
     assert log.rates.tolist() == pytest.approx([1e-3] * len(steps), rel=1e-6)
 
 
+def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> float:
+    """Final loss that the command foretells."""
+    assert main(["forecast", *arguments, "--schedule", SCHEDULE, "--json"]) == 0
+    return float(json.loads(capsys.readouterr().out)["final_loss"])
+
+
+def test_logs_of_others_are_foretold_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Files that the programs' own writers made, half of a run each, beside other figures of the same run."""
+    steps, losses, rates = made_up()
+    half = len(steps) // 2
+    rows = rows_of(steps[:half], losses[:half])
+    expected = told(capsys, str(table(tmp_path / "log.csv", steps[:half], losses[:half])), "--steps", str(TOTAL))
+    export = as_wandb(tmp_path, rows)
+    assert told(capsys, str(export), "--steps", str(TOTAL)) == pytest.approx(expected, rel=1e-6)
+    tensorboard = pytest.importorskip("torch.utils.tensorboard")
+    with tensorboard.SummaryWriter(str(tmp_path / "events")) as writer:
+        writer.add_text("config", "a run")
+        for step, loss in rows:
+            writer.add_scalar("train/loss", loss, step)
+            writer.add_scalar("train/learning_rate", float(rates[step - 1]), step)
+            writer.add_scalar("train/grad_norm", 1.0, step)
+    assert told(capsys, str(tmp_path / "events"), "--steps", str(TOTAL)) == pytest.approx(expected, rel=1e-4)
+    trainer = pytest.importorskip("transformers.trainer_callback")
+    state = trainer.TrainerState(max_steps=TOTAL, log_history=[
+        {"step": s, "epoch": s / 100, "loss": v, "grad_norm": 1.0, "learning_rate": float(rates[s - 1])} for s, v in rows
+    ])  # fmt: skip
+    state.save_to_json(str(tmp_path / "trainer_state.json"))
+    assert told(capsys, str(tmp_path / "trainer_state.json")) == pytest.approx(expected, rel=1e-4)
+
+
 def test_a_torn_last_line_is_left_out_and_one_before_it_is_refused(tmp_path: Path) -> None:
     path = as_jsonl(tmp_path, rows_of(*made_up()[:2]))
     whole = path.read_text()

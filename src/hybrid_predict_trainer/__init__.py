@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .config.toml import with_values as with_values
     from .cycle.engine import Engine as Engine
     from .cycle.engine import attach as attach
+    from .experiments.probe.run import probe as probe
     from .move.average import AverageFollower as AverageFollower
     from .move.head_ladder import find_recipe as find_recipe
     from .move.modifier import StepModifier as StepModifier
@@ -63,6 +64,7 @@ _HOMES = {
     "StepModifier": "move.modifier", "Recipe": "move.recipe", "find_recipe": "move.head_ladder",
     "Verdict": "records", "Window": "records", "Engine": "cycle.engine",
     "attach": "cycle.engine", "load_config": "config.toml:load", "preset_config": "config.toml",
+    "probe": "experiments.probe.run",
     "with_values": "config.toml", "AverageFollower": "move.average", "DamagedCheckpointError": "records",
     "CheckpointFailed": "recovery", "IntegrationError": "recovery", "NumericalInstability": "recovery",
     "PredictionDivergence": "recovery", "PredictorTrainingFailed": "recovery", "Recovery": "recovery",
@@ -80,7 +82,7 @@ __all__ = [
     "HybridError", "HybridTrainer", "HybridTrainerConfig", "IntegrationError", "LinearConfig", "LookaheadConfig",
     "MetricsConfig", "NumericalInstability", "Phase", "PhasePrediction", "PredictionDivergence", "Predictor",
     "PredictorConfig", "PredictorTrainingFailed", "Recipe", "Recovery", "SecantConfig",
-    "StepModifier", "StepResult", "Verdict", "Window", "attach", "find_recipe", "load_config", "preset_config",
+    "StepModifier", "StepResult", "Verdict", "Window", "attach", "find_recipe", "load_config", "preset_config", "probe",
     "with_values",
 ]  # fmt: skip
 

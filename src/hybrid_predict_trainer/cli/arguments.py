@@ -216,8 +216,10 @@ def take_preset(args: argparse.Namespace) -> str | None:
 
 def what_is_missing(args: argparse.Namespace) -> str | None:
     """What ``train`` and ``compare`` need and argparse cannot know: one line, or None."""
-    if args.command not in ("train", "compare"):
+    if args.command not in ("train", "compare", "probe"):
         return None
+    if args.command == "probe":
+        return None if args.task is not None else f"--task is needed: one of {', '.join(names.TASKS)}"
     if args.task is None and not args.resume:
         return f"--task is needed: one of {', '.join(names.TASKS)}"
     if args.resume and args.out is None:

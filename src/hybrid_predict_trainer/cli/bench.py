@@ -149,6 +149,17 @@ def run_forecast(args: argparse.Namespace) -> Shown:
     return found, lambda: program.text(found)
 
 
+def run_probe(args: argparse.Namespace) -> Shown:
+    """Whether probes say what long comparisons have measured."""
+    from ..experiments.probe import of_task
+
+    with as_input_error():
+        found = of_task.check(args.minutes, tuple(args.regime), args.quick, note)
+        if args.markdown is not None:
+            write_named(args.markdown, of_task.markdown(found))
+    return found, lambda: of_task.text(found)
+
+
 def run_overhead(args: argparse.Namespace) -> Shown:
     """A full step of the trainer against the bare loop."""
     if args.model != "gpt":
@@ -236,4 +247,5 @@ MEASUREMENTS: dict[str, Callable[[argparse.Namespace], Shown]] = {
     "faults": run_faults,
     "checkpoint": run_checkpoint,
     "report": run_report,
+    "probe": run_probe,
 }

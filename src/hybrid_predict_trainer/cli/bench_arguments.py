@@ -63,6 +63,7 @@ def add_commands(bench: argparse.ArgumentParser) -> None:
     _add_regimes(benchmarks)
     _add_harm(benchmarks)
     _add_forecast(benchmarks)
+    _add_probe(benchmarks)
     _add_faults(benchmarks)
     _add_checkpoint(benchmarks)
     _add_report(benchmarks)
@@ -292,6 +293,22 @@ def _add_forecast(benchmarks: Benchmarks) -> None:
     )  # fmt: skip
     ends.add_argument("--write-priors", type=Path, metavar="FILE", help="write the priors that come out")
     ends.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables for a document")
+
+
+def _add_probe(benchmarks: Benchmarks) -> None:
+    probes = benchmarks.add(
+        "probe", "whether probes expect the gains that were measured",
+        "Probes five kinds of training whose speed-up was measured, and says whether the expected\n"
+        "gain's interval holds it.",
+        "hpt bench probe", "hpt bench probe --quick --regime pinn --regime epochs",
+    )  # fmt: skip
+    probes.add_argument(
+        "--regime", choices=names.PROBED, action="append", default=[], metavar="NAME",
+        help=f"{', '.join(names.PROBED)}; may be repeated (default all)",
+    )  # fmt: skip
+    probes.add_argument("--minutes", type=positive, default=5.0, metavar="M", help="of each probe (default 5)")
+    probes.add_argument("--quick", action="store_true", help="pilots of at most 300 steps, and one of each")
+    probes.add_argument("--markdown", type=Path, metavar="FILE", help="write the table for a document")
 
 
 def _add_faults(benchmarks: Benchmarks) -> None:

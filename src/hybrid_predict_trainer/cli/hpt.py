@@ -36,12 +36,12 @@ from .arguments import (
     what_is_missing,
     whole,
 )
-from .names import PRIORS
+from .names import ABLATIONS, PRIORS
 
 #: Command -> the module beside this one whose ``run`` it calls.
 COMMANDS = {
     "train": ".train", "compare": ".compare", "inspect": ".inspect", "report": ".report", "forecast": ".forecast",
-    "recipe": ".recipe", "validate": ".validate", "doctor": ".doctor", "bench": ".bench",
+    "recipe": ".recipe", "validate": ".validate", "doctor": ".doctor", "probe": ".probe", "bench": ".bench",
 }  # fmt: skip
 
 DESCRIPTION = """\
@@ -107,7 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
         "loads nothing and runs no script.",
         "hpt report results/compared --out page.html", usage="%(prog)s DIR [OPTIONS]",
     )  # fmt: skip
-    report.add_argument("folder", type=Path, metavar="DIR", help="of 'hpt train' or 'hpt compare'")
+    report.add_argument("folder", type=Path, metavar="DIR", help="of 'hpt train', 'hpt compare' or 'hpt validate'")
     report.add_argument("--out", type=Path, metavar="FILE", help="the page (default DIR/report.html)")
     doctor = command(
         "doctor", "what is wrong with a run, and what to change",
@@ -138,6 +138,13 @@ def build_parser() -> argparse.ArgumentParser:
         "Runs the experiments of the validation protocol and holds every criterion against its bar\n"
         "and against a control in which there is nothing to find.  Finished seeds are kept in --out.",
         "hpt validate --scale tiny --seeds 2", "hpt validate --experiment 2 --seeds 5",
+        "hpt validate --acceptance --markdown tables.md", "hpt validate --ablation horizon",
+    ))  # fmt: skip
+    _add_probe(command(
+        "probe", "what prediction would bring on a task, from minutes of pilots",
+        "Trains short pilots with and without prediction and says what jumps and step sizes are worth\n"
+        "there, with an interval, what kind of training it is, and which settings suit it.",
+        "hpt probe --task gpt --preset 0.3M --steps 2000", "hpt probe --task regression --minutes 1 --toml probe.toml",
     ))  # fmt: skip
     bench_arguments.add_commands(command(
         "bench", "the measurements behind the figures in the documents",
@@ -193,8 +200,9 @@ def _add_forecast(forecast: argparse.ArgumentParser) -> None:
 
 def _add_validate(validate: argparse.ArgumentParser) -> None:
     validate.add_argument(
-        "--experiment", type=number(int, 1, 2), action="append", metavar="N",
-        help="1: structure of gradients, 2: prediction of the loss; may be repeated (default both)",
+        "--experiment", type=number(int, 1, 5), action="append", metavar="N",
+        help="1: structure of gradients, 2: prediction of the loss, 3: of weight changes, 4: runs with predicted "
+        "steps, 5: corrections; may be repeated (default all, in the order 2, 1, 3, 5, 4)",
     )  # fmt: skip
     validate.add_argument(
         "--scale", choices=["tiny", "small", "100m"], default="tiny", help="size of model and run (default tiny)"
@@ -204,8 +212,39 @@ def _add_validate(validate: argparse.ArgumentParser) -> None:
         "--out", type=Path, default=Path("results") / "validation", metavar="DIR",
         help="folder of the results (default results/validation)",
     )  # fmt: skip
+    more = validate.add_mutually_exclusive_group()
+    more.add_argument(
+        "--acceptance", action="store_true",
+        help="the seeds' acceptance tables and decision points from all five experiments, with costs, energy and CO2",
+    )  # fmt: skip
+    more.add_argument(
+        "--ablation", type=name_of("ablation", ABLATIONS), metavar="NAME",
+        help=f"change one thing in a run with half of its steps predicted: {', '.join(ABLATIONS)}",
+    )  # fmt: skip
+    more.add_argument(
+        "--harness", type=Path, metavar="DIR",
+        help="MMLU, HellaSwag and ARC of an exported Hugging Face checkpoint (extra harness, needs the hub)",
+    )  # fmt: skip
+    validate.add_argument(
+        "--grid-factor", type=number(float, 0, 10), default=0.48, metavar="KG",
+        help="kg of CO2 equivalent per kWh (default 0.48, the world's mean of 2023)",
+    )  # fmt: skip
+    validate.add_argument(
+        "--collect", action="store_true", help="keep metrics, gradients, weights, predictions below --out"
+    )
     validate.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables for a document")
     validate.add_argument("--threads", type=whole, metavar="N", help="of the processor (default all)")
+
+
+def _add_probe(probe: argparse.ArgumentParser) -> None:
+    add_task_flags(probe)
+    probe.add_argument(
+        "--minutes", type=number(float, 0, 1000, above=True), default=5.0, metavar="M", help="wall-clock (default 5)"
+    )
+    probe.add_argument(
+        "--pilot-steps", type=number(int, 10, 1_000_000), metavar="N", help="of a pilot (default as the time allows)"
+    )
+    probe.add_argument("--toml", type=Path, metavar="FILE", help="write the recommended settings")
 
 
 # ---- entry point ------------------------------------------------------------------------------------------

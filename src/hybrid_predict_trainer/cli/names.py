@@ -51,3 +51,9 @@ SMALL_MODELS = ("tiny", "mlp")
 
 #: What ``hpt forecast`` may be told to know before: ``forecast.prior.PRIORS``.
 PRIORS = ("language-models",)
+
+#: Kinds of training whose speed-up was measured (``probe.of_task.KNOWN``).
+PROBED = ("pinn", "epochs", "finetune", "lm-lowlr", "lm")
+
+#: What ``hpt validate --ablation`` changes.
+ABLATIONS = ("horizon", "frequency", "predictor", "confidence")

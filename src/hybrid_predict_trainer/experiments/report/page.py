@@ -14,6 +14,7 @@ from pathlib import Path
 from ...safe_files import write_named, write_text
 from ..report_withdrawn import withdrawn_table
 from . import charts as svg
+from . import validation
 from .charts import escape
 from .confidence import confidence_figure
 from .data import LEVELS, PHASES, Record, Report, Run, list_of, load, number, table_of
@@ -349,7 +350,7 @@ def build_report(run_dir: Path) -> str:
 
 def write_report(run_dir: Path, out: Path | None = None) -> Path:
     """Write the page (default: ``report.html`` beside the data) and return where it is."""
-    page = build_report(run_dir)
+    page = validation.page(run_dir) if validation.holds(run_dir) else build_report(run_dir)
     if out is not None:
         write_named(out, page)
         return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -18,6 +19,7 @@ class Criterion:
         sense: "above" or "below" the bar is a pass.
         control: the same figure of a sequence in which there is nothing to find, or of a trivial predictor.
         control_name: what that is.
+        ceiling: the best that the noise of the data leaves to anybody; None where that was not measured.
     """
 
     name: str
@@ -26,6 +28,7 @@ class Criterion:
     sense: Literal["above", "below"]
     control: float
     control_name: str
+    ceiling: float | None = None
 
     @property
     def passed(self) -> bool:
@@ -64,12 +67,21 @@ def over_seeds(runs: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]
 
     found = []
     for same in zip(*runs, strict=True):
-        interval = t_interval([c["value"] for c in same])
+        values = [math.nan if c["value"] is None else float(c["value"]) for c in same]
+        interval = t_interval(values)
         mean = Criterion(
-            name=same[0]["name"], value=interval.mean, bar=same[0]["bar"], sense=same[0]["sense"],
-            control=sum(c["control"] for c in same) / len(same), control_name=same[0]["control_name"],
+            name=same[0]["name"], value=interval.mean, bar=_mean([c["bar"] for c in same]), sense=same[0]["sense"],
+            control=_mean([c["control"] for c in same]), control_name=same[0]["control_name"],
+            ceiling=None if same[0].get("ceiling") is None else _mean([c.get("ceiling") for c in same]),
         )  # fmt: skip
         found.append({
-            **mean.to_json(), "interval": interval.ends, "n": len(same), "seeds_passed": sum(c["passed"] for c in same)
+            **mean.to_json(), "values": values, "interval": interval.ends, "n": len(same),
+            "seeds_passed": sum(c["passed"] for c in same),
         })  # fmt: skip
     return found
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    """NaN where one is missing; equal values are not rounded."""
+    known = [math.nan if v is None else float(v) for v in values]
+    return known[0] if len(set(known)) == 1 else sum(known) / len(known)

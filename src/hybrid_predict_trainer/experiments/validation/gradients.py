@@ -40,6 +40,12 @@ def component_share(vectors: Array, count: int = NUM_COMPONENTS) -> float:
     return float(values[:count].sum() / values.sum()) if values.sum() > 0 else 0.0
 
 
+def spectrum(vectors: Array, count: int = 2 * NUM_COMPONENTS) -> list[float]:
+    """Share of the variance about the mean in each of the first principal components."""
+    values = np.linalg.svd(vectors - vectors.mean(axis=0), compute_uv=False) ** 2
+    return [float(v) for v in values[:count] / values.sum()] if values.sum() > 0 else [0.0] * count
+
+
 def order_p(vectors: Array, lag: int, seed: int = 0) -> float:
     """p of the hypothesis that the order in time means nothing: share of shuffles whose mean cosine is as large."""
     size = np.linalg.norm(vectors, axis=1)
@@ -102,11 +108,25 @@ def criteria(gradients: Array, updates: Array, seed: int = 0) -> list[Criterion]
 def figures(gradients: Array, updates: Array, batch_size: int) -> Mapping[str, Any]:
     """What no bar is held against: the noise scale, cosines by lag, the verdict."""
     cosine = float(adjacent_cosines(gradients).mean())
+    noise = np.random.default_rng(0).normal(size=gradients.shape)
     lags = [lag for lag in (1, 2, 5, 10, 20, 50) if lag < len(gradients) // 2]
     return {
         "verdict": verdict(gradients),
         # E cos = 1 / (1 + B_noise / B) for independent batches about a slowly changing mean gradient
         "noise_scale": batch_size * (1 / cosine - 1) if cosine > 0 else None,
+        "spectra": {
+            "gradients": spectrum(gradients),
+            "updates": spectrum(updates),
+            "pure noise": spectrum(noise),
+            "positions": spectrum(np.cumsum(updates, axis=0)),
+            "random walk": spectrum(np.cumsum(noise, axis=0)),
+        },
         "cosine_by_lag": {lag: float(lagged_cosines(gradients, lag).mean()) for lag in lags},
         "update_cosine_by_lag": {lag: float(lagged_cosines(updates, lag).mean()) for lag in lags},
     }
+
+
+def decision(bars: Mapping[str, Criterion]) -> str:
+    """On above the bar on raw gradients; from 0.5 shorter horizons, else another optimizer or architecture."""
+    bar = bars["mean cosine of adjacent gradients"]
+    return "continue" if bar.passed else "refine" if bar.value >= 0.5 else "stop"

@@ -19,6 +19,8 @@ from .criteria import Criterion
 TRAINED = 0.8
 HORIZONS = (1, 10, 25, 50, 100, 200)
 NUM_ORIGINS = 12
+#: Steps ahead that the first hypothesis is about.
+NEAR = 50
 EMA_DECAY, LINE_STEPS = 0.98, 100
 #: (losses so far, rates of the whole run, steps ahead (h,)) -> losses (h,)
 Predictor = Callable[[Array, Array, Array], Array]
@@ -94,6 +96,7 @@ def _errors(rows: list[tuple[int, float, float]], span: float) -> dict[str, Any]
         "mae_of_range": float(np.abs(told - truth).mean()) / span,
         "r2": 1 - float(((told - truth) ** 2).mean()) / float(np.var(truth)),
         "relative": float(np.mean(np.abs(told - truth) / truth)), "mae_by_horizon": by,
+        "relative_near": float(np.mean([abs(p - t) / t for h, p, t in rows if h <= NEAR])),
     }  # fmt: skip
 
 
@@ -107,6 +110,8 @@ def criteria(found: Mapping[str, Any]) -> list[Criterion]:
                   sense="below", control=trivial["mae_of_range"], control_name=name),
         Criterion(name="R2 on held-out losses", value=ours["r2"], bar=0.85, sense="above", control=trivial["r2"],
                   control_name=name),
+        Criterion(name=f"relative error up to {NEAR} steps ahead", value=ours["relative_near"], bar=0.05, sense="below",
+                  control=trivial["relative_near"], control_name=name),
         Criterion(name="relative error up to 200 steps ahead", value=ours["relative"], bar=0.05, sense="below",
                   control=trivial["relative"], control_name=name),
         Criterion(name="error at the longest over the shortest horizon", value=growth[0][-1] / growth[0][0], bar=3.0,
@@ -114,6 +119,11 @@ def criteria(found: Mapping[str, Any]) -> list[Criterion]:
     ]  # fmt: skip
 
 
-def decision(r2: float) -> str:
+def decision(found: Mapping[str, Any]) -> str:
     """The protocol's stop rule after this experiment."""
+    return by_fit(found["predictors"]["law"]["r2"])
+
+
+def by_fit(r2: float) -> str:
+    """On above 0.85, refine the model from 0.7, else stop."""
     return "continue" if r2 > 0.85 else "refine" if r2 >= 0.7 else "stop"

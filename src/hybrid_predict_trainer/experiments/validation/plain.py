@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -23,16 +23,34 @@ class Scale:
         task, preset, batch_size, context: of the model.
         steps: of a run.
         sketch: numbers that a gradient is projected to.
+        data: of the task; None: its own.
+        snapshot_every: steps between two snapshots of the weights, and the shortest horizon of a displacement.
+        horizons: of displacements, in steps, multiples of ``snapshot_every``.
+        num_twins: places of a run from which it is continued with other data, for the ceiling that noise sets.
+        jump_steps: Y by predicted share of the steps, in percent.
+        warmup: share of a run before its first forced jump.
+        correct_steps: real steps after a jump that count as its correction.
+        forced: the predictor of forced jumps.
     """
 
     task: str = "gpt"
-    preset: str = "0.3M"
-    batch_size: int = 8
-    context: int = 32
-    steps: int = 400
+    preset: str | None = "0.3M"
+    batch_size: int | None = 8
+    context: int | None = 32
+    steps: int = 600
     sketch: int = 1024
+    data: str | None = None
+    snapshot_every: int = 50
+    horizons: tuple[int, ...] = (50, 100, 200)
+    num_twins: int = 3
+    jump_steps: tuple[tuple[int, int], ...] = ((25, 10), (50, 20), (80, 80))
+    warmup: float = 0.1
+    correct_steps: int = 5
+    forced: str = "linear"
 
 
+#: Snapshots of larger models are not kept in memory.
+KEPT_WEIGHTS = 20_000_000
 SCALES = {
     "tiny": Scale(),
     "small": Scale(preset="0.9M", batch_size=16, context=128, steps=2000, sketch=4096),
@@ -48,6 +66,8 @@ class Recorded:
         losses, rates: (T,).
         gradients, updates: (T, D) sketches.
         sketch_error: largest difference of an adjacent cosine of sketches from that of the gradients themselves.
+        gradient_norms: (T,), before clipping.
+        snapshots: step -> all weights as one vector.
     """
 
     losses: Array
@@ -55,6 +75,8 @@ class Recorded:
     gradients: Array
     updates: Array
     sketch_error: float
+    gradient_norms: Array = field(default_factory=lambda: np.zeros(0))
+    snapshots: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 class Sketch:
@@ -81,14 +103,16 @@ def record(scale: Scale, seed: int, tell: Callable[[str], None]) -> Recorded:
         seed: Of weights and data.
         tell: Takes a line now and then.
     """
-    task = make_task(scale.task, TaskSettings(preset=scale.preset, batch_size=scale.batch_size, context=scale.context))
+    settings = TaskSettings(preset=scale.preset, batch_size=scale.batch_size, context=scale.context, data=scale.data)
+    task = make_task(scale.task, settings)
     recipe: TaskDefaults = with_steps(task.defaults, scale.steps)
     model = task.build_model(seed)
     optimizer = build_optimizer(model, recipe)
     scheduler = build_scheduler(optimizer, recipe.schedule, recipe.steps, recipe.warmup_steps, recipe.decay_frac)
     weights = [p for p in model.parameters() if p.requires_grad]
     sketch = Sketch(sum(p.numel() for p in weights), scale.sketch, seed)
-    losses, rates, gradients, updates, exact = [], [], [], [], []
+    losses, rates, gradients, updates, exact, norms = [], [], [], [], [], []
+    snapshots: dict[int, Tensor] = {}
     flat = torch.nn.utils.parameters_to_vector(weights).detach().clone()
     last: Tensor | None = None
     for step, batch in zip(range(scale.steps), task.batches(seed), strict=False):
@@ -103,6 +127,9 @@ def record(scale: Scale, seed: int, tell: Callable[[str], None]) -> Recorded:
         scheduler.step()
         moved = torch.nn.utils.parameters_to_vector(weights).detach().clone()
         losses.append(loss.item())
+        norms.append(float(gradient.norm()))
+        if (step + 1) % (2 * scale.snapshot_every) == 0 and len(moved) <= KEPT_WEIGHTS:
+            snapshots[step + 1] = moved
         gradients.append(sketch.of(gradient))
         updates.append(sketch.of(moved - flat))
         if last is not None:
@@ -114,4 +141,7 @@ def record(scale: Scale, seed: int, tell: Callable[[str], None]) -> Recorded:
     from .gradients import adjacent_cosines
 
     error = float(np.abs(adjacent_cosines(told) - np.array(exact)).max())
-    return Recorded(np.array(losses), np.array(rates), told, np.array(updates), error)
+    return Recorded(
+        np.array(losses), np.array(rates), told, np.array(updates), error, gradient_norms=np.array(norms),
+        snapshots=snapshots,
+    )  # fmt: skip

@@ -1,0 +1,29 @@
+"""``hpt probe``: what prediction would bring on a task."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from ..experiments.arms.options import as_input_error
+from ..experiments.probe.of_task import probe_task
+from ..experiments.probe.run import text
+from ..safe_files import write_named
+from .arguments import OK, options_of, show
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train pilots and report.
+
+    Raises:
+        InputError: the task cannot be made, or there is time for too few steps.
+    """
+    with as_input_error():
+        report = probe_task(
+            options_of(args), minutes=args.minutes, seed=args.seed or 0, pilot_steps=args.pilot_steps,
+            tell=lambda line: print(line, file=sys.stderr, flush=True),
+        )  # fmt: skip
+        if args.toml is not None:
+            write_named(args.toml, report.to_toml())
+    show(args, report.to_json(), lambda: text(report))
+    return OK
