@@ -162,7 +162,7 @@ def _events(path: Path, columns: Columns) -> Log:
     for tag in events.Tags()["tensors"]:  # what TensorFlow 2 writes
         for event in events.Tensors(tag):
             value = importlib.import_module("tensorboard.util.tensor_util").make_ndarray(event.tensor_proto)
-            if value.size == 1:
+            if value.size == 1 and value.dtype.kind in "fiu":  # a text is a tensor as well
                 rows.setdefault(event.step, {"step": event.step})[tag] = float(value.reshape(()))
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
     return _log(str(path), names, [rows[step] for step in sorted(rows)], columns)

@@ -21,7 +21,8 @@ TASKS = ("mmlu", "hellaswag", "arc_easy", "arc_challenge")
 MODULE, EXTRA = "lm_eval", "harness"
 #: Words of an error that mean that the data could not be fetched.
 UNREACHABLE = ("ConnectionError", "MaxRetryError", "OfflineModeIsEnabled", "LocalEntryNotFoundError",
-               "couldn't connect", "Couldn't reach", "Name or service not known", "Temporary failure in name resolution")  # fmt: skip
+               "couldn't connect", "Couldn't reach",
+               "Name or service not known", "Temporary failure in name resolution")  # fmt: skip
 
 
 def evaluate(
