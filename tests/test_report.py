@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from cases import config, setup
+from hybrid_predict_trainer.experiments.compare.run import in_percent
 from hybrid_predict_trainer.experiments.report import charts as svg
 from hybrid_predict_trainer.experiments.report import confidence
 from hybrid_predict_trainer.experiments.report import page as page_module
@@ -214,7 +215,8 @@ def test_reliability_is_pooled_by_counts_and_drawn_where_it_belongs() -> None:
 def test_a_run_without_outcomes_draws_no_curve(tmp_path: Path) -> None:
     fake_run(tmp_path / "mine", "plain", 0, 40)
     text = build_report(tmp_path / "mine")
-    assert "No outcome of a proposal was recorded" in text
+    assert "no figure of jumps, of the ledger and of confidence" in text
+    assert "5. Confidence" not in text
     assert "share that was kept and paid" not in text
 
 
@@ -415,9 +417,6 @@ def test_empty_metrics_file_gives_a_page(tmp_path: Path) -> None:
     for expected in (
         "No validation losses",
         "No run predicted",
-        "No jump was proposed",
-        "No ledger",
-        "No outcome of a proposal was recorded",
         "None.",
     ):
         assert expected in text
@@ -566,3 +565,25 @@ def test_numbers_are_shown_as_measured() -> None:
     assert mean_std(2.15432, 0.0123) == "2.154 &plusmn; 0.012"
     assert mean_std(2.5, None) == "2.5"
     assert "not measured" in mean_std(None, 0.1)
+
+
+def test_a_run_without_jumps_says_what_was_done_instead_and_has_no_empty_section(tmp_path: Path) -> None:
+    fake_run(tmp_path / "mine", "plain", 0, 40)
+    path = tmp_path / "mine" / "summary.json"
+    counts = {"learned_scale": 4.0, "num_raises_taken_back": 1, "num_early_cuts": 12, "lookahead_effect": -0.25,
+              "lookahead_switched_off": False, "cost_units": 310.0}  # fmt: skip
+    told = {"arm": "hybrid", "statistics": counts, "wall_s": 12.3}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **told}))
+    text = Page(build_report(tmp_path / "mine")).text
+    assert "Steps of the optimizer" in text
+    assert "4\u00d7 1 12 \u22120.25 in use" in text
+    assert "Wall time, mine 12.3 s at the cost of 100.0 plain steps" in text
+    assert not any(head in text for head in ("3. Jumps", "4. The ledger", "5. Confidence"))
+
+
+@pytest.mark.parametrize(
+    ("share", "words"),
+    [(-99.98, "100 %"), (99.77, "99.8 %"), (-1.2345, "1.2 %"), (12.345, "12.3 %"), (1234.0, "1234 %")],
+)
+def test_a_percentage_is_no_power_of_ten(share: float, words: str) -> None:
+    assert in_percent(share) == words

@@ -158,6 +158,9 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_train(train: argparse.ArgumentParser) -> None:
     add_task_flags(train)
     train.add_argument("--resume", action="store_true", help="continue the run in --out, bit for bit")
+    train.add_argument(
+        "--log", choices=["bar", "phases"], default="bar", help="a bar (default), or one block of lines per phase"
+    )
     train.add_argument("--plain", action="store_true", help="without prediction")
     train.add_argument(
         "--record", action="store_true", help="keep every window, for 'hpt bench predictors --recording'"

@@ -7,6 +7,8 @@ from typing import Any
 
 from ..experiments import train as single
 from ..experiments.run_arm import in_steps
+from ..tell.account import motions
+from ..tell.phase_log import PhaseLog
 from .arguments import folder_of, options_of, show
 from .progress import Progress
 
@@ -20,10 +22,10 @@ def run(args: argparse.Namespace) -> int:
         DivergenceError: the run has diverged.
     """
     request = single.Request(options=options_of(args), seed=args.seed, plain=args.plain, record=args.record)
-    bars: list[Progress] = []
+    bars: list[Progress | PhaseLog] = []
 
-    def watch(label: str, trainer: Any, total: int) -> Progress:
-        bars.append(Progress(trainer, total, name=label))
+    def watch(label: str, trainer: Any, total: int) -> Progress | PhaseLog:
+        bars.append(PhaseLog(trainer) if args.log == "phases" else Progress(trainer, total, name=label))
         return bars[-1]
 
     result, status = single.train(request, folder_of(args), resume=args.resume, watch=watch)
@@ -46,6 +48,7 @@ def trained(result: dict[str, Any]) -> str:
         f"{result['task']}, {result['arm']}, seed {result['seed']}: {head}",
         f"cost {in_steps(counts['cost_units']):.1f} of {result['steps']} steps, {result['wall_s']:.1f} s, "
         f"jumps accepted {counts['num_jumps_accepted']} of {counts['num_jumps_proposed']}",
+        *([motions(counts)] if result["arm"] == "hybrid" else []),
         *([withdrawn + (", and its best state came back" if back else "")] if counts["withdrawn"] else []),
         f"results in {result['out']}",
     ])  # fmt: skip

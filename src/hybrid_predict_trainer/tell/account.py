@@ -107,7 +107,7 @@ def text(report: Mapping[str, Any]) -> str:
     lines += [f"  refused {count} times: {reason}" for reason, count in report["refused"].items()]
     if report["why_not"]:
         lines.append(f"  nothing is proposed: {report['why_not']}")
-    lines.append(_motions(report))
+    lines.append(motions(report))
     if report["withdrawn"]:
         lines.append("everything was withdrawn, and training went on plainly: the loss stood above its best")
     seconds, own = report["seconds"], report["own_seconds"]
@@ -117,8 +117,12 @@ def text(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _motions(report: Mapping[str, Any]) -> str:
-    """What was done to the optimizer's own steps."""
+def motions(report: Mapping[str, Any]) -> str:
+    """What was done to the optimizer's own steps: a line.
+
+    Args:
+        report: Of :meth:`Account.report`, or counts of ``statistics()``.
+    """
     said = [f"learning rate times {report['learned_scale']:g}"]
     if report["num_early_cuts"]:
         said.append(f"{report['num_early_cuts']} cuts of groups' first steps")

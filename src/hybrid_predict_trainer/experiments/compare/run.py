@@ -182,7 +182,7 @@ def summarize(task: str, seeds: Sequence[int], arms: Sequence[Arm], runs: Sequen
         * (1 - _count(hybrid, "num_backward") / _count(plain, "num_backward")),
         "backward_reduction_claimed_pct": _count(hybrid, "backward_reduction_pct"),
     }
-    result["verdict"] = verdict(cost, gap.mean, hybrid, by_arm["jump-of-zero"])
+    result["verdict"] = verdict(cost, gap.mean, hybrid, by_arm["jump-of-zero"], wall)
     return result
 
 
@@ -235,14 +235,28 @@ def _backward_reduction(cost: Speedup, hybrid: Sequence[Run], plain: Sequence[Ru
     return 100 * (1 - _count(hybrid, "num_backward") / needed)
 
 
-def verdict(cost: Speedup, gap: float, hybrid: Sequence[Run], zero: Sequence[Run]) -> str:
-    """What the figures say, in one line; ``zero`` are the runs whose jumps were put back."""
+def in_percent(share: float) -> str:
+    """The size of a percentage with two or three figures, never as a power of ten."""
+    size = abs(share)
+    return f"{size:.2g} %" if size < 10 else f"{size:.3g} %" if size < 999 else f"{size:.0f} %"
+
+
+def _in_time(wall: Speedup | None) -> str:
+    """The same figure by wall-clock, to stand beside it."""
+    if wall is None or wall.value is None:
+        return ""
+    bound = f"{wall.kind} " if wall.kind in ("at least", "at most") else ""
+    return f"; by wall-clock {bound}{wall.value:.2f}x"
+
+
+def verdict(cost: Speedup, gap: float, hybrid: Sequence[Run], zero: Sequence[Run], wall: Speedup | None = None) -> str:
+    """What the figures say, in one line; ``zero`` are the runs whose jumps were put back, ``wall`` is by time."""
     if cost.value is None:
         return f"No verdict: {cost.reason}."
     accepted = sum(r.counts["num_jumps_accepted"] for r in hybrid)
     bound = f"{cost.kind} " if cost.kind in ("at least", "at most") else ""
     figure = f"{bound}{cost.value:.2f}x"
-    gap_words = f"{abs(gap):.2g} % {'lower' if gap < 0 else 'higher'} loss at equal cost"
+    gap_words = f"{in_percent(gap)} {'lower' if gap < 0 else 'higher'} loss at equal cost{_in_time(wall)}"
     if not accepted and all(h == z for h, z in _pairs(hybrid, zero)):
         return f"No jump was accepted: hybrid is plain training plus the price of asking ({figure}; {gap_words})."
     if not accepted:  # the weights went elsewhere without a jump

@@ -10,7 +10,7 @@ from typing import Any
 
 from ...cost import STEP_UNITS
 from ..compare.equal_loss import Kind, Point, Speedup, over_seeds, seed_speedup
-from ..compare.run import ROUNDING
+from ..compare.run import ROUNDING, in_percent
 from ..report import charts as svg
 from ..run_arm import Run
 from ..statistics import METHOD, MIN_PAIRED, ends_words, paired_p
@@ -208,7 +208,7 @@ def verdict(entry: Entry, s: Speedup, gap: float, *, num_jumps: float | None) ->
     bound = f"{s.kind} " if s.kind in ("at least", "at most") else ""
     words = f"S {bound}{s.value:.3g}"
     if math.isfinite(gap):
-        side = "the same loss" if abs(gap) < 0.005 else f"loss {abs(gap):.2g} % {'lower' if gap < 0 else 'higher'}"
+        side = "the same loss" if abs(gap) < 0.005 else f"loss {in_percent(gap)} {'lower' if gap < 0 else 'higher'}"
         words += f", {side} at equal cost"
     if num_jumps == 0:
         others = "" if entry.kind == "jump-of-zero" else "learned scale, lookahead and "  # which are off there

@@ -73,6 +73,8 @@ def confidence_figure(report: Report) -> str:
     title = "<h2>5. Confidence</h2>"
     known = [(run, table_of(run.summary.get("calibration"))) for run in report.runs if run.arm != "jump-of-zero"]
     known = [(run, found) for run, found in known if (number(found.get("num_outcomes")) or 0) > 0]
+    if not known and not any(run.is_hybrid for run in report.runs):
+        return ""  # the section on phases says so
     if not known:
         return f"{title}<p>No outcome of a proposal was recorded, so no probability can be held against one.</p>"
     curves = []

@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
+from ...cost import STEP_UNITS
 from ...safe_files import write_named, write_text
 from ..report_withdrawn import withdrawn_table
 from . import charts as svg
@@ -34,6 +35,7 @@ from .parts import (
     thinned,
     thinning,
 )
+from .steps import steps_table
 from .templates import macro, whole_page
 
 
@@ -42,12 +44,14 @@ def headline(report: Report) -> str:
     c = report.compare
     if c is None:
         facts = [_gained(run) for run in report.runs if run.summary.get("ledger")][:4]
+        facts += [_seconds(run) for run in report.runs][:4]
         told = "No comparison was made here, so no speed-up is claimed."
         return macro("headline", report.title, None, "", told, facts)
     seeds = ", ".join(escape(s) for s in list_of(c.get("seeds")))
     gap, saved = percent(c.get("loss_gap_at_equal_cost_pct")), percent(c.get("backward_reduction_pct"))
     facts = [
         _speedup(c),
+        _by_wall_clock(c),
         ("Loss gap at equal cost", gap, "Below 0: hybrid ends lower."),
         ("Backward passes saved", saved, ""),
     ]
@@ -73,6 +77,13 @@ def _speedup(c: Record) -> tuple[str, str, str]:
     return "Equal-loss speed-up", f"{speed:.2f}&times;", f"{text[:1].upper()}{text[1:]}."
 
 
+def _by_wall_clock(c: Record) -> tuple[str, str, str]:
+    """The same by time: equal cost is not equal time."""
+    speed = number(c.get("speedup_wall"))
+    told = interval(c.get("speedup_wall_ci95")) or escape(c.get("speedup_wall_reason") or "")
+    return "The same by wall-clock", UNKNOWN if speed is None else f"{speed:.2f}&times;", told
+
+
 def _one_seed(found: object) -> str:
     """One seed's speed-up: a number, or a bound with its kind."""
     if not isinstance(found, Mapping):
@@ -86,6 +97,14 @@ def _gained(run: Run) -> tuple[str, str, str]:
     ledger = table_of(run.summary.get("ledger"))
     steps = shown(ledger.get("steps_gained"), 3)
     return f"Steps gained, {escape(run.name, 40)}", steps, interval(ledger.get("steps_gained_ci95"), " steps")
+
+
+def _seconds(run: Run) -> tuple[str, str, str]:
+    """Cost and time of a run, side by side."""
+    counts, seconds = table_of(run.summary.get("statistics")), number(run.summary.get("wall_s"))
+    cost = number(counts.get("cost_units"))
+    told = "" if cost is None else f"at the cost of {cost / STEP_UNITS:.1f} plain steps"
+    return f"Wall time, {escape(run.name, 40)}", UNKNOWN if seconds is None else f"{seconds:.1f} s", told
 
 
 def arms_table(report: Report) -> str:
@@ -153,7 +172,10 @@ def timeline_figure(report: Report) -> str:
     """Figure 2: the phases of each hybrid run."""
     title, runs = "<h2>2. Phases</h2>", [r for r in report.runs if r.is_hybrid]
     if not runs:
-        return f"{title}<p>No run predicted or proposed a jump.</p>"
+        return (
+            f"{title}<p>No run predicted or proposed a jump, so there is no figure of jumps, of the ledger and of "
+            "confidence. What was done instead is under &ldquo;Steps of the optimizer&rdquo;.</p>"
+        )
     strips = []
     for run in runs[:MAX_STRIPS]:
         known = [(s.step, f"p-{s.phase}" if s.phase in PHASES else "p-other") for s in run.steps]
@@ -180,7 +202,7 @@ def jumps_figure(report: Report) -> str:
     told = [(r, j) for r in report.runs for j in r.of("jump") if r.arm != "jump-of-zero"]
     told = told or [(r, j) for r in report.runs for j in r.of("jump")]
     if not told:
-        return f"{title}<p>No jump was proposed.</p>"
+        return ""  # the section before says so
     points: dict[bool, list[tuple[float, float, str]]] = {True: [], False: []}
     reasons: Counter[str] = Counter()
     for run, jump in told:
@@ -222,7 +244,7 @@ def ledger_figure(report: Report) -> str:
     """Figure 4: what was gained at the gate, what was left of it, and what it cost."""
     title = "<h2>4. The ledger</h2>"
     kept = [(r, table_of(r.summary.get("ledger"))) for r in report.runs if r.is_hybrid]
-    kept = [(r, ledger) for r, ledger in kept if ledger]
+    kept = [(r, ledger) for r, ledger in kept if ledger and r.of("jump")]
     marks: dict[bool, list[tuple[float, float, str]]] = {True: [], False: []}
     for run in report.runs:
         for o in run.of("outcome"):
@@ -231,7 +253,7 @@ def ledger_figure(report: Report) -> str:
                 tip = f"{run.name}, step {o.get('step')}: {x:.4g} at the gate, {y:.4g} left"
                 marks[o.get("skipped") is True].append((x, y, tip))
     if not kept and not any(marks.values()):
-        return f"{title}<p>No ledger was kept.</p>"
+        return ""
     clouds = (
         svg.Cloud("treated", "c1", thinned(marks[False])),
         svg.Cloud("control", "c2", thinned(marks[True]), filled=False),
@@ -338,14 +360,14 @@ def environment(report: Report) -> str:
     return out + "".join(f'<p class="notice">Note: {escape(n)}.</p>' for n in report.notices)
 
 
-SECTIONS = (headline, arms_table, loss_figure, timeline_figure, jumps_figure, ledger_figure, confidence_figure,
-            divergence_table, withdrawn_table, words, environment)  # fmt: skip
+SECTIONS = (headline, arms_table, loss_figure, steps_table, timeline_figure, jumps_figure, ledger_figure,
+            confidence_figure, divergence_table, withdrawn_table, words, environment)  # fmt: skip
 
 
 def build_report(run_dir: Path) -> str:
     """The page about a directory of results, as HTML text."""
     report = load(run_dir)
-    return whole_page(report.title, [section(report) for section in SECTIONS])
+    return whole_page(report.title, [html for section in SECTIONS if (html := section(report))])
 
 
 def write_report(run_dir: Path, out: Path | None = None) -> Path:
