@@ -1,4 +1,4 @@
-"""More than one process is refused while prediction is on, and the plain loop runs there."""
+"""Processes that cannot agree are refused while prediction is on, and the plain loop runs there."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import distributed, nn
 
 from hybrid_predict_trainer import ConfigError, HybridTrainer, HybridTrainerConfig, preset_config, with_values
-from hybrid_predict_trainer.distributed.processes import refuse_distributed, wrapper_of
+from hybrid_predict_trainer.distributed.processes import shared_by, wrapper_of
 
 gloo = pytest.mark.skipif(
     not (distributed.is_available() and distributed.is_gloo_available()) or sys.platform == "win32",
@@ -65,15 +65,16 @@ def _rank(rank: int, port: int) -> None:
     torch.set_num_threads(1)
     early = built(network())  # before there is a group
     join(rank, 2, port)
-    with pytest.raises(ConfigError, match=r"2 processes.*enabled=False"):
+    with pytest.raises(ConfigError, match=r"2 processes.*built for 1.*enabled=False"):
         early.step(batches(rank)[0])
-    with pytest.raises(ConfigError, match="2 processes"):
+    with pytest.raises(ConfigError, match=r"2 processes.*not wrapped in DistributedDataParallel"):
         built(network())
     with pytest.raises(ConfigError, match="2 processes"):  # watches and skips by its own losses, too
         built(network(), HybridTrainerConfig(max_predict_steps=0))
+    own = distributed.new_group([0]), distributed.new_group([1])
+    with pytest.raises(ConfigError, match="joins 1 of 2 processes"):
+        built(nn.parallel.DistributedDataParallel(network(), process_group=own[rank]))
     wrapped = nn.parallel.DistributedDataParallel(network())
-    with pytest.raises(ConfigError, match="2 processes"):
-        built(wrapped)
 
     trainer = built(wrapped, HybridTrainerConfig(enabled=False))
     assert trainer.fit(batches(rank), total_steps=6).num_real_steps == 6
@@ -97,10 +98,8 @@ def _rank(rank: int, port: int) -> None:
 
 @gloo
 @pytest.mark.usefixtures("alone")
-@pytest.mark.parametrize("depth", ["itself", "inside"])
-def test_a_wrapped_model_is_refused_whatever_the_number_of_processes(depth: str) -> None:
-    wrapped: nn.Module = nn.parallel.DistributedDataParallel(network())
-    model = nn.Sequential(wrapped) if depth == "inside" else wrapped
+def test_a_model_with_a_wrapped_part_is_refused_whatever_the_number_of_processes() -> None:
+    model = nn.Sequential(nn.parallel.DistributedDataParallel(network()))
     with pytest.raises(ConfigError, match="wrapped in DistributedDataParallel"):
         built(model)
     assert built(model, HybridTrainerConfig(enabled=False)).fit(batches(0)).num_real_steps == 6
@@ -129,10 +128,22 @@ def test_a_dtensor_is_refused() -> None:
     model = network()
     model[0].weight = nn.Parameter(distribute_tensor(model[0].weight.detach(), mesh, [Shard(0)]))  # type: ignore[index]
     with pytest.raises(ConfigError, match=r"parameter 0\.weight is sharded \(DTensor\)"):
-        refuse_distributed(model, ())
+        shared_by(model, (), predicts=True)
     foreign = nn.Parameter(distribute_tensor(torch.zeros(2), mesh, [Shard(0)]))
     with pytest.raises(ConfigError, match="number 0 of the optimizer is sharded"):
-        refuse_distributed(network(), [foreign])
+        shared_by(network(), [foreign], predicts=True)
+
+
+@gloo
+@pytest.mark.usefixtures("alone")
+def test_a_wrapped_model_of_one_process_is_the_model() -> None:
+    wrapped, plain = nn.parallel.DistributedDataParallel(network()), network()
+    one, other = built(wrapped), built(plain)
+    for batch in batches(0, 12):
+        assert one.step(batch).loss == other.step(batch).loss
+    assert all(torch.equal(a, b) for a, b in zip(wrapped.parameters(), plain.parameters(), strict=True))
+    assert one.run.subject.ranks.exchanged == (0, 0)
+    assert one.run.subject.groups == other.run.subject.groups, "names and roles are those of the model inside"
 
 
 @gloo
@@ -174,5 +185,5 @@ def test_every_way_to_predict_is_refused(name: str, monkeypatch: pytest.MonkeyPa
 
 
 @gloo
-def test_two_processes_are_refused_and_run_plainly() -> None:
+def test_two_processes_that_cannot_agree_are_refused_and_run_plainly() -> None:
     torch.multiprocessing.start_processes(_rank, args=(free_port(),), nprocs=2, start_method="fork")

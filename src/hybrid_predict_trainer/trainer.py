@@ -22,7 +22,7 @@ from .cycle.learning import settle_readings
 from .cycle.loop import take_step
 from .cycle.passes import Rounds, Tally, goes_round, has_ended, owes_proposal, replaying
 from .cycle.transaction import interrupted
-from .distributed.processes import refuse_several_processes
+from .distributed.processes import refuse_other_processes
 from .forecast.final_loss import Forecast
 from .judge.validation import ValFn
 from .keep import resume as persistence
@@ -30,7 +30,7 @@ from .keep.background import Write
 from .keep.batch_norm import reestimate
 from .keep.data_position import DataPosition
 from .keep.finiteness import trained_weights_finite, whereabouts
-from .keep.housekeeping import first_good
+from .keep.housekeeping import newest_good
 from .keep.periodic import PeriodicSaver
 from .keep.subject import LossFn, OutputFn, ResidualFn
 from .move.modifier import StepModifier
@@ -112,7 +112,8 @@ class HybridTrainer:
         self._saver: PeriodicSaver | None = None
         if own.directory:
             capture = self.capture_checkpoint if own.async_save else None
-            self._saver = PeriodicSaver(own.directory, own.save_interval, self.save_checkpoint, capture)
+            ranks = self.run.subject.ranks
+            self._saver = PeriodicSaver(own.directory, own.save_interval, self.save_checkpoint, capture, ranks)
 
     def __repr__(self) -> str:
         """What is trained, how, and where the run is."""
@@ -144,7 +145,7 @@ class HybridTrainer:
         try:
             self._busy = True
             if self.config.enabled:
-                refuse_several_processes()
+                refuse_other_processes(self.run.subject.ranks)
             result = take_step(self.run, batch)
             outside.remember(self.run)
             self._busy = False
@@ -240,7 +241,7 @@ class HybridTrainer:
                     tally.losses.append(result.loss_tensor)
                 if progress_callback is not None:
                     progress_callback(result)
-                stopped = should_stop is not None and should_stop()
+                stopped = should_stop is not None and run.subject.ranks.any(should_stop())
                 if (stopped or has_ended(run, total_steps)) and not owes_proposal(run):
                     break
         finally:
@@ -436,7 +437,7 @@ class HybridTrainer:
         Raises:
             CheckpointError: there is none, or it is of another model; nothing has been changed then.
         """
-        return first_good(directory, self.load_checkpoint)
+        return newest_good(self.run.subject.ranks, directory, self.load_checkpoint)
 
     def load_checkpoint(self, path: str | Path) -> dict[str, StateDict]:
         """Continue from a checkpoint folder, bit for bit.

@@ -12,14 +12,14 @@ from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ..config.settings import SOURCES, HybridTrainerConfig
-from ..distributed.processes import refuse_distributed
+from ..distributed.processes import Shared, shared_by
 from ..judge.validation import ValFn, Validation
 from ..keep import resume
 from ..keep.subject import LossFn, OutputFn, ResidualFn, Subject
 from ..move.modifier import StepModifier
 from ..predictors import Predictor
 from ..records import ConfigError
-from ..tell.sinks import Sink, Writer, sink_of
+from ..tell.sinks import NullSink, Sink, Writer, sink_of
 from ..weights.offload import own_defaults
 from ..weights.parameters import optimizer_parameters
 from .handed_in import check_handed_in
@@ -111,7 +111,7 @@ def build_run(model: nn.Module, optimizer: Optimizer, config: HybridTrainerConfi
     Raises:
         ConfigError: something is of the wrong type or does not belong to the rest; the optimizer needs a closure
             (LBFGS) or has an engine already; the schedule needs a metric; nothing can be trained; or prediction is on
-            and there is more than one process (DistributedDataParallel, FSDP, DTensor).
+            and ranks cannot agree (several processes without DistributedDataParallel, FSDP, DTensor).
     """
     check_handed_in(
         model, optimizer, config, loss_fn=handed.loss_fn, lr_scheduler=handed.lr_scheduler,
@@ -126,8 +126,7 @@ def build_run(model: nn.Module, optimizer: Optimizer, config: HybridTrainerConfi
     config = config if config is not None else HybridTrainerConfig()
     if handed.lr_interval is not None:
         config = replace(config, lr_interval=handed.lr_interval)
-    if config.enabled:
-        refuse_distributed(model, optimizer_parameters(optimizer))
+    shared = shared_by(model, optimizer_parameters(optimizer), predicts=config.enabled)
     if isinstance(optimizer, LBFGS):
         raise ConfigError(
             "LBFGS evaluates the loss several times per step through a closure and cannot be wrapped; "
@@ -142,19 +141,36 @@ def build_run(model: nn.Module, optimizer: Optimizer, config: HybridTrainerConfi
         raise ConfigError(f"val_cost = {handed.val_cost!r} is out of range: forwards of a training batch, at least 0")
     _check_residuals(config, handed)
     validation = None if handed.val_fn is None else Validation(handed.val_fn, handed.val_cost)
+    _check_sources(config, handed, shared)
     with own_defaults():
         subject = Subject.of(
-            model, optimizer, of_model_and_batch(handed.loss_fn) or default_loss, handed.grad_scaler, handed.roles,
-            residual_fn=handed.residual_fn, output_fn=handed.output_fn,
+            shared.model or model, optimizer, of_model_and_batch(handed.loss_fn) or default_loss,
+            handed.grad_scaler, handed.roles, residual_fn=handed.residual_fn, output_fn=handed.output_fn, shared=shared,
         )  # fmt: skip
         run = State(
             subject, config, handed.lr_scheduler, predictor=handed.predictor, validation=validation,
             owns_schedule=handed.owns_schedule, modifiers=handed.modifiers,
         )  # fmt: skip
-    run.recorder.write_to(sink_of(config, handed.sinks))
+    # one file of records, not one per rank
+    run.recorder.write_to(sink_of(config, handed.sinks) if shared.ranks.first else NullSink())
     if config.checkpoint.directory:
         resume.warn_unless_savable(run, run.recorder)
     return run
+
+
+def _check_sources(config: HybridTrainerConfig, handed: Handed, shared: Shared) -> None:
+    """What a source proposes from its own batch is another move on every rank.
+
+    Raises:
+        ConfigError: there are several ranks, and a source of proposals.
+    """
+    if shared.ranks.alone or config.never_predicts or handed.predictor is not None:
+        return
+    if config.predictor_type in SOURCES:
+        raise ConfigError(
+            f"predictor.type = {config.predictor_type!r} solves for the residuals of one process's batch, and there "
+            f"are {shared.ranks.size} processes: choose another predictor, or train in one process"
+        )
 
 
 def _check_residuals(config: HybridTrainerConfig, handed: Handed) -> None:

@@ -168,7 +168,7 @@ def validated(run: State, advice: Advice) -> Advice:
 
 def _ask(run: State, validation: Validation) -> float:
     run.meter.add_forwards(validation.cost)
-    return validation.ask(run.subject.model, run.meter.num_real_steps)
+    return validation.ask(run.subject.model, run.meter.num_real_steps, run.subject.ranks)
 
 
 def judge_lookahead(run: State, outcome: StepOutcome) -> None:

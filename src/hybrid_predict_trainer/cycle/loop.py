@@ -13,6 +13,7 @@ from typing import Any
 from ..records import Decision, Phase, StepOutcome, StepResult
 from ..weights.offload import own_defaults
 from . import outside
+from .agreement import agree, agreed_decision
 from .inputs import inputs, preview_proposal
 from .learning import describe, enter, judge_lookahead, monitor, observe, rescale
 from .predictor_choice import choose_by_losses
@@ -41,7 +42,8 @@ class Stopwatch:
 def look_at(run: State, batch: Any) -> float:
     """Look at the batch of a step before it is decided what to do with it; returns forwards spent."""
     run.see(batch)
-    measured = run.judge.measure_exactness(batch, run.meter, same=run.batches.same, observing=run.windows.observing)
+    asks = run.judge.asks_for_exactness(run.meter, same=run.batches.same, observing=run.windows.observing)
+    measured = run.judge.measure_exactness(batch, run.meter) if agree(run, asks) else 0.0
     run.judge.ledger.losses_are(exact=run.full_batch)  # which does not change before the next batch
     return measured
 
@@ -49,7 +51,7 @@ def look_at(run: State, batch: Any) -> float:
 def decide(run: State) -> Decision:
     """What comes next; the only question to the predictor before it is behind that."""
     with own_defaults():
-        return run.phases.controller.decide(inputs(run, preview_proposal(run)))
+        return agreed_decision(run, lambda: run.phases.controller.decide(inputs(run, preview_proposal(run))))
 
 
 def prepare(run: State, batch: Any, decision: Decision) -> None:

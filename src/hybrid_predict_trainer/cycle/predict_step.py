@@ -21,6 +21,7 @@ from ..records import Account, Decision, PhasePrediction, Reason, StepOutcome, V
 from ..weights import algebra as weights
 from ..weights import offload as host
 from ..weights.algebra import Tensors
+from .agreement import agreed_proposal
 
 if TYPE_CHECKING:
     from .state import State
@@ -41,18 +42,19 @@ def transact(run: State, batch: Any, decision: Decision, accept: Accept) -> tupl
         decision: To predict.
         accept: Applies an accepted jump; may still refuse it.
     """
-    prediction: PhasePrediction | None = None
     saved: Tensors = []
     done = False
-    try:
+
+    def work() -> tuple[PhasePrediction | None, Verdict]:
+        nonlocal saved
         with host.own_defaults():
             if run.proposer.source is not None:
                 prediction, deltas, verdict = _moved(run, batch)
             else:
-                prediction, deltas, verdict = propose(
+                prediction, deltas, verdict = agreed_proposal(run, propose(
                     run.proposer, run.windows, run.watch, run.meter, run.config, horizon=decision.horizon,
                     exact=run.full_batch,
-                )  # fmt: skip
+                ))  # fmt: skip
         if verdict is None and prediction is not None:
             saved = weights.clone(run.subject.parameters)
             run.judge.hold(saved)
@@ -61,6 +63,10 @@ def transact(run: State, batch: Any, decision: Decision, accept: Accept) -> tupl
             run.meter.add_passes(4)
             verdict = accept(prediction, deltas, saved, verdict)
         assert verdict is not None
+        return prediction, verdict
+
+    try:
+        prediction, verdict = run.subject.ranks.together(work)
         done = True
         return prediction, verdict
     except Exception as error:
@@ -162,9 +168,12 @@ def _accept(
     """Move the weights by the recorded vector, and start probation."""
     c = run.meter
     delta = deltas[verdict.candidate]
-    if run.config.correct_steps > 0 and run.judge.probation is None:
+    begins = run.config.correct_steps > 0 and run.judge.probation is None
+    snapshot = run.take_snapshot() if begins else None
+    run.subject.ranks.all_here()  # every rank has what it needs to come back: now all of them move
+    if snapshot is not None:
         run.judge.start_probation(Probation(
-            snapshot=run.take_snapshot(), basis=run.windows.basis.mark(), num_schedule_steps=run.schedule.num_steps,
+            snapshot=snapshot, basis=run.windows.basis.mark(), num_schedule_steps=run.schedule.num_steps,
             num_steps_left=run.config.correct_steps,
             loss_before=run.losses.history.loss_ema.mean, std_before=run.losses.history.loss_ema.std,
             predicted_loss=max(prediction.predicted_loss, verdict.loss_after), fallback_threshold=fallback,

@@ -29,7 +29,7 @@ from .state import State
 def run_plain(run: State, batch: Any, decision: Decision) -> StepOutcome:
     """The plain loop and nothing else: what ``enabled = False`` runs."""
     run.subject.optimizer.zero_grad(set_to_none=True)
-    loss = checked_loss(run.subject.loss_fn(run.subject.model, batch))
+    loss = checked_loss(run.subject.loss_fn(run.subject.stepped, batch))
     _backward(run, loss)
     if run.config.gradient_clip_norm > 0:
         torch.nn.utils.clip_grad_norm_(optimizer_parameters(run.subject.optimizer), run.config.gradient_clip_norm)
@@ -83,6 +83,9 @@ class RealStep:
         self.loss = loss.detach()
         # with those that are not predicted (complex ones)
         self.norm = weights.global_norm(weights.gradients(optimizer_parameters(run.subject.optimizer)))
+        if not run.subject.ranks.alone:  # a loss that is not finite on one rank is finite on none
+            both = run.subject.ranks.mean_of(torch.stack([self.loss.double(), self.norm.double()]))
+            self.loss, self.norm = both[0].to(self.loss.dtype), both[1].to(self.norm.dtype)
         self.usable = _usable(run, self.loss, self.norm)
         run.windows.observer.after_backward(run.losses.history, usable=self.usable)
         if not self.usable:
@@ -142,7 +145,7 @@ def run_full(run: State, batch: Any, decision: Decision) -> StepOutcome:
     step.begin()
     run.subject.optimizer.zero_grad(set_to_none=True)
     with run.windows.observer.watching(last=step.last):
-        loss = checked_loss(run.subject.loss_fn(run.subject.model, batch))
+        loss = checked_loss(run.subject.loss_fn(run.subject.stepped, batch))
         run.windows.observer.before_backward()
         _backward(run, loss)
     if not step.after_backward(loss):

@@ -84,8 +84,8 @@ def compare_with_anchor(run: State, batch: Any) -> None:
     if not run.safety.guard.comparing or run.safety.safe_point is None:
         return
     try:
-        present = _loss(run, batch)
-        anchor = _loss_at(run, run.safety.safe_point, batch)
+        point = run.safety.safe_point
+        present, anchor = run.subject.ranks.together(lambda: (_loss(run, batch), _loss_at(run, point, batch)))
     except Exception:  # whatever cannot be evaluated cannot accuse; the motions end all the same
         follow_request(run, run.safety.guard.withdraw())
         return
@@ -95,7 +95,9 @@ def compare_with_anchor(run: State, batch: Any) -> None:
 
 def _loss(run: State, batch: Any) -> float:
     evaluation = run.judge.evaluation
-    return evaluation.attempt(lambda isolation: evaluation.losses_of([batch], isolation)[0], exact=run.full_batch)
+    return evaluation.attempt(
+        lambda isolation: evaluation.shared_losses_of([batch], isolation)[0], exact=run.full_batch
+    )
 
 
 @torch.no_grad()

@@ -1,17 +1,20 @@
-"""One process only: what is decided from the losses of one rank must not move the weights of one rank.
+"""Between which processes a model is trained, and in what it is wrapped for that.
 
-A jump, a skipped step or a raised rate is decided by what a process sees of its own batch.  With several processes
-each would decide for itself: their weights drift apart in silence, or one waits for ever in a collective that the
-other never enters.  So a run with prediction on is refused as soon as there is more than one.
+With several processes each sees losses of its own batches.  Under ``DistributedDataParallel`` all of them decide alike,
+from values that they have exchanged (:mod:`.collective`).  Whatever else spreads weights or gradients over processes
+is refused with prediction on: decided by each for itself, their weights would drift apart in silence, or one would wait
+for ever in a collective that the other never enters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from torch import Tensor, distributed, nn
 
 from ..records import ConfigError
+from .collective import ALONE, Collective, Ranks
 
 #: What can be done about it, at the end of every refusal.
 ADVICE = "train in one process, or set enabled=False (the plain loop, which steps on every rank alike)"
@@ -24,6 +27,25 @@ _WRAPPERS = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """How a model is trained by several processes.
+
+    Attributes:
+        ranks: That agree.
+        model: Inside its wrapper; None: it is in none.
+        wrapped: In its wrapper, for real steps; None likewise.
+    """
+
+    ranks: Collective = ALONE
+    model: nn.Module | None = None
+    wrapped: nn.Module | None = None
+
+
+#: One process, and a model in no wrapper.
+NOT_SHARED = Shared()
+
+
 def num_processes() -> int:
     """World size of the default process group, 1 where there is none."""
     if distributed.is_available() and distributed.is_initialized():
@@ -31,31 +53,58 @@ def num_processes() -> int:
     return 1
 
 
-def refuse_several_processes() -> None:
-    """Refuse more than one process; cheap enough for every step.
+def refuse_other_processes(ranks: Collective) -> None:
+    """Refuse processes that came into play after a run was bound; cheap enough for every step.
 
     Raises:
-        ConfigError: there is more than one.
+        ConfigError: there are others than the run was built for.
     """
     size = num_processes()
-    if size > 1:
+    if size != ranks.size:
         raise ConfigError(
-            f"torch.distributed has {size} processes, and each would predict by its own losses: their weights would "
-            f"drift apart; {ADVICE}"
+            f"torch.distributed has {size} processes, and this run was built for {ranks.size}: build it after "
+            f"init_process_group, around DistributedDataParallel; or {ADVICE}"
         )
 
 
-def refuse_distributed(model: nn.Module, parameters: Iterable[Tensor]) -> None:
-    """Refuse whatever means that weights or gradients are shared between processes.
+def shared_by(model: nn.Module, parameters: Iterable[Tensor], *, predicts: bool) -> Shared:
+    """Between which processes a model is trained.
 
     Args:
         model: May be wrapped, or hold wrapped modules.
         parameters: That the optimizer holds.
+        predicts: Prediction is on; if not, whatever cannot be agreed on need not be.
 
     Raises:
-        ConfigError: more than one process, DistributedDataParallel, FSDP (either kind) or a DTensor.
+        ConfigError: prediction is on, and ranks cannot agree: several processes and no DistributedDataParallel, one
+            for some of the processes or inside the model, FSDP (either kind) or a DTensor.
     """
-    refuse_several_processes()
+    outer = getattr(model, "_orig_mod", model)  # of a compiled one
+    if wrapper_of(outer) == "DistributedDataParallel" and isinstance(outer.module, nn.Module):
+        inner = outer.module
+        size = distributed.get_world_size(outer.process_group)  # type: ignore[arg-type]
+        if size == num_processes():
+            if predicts:
+                _refuse_wrapped(inner, parameters)
+            return Shared(Ranks() if size > 1 else ALONE, inner, model)
+        if predicts:
+            raise ConfigError(
+                f"the model's DistributedDataParallel joins {size} of {num_processes()} processes, where prediction is "
+                f"not supported; {ADVICE}"
+            )
+    if predicts:
+        _refuse_wrapped(model, parameters)
+        size = num_processes()
+        if size > 1:
+            raise ConfigError(
+                f"torch.distributed has {size} processes, and the model is not wrapped in DistributedDataParallel: "
+                "each would predict by its own losses, and their weights would drift apart; wrap it and pass the "
+                f"wrapped model, {ADVICE}"
+            )
+    return NOT_SHARED
+
+
+def _refuse_wrapped(model: nn.Module, parameters: Iterable[Tensor]) -> None:
     for name, module in model.named_modules():
         wrapper = wrapper_of(module)
         if wrapper:

@@ -27,7 +27,7 @@ def judge(run: State, batch: Any, prediction: PhasePrediction, deltas: list[Tens
     pieces, spent = None if exact else pieces_of(run.subject.model, batch, run.config.gate.max_chunks), 0.0
     if not exact:
         failed = run.failures.counts[Place.PIECES]
-        reason, spent = (Reason.CANNOT_CUT, 0.0) if pieces is None else evaluation.objection(batch)
+        reason, spent = _objection(run, batch, pieces)
         if reason is Reason.CANNOT_CUT and run.failures.counts[Place.PIECES] == failed:  # nothing was raised
             run.failures.note(Place.PIECES, reason.value, quiet=True)
         if reason is not None:
@@ -48,12 +48,14 @@ def judge(run: State, batch: Any, prediction: PhasePrediction, deltas: list[Tens
 
     def work(isolation: Isolation) -> Verdict:
         def evaluate(candidate: int, scale: float, part: Part) -> list[float]:
-            make(candidate)
-            # the same rounding as that of the move itself, where it comes to that
-            rounding = run.meter.num_jumps_proposed
-            weights.move_(only(run.subject.parameters), only(origin), only(deltas[candidate]), scale, rounding)
-            run.meter.add_passes(3)
-            return evaluation.losses_of(parts[part], isolation)
+            def move() -> None:
+                make(candidate)
+                # the same rounding as that of the move itself, where it comes to that
+                rounding = run.meter.num_jumps_proposed
+                weights.move_(only(run.subject.parameters), only(origin), only(deltas[candidate]), scale, rounding)
+                run.meter.add_passes(3)
+
+            return evaluation.shared_losses_of(parts[part], isolation, move)
 
         if exact:
             return _judge_exactly(run, evaluate, prediction, len(deltas))
@@ -69,6 +71,20 @@ def judge(run: State, batch: Any, prediction: PhasePrediction, deltas: list[Tens
     if verdict.accepted:
         make(verdict.candidate)
     return replace(verdict, origin=kind, num_forward=verdict.num_forward + spent)
+
+
+def _objection(run: State, batch: Any, pieces: tuple[list[Any], list[Any], bool] | None) -> tuple[Reason | None, float]:
+    """Why no rank can judge by pieces, and forwards spent: there are none, on some rank, or not equally many."""
+
+    def found() -> list[float]:
+        reason, spent = (Reason.CANNOT_CUT, 0.0) if pieces is None else run.judge.evaluation.objection(batch)
+        number = 0 if pieces is None else 64 * len(pieces[1]) + len(pieces[0])
+        return [reason is not None, reason is Reason.LOSS_NOT_FINITE, spent, number, number * number]
+
+    objections, not_finite, spent, number, squares = run.subject.ranks.means(found)
+    if objections == 0 and squares == number * number:
+        return None, spent
+    return Reason.LOSS_NOT_FINITE if not_finite > 0 else Reason.CANNOT_CUT, spent
 
 
 def _judge_exactly(run: State, evaluate: gate.Evaluate, prediction: PhasePrediction, num_deltas: int) -> Verdict:

@@ -96,6 +96,17 @@ class Evaluation:
         found: list[float] = torch.stack(losses).tolist()
         return found
 
+    def shared_losses_of(
+        self, pieces: Sequence[Any], isolation: Isolation, before: Callable[[], None] = lambda: None
+    ) -> list[float]:
+        """Means over ranks of :meth:`losses_of`, once ``before`` was called; raises on all ranks if one raises."""
+
+        def losses() -> list[float]:
+            before()
+            return self.losses_of(pieces, isolation)
+
+        return self._subject.ranks.means(losses)
+
     @contextmanager
     def _isolated(self, mode: Mode) -> Iterator[Isolation]:
         """A block without a trace, in what the loss uses beside a compiled model as well: no hook sees that."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -48,25 +49,32 @@ class Judge:
         self._settings = config.gate
         self.ledger.follow(config.gate)
 
-    def measure_exactness(self, batch: Any, meter: CostMeter, *, same: bool, observing: bool) -> float:
-        """Measure whether losses are exact where that is about to matter; returns forwards spent.
+    def asks_for_exactness(self, meter: CostMeter, *, same: bool, observing: bool) -> bool:
+        """Whether it is about to matter that losses are exact, and not known.
 
         Args:
-            batch: Of the step that begins.
             meter: Of the run.
             same: The batch is the one before.
             observing: Windows are kept, and jumps may be proposed.
         """
         setting = self._settings.exact
         if not observing or setting == "never" or self._settings.overhead_budget_exact == 0:
-            return 0.0
+            return False
         asked = self.exactness.agreed is None if setting == "always" else same
         if not asked or self._failures.exhausted(Place.GATE):
-            return 0.0
-        if not self.exactness.due(meter.num_attempted_steps, self._subject.model):
-            return 0.0
+            return False
+        return self.exactness.due(meter.num_attempted_steps, self._subject.model)
+
+    def measure_exactness(self, batch: Any, meter: CostMeter) -> float:
+        """Measure whether losses are exact; returns forwards spent.
+
+        Args:
+            batch: Of the step that begins.
+            meter: Of the run.
+        """
+        setting = self._settings.exact
         try:
-            agreement = self.evaluation.agreement(batch)
+            agreement = self._agreement(batch)
         except Exception as error:
             self._failures.note(Place.GATE, error)
             agreement = Agreement(exact=False)
@@ -80,6 +88,20 @@ class Judge:
                 stacklevel=3,
             )
         return agreement.num_forward
+
+    def _agreement(self, batch: Any) -> Agreement:
+        """What evaluations have in common, on every rank."""
+        ranks = self._subject.ranks
+        if ranks.alone:
+            return self.evaluation.agreement(batch)
+
+        def found() -> list[float]:
+            own = self.evaluation.agreement(batch)
+            return [own.exact, own.noise, own.num_forward, own.finite]
+
+        exact, noise, forwards, finite = ranks.means(found)
+        noise, forwards = noise * ranks.size, math.ceil(forwards)
+        return Agreement(exact=exact == 1, noise=noise, num_forward=forwards, finite=finite == 1)
 
     def hold(self, parameters: Tensors) -> None:
         """These are the weights that a proposal starts from."""

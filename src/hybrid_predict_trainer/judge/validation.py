@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from torch import nn
 
+from ..distributed.collective import ALONE, Collective
 from ..keep.rng import rng_state, set_rng_state
 from ..notices import warn
 from ..records import StateDict
@@ -38,15 +39,15 @@ class Validation:
         self._num_above = 0
         self._next_step = 0
 
-    def ask(self, model: nn.Module, step: int) -> float:
-        """Return the validation loss at the present weights; infinite if it cannot be had."""
+    def ask(self, model: nn.Module, step: int, ranks: Collective = ALONE) -> float:
+        """Return the validation loss at the present weights, the mean over ranks; infinite if it cannot be had."""
         self.num_asked += 1
         self._next_step = step + max(LEAST_STEPS, int(SHARE * step))
         modes = {m: m.training for m in model.modules()}
         random_states = rng_state()
         try:
             with users_defaults():
-                value = float(self.fn(model))
+                value = ranks.means(lambda: [float(self.fn(model))])[0]
         except Exception as error:
             self.failed = True
             warn(

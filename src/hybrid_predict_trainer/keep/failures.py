@@ -7,6 +7,7 @@ the run.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 
 from ..notices import warn
@@ -84,6 +85,21 @@ class Failures:
         if place not in self.dropped:
             self.dropped[place] = why
             warn(f"{place.value} {name!r} is too slow ({why}): it is not asked again", stacklevel=4)
+
+    def agree(self, counts: Sequence[int], dropped: Sequence[bool]) -> list[Place]:
+        """Count as the ranks do together, by place in the order of :class:`Place`.
+
+        Returns:
+            Places that are exhausted from here on and were not.
+        """
+        before = [self.exhausted(place) for place in Place]
+        for place, count, out in zip(Place, counts, dropped, strict=True):
+            if count > self.counts[place]:
+                self.first.setdefault(place, "it failed on another rank")
+            self.counts[place] = count
+            if out:
+                self.dropped.setdefault(place, "it was dropped on another rank")
+        return [place for place, was in zip(Place, before, strict=True) if not was and self.exhausted(place)]
 
     def exhausted(self, place: Place) -> bool:
         """Whether it failed too often to be asked again, or was dropped."""

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from ..distributed.collective import Collective
 from ..notices import warn
 from ..records import CheckpointError, DamagedCheckpointError
 from .manifest import CHECKPOINT_NAME
@@ -69,6 +70,20 @@ def latest(directory: str | Path, *, quarantine: bool = False) -> Path:
         return path
 
     return first_good(directory, verified, quarantine=quarantine)
+
+
+def newest_good(ranks: Collective, directory: str | Path, take: Callable[[Path], T]) -> T:
+    """As :func:`first_good`, on every rank: the first one finds it, and the others take the same."""
+    if ranks.alone:
+        return first_good(directory, take)
+    taken: list[T] = []
+
+    def found(path: Path) -> Path:
+        taken.append(take(path))
+        return path
+
+    path = ranks.alone_does(lambda: first_good(directory, found))
+    return taken[0] if ranks.first else take(path)
 
 
 def first_good(directory: str | Path, take: Callable[[Path], T], *, quarantine: bool = True) -> T:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from ..distributed.collective import ALONE, Collective
 from ..notices import warn
 from ..records import CheckpointError
 from .background import BackgroundWriter, Write
@@ -28,6 +29,7 @@ class PeriodicSaver:
         interval: int,
         save: Callable[[Path], object],
         capture: Callable[[Path], Write] | None = None,
+        ranks: Collective = ALONE,
     ) -> None:
         """Bind.
 
@@ -37,8 +39,10 @@ class PeriodicSaver:
             save: Writes one below a directory.
             capture: Copies what one would hold and returns what writes it: those of the interval are then written
                 while training goes on.  None: they are not.
+            ranks: That come here together; the first one writes.
         """
         self.directory, self._interval, self._save, self._capture = Path(directory), interval, save, capture
+        self._ranks = ranks
         self.saved = -1
         self._tried = 0  # step of the last attempt: one that fails is tried again at the next interval
         self._looked = self._failing = False
@@ -65,9 +69,9 @@ class PeriodicSaver:
         """
         self._tried = step
         self._settle()  # one that failed is made up for by the one that is written now
-        if step == self.saved:
+        if self._is_saved(step):
             return
-        self._refuse_those_of_another_run()
+        self._ranks.alone_does(self._refuse_those_of_another_run)
         self._save(self.directory)
         self.saved, self._looked = step, True
 
@@ -82,7 +86,7 @@ class PeriodicSaver:
         """
         if self._capture is None:
             return self.attempt(step)
-        if self._writer.busy:
+        if self._ranks.first_of(lambda: [self._writer.busy])[0]:
             return None
         return self._told(lambda: self._begin(step))
 
@@ -90,12 +94,16 @@ class PeriodicSaver:
         assert self._capture is not None
         failed = self._settle()
         self._tried = step
-        if step != self.saved:
-            self._refuse_those_of_another_run()
+        if not self._is_saved(step):
+            self._ranks.alone_does(self._refuse_those_of_another_run)
             self._writer.start(self._capture(self.directory))
             self._under_way, self._looked = step, True
         if failed is not None:
             raise failed
+
+    def _is_saved(self, step: int) -> bool:
+        """Whether the newest checkpoint is of this step."""
+        return bool(self._ranks.first_of(lambda: [step == self.saved])[0])
 
     def _settle(self) -> CheckpointError | None:
         """Wait for the one that is being written; returns why it could not be."""

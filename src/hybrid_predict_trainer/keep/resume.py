@@ -71,7 +71,8 @@ def save(run: State, metrics: Metrics, directory: Path, extra: dict[str, StateDi
     Raises:
         CheckpointError: it could not be written, or holds something that could not be read back.
     """
-    return checkpoint.write(directory, _drafted(run, metrics, extra))
+    drafted = _drafted(run, metrics, extra)
+    return run.subject.ranks.alone_does(lambda: checkpoint.write(directory, drafted))
 
 
 def captured(run: State, metrics: Metrics, directory: Path, extra: dict[str, StateDict] | None = None) -> Write:
@@ -87,7 +88,17 @@ def captured(run: State, metrics: Metrics, directory: Path, extra: dict[str, Sta
         CheckpointError: it holds something that could not be read back.
     """
     drafted = _drafted(run, metrics, extra, copy=True)
+    if not run.subject.ranks.first:
+        return lambda: directory
     return lambda: checkpoint.write(directory, drafted)
+
+
+def of_ranks(run: State) -> dict[str, StateDict]:
+    """What every rank has of its own: random states, and what it has seen of its data."""
+    ranks = run.subject.ranks
+    if ranks.alone:
+        return {}
+    return {"ranks": {"own": ranks.gathered({"rng": rng_state(), "batches": run.batches.state_dict()})}}
 
 
 def check_savable(run: State, metrics: Metrics) -> None:
@@ -115,7 +126,7 @@ def _drafted(
     run: State, metrics: Metrics, extra: dict[str, StateDict] | None, *, copy: bool = False
 ) -> checkpoint.Draft:
     try:
-        return _draft(run, {**parts(run, metrics), **(extra or {})}, copy)
+        return _draft(run, {**parts(run, metrics), **of_ranks(run), **(extra or {})}, copy)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"cannot save a checkpoint: {error}") from error
 
@@ -165,6 +176,7 @@ def load(run: State, metrics: Metrics, path: Path) -> dict[str, StateDict]:
     backup = Backup(run, metrics)
     try:
         _apply(run, metrics, found)
+        _apply_own_rank(run, loaded.parts)
         schema.check_fields([run, metrics])
         check_savable(run, metrics)  # what was taken back has to be whole: it will be saved again
     except Exception as error:
@@ -244,6 +256,24 @@ def _apply_own(run: State, found: StateDict) -> None:
     run.recorder.load_state_dict(found["metrics"])
 
 
+def everything(run: State) -> StateDict:
+    """All that decides what comes next, and the weights: what ranks that have parted go on from."""
+    state = parts(run, run.recorder)
+    predictor = {
+        "name": run.proposer.predictor.name, "predictor": run.proposer.predictor.state_dict(),
+        "basis": run.windows.basis.state_dict(), "observer": run.windows.observer.state_dict(),
+    }  # fmt: skip
+    return {**state, "predictor": predictor}
+
+
+def adopt(run: State, found: StateDict) -> None:
+    """Go on from what :func:`everything` gave on another rank; random states, records and data stay this one's."""
+    own = {"metrics": run.recorder.state_dict(), "rng": rng_state()}
+    data = run.batches.state_dict()
+    _apply(run, run.recorder, {**found, "trainer": {**found["trainer"], **own}})
+    run.batches.load_state_dict(data)
+
+
 def _check_forms(path: Path, found: dict[str, StateDict]) -> None:
     """Refuse what has been changed in form since it was written."""
     own = {key: value for key, value in found["trainer"].items() if key != "forms"}
@@ -296,6 +326,15 @@ def _apply(run: State, metrics: Metrics, found: dict[str, StateDict]) -> None:
     run.load_state_dict(own["run"])
     metrics.load_state_dict(own["metrics"])
     set_rng_state(own["rng"])
+
+
+def _apply_own_rank(run: State, found: dict[str, StateDict]) -> None:
+    """What this rank had of its own; the first one's, where there were others in number."""
+    ranks = run.subject.ranks
+    own = found.get("ranks", {}).get("own", [])
+    if not ranks.alone and len(own) == ranks.size:
+        set_rng_state(own[ranks.rank]["rng"])
+        run.batches.load_state_dict(own[ranks.rank]["batches"])
 
 
 def _unowned(run: State) -> list[Tensor]:

@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..distributed.collective import ALONE, Collective
+from ..distributed.processes import NOT_SHARED, Shared
 from ..weights.parameters import Groups, predicted_parameters
 from ..weights.real_views import RealView
 
@@ -33,6 +35,8 @@ class Subject:
         on_cpu: Losses can be read at once, without a wait for a device.
         residual_fn: (model, batch) -> residuals, or None.
         output_fn: (model, batch) -> outputs and the loss as a function of them, or None.
+        ranks: What this process agrees with others on.
+        wrapped: The model in what shares its gradients between processes, for real steps; None: it is in nothing.
     """
 
     model: nn.Module
@@ -44,11 +48,13 @@ class Subject:
     on_cpu: bool
     residual_fn: ResidualFn | None = None
     output_fn: OutputFn | None = None
+    ranks: Collective = ALONE
+    wrapped: nn.Module | None = None
 
     @classmethod
     def of(
         cls, model: nn.Module, optimizer: Optimizer, loss_fn: LossFn, grad_scaler: Any, roles: dict[str, str] | None,
-        *, residual_fn: ResidualFn | None = None, output_fn: OutputFn | None = None,
+        *, residual_fn: ResidualFn | None = None, output_fn: OutputFn | None = None, shared: Shared = NOT_SHARED,
     ) -> Subject:  # fmt: skip
         """Look at model and optimizer.
 
@@ -60,6 +66,7 @@ class Subject:
             roles: Overrides of parameter roles, qualified name -> role.
             residual_fn: Or None.
             output_fn: Or None.
+            shared: Between which processes, and in what.
 
         Raises:
             ConfigError: nothing can be trained.
@@ -68,8 +75,14 @@ class Subject:
         on_cpu = all(p.device.type == "cpu" for p in parameters)
         return cls(
             model=model, optimizer=optimizer, loss_fn=loss_fn, grad_scaler=grad_scaler, parameters=parameters,
-            groups=groups, on_cpu=on_cpu, residual_fn=residual_fn, output_fn=output_fn,
+            groups=groups, on_cpu=on_cpu, residual_fn=residual_fn, output_fn=output_fn, ranks=shared.ranks,
+            wrapped=shared.wrapped,
         )  # fmt: skip
+
+    @property
+    def stepped(self) -> nn.Module:
+        """What a real step's loss is computed with."""
+        return self.model if self.wrapped is None else self.wrapped
 
     @property
     def views(self) -> Sequence[RealView]:

@@ -32,12 +32,13 @@ class Batches:
         self.same_batch = SameBatch()
         self.recurrence = Recurrence()
         self.free = False
+        self._differs_elsewhere = False  # on another rank the last two batches were not the same one
         self._views, self._failures = views, failures
 
     @property
     def same(self) -> bool:
         """Whether the last two batches were the same one."""
-        return self.same_batch.same
+        return self.same_batch.same and not self._differs_elsewhere
 
     def see(self, batch: Any, *, compare: bool, remember: bool) -> None:
         """Look at a batch; it may be any object, and looking at it may raise anything.
@@ -58,6 +59,17 @@ class Batches:
         except Exception as error:
             self.same_batch.forget()
             self._failures.note(Place.DATA, error)
+
+    def agree(self, *, differ: bool, recur: bool) -> None:
+        """What the ranks together have seen.
+
+        Args:
+            differ: On some rank the batch is not the one before.
+            recur: On some rank samples were seen before.
+        """
+        self._differs_elsewhere = differ
+        if recur:
+            self.recurrence.announce()
 
     def used(self, consumed: bool) -> None:
         """The step with the last batch is over.
