@@ -178,3 +178,39 @@ def test_the_comparison_can_fail() -> None:
     torch.manual_seed(3)
     ours = Run(willing()).train()
     assert difference(ours.everything(), plain.everything()) is not None
+
+
+# ---- two processes -------------------------------------------------------------------------------------------
+
+
+def _of_two(folder: str, rank: int, size: int) -> Any:
+    import os
+
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT="0", ACCELERATE_USE_CPU="true",
+    )  # fmt: skip
+    run = Run(willing(), dropout=0.0)
+    assert run.accelerator.num_processes == 2
+    run.train(stop=STEPS // 2)
+    run.accelerator.save_state(folder)
+    assert run.engine is not None
+    engine = run.engine
+    state = engine.run
+    return {
+        "weights": [w.tolist() for w in weights_of(run.model)], "proposed": state.meter.num_jumps_proposed,
+        "steps": state.meter.num_real_steps, "exchanged": state.subject.ranks.exchanged[0],
+        "together": state.subject.ranks.num_brought_together, "files": sorted(p.name for p in Path(folder).iterdir()),
+    }  # fmt: skip
+
+
+def test_two_processes_stay_alike(tmp_path: Path) -> None:
+    from ranks.drive import with_ranks
+
+    (tmp_path / "state").mkdir()
+    first, second = with_ranks(2, tmp_path, _of_two, str(tmp_path / "state"))
+    assert first == second
+    assert first["steps"] == STEPS // 2
+    assert first["exchanged"] > 2 * STEPS // 2
+    assert first["together"] == 0
+    assert "hybrid_predict_trainer" in first["files"]

@@ -97,7 +97,8 @@ class HybridTrainer:
 
         Raises:
             ConfigError: the optimizer needs a closure (LBFGS), the schedule a metric, nothing can be trained, or
-                prediction is on and there is more than one process (DistributedDataParallel, FSDP, DTensor).
+                prediction is on and ranks cannot agree (several processes without DistributedDataParallel, FSDP,
+                DTensor).
         """
         handed = Handed(
             loss_fn=loss_fn, lr_scheduler=lr_scheduler, grad_scaler=grad_scaler, predictor=predictor, roles=roles,
@@ -138,7 +139,8 @@ class HybridTrainer:
         Raises:
             TypeError: ``loss_fn`` did not return a scalar tensor with a graph.
             DivergenceError: too many consecutive steps were not finite.
-            ConfigError: prediction is on, and since construction more than one process has come into play.
+            ConfigError: prediction is on, and since construction more processes have come into play.
+            RanksDisagree: several processes have lost each other.
         """
         if self._busy:
             raise RuntimeError("step() was called from inside step()")
@@ -205,7 +207,7 @@ class HybridTrainer:
 
         Raises:
             DivergenceError: too many consecutive steps were not finite, or the weights are not at the end.
-            ConfigError: there is no batch, or prediction is on and there is more than one process.
+            ConfigError: there is no batch, or prediction is on and more processes have come into play.
         """
         if not isinstance(loader, Iterable):
             raise TypeError(

@@ -59,7 +59,7 @@ def ride_along(
         more: Other arguments of :func:`hybrid_predict_trainer.attach`.
 
     Raises:
-        ConfigError: as ``attach``; among others, prediction is on and there is more than one process.
+        ConfigError: as ``attach``; among others, prediction is on and there are several processes without DDP.
     """
     engine = attach(
         model, optimizer, config, loss_fn=loss_fn, lr_scheduler=scheduler, lr_interval=lr_interval,
