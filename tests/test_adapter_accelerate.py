@@ -198,7 +198,7 @@ def _of_two(folder: str, rank: int, size: int) -> Any:
     engine = run.engine
     state = engine.run
     return {
-        "weights": [w.tolist() for w in weights_of(run.model)], "proposed": state.meter.num_jumps_proposed,
+        "weights": [w.tolist() for w in weights_of(run.model).values()], "proposed": state.meter.num_jumps_proposed,
         "steps": state.meter.num_real_steps, "exchanged": state.subject.ranks.exchanged[0],
         "together": state.subject.ranks.num_brought_together, "files": sorted(p.name for p in Path(folder).iterdir()),
     }  # fmt: skip

@@ -152,6 +152,26 @@ def write_text(path: str | Path, text: str) -> None:
             partial.unlink(missing_ok=True)
 
 
+def write_between(path: str | Path, name: str, text: str) -> None:
+    """Write lines of a document: between its marks of that name where it has them, else alone.
+
+    Args:
+        path: Of the document.
+        name: ``<!-- name: begin -->`` and ``<!-- name: end -->`` are the marks.
+        text: Ends with a line break.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path, first, last = Path(path), f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    if path.is_file():
+        before, begin, rest = path.read_text(encoding="utf-8").partition(first)
+        _, end, after = rest.partition(last)
+        if begin and end:
+            text = f"{before}{first}\n{text}{last}{after}"
+    write_named(path, text)
+
+
 def write_named(path: str | Path, text: str) -> None:
     """Write a file whose place a person named: a link, a pipe or ``/dev/stdout`` is what was meant.
 

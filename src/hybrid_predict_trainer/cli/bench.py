@@ -21,7 +21,7 @@ from ..experiments.regimes.cases import Request
 from ..experiments.report.text import aligned
 from ..predictors import PREDICTORS
 from ..records import ConfigError
-from ..safe_files import write_named
+from ..safe_files import write_between, write_named
 from .arguments import NOT_MET, OK, show
 
 #: What a measurement returns: the object for ``--json`` and the text for a person.
@@ -105,6 +105,17 @@ def run_checkpoint(args: argparse.Namespace) -> Shown:
             workload, num_steps=args.steps, num_saves=args.saves, interval=args.interval, note=note
         )
     return found, lambda: checkpoint_cost.text(found)
+
+
+def run_scale(args: argparse.Namespace) -> Shown:
+    """What several processes cost."""
+    from ..experiments.bench import scale
+
+    with as_input_error():
+        found = scale.measure(preset=args.preset or "0.3M", num_steps=args.steps, note=note)
+        if args.markdown is not None:
+            write_between(args.markdown, "scale", scale.markdown(found) + "\n")
+    return found, lambda: scale.text(found)
 
 
 def run_report(args: argparse.Namespace) -> Shown:
@@ -246,6 +257,7 @@ MEASUREMENTS: dict[str, Callable[[argparse.Namespace], Shown]] = {
     "forecast": run_forecast,
     "faults": run_faults,
     "checkpoint": run_checkpoint,
+    "scale": run_scale,
     "report": run_report,
     "probe": run_probe,
 }

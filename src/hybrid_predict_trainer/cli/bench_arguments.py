@@ -66,6 +66,7 @@ def add_commands(bench: argparse.ArgumentParser) -> None:
     _add_probe(benchmarks)
     _add_faults(benchmarks)
     _add_checkpoint(benchmarks)
+    _add_scale(benchmarks)
     _add_report(benchmarks)
 
 
@@ -344,6 +345,20 @@ def _add_checkpoint(benchmarks: Benchmarks) -> None:
     parser.add_argument("--batch-size", type=whole, default=8, metavar="N", help="examples per step (default 8)")
     parser.add_argument("--context", type=whole, default=128, metavar="N", help="tokens per example (default 128)")
     _device(parser)
+
+
+def _add_scale(benchmarks: Benchmarks) -> None:
+    parser = benchmarks.add(
+        "scale", "what several processes cost: bytes moved, memory, time per jump",
+        "Runs a small model on two processes of this machine, counts what they exchange, and computes\n"
+        "from that a table up to 70 B weights and 1,024 ranks.",
+        "hpt bench scale --markdown docs/scale.md",
+    )  # fmt: skip
+    _preset(parser, "0.3M")
+    parser.add_argument("--steps", type=whole, default=60, metavar="K", help="steps that are counted (default 60)")
+    parser.add_argument(
+        "--markdown", type=Path, metavar="FILE", help="write the table here as well, between its marks if it has them"
+    )
 
 
 def _add_report(benchmarks: Benchmarks) -> None:

@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from ...records import ConfigError
-from ...safe_files import write_named
+from ...safe_files import write_between
 from ..report.text import aligned
 
 #: One try: (seed, an empty folder) -> None if it was survived, else what went wrong.
 Trial = Callable[[int, Path], str | None]
 
 HEAD = ("case", "tries", "survived", "lost")
-#: What stands around the table in a document.
-BEGIN, END = "<!-- faults: begin -->", "<!-- faults: end -->"
 #: What a lost try says, at most.
 MAX_WORDS = 300
 
@@ -147,10 +145,4 @@ def write_markdown(path: Path, found: dict[str, Any]) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    table = markdown(found)
-    if path.is_file():
-        before, begin, rest = path.read_text(encoding="utf-8").partition(BEGIN)
-        _, end, after = rest.partition(END)
-        if begin and end:
-            table = f"{before}{BEGIN}\n{table}{END}{after}"
-    write_named(path, table)
+    write_between(path, "faults", markdown(found))
