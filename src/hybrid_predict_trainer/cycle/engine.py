@@ -94,7 +94,7 @@ class Engine:
             self._handles += on_step(optimizer, self)
         if watch_forward:
             self._handles += on_forward(self.run.subject.model, self._before_forward, self._after_forward)
-        if self.run.windows.observing:
+        if self.run.windows.observing and self.run.subject.ranks.alone:  # several have another gradient
             self._handles.append(self._step.clipping.begin())
         if self.run.subject.on_cpu:  # elsewhere it is a copy of everything: not before it is needed
             self._step.begin()

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from ..keep import checkpoint, resume
 from ..keep.background import Write
-from ..keep.housekeeping import first_good
+from ..keep.housekeeping import newest_good
 from ..keep.periodic import PeriodicSaver
 from ..records import CheckpointError, Decision, Phase, Reason, StateDict
 from ..weights.offload import own_defaults
@@ -53,7 +53,9 @@ class EngineKeeper:
         config = run.config.checkpoint
         capture = self._capture if config.async_save else None
         self._saver = (
-            PeriodicSaver(config.directory, config.save_interval, self._save, capture) if config.directory else None
+            PeriodicSaver(config.directory, config.save_interval, self._save, capture, run.subject.ranks)
+            if config.directory
+            else None
         )
 
     def state_dict(self) -> StateDict:
@@ -71,7 +73,8 @@ class EngineKeeper:
     def save_state(self, directory: str | Path) -> Path:
         """See :meth:`.Engine.save_state`."""
         try:
-            return checkpoint.save(directory, ONLY, {"riding": self.state_dict()})
+            state = self.state_dict()
+            return self._run.subject.ranks.alone_does(lambda: checkpoint.save(directory, ONLY, {"riding": state}))
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"cannot save the engine's state: {error}") from error
 
@@ -99,7 +102,7 @@ class EngineKeeper:
 
     def load_latest(self, directory: str | Path) -> None:
         """See :meth:`.Engine.load_latest`."""
-        first_good(directory, self.load_checkpoint)
+        newest_good(self._run.subject.ranks, directory, self.load_checkpoint)
 
     def save_if_due(self, *, stepping: bool) -> None:
         """Write a checkpoint if ``save_interval`` steps have passed.

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import time
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..distributed.processes import refuse_several_processes
+from ..distributed.processes import refuse_other_processes
 from ..records import Phase, StepOutcome, StepResult
 from ..weights.offload import own_defaults
 from ..weights.parameters import optimizer_parameters
@@ -97,8 +98,10 @@ class StepUnderWay:
 
     def _look_at_gradients(self) -> None:
         run = self._run
-        refuse_several_processes()
+        refuse_other_processes(run.subject.ranks)
         loss, batch = self._intake.take()
+        if not run.subject.ranks.alone:
+            loss, batch = self._on_every_rank(loss, batch)
         if loss is None:
             self._said.say(NO_LOSS)
             return
@@ -113,6 +116,12 @@ class StepUnderWay:
         self._watching.close()
         step.after_backward(loss)
         self.pending = PendingStep(run, decision, step, batch, measured)
+
+    def _on_every_rank(self, loss: Tensor | None, batch: Any) -> tuple[Tensor | None, Any]:
+        """Loss and batch, unless some rank has none: what one cannot look at none does."""
+        lacking = [loss is None, batch is None or not self._proposals.judgeable(batch)]
+        no_loss, no_batch = self._run.subject.ranks.means(lambda: [float(lacks) for lacks in lacking])
+        return (None if no_loss > 0 else loss), (None if no_batch > 0 else batch)
 
     def _begun(self) -> RealStep:
         if self._step is None:
