@@ -200,7 +200,7 @@ def _of_two(folder: str, rank: int, size: int) -> Any:
     return {
         "weights": [w.tolist() for w in weights_of(run.model).values()], "proposed": state.meter.num_jumps_proposed,
         "steps": state.meter.num_real_steps, "exchanged": state.subject.ranks.exchanged[0],
-        "together": state.subject.ranks.num_brought_together, "files": sorted(p.name for p in Path(folder).iterdir()),
+        "together": state.subject.ranks.num_brought_together,
     }  # fmt: skip
 
 
@@ -213,4 +213,4 @@ def test_two_processes_stay_alike(tmp_path: Path) -> None:
     assert first["steps"] == STEPS // 2
     assert first["exchanged"] > 2 * STEPS // 2
     assert first["together"] == 0
-    assert "hybrid_predict_trainer" in first["files"]
+    assert (tmp_path / "state" / "hybrid_predict_trainer").is_dir()
