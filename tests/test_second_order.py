@@ -44,7 +44,18 @@ def test_references_solve_a_linear_problem(name: str) -> None:
     assert losses[-1] <= losses[0]
 
 
-@pytest.mark.parametrize("name", ["pinn-poisson", "oscillator", "pinn-burgers", "regression"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pinn-poisson",
+        "oscillator",
+        "pinn-burgers",
+        "regression",
+        "pinn-allen-cahn",
+        "pinn-klein-gordon",
+        "pinn-inverse",
+    ],
+)
 def test_residuals_of_the_tasks_have_their_loss(name: str) -> None:
     task = make_task(name, TaskSettings(dtype="float64"))
     model, batch = task.build_model(0), next(iter(task.batches(0)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 #: Keys of ``tasks.TASKS``.
 TASKS = (
     "gpt", "finetune", "bert", "digits", "digits-mlp", "cifar", "regression", "pinn-poisson", "pinn-burgers",
-    "oscillator",
+    "oscillator", "pinn-allen-cahn", "pinn-klein-gordon", "pinn-inverse",
 )  # fmt: skip
 
 #: Values of ``tasks.base.OptimizerName`` and ``tasks.base.ScheduleName``.

@@ -80,6 +80,8 @@ class QuasiNewtonConfig:
     memory_mb: float = 256.0  # for the pairs; larger models keep fewer, but no fewer than MIN_HISTORY
     self_scaling: bool = True  # divide the matrix by tau before an update; without, it is L-BFGS
     shrink: tuple[float, ...] = (1.0, 0.3, 0.05)  # multiples of the step tried until the loss falls
+    form: Literal["limited", "dense", "auto"] = "limited"  # dense: a matrix over all weights; auto: where that fits
+    update: Literal["bfgs", "ssbfgs", "ssbroyden"] = "ssbfgs"  # ssbroyden: of the dense form only
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -88,6 +90,12 @@ class QuasiNewtonConfig:
         _check(len(self.shrink) > 0, "predictor.quasi_newton.shrink", self.shrink, "a list of at least one number")
         for value in self.shrink:
             _number("predictor.quasi_newton.shrink", value, 0.0, 10.0, open_low=True)
+        _choice("predictor.quasi_newton.form", self.form, ("limited", "dense", "auto"))
+        _choice("predictor.quasi_newton.update", self.update, ("bfgs", "ssbfgs", "ssbroyden"))
+        if self.form == "limited" and self.update == "ssbroyden":
+            raise ConfigError(
+                'predictor.quasi_newton.update = "ssbroyden" needs the whole matrix: set form to "dense" or "auto"'
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

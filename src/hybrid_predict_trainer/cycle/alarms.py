@@ -27,7 +27,7 @@ def respond(run: State, alarm: Alarm) -> None:
         run.judge.note_level(alarm.level)
     if alarm.action is Action.REDUCE_HORIZON:
         run.proposer.halve_horizon()
-    elif run.full_batch and alarm.level < Level.CRITICAL:
+    elif run.judged_exactly and alarm.level < Level.CRITICAL:
         pass  # the gate measures every jump exactly, whatever the base optimizer does in between
     elif alarm.action in (Action.FORCE_FULL, Action.SKIP_STEP, Action.ROLLBACK, Action.CORRECT):
         run.phases.force_full(settings.recovery_full_steps or 2 * run.config.full_steps, by_alarm=True)

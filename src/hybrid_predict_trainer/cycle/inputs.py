@@ -54,7 +54,7 @@ def goes_on(run: State) -> bool:
 
 def num_full_steps_due(run: State) -> int:
     """Full steps between two proposals: where losses are exact a test says at once what one is worth."""
-    return 0 if run.full_batch else run.config.full_steps
+    return 0 if run.judged_exactly else run.config.full_steps
 
 
 def inputs(run: State, preview: Preview) -> Signals:
@@ -89,7 +89,7 @@ def inputs(run: State, preview: Preview) -> Signals:
 def _considered(run: State, horizon: int) -> tuple[int, bool]:
     """Look at a proposal before any forward is spent on it: its horizon, and whether it promises enough."""
     if run.proposer.source is not None:  # what it would propose costs as much to know as to propose
-        return horizon, run.full_batch
+        return horizon, run.judged_exactly
     feedback, window, loss = run.proposer.feedback, run.windows.last, run.losses.history.loss_ema
     try:
         if feedback.uses_bandit and window is not None:
@@ -132,7 +132,7 @@ def predictor_ready(run: State) -> bool:
             and not run.failures.exhausted(Place.PREDICTOR)
             and not run.failures.exhausted(Place.GATE)
             and not run.failures.exhausted(Place.FEEDBACK)
-            and (run.full_batch or not run.failures.exhausted(Place.PIECES))
+            and (run.judged_exactly or not run.failures.exhausted(Place.PIECES))
             and run.proposer.predictor.ready
         )
     except Exception as error:
@@ -142,7 +142,7 @@ def predictor_ready(run: State) -> bool:
 
 def affordable(run: State) -> bool:
     """Whether the budget allows a proposal, what the rest of a planned run will cost to watch included."""
-    usual = USUAL_PRICE_EXACT if run.full_batch else USUAL_PRICE_NOISY
+    usual = USUAL_PRICE_EXACT if run.judged_exactly else USUAL_PRICE_NOISY
     spent, planned = run.meter.cost_units, run.meter.planned_units
     left = max(planned - spent, 0.0)
     to_watch = left * run.judge.ledger.watched_units / max(spent, 1.0)

@@ -42,9 +42,10 @@ class Stopwatch:
 def look_at(run: State, batch: Any) -> float:
     """Look at the batch of a step before it is decided what to do with it; returns forwards spent."""
     run.see(batch)
-    asks = run.judge.asks_for_exactness(run.meter, same=run.batches.same, observing=run.windows.observing)
+    same = run.batches.same or run.meets_new_batches
+    asks = run.judge.asks_for_exactness(run.meter, same=same, observing=run.windows.observing)
     measured = run.judge.measure_exactness(batch, run.meter) if agree(run, asks) else 0.0
-    run.judge.ledger.losses_are(exact=run.full_batch)  # which does not change before the next batch
+    run.judge.ledger.losses_are(exact=run.judged_exactly)  # which does not change before the next batch
     return measured
 
 

@@ -105,10 +105,10 @@ def has_ended(run: State, total_steps: int | None) -> bool:
 def owes_proposal(run: State) -> bool:
     """Whether a run that might end goes on for one step, because its weights are worse than others that it knows."""
     source = run.proposer.source
-    owes = source is not None and source.owes and predictor_ready(run)
-    if owes and source is not None:
-        source.note_asked()
-    return owes
+    if source is None or not source.owes:
+        return False
+    source.note_asked()
+    return predictor_ready(run)
 
 
 class Tally:

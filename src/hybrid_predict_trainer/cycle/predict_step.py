@@ -82,7 +82,7 @@ def _moved(run: State, batch: Any) -> tuple[PhasePrediction | None, list[Tensors
     """Ask a source for a move and book what it took; a verdict means that it is refused already."""
     material = Material(
         model=run.subject.model, parameters=run.subject.parameters, movable=list(run.watch.trained.movable),
-        batch=batch, exact=run.full_batch,
+        batch=batch, exact=run.judged_exactly,
     )  # fmt: skip
     return propose_move(run.proposer, material, run.meter)
 

@@ -22,6 +22,7 @@ from ..observe.window_encoder import NullObserver, Observer, observer_for
 from ..predictors import Hold, Paced, Predictor, build
 from ..propose.feedback import Feedback
 from ..propose.sources.base import Source
+from ..propose.sources.dense import DenseQuasiNewton, fits
 from ..propose.sources.gauss_newton import GaussNewton
 from ..propose.sources.least_squares import Convex, LeastSquares
 from ..propose.time_budget import TimeBudget
@@ -109,6 +110,8 @@ def parts_for(
     groups = subject.groups
     if predictor is None and config.predictor_type in SOURCES:
         predictor = Hold() if config.never_predicts else _source(subject, config)
+    if predictor is None and config.predictor_type == EXACT and not config.never_predicts:
+        predictor = _dense(subject, config)  # None: the limited form
     if predictor is None:
         predictor = build(config, groups.num_groups, groups.num_weights)
     spec = predictor.spec
@@ -142,6 +145,27 @@ def _source(subject: Subject, config: HybridTrainerConfig) -> Predictor:
     rate = lambda: float(subject.optimizer.param_groups[0].get("lr", 1.0))  # noqa: E731
     return GaussNewton(
         config.predictor.gauss_newton, problem, rate, longest=max(config.max_predict_steps, 1), seed=config.seed
+    )
+
+
+def _dense(subject: Subject, config: HybridTrainerConfig) -> Predictor | None:
+    """The dense form of ``quasi_newton`` where it is asked for and fits.
+
+    Raises:
+        ConfigError: it is asked for and does not fit.
+    """
+    settings, num_weights = config.predictor.quasi_newton, subject.groups.num_weights
+    if settings.form == "limited":
+        return None
+    itemsize = max(p.element_size() for p in subject.parameters)
+    if fits(settings, num_weights, itemsize):
+        return DenseQuasiNewton(settings, subject.loss_fn, longest=max(config.max_predict_steps, 1))
+    if settings.form == "auto":
+        return None
+    needed = num_weights**2 * itemsize / 2**20
+    raise ConfigError(
+        f'predictor.quasi_newton.form = "dense" needs {needed:.0f} MB for {num_weights} weights: raise '
+        f'predictor.quasi_newton.memory_mb = {settings.memory_mb:g}, or set form to "auto"'
     )
 
 

@@ -32,6 +32,7 @@ from ..observe.history import Losses
 from ..observe.window import WindowRecorder
 from ..predictors import Predictor
 from ..propose.proposer import Proposer
+from ..propose.sources.stream import ENOUGH
 from ..records import StateDict, Window
 from ..tell.recorder import Metrics
 from ..tell.sinks import NullSink
@@ -180,6 +181,18 @@ class State:
         return self.batches.same and (self.judge.exactness.agreed is True or not self.windows.observing)
 
     @property
+    def judged_exactly(self) -> bool:
+        """Whether a proposal is judged by losses without noise: those of one batch, for a source also of a new one."""
+        return self.full_batch or (self.meets_new_batches and self.judge.exactness.agreed is True)
+
+    @property
+    def meets_new_batches(self) -> bool:
+        """Whether batches are new, and there is a source that has something to say of a batch of its own."""
+        source = self.proposer.source
+        takes = source is not None and source.takes_fresh and self.config.gate.exact == "auto"
+        return takes and self.batches.same_batch.num_different >= ENOUGH
+
+    @property
     def num_predictor_failures(self) -> int:
         """How often the predictor raised."""
         return self.failures.counts[Place.PREDICTOR]
@@ -199,6 +212,7 @@ class State:
         """Look at the batch of the step that begins."""
         compare = self.config.enabled and self.config.gate.exact != "never"
         self.batches.see(batch, compare=compare, remember=self.optimizer_step.scale.may_grow)
+        self.proposer.note_data(self.batches.same_batch.num_different if compare else 0)
 
     def step_scheduler(self) -> None:
         """Bring the learning-rate schedule to the clock's position."""

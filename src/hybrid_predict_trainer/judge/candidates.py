@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def judge(run: State, batch: Any, prediction: PhasePrediction, deltas: list[Tensors], saved: Tensors) -> Verdict:
     """Measure losses at x + a d and let the gate decide."""
-    exact, only, evaluation = run.full_batch, run.watch.trained.only, run.judge.evaluation
+    exact, only, evaluation = run.judged_exactly, run.watch.trained.only, run.judge.evaluation
     pieces, spent = None if exact else pieces_of(run.subject.model, batch, run.config.gate.max_chunks), 0.0
     if not exact:
         failed = run.failures.counts[Place.PIECES]

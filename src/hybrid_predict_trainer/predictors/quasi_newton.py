@@ -223,6 +223,7 @@ class QuasiNewton:
     def __init__(self, config: QuasiNewtonConfig) -> None:
         """Args: config: pairs and the multiples to try."""
         self.config = config
+        self._scales = config.self_scaling and config.update != "bfgs"
         self.spec = BasisSpec(
             num_displacements=config.history, lag=True, gradient=True, curvature=True, differences=True, pooled=True,
             features=False,
@@ -245,7 +246,7 @@ class QuasiNewton:
         if window.num_columns:
             products = window.products
             self._num_pairs = min(self._num_pairs + 1, self.config.history)
-            scaling = log_scaling(products, self._step, self.config.history) if self.config.self_scaling else 0.0
+            scaling = log_scaling(products, self._step, self.config.history) if self._scales else 0.0
             self._log_tau[products.newest] = scaling
         self._window, self._step, self._asked = window, None, None
 

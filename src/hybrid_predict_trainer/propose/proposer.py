@@ -99,6 +99,11 @@ class Proposer:
             self.source.note_real_step()
         self.num_windows_since_proposal += 1
 
+    def note_data(self, num_different: int) -> None:
+        """The batch of the step that begins, and so many before it in a row, were not the one before."""
+        if self.source is not None:
+            self.source.note_data(num_different)
+
     def state_confidence(self, confidence: float) -> None:
         """The proposal under way is this likely to be kept and to pay."""
         self.confidence = confidence

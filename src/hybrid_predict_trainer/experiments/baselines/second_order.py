@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lbfgs import _strong_wolfe
 
+from ...numerics.dense_inverse import MIN_CURVATURE, DenseInverse
 from ...predictors.quasi_newton import MIN_TAU, direction
 from ...propose.sources.jacobian import Linearizer
 from ...propose.sources.least_squares import LeastSquares
@@ -27,8 +28,6 @@ from ...propose.sources.solve import Linearized
 FIRST_STEPS, FIRST_RATE = 100, 1e-2
 #: Evaluations of a line search, at most.
 MAX_LINE_SEARCH = 25
-#: s'y has to exceed this share of |s| |y|.
-MIN_CURVATURE = 1e-14
 
 
 class Flat:
@@ -107,56 +106,24 @@ def levenberg_marquardt(flat: Flat, residual_fn: Callable[[nn.Module, Any], Tens
         damping = max(damping / 3, 1e-16)
 
 
-def _broyden_scaling(b: float, h: float, n: int) -> tuple[float, float]:
-    """tau and phi of a self-scaled Broyden update (Al-Baali 1998), from b = s'Bs / s'y and h = y'Hy / s'y."""
-    a = max(b * h - 1, 1e-300)
-    c = math.sqrt(a / (1 + a))
-    rho = min(1.0, h * (1 - c))
-    theta = max((rho - 1) / a, min(1 / max(rho, 1e-300), (1 - b) / b))
-    sigma = 1 + a * theta
-    smallest = abs(sigma) ** (1 / (1 - n)) if sigma != 0 else 1.0
-    tau = min(1.0, 1 / b)
-    tau = tau * min(smallest, 1 / theta) if theta > 0 else min(tau * smallest, sigma)
-    phi = (1 - theta) / sigma if sigma != 0 else 1.0
-    return (tau, phi) if math.isfinite(tau) and tau > 0 and math.isfinite(phi) else (1.0, 1.0)
-
-
 def dense(flat: Flat, update: str) -> Iterator[float]:
     """Dense quasi-Newton method: ``ssbfgs`` or ``ssbroyden``; begins anew with the gradient where it fails."""
     yield from adam_first(flat)
-    n, (f, g), fails = flat.x.numel(), flat.loss_and_gradient(), 0
-    H, first = torch.eye(n, dtype=flat.x.dtype), True
-    Hg = g.clone()
+    (f, g), fails = flat.loss_and_gradient(), 0
+    inverse = DenseInverse(g, update)  # type: ignore[arg-type]
     while fails < 4:
         yield f
-        x, d = flat.x.clone(), -Hg
-        t = min(1.0, 1.0 / float(g.abs().sum())) if first else 1.0
+        x, d = flat.x.clone(), -inverse.Hg
+        t = min(1.0, 1.0 / float(g.abs().sum())) if inverse.first else 1.0
         f2, g2, t = flat.search(f, g, d, t) if float(g @ d) < 0 else (math.inf, g, 0.0)
         if not f2 < f:
             flat.x.copy_(x)
-            fails, first = fails + 1, True
-            H.zero_().fill_diagonal_(1.0)
-            Hg = g.clone()
+            fails += 1
+            inverse.forget(g)
             continue
-        fails, s, y = 0, flat.x - x, g2 - g
-        s_y, q = float(s @ y), H @ g2
-        if s_y > MIN_CURVATURE * float(s.norm() * y.norm()):
-            b = 1.0 if first else -t * float(s @ g) / s_y
-            if first:
-                scale = s_y / float(y @ y)
-                H.mul_(scale)
-                q, Hg, first = q * scale, Hg * scale, False
-            Hy = q - Hg
-            y_Hy = float(y @ Hy)
-            tau, phi = (min(1.0, 1 / b) if b > 0 else 1.0), 1.0
-            if update == "ssbroyden" and b > 0 and y_Hy > 0:
-                tau, phi = _broyden_scaling(b, y_Hy / s_y, n)
-            v = math.sqrt(max(y_Hy, 0.0)) * (s / s_y - Hy / y_Hy)
-            U = torch.stack([-Hy / (y_Hy * tau), v * (phi / tau), s / s_y], 1)
-            V = torch.stack([Hy, v, s])
-            q = q / tau + U @ (V @ g2)
-            H.addmm_(U, V, beta=1 / tau, alpha=1.0)
-        Hg, f, g = q, f2, g2
+        fails = 0
+        inverse.learn(flat.x - x, g2 - g, g, g2, t)
+        f, g = f2, g2
 
 
 class _Pairs:

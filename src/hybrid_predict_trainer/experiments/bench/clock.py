@@ -2,6 +2,9 @@
 
     python -m hybrid_predict_trainer.experiments.bench.clock --tasks pinn-poisson,regression --seconds 5 --seeds 0,1
 
+With ``--fresh N`` the points are drawn afresh every N steps, which only first-order methods and ours can take; the loss
+is that on the validation points then.
+
 All methods have the same weights, the same points, one thread and the same CPU time of this process (``process_time``,
 so that a busy machine slows all of them alike); they take turns, seed by seed, in one process.
 """
@@ -27,15 +30,17 @@ from ...tasks import TaskSettings, make_task
 from ...trainer import HybridTrainer
 from ..baselines.second_order import FIRST_RATE, Flat, dense, levenberg_marquardt, limited
 
-TASKS = ("pinn-poisson", "oscillator", "regression", "pinn-burgers")
+TASKS = (
+    "pinn-poisson", "oscillator", "regression", "pinn-burgers", "pinn-allen-cahn", "pinn-klein-gordon", "pinn-inverse",
+)  # fmt: skip
 #: Steps that no run reaches: it ends by its time.
 ENDLESS = 10_000_000
 
-Method = Callable[[Any, torch.nn.Module, Any, float], None]
+Method = Callable[[Any, torch.nn.Module, Iterator[Any], float], None]
 
 
 def _ours(predictor: str) -> Method:
-    def train(task: Any, model: torch.nn.Module, batch: Any, seconds: float) -> None:
+    def train(task: Any, model: torch.nn.Module, batches: Iterator[Any], seconds: float) -> None:
         config = HybridTrainerConfig()
         config = preset_config("full_batch") if predictor == "quasi_newton" else config
         config = with_values(config, {"predictor.type": predictor})
@@ -45,19 +50,20 @@ def _ours(predictor: str) -> Method:
         def share() -> float:
             return max(0.0, 1 - (time.process_time() - started) / seconds)
 
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: share())
+        # never 0: weights that are not trained are not moved either, and a run may owe the way back to better ones
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(share(), 1e-6))
         trainer = HybridTrainer(
             model, optimizer, config, loss_fn=task.loss_fn, lr_scheduler=schedule, residual_fn=task.residual_fn
         )
-        trainer.fit(itertools.repeat(batch), total_steps=ENDLESS, should_stop=lambda: share() <= 0)
+        trainer.fit(batches, total_steps=ENDLESS, should_stop=lambda: share() <= 0)
 
     return train
 
 
 def _flat(make: Callable[[Any, Flat], Iterator[float]]) -> Method:
-    def train(task: Any, model: torch.nn.Module, batch: Any, seconds: float) -> None:
+    def train(task: Any, model: torch.nn.Module, batches: Iterator[Any], seconds: float) -> None:
         started = time.process_time()
-        for _ in make(task, Flat(model, task.loss_fn, batch)):
+        for _ in make(task, Flat(model, task.loss_fn, next(batches))):
             if time.process_time() - started > seconds:
                 return
 
@@ -65,13 +71,13 @@ def _flat(make: Callable[[Any, Flat], Iterator[float]]) -> Method:
 
 
 def _first_order(build: Callable[[Any], torch.optim.Optimizer]) -> Method:
-    def train(task: Any, model: torch.nn.Module, batch: Any, seconds: float) -> None:
+    def train(task: Any, model: torch.nn.Module, batches: Iterator[Any], seconds: float) -> None:
         started, optimizer = time.process_time(), build(model.parameters())
         while (left := 1 - (time.process_time() - started) / seconds) > 0:
             for group in optimizer.param_groups:
                 group["lr"] = FIRST_RATE * left
             optimizer.zero_grad()
-            task.loss_fn(model, batch).backward()
+            task.loss_fn(model, next(batches)).backward()
             optimizer.step()
 
     return train
@@ -98,15 +104,31 @@ METHODS: dict[str, Method] = {
 }
 
 
-def run(task: Any, method: str, seed: int, seconds: float) -> dict[str, Any]:
-    """Train from one seed for so much CPU time; loss on the training points, error against the true solution."""
+#: Methods that take batches which change.
+TAKE_NEW = ("gauss_newton", "quasi_newton", "soap", "adam")
+
+
+def run(task: Any, method: str, seed: int, seconds: float, every: int = 0) -> dict[str, Any]:
+    """Train from one seed for so much CPU time.
+
+    Args:
+        task: An equation, or regression.
+        method: Of :data:`METHODS`.
+        seed: Of the weights, and of points that change.
+        seconds: CPU time.
+        every: Steps after which the points are drawn afresh; 0: never.
+
+    Returns:
+        Loss on the training points (points that change: on the validation points), error against the true solution.
+    """
     model = task.build_model(seed)
+    batches = task.new_batches(seed, every) if every else iter(task.batches(seed))
     batch = next(iter(task.batches(seed)))
     started, wall = time.process_time(), time.perf_counter()
-    METHODS[method](task, model, batch, seconds)
+    METHODS[method](task, model, batches, seconds)
     spent, wall = time.process_time() - started, time.perf_counter() - wall
     with torch.no_grad():
-        loss = float(task.loss_fn(model, batch))
+        loss = task.evaluate(model) if every else float(task.loss_fn(model, batch))
     return {"method": method, "seed": seed, "cpu_s": spent, "wall_s": wall, "loss": loss,
             "error": task.solution_error(model)}  # fmt: skip
 
@@ -136,17 +158,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--methods", default="gauss_newton,quasi_newton,lm,ssbroyden,lean-lbfgs")
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--seeds", default="0")
+    parser.add_argument("--fresh", type=int, default=0, metavar="N", help="points drawn afresh every N steps")
     parser.add_argument("--out")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     methods, rows = args.methods.split(","), []
+    if args.fresh:
+        methods = [m for m in methods if m in TAKE_NEW]
     for name, dtype in itertools.product(args.tasks.split(","), args.dtypes.split(",")):
         task: Any = make_task(name, TaskSettings(dtype=dtype))
         for method in methods:  # what the first step of a kind takes is nobody's
-            run(task, method, 1_000, 0.3)
+            run(task, method, 1_000, 0.3, args.fresh)
         for seed in args.seeds.split(","):
             for method in methods:
-                row = {"task": name, "dtype": dtype, **run(task, method, int(seed), args.seconds)}
+                row = {"task": name, "dtype": dtype, **run(task, method, int(seed), args.seconds, args.fresh)}
                 rows.append(row)
                 if args.out:
                     with Path(args.out).open("a", encoding="utf-8") as file:

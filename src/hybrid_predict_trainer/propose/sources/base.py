@@ -64,6 +64,7 @@ class Source:
     spec: BasisSpec
     chain: int
     num_in_chain = 0
+    takes_fresh = False  # it has something to say where every batch is a new one
     _asked = False  # a run that might have ended went on for what it owes
 
     def note_proposal(self) -> None:
@@ -73,6 +74,9 @@ class Source:
     def note_real_step(self) -> None:
         """A real step has moved the weights."""
         self.num_in_chain, self._asked = 0, False
+
+    def note_data(self, num_different: int) -> None:
+        """The batch of the step that begins, and so many before it in a row, were not the one before."""
 
     def note_asked(self) -> None:
         """A run that might have ended goes on for the proposal that it owes, once."""

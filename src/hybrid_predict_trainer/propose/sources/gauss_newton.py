@@ -14,6 +14,10 @@ valleys, which the losses of differential equations are, it is worth a factor of
 (docs/benchmarks.md).
 
 A proposal is a chain of such moves.  The gate judges where it ends by the run's own loss function.
+
+Where every batch is a new one (:mod:`.stream`) a proposal is one move, and what becomes of it is seen on the next
+batches: jumps and plain steps take turns, and weights of before come back where a batch that neither has fitted says
+that they are better.
 """
 
 from __future__ import annotations
@@ -26,14 +30,17 @@ import torch
 from torch import Tensor
 
 from ...config.settings import GaussNewtonConfig
+from ...cost import BACKWARD_UNITS, FORWARD_UNITS
 from ...keep.isolation import isolated
-from ...records import BasisSpec, PhasePrediction, StateDict, Verdict
+from ...records import BasisSpec, PhasePrediction, StateDict, Verdict, Window
 from ...weights import algebra as weights
 from ...weights.real_views import RealView
 from .base import Material, Move, Source
-from .jacobian import Linearizer
+from .flat import displacement, flat, joined, put, split
+from .jacobian import Jacobian, Linearizer
 from .least_squares import Convex, LeastSquares, Point, ResidualError
-from .solve import Linearized, form_for
+from .solve import Averaged, Linearized, form_for
+from .stream import Stream
 
 #: Dampings tried at one linearisation, at most.
 MAX_TRIES = 12
@@ -56,6 +63,12 @@ SAME_LOSS = 1e-2
 MATRIX_PRICE = 1 / 6
 #: Where the predicted loss curve is told, as shares of the time that is believed.
 CURVE = (0.25, 0.5, 1.0)
+#: Forwards with which the gate judges a move.
+JUDGED = 2.0
+#: Weights up to which a curvature is averaged over batches.
+LARGEST_AVERAGED = 1024
+#: Ratio of losses on a batch that neither has seen from which on weights are the worse ones.
+WORSE = 1.01
 #: Relative error of the linear model below which training counts as lazy.
 LAZY = 0.1
 
@@ -86,6 +99,11 @@ class _Spent:
             self._matrix += side * A.num_rows * A.num_weights / 2 + side**3 / 6
 
     @property
+    def in_forwards(self) -> float:
+        """Everything."""
+        return self.forwards + self.backwards * BACKWARD_UNITS / FORWARD_UNITS + self.matrix_forwards
+
+    @property
     def matrix_forwards(self) -> float:
         """Price of the matrix work, in forwards."""
         return MATRIX_PRICE * self._matrix / self._forward
@@ -114,10 +132,12 @@ class GaussNewton(Source):
     Attributes:
         chain: Proposals that may follow one another without a real step between them.
         damping: Relative to the mean eigenvalue of the kernel.
+        stream: Turns of jumps and plain steps where batches are new.
         linearity: Mean relative error of the linear model at the moves of the last proposal; NaN before.
     """
 
     name = "gauss_newton"
+    takes_fresh = True
 
     def __init__(
         self, config: GaussNewtonConfig, problem: LeastSquares | Convex, rate: Callable[[], float],
@@ -144,13 +164,35 @@ class GaussNewton(Source):
         self._compared = False  # the run's loss with that of the residuals
         self._best: list[Tensor] | None = None  # where a chain ended that could not go on
         self._best_loss = math.inf
+        self._best_is_stale = False  # its loss is that of another batch
+        self.stream = Stream()
+        self._anchor: list[Tensor] | None = None  # where a block of jumps on new batches began
+        self._curvature: Tensor | None = None  # (P, P) averaged over batches
+        self._num_averaged = 0
         self._proposed: tuple[float, list[Tensor]] | None = None  # loss before, weights it leads to
         self._linearizer: Linearizer | None = None
         self._movable: list[bool] = []
 
     def memory_bytes(self) -> int:
-        """Weights to come back to."""
-        return sum(t.numel() * t.element_size() for t in self._best or ())
+        """Weights to come back to, and an averaged curvature."""
+        held = [*(self._best or ()), *(self._anchor or ()), *([] if self._curvature is None else [self._curvature])]
+        return sum(t.numel() * t.element_size() for t in held)
+
+    def note_data(self, num_different: int) -> None:
+        """See :class:`Source`."""
+        self.stream.note_data(num_different)
+        if num_different:
+            self._best_is_stale = True
+
+    @property
+    def ready(self) -> bool:
+        """Not while plain steps have their turn, unless the run ends."""
+        return self.stream.jumping or self._asked
+
+    def observe(self, window: Window) -> None:
+        """The loss of a real step tells how plain steps get on."""
+        if self.stream.fresh:
+            self.stream.note_step(window.loss)
 
     # ---- proposals ---------------------------------------------------------------------------------------
 
@@ -175,13 +217,13 @@ class GaussNewton(Source):
             with isolated(material.model, "training" if material.exact else "quiet") as isolation:
 
                 def at(x: Tensor, *, graph: bool) -> Point:
-                    _put(live, x)
+                    put(live, x)
                     isolation.begin()
                     spent.forward()
                     return self._at(material, graph=graph)
 
-                walk, first = self._walk(_flat(live), at, spent)
-            end = [t.clone() for t in _split(walk.x, live)]
+                walk, first = self._walk(flat(live), at, spent)
+            end = [t.clone() for t in split(walk.x, live)]
         finally:
             weights.copy_(live, before)
         return self._move(material, walk, first, end, spent)
@@ -212,6 +254,8 @@ class GaussNewton(Source):
 
     def _walk(self, x: Tensor, at: Callable[..., Point], spent: _Spent) -> tuple[_Walk, float]:
         """Moves from x, or from the best weights known where these are better; returns the loss at x as well."""
+        if self.stream.fresh:
+            return self._walk_on_new_batch(x, at, spent)
         walk, first = self._start(x, at)
         if not math.isfinite(walk.point.loss):
             raise ArithmeticError("the loss of the residuals is not finite")
@@ -223,27 +267,56 @@ class GaussNewton(Source):
             self.linearity = sum(errors) / len(errors)
         return walk, first
 
+    def _walk_on_new_batch(self, x: Tensor, at: Callable[..., Point], spent: _Spent) -> tuple[_Walk, float]:
+        """One move, from the best of the weights here, where the last jump led, and where this block began.
+
+        A batch that none of them has fitted compares them.
+        """
+        then = [(None if w is None else joined(w, x), factor) for w, factor in (
+            (self._best, 1.0), (self._anchor if self.stream.block_ends else None, WORSE))]  # fmt: skip
+        others = [(w, factor) for w, factor in then if w is not None and not torch.equal(w, x)]
+        point = at(x, graph=not others)
+        start, first, loss, fell_back = x, point.loss, point.loss, False
+        for known, factor in others:
+            there = at(known, graph=False).loss
+            if not loss <= factor * there:
+                start, loss, fell_back = known, there, factor == WORSE
+        if self.stream.block_begins:
+            self._anchor = [start.clone()]
+        point = at(start, graph=True) if others else point
+        if not math.isfinite(point.loss):
+            raise ArithmeticError("the loss of the residuals is not finite")
+        walk, errors = _Walk(start, point), list[float]()
+        moved = self._step(walk, at, spent, errors, check=self.num_moves == 0)
+        if errors:
+            self.linearity = sum(errors) / len(errors)
+        if moved and not fell_back:
+            self.stream.note_jump(loss, walk.point.loss, spent.in_forwards + JUDGED)
+        else:
+            self.stream.note_failure()
+        return walk, first
+
     def _start(self, x: Tensor, at: Callable[..., Point]) -> tuple[_Walk, float]:
         """Where the chain begins, and the loss at x; a graph is of the weights that were evaluated last."""
-        home = None if self._best is None else torch.cat([t.reshape(-1) for t in self._best]).to(x)
+        home = None if self._best is None else joined(self._best, x)
         if home is not None and not torch.equal(home, x):
             first = at(x, graph=False).loss
-            if self._best_loss < first:
+            if self._best_is_stale or self._best_loss < first:
                 there = at(home, graph=True)
+                self._best_loss = there.loss if self._best_is_stale else self._best_loss
+                self._best_is_stale = False
                 if there.loss < first:
                     return _Walk(home, there), first
         point = at(x, graph=True)
+        if self._best_is_stale:
+            self._best_loss, self._best_is_stale = math.inf, False
         return _Walk(x, point), point.loss
 
     def _step(self, walk: _Walk, at: Callable[..., Point], spent: _Spent, errors: list[float], *, check: bool) -> bool:
         """Linearise, and move as far as the linear model holds; False where no damping lowers the loss."""
         assert self._linearizer is not None
         A = self._linearizer.jacobian(walk.point.outputs, walk.point.cotangents, check=check)
-        c = self.config
-        form = c.form if c.form != "auto" else form_for(
-            A.num_rows, A.num_weights, largest=c.largest_matrix, memory_mb=c.memory_mb
-        )  # fmt: skip
-        model = Linearized(A, form, rank=c.cg_rank, max_iterations=c.cg_iterations, seed=self._seed)
+        model = self._linearized(A)
         found, believed = None, self.damping
         for _ in range(MAX_TRIES if model.scale > 0 else 0):
             found = self._tried(walk, model, at, errors)
@@ -256,6 +329,22 @@ class GaussNewton(Source):
         walk.x, walk.point = found
         self.num_moves += 1
         return True
+
+    def _linearized(self, A: Jacobian) -> Linearized:
+        """The matrix of this batch, or one averaged over batches where that is wanted and small enough."""
+        c = self.config
+        if self.stream.fresh and self.stream.memory > 1 and A.num_weights <= LARGEST_AVERAGED:
+            H = A.normal()
+            self._num_averaged = min(self._num_averaged + 1, self.stream.memory)
+            if self._curvature is None or self._num_averaged == 1:
+                self._curvature, self._num_averaged = H, 1
+            else:
+                self._curvature += (H - self._curvature) / self._num_averaged
+            return Averaged(A, self._curvature, self._num_averaged)
+        form = c.form if c.form != "auto" else form_for(
+            A.num_rows, A.num_weights, largest=c.largest_matrix, memory_mb=c.memory_mb
+        )  # fmt: skip
+        return Linearized(A, form, rank=c.cg_rank, max_iterations=c.cg_iterations, seed=self._seed)
 
     def _tried(
         self, walk: _Walk, model: Linearized, at: Callable[..., Point], errors: list[float]
@@ -304,12 +393,7 @@ class GaussNewton(Source):
 
     def _move(self, material: Material, walk: _Walk, first: float, end: list[Tensor], spent: _Spent) -> Move:
         """What is proposed."""
-        wide = weights.accumulate_dtype(material.parameters[0].device)
-        ends = iter(end)
-        delta = []
-        for p, may in zip(material.parameters, self._movable, strict=True):
-            to = next(ends) if may else None
-            delta.append(torch.zeros_like(p) if to is None else to.to(wide) - p.detach().to(wide))
+        delta = displacement(material.parameters, self._movable, end)
         self._proposed = first, end
         rate = self._rate()
         steps = walk.time / rate if rate > 0 else walk.time
@@ -346,6 +430,9 @@ class GaussNewton(Source):
                 f"the mean square of residual_fn is {first:.6g}, and the loss is {before:.6g}: they must be the same"
             )
             raise ResidualError(self._mismatch)
+        if self.stream.fresh:  # losses of different batches say nothing of which weights are better
+            self._best = end if verdict.accepted else self._best
+            return
         loss = verdict.loss_after if verdict.accepted else verdict.loss_before
         if math.isfinite(loss) and loss <= self._best_loss:
             self._best_loss = loss
@@ -358,7 +445,8 @@ class GaussNewton(Source):
 
     def overwritten(self) -> None:
         """Weights from before are of no use any more."""
-        self._best, self._best_loss = None, math.inf
+        self._best, self._best_loss, self._anchor = None, math.inf, None
+        self._curvature, self._num_averaged = None, 0
 
     @property
     def regime(self) -> str:
@@ -375,7 +463,10 @@ class GaussNewton(Source):
             "damping": self.damping, "linearity": self.linearity, "num_moves": self.num_moves,
             "best": None if self._best is None else [t.clone() for t in self._best], "best_loss": self._best_loss,
             "movable": list(self._movable), "needs_graph": self._needs_graph, "compared": self._compared,
-            "mismatch": self._mismatch, "num_in_chain": self.num_in_chain,
+            "mismatch": self._mismatch, "num_in_chain": self.num_in_chain, "best_is_stale": self._best_is_stale,
+            "anchor": None if self._anchor is None else [t.clone() for t in self._anchor],
+            "curvature": None if self._curvature is None else self._curvature.clone(),
+            "num_averaged": self._num_averaged, "stream": self.stream.state_dict(), "asked": self._asked,
         }  # fmt: skip
 
     def load_state_dict(self, state: StateDict) -> None:
@@ -386,23 +477,13 @@ class GaussNewton(Source):
         self._movable = [bool(v) for v in state["movable"]]
         self._needs_graph, self._compared = state["needs_graph"], state["compared"]
         self._mismatch, self.num_in_chain = state["mismatch"], state["num_in_chain"]
+        self._best_is_stale, self._asked = state["best_is_stale"], state["asked"]
+        self._anchor = None if state["anchor"] is None else [t.clone() for t in state["anchor"]]
+        self._curvature = None if state["curvature"] is None else state["curvature"].clone()
+        self._num_averaged = state["num_averaged"]
+        self.stream.load_state_dict(state["stream"])
         self._linearizer, self._proposed = None, None
 
 
 def _half(v: Tensor) -> float:
     return 0.5 * float(v @ v)
-
-
-def _flat(tensors: list[Tensor]) -> Tensor:
-    """(P,) in the widest type."""
-    return torch.cat([t.detach().reshape(-1).to(weights.accumulate_dtype(t.device)) for t in tensors])
-
-
-def _split(x: Tensor, like: list[Tensor]) -> list[Tensor]:
-    parts = x.split([t.numel() for t in like])
-    return [part.view(t.shape).to(t.dtype) for part, t in zip(parts, like, strict=True)]
-
-
-@torch.no_grad()
-def _put(live: list[Tensor], x: Tensor) -> None:
-    weights.copy_(live, _split(x, live))

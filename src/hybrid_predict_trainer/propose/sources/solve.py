@@ -143,3 +143,31 @@ class Linearized:
         )  # fmt: skip
         self.num_products += 2 * spent + 1
         return -A.vjp(x) if self._kernel else -x
+
+
+class Averaged(Linearized):
+    """In weight form with a curvature that was averaged over batches: a step of recursive least squares."""
+
+    def __init__(self, A: Jacobian, curvature: Tensor, num_batches: int) -> None:
+        """Bind.
+
+        Args:
+            A: (R, P) of this batch.
+            curvature: (P, P) mean of A'A over batches, this one included.
+            num_batches: Of that mean.
+
+        Raises:
+            ArithmeticError: the mean is not finite.
+        """
+        self.A, self.form, self.num_products = A, "weight", 0
+        self._kernel, self._M, self._num_batches = False, curvature, num_batches
+        self.scale = float(curvature.diagonal().sum()) / max(A.num_weights, 1)
+        if not math.isfinite(self.scale):
+            raise ArithmeticError("the averaged curvature is not finite")
+        self._factor: Damped | None = None
+        self._damping = math.nan
+        self._spectrum: Spectrum | None = None
+
+    def move(self, rho: Tensor, damping: float, kind: Filter = "damped") -> Tensor:
+        """See :class:`Linearized`; this batch has a share of one in ``num_batches``."""
+        return super().move(rho, damping, kind) / self._num_batches

@@ -64,10 +64,13 @@ class TanhMLP(nn.Module):
     Args:
         sizes: widths from input to last hidden layer.
         orders: see `jet_channels`; all zero for the value alone.
+        num_coefficients: of the equation, trained beside the network; each is one more channel.
     """
 
-    def __init__(self, sizes: Sequence[int], orders: Sequence[int] | None = None) -> None:
-        """Draw all weights."""
+    def __init__(
+        self, sizes: Sequence[int], orders: Sequence[int] | None = None, num_coefficients: int = 0
+    ) -> None:  # fmt: skip
+        """Draw all weights; coefficients begin at 1."""
         super().__init__()
         self.orders = tuple(orders) if orders is not None else (0,) * sizes[0]
         widths = [*sizes, 1]
@@ -78,8 +81,13 @@ class TanhMLP(nn.Module):
             # them: with zeros the network is an odd function, so is pinn-poisson's solution, and the gradient
             # of each bias is rounding noise, which Adam scales up to whole steps.
             nn.init.xavier_normal_(layer.weight)
+        self.coefficients = nn.Parameter(torch.ones(num_coefficients, 1)) if num_coefficients else None
 
     def forward(self, points: Tensor) -> Tensor:
         """Return (C, N), channel 0 the value, at points (N, D)."""
         linears = [layer for layer in self.layers if isinstance(layer, nn.Linear)]
-        return propagate_jet(linears, points, self.orders)
+        jet = propagate_jet(linears, points, self.orders)
+        if self.coefficients is None:
+            return jet
+        # as a layer of their own, so that every point has its part in their gradient
+        return torch.cat([jet, nn.functional.linear(torch.ones_like(points[:, :1]), self.coefficients).T])

@@ -14,6 +14,7 @@ from ..base import (
     TaskDefaults,
     TaskSettings,
     count_parameters,
+    counter_rng,
     mean_loss,
     reject_settings,
     seeded_model,
@@ -33,7 +34,10 @@ DEFAULTS: dict[str, TaskDefaults] = {
     "oscillator": TaskDefaults(
         optimizer="adam", lr=1e-2, steps=4000, lr_grid=(2.5e-3, 5e-3, 1e-2, 2e-2), predictor="quasi_newton"
     ),
-}
+    **dict.fromkeys(("pinn-allen-cahn", "pinn-klein-gordon", "pinn-inverse"), TaskDefaults(
+        optimizer="adam", lr=1e-2, steps=4000, lr_grid=(2.5e-3, 5e-3, 1e-2, 2e-2), predictor="quasi_newton"
+    )),
+}  # fmt: skip
 
 
 class PinnTask:
@@ -65,7 +69,8 @@ class PinnTask:
         return points.to(device=self.settings.device, dtype=self.dtype)
 
     def _new_model(self) -> nn.Module:
-        return TanhMLP((len(self.problem.orders), *self.problem.hidden), self.problem.orders)
+        sizes = len(self.problem.orders), *self.problem.hidden
+        return TanhMLP(sizes, self.problem.orders, len(self.problem.coefficients))
 
     def build_model(self, seed: int) -> nn.Module:
         """Return a new tanh MLP whose forward gives the problem's jet."""
@@ -75,6 +80,14 @@ class PinnTask:
         """Yield the training points for ever; the seed decides the model only."""
         del seed, start
         return itertools.repeat(self._train)
+
+    def new_batches(self, seed: int, every: int = 1) -> Iterator[Batch]:
+        """Yield as many points as `batches` does, drawn afresh from the whole region every so many steps."""
+        low, high = (getattr(torch.cat([self.problem.valid_points, self.problem.edge]), side)(0).values
+                     for side in ("min", "max"))  # fmt: skip
+        for number in itertools.count():
+            unit = torch.from_numpy(counter_rng(seed, number).uniform(size=(len(self._train), len(low))))
+            yield from itertools.repeat(self._place(low + (high - low) * unit), every)
 
     def loss_fn(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return mean squared residual plus mean squared edge residual."""
@@ -89,7 +102,7 @@ class PinnTask:
         """Return residuals (R,) whose mean square is the loss, each of one point of its own."""
         assert isinstance(batch, Tensor)
         edge, count = self._edge, len(batch)
-        channels = len(jet_channels(self.problem.orders))
+        channels = len(jet_channels(self.problem.orders)) + len(self.problem.coefficients)
         shape = self.problem.edge_residual(edge, torch.zeros(channels, len(edge), dtype=edge.dtype)).shape
         kinds = shape[0] if len(shape) == 2 else 1
         jet: Tensor = model(torch.cat([batch, *[edge] * kinds]))

@@ -7,49 +7,13 @@ points (boundary or initial), D coordinates, C jet channels in the order of `mlp
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True, kw_only=True)
-class Problem:
-    """A differential equation with its points and its solution.
-
-    Attributes:
-        equation: for humans.
-        orders: highest derivative needed along each coordinate.
-        hidden: widths of the hidden layers.
-        num_points: default number of training points.
-        dtype: default precision.
-        train_points: number -> (N, D), float64, interior.
-        valid_points: (N, D), float64, interior, none of them a training point.
-        edge: (E, D), float64.
-        residual: ((N, D), (C, N)) -> (N,), zero for the solution.
-        edge_residual: ((E, D), (C, E)) -> any shape, zero for the solution, weights included.
-        solution: (N, D) float64 -> (N,).
-    """
-
-    equation: str
-    orders: tuple[int, ...]
-    hidden: tuple[int, ...]
-    num_points: int
-    dtype: torch.dtype
-    train_points: Callable[[int], Tensor]
-    valid_points: Tensor
-    edge: Tensor
-    residual: Callable[[Tensor, Tensor], Tensor]
-    edge_residual: Callable[[Tensor, Tensor], Tensor]
-    solution: Callable[[Tensor], Tensor]
-
-
-def midpoints(low: float, high: float, number: int) -> Tensor:
-    """Return the (number, 1) midpoints of equal cells of [low, high], float64."""
-    return (low + (high - low) * (torch.arange(number, dtype=torch.float64) + 0.5) / number)[:, None]
-
+from .more_problems import MORE_PROBLEMS
+from .points import Problem, midpoints, scattered_points
 
 # --- Poisson: u'' = f on [-1, 1] with u(-1) = u(1) = 0
 
@@ -108,18 +72,6 @@ def burgers_edge(points: Tensor, jet: Tensor) -> Tensor:
     """Return u minus its initial value where t = 0, and u where x = -1 or 1."""
     x, t = points[:, 0], points[:, 1]
     return jet[0] + torch.where(t == 0, torch.sin(math.pi * x), torch.zeros_like(x))
-
-
-def scattered_points(number: int, offset: float) -> Tensor:
-    """Return (number, 2) evenly scattered points (x, t) in [-1, 1) x [0, 1), float64.
-
-    Roberts' R2 sequence (2018): multiples of (1 / g, 1 / g^2) modulo one, g the real root of g^3 = g + 1.
-    As even as Sobol points here, and one line that no library version can change.
-    """
-    plastic = 1.324717957244746
-    steps = torch.arange(1, number + 1, dtype=torch.float64)[:, None]
-    unit = (offset + steps * torch.tensor([1 / plastic, 1 / plastic**2], dtype=torch.float64)) % 1
-    return torch.stack([2 * unit[:, 0] - 1, unit[:, 1]], dim=1)
 
 
 def _burgers_edge_points() -> Tensor:
@@ -199,4 +151,5 @@ PROBLEMS: dict[str, Problem] = {
         edge_residual=oscillator_edge,
         solution=oscillator_solution,
     ),
+    **MORE_PROBLEMS,
 }

@@ -76,6 +76,12 @@ class RegressionTask:
         del seed, start
         return itertools.repeat(self._train)
 
+    def new_batches(self, seed: int, every: int = 1) -> Iterator[Batch]:
+        """Yield as many points as `batches` does, drawn afresh every so many steps."""
+        for number in itertools.count():
+            unit = torch.from_numpy(counter_rng(seed, number).uniform(-1, 1, (len(self._train[0]), 2)))
+            yield from itertools.repeat(self._place(unit), every)
+
     def loss_fn(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the mean squared error."""
         assert isinstance(batch, tuple)

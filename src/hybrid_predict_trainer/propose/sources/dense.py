@@ -1,0 +1,206 @@
+"""``quasi_newton`` with a dense matrix: loss and gradient at every trial point, and no optimizer between.
+
+The limited form (:mod:`...predictors.quasi_newton`) learns from real steps and proposes one step after each.  Where
+P x P numbers fit, a proposal here is a run of quasi-Newton steps of its own: the gradient that a line search ends with
+is the one that the next step begins with, and no forward is spent twice.  The base optimizer's real steps between two
+proposals are given up where they raise the loss, which on these problems is nearly always.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.lbfgs import _strong_wolfe
+
+from ...config.settings import QuasiNewtonConfig
+from ...keep.isolation import isolated
+from ...keep.subject import LossFn
+from ...numerics.dense_inverse import DenseInverse
+from ...observe.batches import num_samples
+from ...records import BasisSpec, PhasePrediction, StateDict, Verdict
+from ...weights import algebra as weights
+from ...weights.real_views import RealView
+from .base import Material, Move, Source
+from .flat import displacement, joined, put, split
+
+#: Steps of one proposal, and proposals in a row without a real step between them.
+NUM_STEPS, CHAIN = 16, 8
+#: Evaluations of a line search, at most.
+MAX_LINE_SEARCH = 25
+#: Multiplications of a step per entry of the matrix, H g and a correction of rank 3, and the price of one in those of a
+#: forward, taken for one per weight and sample (``benchmarks/matrix_price.py``).
+MATRIX_PRODUCTS, MATRIX_PRICE = 4, 0.5
+#: Relative difference between the loss that was promised and the one that the gate sees that passes for rounding.
+SAME_LOSS = 1e-3
+
+Evaluate = Callable[[Tensor], tuple[float, Tensor]]
+
+
+def fits(config: QuasiNewtonConfig, num_weights: int, itemsize: int) -> bool:
+    """Whether the matrix and a copy that a checkpoint makes stay within ``memory_mb``."""
+    return num_weights**2 * itemsize <= config.memory_mb * 2**20
+
+
+class DenseQuasiNewton(Source):
+    """Dense BFGS, self-scaled BFGS or self-scaled Broyden on the run's own loss; see the module."""
+
+    name = "quasi_newton"
+    chain = CHAIN
+
+    def __init__(self, config: QuasiNewtonConfig, loss_fn: LossFn, *, longest: int) -> None:
+        """Bind.
+
+        Args:
+            config: Which update.
+            loss_fn: (model, batch) -> loss.
+            longest: Steps that a move may claim to be worth, at most.
+        """
+        self.config, self._loss_fn, self._longest = config, loss_fn, longest
+        self.spec = BasisSpec(num_displacements=1)
+        self._inverse: DenseInverse | None = None
+        self._x: Tensor | None = None  # (P,) where the last step ended
+        self._f, self._g = math.inf, torch.empty(0)  # loss and gradient there
+        self._known = False  # of the batch that comes
+        self._movable: list[bool] = []
+
+    def propose(self, material: Material) -> Move:
+        """A run of steps from the best weights known.
+
+        Raises:
+            ArithmeticError: nothing lowers the loss.
+            TypeError: parameters are complex.
+        """
+        if any(isinstance(p, RealView) for p in material.parameters):
+            raise TypeError('quasi_newton.form = "dense" needs real parameters, and some are complex: take "limited"')
+        if self._movable != material.movable:
+            self.overwritten()
+            self._movable = list(material.movable)
+        live = [p for p, may in zip(material.parameters, material.movable, strict=True) if may]
+        if not live:
+            raise ArithmeticError("no parameter may be moved")
+        before, passes = weights.clone(live), 0
+        try:
+            with isolated(material.model, "training" if material.exact else "quiet") as isolation:
+
+                def at(x: Tensor) -> tuple[float, Tensor]:
+                    nonlocal passes
+                    put(live, x)
+                    isolation.begin()
+                    passes += 1
+                    with torch.enable_grad():
+                        loss = self._loss_fn(material.model, material.batch)
+                        found = torch.autograd.grad(loss, live, allow_unused=True)
+                    parts = [torch.zeros_like(p) if g is None else g for p, g in zip(live, found, strict=True)]
+                    return float(loss.detach()), joined(parts, x)
+
+                num_steps = self._walk(joined([p.detach() for p in live], _widest(live)), at)
+            assert self._x is not None, "walked"
+            end = [t.clone() for t in split(self._x, live)]
+        finally:
+            weights.copy_(live, before)
+        horizon = min(max(num_steps, 1), self._longest)
+        prediction = PhasePrediction(
+            coefficients=torch.ones(1, 1, dtype=torch.float64), horizon=horizon, predicted_loss=self._f,
+            loss_trajectory=((horizon, self._f),), predicted_reduction=0.0, max_scale=1.0,
+        )  # fmt: skip
+        of_forward = max(num_samples(material.batch), 1)
+        matrix = num_steps * MATRIX_PRICE * MATRIX_PRODUCTS * len(self._x) / of_forward
+        delta = displacement(material.parameters, material.movable, end)
+        return Move(prediction=prediction, delta=delta, num_forward=passes, num_backward=passes,
+                    num_matrix_forwards=matrix)  # fmt: skip
+
+    def _walk(self, x: Tensor, at: Evaluate) -> int:
+        """Steps from x, or from where the last one ended where that is better; returns how many."""
+        self._start(x, at)
+        assert self._inverse is not None, "started"
+        inverse, fails, done = self._inverse, 0, 0
+        while done < NUM_STEPS and fails < 2:
+            assert self._x is not None, "started"
+            x, f, g, d = self._x, self._f, self._g, -inverse.Hg
+            slope, t = float(g @ d), min(1.0, 1.0 / float(g.abs().sum())) if inverse.first else 1.0
+            f2, g2 = math.inf, g
+            if slope < 0:
+                f2, g2, t, _ = _strong_wolfe(
+                    lambda x, t, d: at(x + t * d), x, t, d, f, g, slope, max_ls=MAX_LINE_SEARCH, tolerance_change=0.0
+                )
+            if not f2 < f:
+                fails += 1
+                inverse.forget(g)
+                continue
+            s = float(t) * d
+            inverse.learn(s, g2 - g, g, g2, float(t))
+            self._x, self._f, self._g = x + s, f2, g2
+            done, fails = done + 1, 0
+        return done
+
+    def _start(self, x: Tensor, at: Evaluate) -> None:
+        """Loss and gradient of the better one of x and the weights where the last step ended."""
+        if self._x is not None and torch.equal(self._x, x) and self._known:
+            return
+        f, g = at(x)
+        if not math.isfinite(f):
+            raise ArithmeticError("the loss is not finite")
+        if self._x is not None and not self._known:
+            self._f, self._g = at(self._x)
+        self._known = True
+        if self._x is None or not self._f <= f:
+            self._x, self._f, self._g = x, f, g
+        if self._inverse is None:
+            self._inverse = DenseInverse(self._g, self.config.update)
+        self._inverse.see(self._g)
+
+    # ---- what becomes of them ----------------------------------------------------------------------------
+
+    def note_data(self, num_different: int) -> None:
+        """On other points the loss is another one; the curvature is much the same."""
+        if num_different:
+            self._known = False
+
+    def note_verdict(self, verdict: Verdict) -> None:
+        """Where the gate does not see the loss that was promised, everything is begun anew."""
+        if not verdict.accepted and verdict.loss_after > self._f + SAME_LOSS * abs(self._f):
+            self.overwritten()
+
+    @property
+    def knows_better(self) -> bool:
+        """Whether there are weights to come back to."""
+        return self._x is not None
+
+    def overwritten(self) -> None:
+        """Weights from before are of no use any more."""
+        self._x, self._inverse, self._f, self._known = None, None, math.inf, False
+
+    def memory_bytes(self) -> int:
+        """Of the matrix and two vectors."""
+        vectors = 0 if self._x is None else 2 * self._x.numel() * self._x.element_size()
+        return vectors + (0 if self._inverse is None else self._inverse.memory_bytes())
+
+    # ---- state -------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> StateDict:
+        """Matrix, and where the last step ended."""
+        return {
+            "x": None if self._x is None else self._x.clone(), "f": self._f, "g": self._g.clone(),
+            "known": self._known, "inverse": None if self._inverse is None else self._inverse.state_dict(),
+            "movable": list(self._movable), "num_in_chain": self.num_in_chain, "asked": self._asked,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: StateDict) -> None:
+        """Inverse of :meth:`state_dict`."""
+        self._x = None if state["x"] is None else state["x"].clone()
+        self._f, self._g, self._known = state["f"], state["g"].clone(), state["known"]
+        self._inverse = None
+        if state["inverse"] is not None:
+            self._inverse = DenseInverse(self._g, self.config.update)
+            self._inverse.load_state_dict(state["inverse"])
+        self._movable = [bool(v) for v in state["movable"]]
+        self.num_in_chain, self._asked = state["num_in_chain"], state["asked"]
+
+
+def _widest(live: list[Tensor]) -> Any:
+    """An empty tensor of the widest type among the weights: a matrix of float32 weights is of that type, too."""
+    return torch.empty(0, dtype=max((p.dtype for p in live), key=lambda d: d.itemsize), device=live[0].device)

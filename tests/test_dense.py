@@ -1,0 +1,164 @@
+"""The dense form of ``quasi_newton``: the formulas, runs, refusals, checkpoints."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cases import full_batch, loss_fn, make_model, plain_loop
+from hybrid_predict_trainer import HybridTrainer, HybridTrainerConfig
+from hybrid_predict_trainer.config.toml import with_values
+from hybrid_predict_trainer.numerics.dense_inverse import DenseInverse, broyden_scaling
+from hybrid_predict_trainer.predictors import QuasiNewton
+from hybrid_predict_trainer.propose.sources.dense import DenseQuasiNewton
+from hybrid_predict_trainer.records import ConfigError
+
+
+def built(model: nn.Module, **values: Any) -> HybridTrainer:
+    config = with_values(HybridTrainerConfig.preset("full_batch"), {
+        "predictor.quasi_newton.form": "dense", "training.warmup_steps": 3, "gate.holdout_fraction": 0.0,
+        **{key.replace("__", "."): value for key, value in values.items()},
+    })  # fmt: skip
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    return HybridTrainer(model, optimizer, config, loss_fn=loss_fn)
+
+
+def loss_at(model: nn.Module, batch: Any) -> float:
+    return loss_fn(model, batch).item()
+
+
+# ---- formulas ------------------------------------------------------------------------------------------
+
+
+def expected(H: Tensor, s: Tensor, y: Tensor, tau: float, phi: float) -> Tensor:
+    """Broyden's family written out: phi = 1 is BFGS, phi = 0 DFP."""
+    s_y, Hy = s @ y, H @ y
+    v = (y @ Hy).sqrt() * (s / s_y - Hy / (y @ Hy))
+    return (H - torch.outer(Hy, Hy) / (y @ Hy) + phi * torch.outer(v, v)) / tau + torch.outer(s, s) / s_y
+
+
+@pytest.mark.parametrize("update", ["bfgs", "ssbfgs", "ssbroyden"])
+def test_an_update_is_the_published_one_and_has_the_secant_property(update: Any) -> None:
+    torch.manual_seed(0)
+    n = 5
+    M = torch.randn(n, n, dtype=torch.float64)
+    B = M @ M.T + torch.eye(n, dtype=torch.float64)
+    g = torch.randn(n, dtype=torch.float64)
+    inverse = DenseInverse(g, update)
+    scaled = []
+    for k in range(4):
+        H = inverse.H.clone()
+        t = 0.3 + 0.2 * k
+        s = -t * inverse.Hg
+        y, first = B @ s, inverse.first
+        inverse.learn(s, y, g, g + y, t)
+        if first:
+            H = H * float(s @ y) / float(y @ y)
+        b = 1.0 if first else float(s @ torch.linalg.solve(H, s)) / float(s @ y)
+        tau, phi = (1.0, 1.0) if update == "bfgs" else (min(1.0, 1 / b), 1.0)
+        if update == "ssbroyden":
+            tau, phi = broyden_scaling(b, float(y @ H @ y) / float(s @ y), n)
+        scaled.append((tau, phi))
+        torch.testing.assert_close(inverse.H, expected(H, s, y, tau, phi))
+        torch.testing.assert_close(inverse.H @ y, s)
+        g = g + y
+        torch.testing.assert_close(inverse.Hg, inverse.H @ g)
+    assert (update == "bfgs") == all(pair == (1.0, 1.0) for pair in scaled)
+
+
+def test_a_pair_without_curvature_changes_nothing() -> None:
+    g = torch.tensor([1.0, 2.0])
+    inverse = DenseInverse(g, "ssbfgs")
+    inverse.learn(torch.tensor([1.0, 0.0]), torch.tensor([-1.0, 0.0]), g, torch.tensor([0.0, 2.0]), 1.0)
+    assert torch.equal(inverse.H, torch.eye(2))
+    assert torch.equal(inverse.Hg, torch.tensor([0.0, 2.0]))
+
+
+# ---- in a run --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("update", ["bfgs", "ssbfgs", "ssbroyden"])
+@pytest.mark.parametrize("form", ["dense", "auto"])
+def test_it_ends_far_below_the_optimizer_alone(update: str, form: str) -> None:
+    (x, y), *_ = full_batch(1)
+    batch = x.double(), y.double()
+    model, plain = make_model("mlp").double(), make_model("mlp").double()
+    trainer = built(model, predictor__quasi_newton__update=update, predictor__quasi_newton__form=form)
+    assert isinstance(trainer.run.proposer.source, DenseQuasiNewton)
+    trainer.fit([batch], total_steps=150)
+    plain_loop(plain, torch.optim.Adam(plain.parameters(), lr=0.01), [batch] * 150)
+    assert loss_at(model, batch) < 0.05 * loss_at(plain, batch)
+    assert trainer.statistics()["num_predictor_failures"] == 0
+
+
+def test_auto_takes_the_limited_form_where_the_matrix_does_not_fit() -> None:
+    trainer = built(make_model("mlp"), predictor__quasi_newton__form="auto", predictor__quasi_newton__memory_mb=1e-3)
+    assert isinstance(trainer.run.proposer.predictor, QuasiNewton)
+
+
+def test_predictor_auto_takes_the_dense_form_that_was_asked_for() -> None:
+    trainer = built(make_model("mlp"), predictor__type="auto")
+    trainer.fit(full_batch(1), total_steps=60)
+    assert isinstance(trainer.run.proposer.source, DenseQuasiNewton)
+    assert trainer.statistics()["num_jumps_accepted"] > 0
+
+
+def test_what_cannot_be_is_one_line() -> None:
+    with pytest.raises(ConfigError, match=r"needs \d+ MB for \d+ weights: raise predictor\.quasi_newton\.memory_mb"):
+        built(make_model("mlp"), predictor__quasi_newton__memory_mb=1e-3)
+    with pytest.raises(ConfigError, match="needs the whole matrix"):
+        built(make_model("mlp"), predictor__quasi_newton__form="limited", predictor__quasi_newton__update="ssbroyden")
+
+
+def test_limited_bfgs_is_the_form_without_self_scaling() -> None:
+    runs = []
+    for values in ({"update": "bfgs"}, {"self_scaling": False}, {}):
+        model = make_model("mlp")
+        trainer = built(model, predictor__quasi_newton__form="limited",
+                        **{f"predictor__quasi_newton__{k}": v for k, v in values.items()})  # fmt: skip
+        trainer.fit(full_batch(1), total_steps=60)
+        runs.append(torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+
+
+@pytest.mark.parametrize("at", [4, 12])
+def test_a_resumed_run_is_the_whole_one(at: int, tmp_path: Path) -> None:
+    (batch,) = full_batch(1)
+    whole, other = built(make_model("mlp")), built(make_model("mlp", seed=9))
+    for _ in range(at):
+        whole.step(batch)
+    other.load_checkpoint(whole.save_checkpoint(tmp_path))
+    for _ in range(20):
+        assert whole.step(batch).reason == other.step(batch).reason
+    for p, q in zip(whole.run.subject.parameters, other.run.subject.parameters, strict=True):
+        assert torch.equal(p, q)
+
+
+def test_frozen_weights_stay() -> None:
+    model = make_model("mlp")
+    frozen = next(iter(model.parameters()))
+    frozen.requires_grad_(False)
+    before = copy.deepcopy(frozen)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    trainer = HybridTrainer(model, optimizer, built(make_model("mlp")).config, loss_fn=loss_fn)
+    trainer.fit(full_batch(1), total_steps=60)
+    assert trainer.statistics()["num_jumps_accepted"] > 0
+    assert torch.equal(frozen, before)
+
+
+def test_points_that_change_keep_the_curvature_and_lose_the_loss() -> None:
+    model = make_model("mlp").double()
+    trainer = built(model)
+    for x, y in full_batch(1) * 1:
+        for k in range(6):
+            batch = x.double() + 0.1 * k, y.double()
+            for _ in range(15):
+                trainer.step(batch)
+    assert trainer.statistics()["num_jumps_accepted"] > 10
+    assert trainer.statistics()["num_predictor_failures"] == 0
