@@ -15,6 +15,7 @@ from hybrid_predict_trainer import HybridTrainer, HybridTrainerConfig
 from hybrid_predict_trainer.config.toml import with_values
 from hybrid_predict_trainer.numerics.dense_inverse import DenseInverse, broyden_scaling
 from hybrid_predict_trainer.predictors import QuasiNewton
+from hybrid_predict_trainer.propose.sources import price
 from hybrid_predict_trainer.propose.sources.dense import DenseQuasiNewton
 from hybrid_predict_trainer.records import ConfigError
 
@@ -162,3 +163,24 @@ def test_points_that_change_keep_the_curvature_and_lose_the_loss() -> None:
                 trainer.step(batch)
     assert trainer.statistics()["num_jumps_accepted"] > 10
     assert trainer.statistics()["num_predictor_failures"] == 0
+
+
+# ---- prices ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rows", "weights", "products", "measured"),
+    # benchmarks/matrix_price.py, one run: (kernel + factor) / forward, in CPU time
+    [(258, 2209, 1.63e6, 5.0), (130, 2209, 8.2e5, 1.8), (512, 4897, 2.51e6, 36.3), (1217, 3297, 1.52e7, 55.9),
+     (1092, 2241, 1.14e7, 26.3), (612, 2243, 5.13e6, 16.6), (128, 4897, 6.27e5, 2.5)],
+)  # fmt: skip
+def test_matrices_are_charged_what_they_take(rows: int, weights: int, products: float, measured: float) -> None:
+    charged = price.least_squares(rows, weights, products, num_products=1, factorised=True)
+    assert measured / 2 < charged < 2 * measured
+
+
+def test_what_was_not_factorised_is_charged_for_its_products_alone() -> None:
+    one, ten = (price.least_squares(9000, 8000, 1e8, num_products=n, factorised=False) for n in (1, 10))
+    assert ten == pytest.approx(10 * one)
+    assert one == pytest.approx(price.GRAM, rel=0.05)
+    assert price.dense_steps(3, 2209, 256) == pytest.approx(3 * price.dense_steps(1, 2209, 256))

@@ -24,6 +24,7 @@ from ...observe.batches import num_samples
 from ...records import BasisSpec, PhasePrediction, StateDict, Verdict
 from ...weights import algebra as weights
 from ...weights.real_views import RealView
+from . import price
 from .base import Material, Move, Source
 from .flat import displacement, joined, put, split
 
@@ -31,9 +32,6 @@ from .flat import displacement, joined, put, split
 NUM_STEPS, CHAIN = 16, 8
 #: Evaluations of a line search, at most.
 MAX_LINE_SEARCH = 25
-#: Multiplications of a step per entry of the matrix, H g and a correction of rank 3, and the price of one in those of a
-#: forward, taken for one per weight and sample (``benchmarks/matrix_price.py``).
-MATRIX_PRODUCTS, MATRIX_PRICE = 4, 0.5
 #: Relative difference between the loss that was promised and the one that the gate sees that passes for rounding.
 SAME_LOSS = 1e-3
 
@@ -107,8 +105,7 @@ class DenseQuasiNewton(Source):
             coefficients=torch.ones(1, 1, dtype=torch.float64), horizon=horizon, predicted_loss=self._f,
             loss_trajectory=((horizon, self._f),), predicted_reduction=0.0, max_scale=1.0,
         )  # fmt: skip
-        of_forward = max(num_samples(material.batch), 1)
-        matrix = num_steps * MATRIX_PRICE * MATRIX_PRODUCTS * len(self._x) / of_forward
+        matrix = price.dense_steps(num_steps, len(self._x), num_samples(material.batch))
         delta = displacement(material.parameters, material.movable, end)
         return Move(prediction=prediction, delta=delta, num_forward=passes, num_backward=passes,
                     num_matrix_forwards=matrix)  # fmt: skip

@@ -35,6 +35,7 @@ from ...keep.isolation import isolated
 from ...records import BasisSpec, PhasePrediction, StateDict, Verdict, Window
 from ...weights import algebra as weights
 from ...weights.real_views import RealView
+from . import price
 from .base import Material, Move, Source
 from .flat import displacement, flat, joined, put, split
 from .jacobian import Jacobian, Linearizer
@@ -57,10 +58,6 @@ LEAST, MOST = 1e-16, 1e8
 MAX_BEND = 0.75
 #: Relative difference between the run's loss and the one of the residuals that passes for rounding.
 SAME_LOSS = 1e-2
-#: Price of a multiplication in a matrix product, in those of a forward: networks small enough for this source spend
-#: most of a forward on other things.  ``benchmarks/matrix_price.py`` measures it: 0.08 to 0.34 with 130 to 1,217
-#: residuals (LOG.md).
-MATRIX_PRICE = 1 / 6
 #: Where the predicted loss curve is told, as shares of the time that is believed.
 CURVE = (0.25, 0.5, 1.0)
 #: Forwards with which the gate judges a move.
@@ -78,11 +75,11 @@ class _Spent:
 
     Attributes:
         forwards, backwards: Through the model.
+        matrix_forwards: Price of the matrix work, in forwards.
     """
 
     def __init__(self) -> None:
-        self.forwards = self.backwards = 0.0
-        self._matrix, self._forward = 0.0, 1.0  # multiplications: of matrix work, and of one forward
+        self.forwards = self.backwards = self.matrix_forwards = 0.0
 
     def forward(self) -> None:
         """One was made."""
@@ -92,21 +89,15 @@ class _Spent:
         """The matrix, its factor, and products beside them."""
         A = model.A
         self.backwards += num_backward
-        self._forward = max(float(A.num_products), 1.0)
-        self._matrix += model.num_products * A.num_products
-        if model.form != "cg":
-            side = min(A.num_rows, A.num_weights)
-            self._matrix += side * A.num_rows * A.num_weights / 2 + side**3 / 6
+        self.matrix_forwards += price.least_squares(
+            A.num_rows, A.num_weights, float(A.num_products), num_products=model.num_products,
+            factorised=model.form != "cg",
+        )  # fmt: skip
 
     @property
     def in_forwards(self) -> float:
         """Everything."""
         return self.forwards + self.backwards * BACKWARD_UNITS / FORWARD_UNITS + self.matrix_forwards
-
-    @property
-    def matrix_forwards(self) -> float:
-        """Price of the matrix work, in forwards."""
-        return MATRIX_PRICE * self._matrix / self._forward
 
 
 @dataclass(slots=True)
