@@ -121,6 +121,17 @@ def test_residuals_of_two_dimensions() -> None:
     torch.testing.assert_close(point.folded(r.detach()), point.rho)
 
 
+@pytest.mark.parametrize("logit", [20.0, 30.0, 36.0, 40.0, 700.0])
+def test_saturated_outputs_have_no_curvature_and_are_no_error(logit: float) -> None:
+    z = torch.zeros(6, 3, dtype=torch.float64)
+    y = torch.arange(6) % 3
+    z[range(6), y] = logit + torch.linspace(0, 1, 6, dtype=torch.float64)
+    z.requires_grad_(True)
+    point = Convex(lambda model, batch: (1 * z, lambda u: F.cross_entropy(u, y))).at(nn.Identity(), None)
+    assert bool(torch.isfinite(point.rho).all())
+    assert point.loss >= 0
+
+
 def test_classification() -> None:
     torch.manual_seed(0)
     X = torch.randn(60, WIDTH)

@@ -39,11 +39,11 @@ ENDLESS = 10_000_000
 Method = Callable[[Any, torch.nn.Module, Iterator[Any], float], None]
 
 
-def _ours(predictor: str) -> Method:
+def _ours(predictor: str, **values: Any) -> Method:
     def train(task: Any, model: torch.nn.Module, batches: Iterator[Any], seconds: float) -> None:
         config = HybridTrainerConfig()
         config = preset_config("full_batch") if predictor == "quasi_newton" else config
-        config = with_values(config, {"predictor.type": predictor})
+        config = with_values(config, {"predictor.type": predictor, **values})
         started = time.process_time()
         optimizer = torch.optim.Adam(model.parameters(), FIRST_RATE)
 
@@ -95,6 +95,9 @@ def _soap(parameters: Any) -> torch.optim.Optimizer:
 METHODS: dict[str, Method] = {
     "gauss_newton": _ours("gauss_newton"),
     "quasi_newton": _ours("quasi_newton"),
+    "dense": _ours(
+        "quasi_newton", **{"predictor.quasi_newton.form": "dense", "predictor.quasi_newton.update": "ssbroyden"}
+    ),
     "lm": _flat(lambda task, flat: levenberg_marquardt(flat, task.residual_fn)),
     "ssbroyden": _flat(lambda task, flat: dense(flat, "ssbroyden")),
     "ssbfgs": _flat(lambda task, flat: dense(flat, "ssbfgs")),
@@ -105,7 +108,7 @@ METHODS: dict[str, Method] = {
 
 
 #: Methods that take batches which change.
-TAKE_NEW = ("gauss_newton", "quasi_newton", "soap", "adam")
+TAKE_NEW = ("gauss_newton", "quasi_newton", "dense", "soap", "adam")
 
 
 def run(task: Any, method: str, seed: int, seconds: float, every: int = 0) -> dict[str, Any]:

@@ -29,7 +29,8 @@ WANTED_OUTPUTS = (
 )
 #: Eigenvalues of a row's Hessian below this share of its largest are rounding.
 RANK_TOLERANCE = 1e-10
-#: The same against the largest of all rows: what second derivatives of saturated outputs are off.
+#: The same against the largest of all rows, and against curvature one of a mean over rows: what second derivatives of
+#: saturated outputs are off.
 ROUNDING = 1e-14
 #: Share of the largest eigenvalue that a negative one may have.
 NEGATIVE = 1e-6
@@ -113,10 +114,11 @@ class Convex:
                 raise ResidualError(f"{WANTED_OUTPUTS}; that loss is not {_told(loss)}")
             value, h, H = _row_hessians(loss, z)
         s, Q = torch.linalg.eigh(H)  # (N, C)
-        largest = float(s.max())
-        if bool((s[:, 0] < -NEGATIVE * max(largest, 0.0)).any()) or not largest >= 0:
+        # a saturated softmax has p - p^2 on its diagonal, which is off by the rounding of p, not of the difference
+        largest, floor = float(s.max()), ROUNDING / len(z)
+        if bool((s[:, 0] < -NEGATIVE * max(largest, 0.0) - floor).any()) or not largest >= -floor:
             raise ResidualError(f"{WANTED_OUTPUTS}; the Hessian of that loss has negative eigenvalues")
-        kept = s > (RANK_TOLERANCE * s[:, -1:]).clamp(min=ROUNDING * largest)
+        kept = s > (RANK_TOLERANCE * s[:, -1:]).clamp(min=max(ROUNDING * largest, floor))
         root = torch.where(kept, s, torch.zeros_like(s)).clamp(min=0).sqrt()
         B = Q * root[:, None, :]  # (N, C, K)
         along = torch.einsum("ncj,nc->nj", Q, h)
