@@ -7,7 +7,7 @@ OUT ?= demo-results
 
 REGIMES := pinn epochs finetune lm lm-lowlr lm-muon
 
-.PHONY: presets coverage demo test frameworks test-oldest golden check audit bench regimes harm harm-quick faults scenarios clean help
+.PHONY: site options installed presets coverage demo test frameworks test-oldest golden check audit bench regimes harm harm-quick faults scenarios clean help
 
 help:
 	@echo "make demo   train a language model and a physics-informed network plainly and with predicted phases"
@@ -15,8 +15,11 @@ help:
 	@echo "make frameworks  the tests of adapters and trackers that need more than the development environment"
 	@echo "make test-oldest  the same with the oldest versions that are supported"
 	@echo "make golden AGAINST=path  short runs with the checkout there and with this one: the same to the last bit?"
-	@echo "make check  ruff (its security rules too), mypy, import order, no secrets"
+	@echo "make check  ruff (its security rules too), mypy, import order, no secrets, the site, the wheel"
 	@echo "make audit  known faults of what is installed, and secrets; needs the network"
+	@echo "make site   the documents as a site, in build/site"
+	@echo "make options  write docs/options.md from the settings' classes"
+	@echo "make installed  build wheel and sdist, try the wheel in an environment of its own"
 	@echo "make presets  write the preset files with the settings and defaults of today"
 	@echo "make coverage  how much of encoder, monitor, gate, phases, dynamics and bandit their tests run"
 	@echo "make bench  measure the overhead of a full step"
@@ -78,6 +81,18 @@ check: $(STAMP)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_imports.py tests/test_secrets.py
+	$(BIN)/python -m mkdocs build --quiet --strict
+	$(BIN)/python tests/installed.py
+
+site: $(STAMP)
+	$(BIN)/python -m mkdocs build --strict
+
+options: $(STAMP)
+	$(BIN)/python docs/site/options.py
+
+# Wheel and sdist build; the wheel works in an environment that has torch and nothing else of ours.
+installed: $(STAMP)
+	$(BIN)/python tests/installed.py
 
 # Asks the network which versions have known faults, and looks for secrets with more patterns than the tests have.
 audit: $(STAMP)

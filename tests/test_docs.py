@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -199,3 +202,32 @@ def test_links_lead_somewhere(name: str) -> None:
         found = (ROOT / name).parent.joinpath(path) if path else ROOT / name
         assert found.exists(), target
         assert not anchor or anchor in heads(found), target
+
+
+@pytest.mark.parametrize("name", ["docs/index.md", "docs/schedules.md"])
+def test_the_examples_of_a_page_run(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for block in blocks(name):
+        exec(compile(block, name, "exec"), {"__name__": "page"})
+    if name == "docs/index.md":
+        assert int(capsys.readouterr().out.split()[0]) > 0
+
+
+def test_the_table_of_options_is_the_one_of_today() -> None:
+    page = runpy.run_path(str(ROOT / "docs" / "site" / "options.py"))["page"]()
+    assert page == (ROOT / "docs" / "options.md").read_text(encoding="utf-8"), "run 'make options'"
+    assert page.count("\n| `") == len(valid_keys())
+
+
+def test_every_page_is_in_the_site() -> None:
+    listed = set(re.findall(r"(\w+\.md)", (ROOT / "mkdocs.yml").read_text(encoding="utf-8")))
+    assert listed == {path.name for path in (ROOT / "docs").glob("*.md")}
+
+
+def test_examples_in_docstrings_hold() -> None:
+    package = Path(hybrid_predict_trainer.__file__).parent
+    found = [path for path in package.rglob("*.py") if ">>> " in path.read_text(encoding="utf-8")]
+    assert found
+    for path in found:
+        name = ".".join(("hybrid_predict_trainer", *path.relative_to(package).with_suffix("").parts))
+        result = doctest.testmod(importlib.import_module(name))
+        assert (result.failed, result.attempted > 0) == (0, True), name

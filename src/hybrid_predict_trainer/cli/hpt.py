@@ -41,7 +41,8 @@ from .names import ABLATIONS, PRIORS
 #: Command -> the module beside this one whose ``run`` it calls.
 COMMANDS = {
     "train": ".train", "compare": ".compare", "inspect": ".inspect", "report": ".report", "forecast": ".forecast",
-    "recipe": ".recipe", "validate": ".validate", "doctor": ".doctor", "probe": ".probe", "bench": ".bench",
+    "recipe": ".recipe", "validate": ".validate", "doctor": ".doctor", "watch": ".watch", "probe": ".probe",
+    "bench": ".bench",
 }  # fmt: skip
 
 DESCRIPTION = """\
@@ -124,6 +125,17 @@ def build_parser() -> argparse.ArgumentParser:
         "hpt recipe results/first", usage="%(prog)s PATH [OPTIONS]",
     )  # fmt: skip
     recipe.add_argument("path", type=Path, metavar="PATH", help="a run's folder, or a recipe's file")
+    watch = command(
+        "watch", "a run in progress, in the terminal",
+        "Shows a run while it goes on: step, phase, losses, jumps, the curve, and what 'hpt doctor'\n"
+        "says of it.  Ctrl-C ends the watching, not the run.",
+        "hpt watch results/first", usage="%(prog)s DIR [OPTIONS]",
+    )  # fmt: skip
+    watch.add_argument("run", type=Path, metavar="DIR", help="folder of 'hpt train'")
+    watch.add_argument("--once", action="store_true", help="show it once")
+    watch.add_argument(
+        "--every", type=number(float, 0.1, 3600), default=2.0, metavar="S", help="seconds between two looks (default 2)"
+    )
     _add_forecast(command(
         "forecast", "the final loss of a run in progress, from its log",
         "Forecasts the final loss of a run from its loss curve and its learning rates, with an\n"

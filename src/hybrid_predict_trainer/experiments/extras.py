@@ -7,7 +7,8 @@ import importlib.util
 from ..tasks.base import missing_extra
 
 #: Module -> the extra that installs it.
-EXTRAS = {"filelock": "cli", "jinja2": "cli", "tqdm": "cli", "matplotlib": "report", "scipy": "experiments"}
+EXTRAS = {"filelock": "cli", "jinja2": "cli", "tqdm": "cli", "matplotlib": "report", "scipy": "experiments",
+          "rich": "watch"}  # fmt: skip
 
 
 def require(*modules: str) -> None:
