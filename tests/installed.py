@@ -48,7 +48,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         wheel, sdist = built(folder)
-        inside = {"wheel": zipfile.ZipFile(wheel).namelist(), "sdist": tarfile.open(sdist).getnames()}
+        with zipfile.ZipFile(wheel) as a, tarfile.open(sdist) as b:
+            inside = {"wheel": a.namelist(), "sdist": b.getnames()}
         for kind, names in inside.items():
             missing = [data for data in DATA if not any(n.endswith(f"hybrid_predict_trainer/{data}") for n in names)]
             if missing:

@@ -16,8 +16,8 @@ from hybrid_predict_trainer.predictors import PREDICTORS
 PAGE = Path(__file__).parents[1] / "options.md"
 HEAD = """# Options
 
-Written by `make options` from the settings' own classes: the range is found by asking them, the unit follows from the name.
-What each one means is in [configuration.md](configuration.md); "presets" names those that set it, and
+Written by `make options` from the settings' own classes: the range is found by asking them, the unit follows from
+the name.  What each one means is in [configuration.md](configuration.md); "presets" names those that set it, and
 `hpt train --preset NAME` prints their sources.
 
 | key | default | type | unit | range | presets |

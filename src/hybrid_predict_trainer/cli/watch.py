@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import sys
 import time
@@ -100,7 +101,7 @@ def _curve(record: RunRecord) -> str:
         return ""
     width = min(WIDTH, len(losses))
     cut = [len(losses) * i // width for i in range(width + 1)]
-    means = [sum(losses[a:b]) / (b - a) for a, b in zip(cut, cut[1:], strict=False)]
+    means = [sum(losses[a:b]) / (b - a) for a, b in itertools.pairwise(cut)]
     if min(means) > 0 and max(means) > 10 * min(means):
         means = [math.log(x) for x in means]
     low, high = min(means), max(means)
