@@ -32,7 +32,7 @@ SMOKE = Scale(
     steps=60, batch_size=2, context=16, sketch=64, snapshot_every=10, horizons=(10, 20), num_twins=2,
     jump_steps=((25, 5), (50, 10), (80, 20)),
 )  # fmt: skip
-HALF = replace(SMOKE, steps=60, jump_steps=((50, 10),), forced="hold")
+HALF = replace(SMOKE, steps=40, jump_steps=((50, 10),), forced="hold")
 #: Full batches: the data that a run goes on with are always the same.
 EXACT = Scale(
     task="regression",
