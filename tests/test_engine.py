@@ -539,14 +539,14 @@ def test_a_batch_that_the_loop_writes_to_or_frees() -> None:
 def test_a_loss_that_is_noted_after_the_step_counts_for_the_next() -> None:
     built = setup("mlp", "adam")
     engine = ride(built)
-    with pytest.warns(UserWarning, match="no loss was handed over") as told:  # noqa: PT031 - all steps
+    with pytest.warns(UserWarning, match=r"no loss was handed over|behind optimizer.step\(\)") as told:  # noqa: PT031 - all steps
         for batch in full_batch(30):
             built.optimizer.zero_grad()
             loss = loss_fn(built.model, batch)
             loss.backward()
             built.optimizer.step()
             engine.note(loss, batch)
-    assert len(told) == 1
+    assert len(told) == 2, "that there was none, and that it came late"
     assert engine.statistics()["num_real_steps"] == 30
 
 

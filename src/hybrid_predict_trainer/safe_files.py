@@ -246,7 +246,7 @@ def end_torn_line(path: str | Path) -> None:
             file.seek(0, os.SEEK_END)
             file.write(b"\n")
     if torn:
-        warn(f"{path}: the last line was torn ({len(tail)} bytes of a record) and has been dropped", stacklevel=3)
+        warn(f"{path}: the last line was torn ({len(tail)} bytes of a record) and has been dropped")
 
 
 def _is_json(text: bytes) -> bool:

@@ -118,7 +118,6 @@ def cyclic(
     warn(
         "a cyclic schedule is not recommended with prediction: what is learnt while the rate falls does not hold "
         "while it rises; take schedules.wsd, linear or cosine",
-        stacklevel=2,
     )
     return LambdaLR(
         optimizer, functools.partial(_cyclic, cycle_steps=cycle_steps, lowest=lowest, mode=mode, gamma=gamma)

@@ -35,6 +35,7 @@ from .keep.periodic import PeriodicSaver
 from .keep.subject import LossFn, OutputFn, ResidualFn
 from .move.modifier import StepModifier
 from .move.recipe import Recipe
+from .notices import users_line
 from .predictors import Predictor
 from .records import EpochResult, StateDict, StepResult
 from .recovery import NumericalInstability
@@ -256,7 +257,7 @@ class HybridTrainer:
             warnings.warn(
                 f"the loader ended after {tally.num_steps} steps, at {run.position} of {total_steps} on the clock, and "
                 "can't be gone through again: pass a list or a data loader, or call fit again with more batches",
-                stacklevel=3,
+                stacklevel=users_line(),
             )
         if tally.num_steps and not trained_weights_finite(run.subject.optimizer):
             where = whereabouts(run.subject.model, run.subject.optimizer)

@@ -106,5 +106,5 @@ class _Kept:
         if folder is not None and folder.is_dir():
             self._engine.load_state(folder)
         elif folder is not None:
-            warn(f"{folder.parent} was saved without {FOLDER}: prediction begins anew", stacklevel=3)
+            warn(f"{folder.parent} was saved without {FOLDER}: prediction begins anew")
         return found

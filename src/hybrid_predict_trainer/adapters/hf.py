@@ -156,7 +156,7 @@ class HybridCallback(TrainerCallback):  # type: ignore[misc]
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(json.dumps(jsonable(self.report), indent=2), encoding="utf-8")
             except OSError as error:
-                warn(f"{path} was not written: {error.strerror}", stacklevel=2)
+                warn(f"{path} was not written: {error.strerror}")
         if self.config.enabled and self._say:
             print(text(self.report))
         self._leave()
@@ -215,7 +215,7 @@ class HybridCallback(TrainerCallback):  # type: ignore[misc]
         if (folder / FOLDER).is_dir():
             self.engine.load_state(folder / FOLDER)
         elif self.config.enabled:
-            warn(f"{folder} was saved without {FOLDER}: training goes on, and prediction begins anew", stacklevel=3)
+            warn(f"{folder} was saved without {FOLDER}: training goes on, and prediction begins anew")
 
     def _leave(self) -> None:
         self._replaced.restore()

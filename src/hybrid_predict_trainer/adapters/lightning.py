@@ -193,7 +193,6 @@ class HybridCallback(Callback):  # type: ignore[misc]
             warn(
                 f"the optimizer has made {steps} steps and trainer.global_step is 0, so that max_steps never ends the "
                 "run: step what self.optimizers() returns, not the optimizer inside it",
-                stacklevel=2,
             )
 
 

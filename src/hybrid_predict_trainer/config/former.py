@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
+from ..notices import users_line
 from ..records import ConfigError
 
 #: Former TOML key -> today's.
@@ -25,11 +26,11 @@ FORMER_KEYS = {
 C = TypeVar("C")
 
 
-def _warn(cls: type, former: str, path: str, stacklevel: int) -> None:
+def _warn(cls: type, former: str, path: str) -> None:
     warnings.warn(
         f"{cls.__name__}: {former} is now {path}; the former name goes with the next minor version",
         DeprecationWarning,
-        stacklevel=stacklevel + 1,
+        stacklevel=users_line(),
     )
 
 
@@ -73,7 +74,7 @@ def _translated(cls: type, names: Mapping[str, str], all_fields: set[str], value
         if former == table and all_fields - {table} <= values.keys():
             table_of = f"{table}=replace(config.{table}, {name}={value!r})"
             raise ConfigError(f"{former} = {value!r}: {former} is a table now, say replace(config, {table_of})")
-        _warn(cls, former, path, 3)
+        _warn(cls, former, path)
         if not table:
             if not replacing and values.get(name, value) != value:
                 raise ConfigError(
@@ -98,7 +99,7 @@ def _default(cls: type, name: str) -> Any:
 
 def _reader(cls: type, former: str, path: str) -> property:
     def read(self: Any) -> Any:
-        _warn(cls, former, path, 2)
+        _warn(cls, former, path)
         return functools.reduce(getattr, path.split("."), self)
 
     return property(read, doc=f"Former name of ``{path}``.")

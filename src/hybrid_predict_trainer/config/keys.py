@@ -69,7 +69,7 @@ def _canonical(key: str) -> str:
 def _warn_of_former(keys: Iterable[str]) -> None:
     former = [f"{key} is now {FORMER_KEYS[key]}" for key in keys if key in FORMER_KEYS]
     if former:
-        warn(f"{', '.join(former)}; former keys go with the next minor version", stacklevel=3)
+        warn(f"{', '.join(former)}; former keys go with the next minor version")
 
 
 def _nearest(key: str, valid: Mapping[str, object]) -> str:

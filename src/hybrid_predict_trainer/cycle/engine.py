@@ -44,11 +44,12 @@ from .forward_watch import ForwardWatch
 from .handed_in import check_handed_in
 from .handover import Intake, StepLoss, StepResiduals
 from .hooks import OwnForwards, on_forward, on_step, with_hooks
+from .inputs import why_ended
 from .keeping import EngineKeeper
 from .learning import settle_readings
 from .passes import has_ended
 from .proposals import Proposals
-from .said import NOT_ASKED, SaidOnce
+from .said import LATE, MID_STEP, NOT_ASKED, SaidOnce
 from .state import State
 from .transaction import interrupted
 from .under_way import StepUnderWay
@@ -77,10 +78,11 @@ class Engine:
         self._handles: list[Any] = []
         self._at_detach: list[Callable[[], object]] = []
         self._attached = True
-        self._intake, self._own, said = Intake(), OwnForwards(), SaidOnce(run)
-        self._proposals = Proposals(run, self._own, said, auto=auto)
-        self._step = StepUnderWay(run, self._intake, self._proposals, self._own, said)
-        self._forward = ForwardWatch(run, self._intake, self._own, self._forward_begins)
+        self._intake = Intake(run.subject.parameters, on_cpu=run.subject.on_cpu)
+        self._own, self._said = OwnForwards(), SaidOnce(run)
+        self._proposals = Proposals(run, self._own, self._said, auto=auto)
+        self._step = StepUnderWay(run, self._intake, self._proposals, self._own, self._said)
+        self._forward = ForwardWatch(run, self._intake, self._own, self._forward_begins, self._proposals.on_replaced)
         self._keeper = EngineKeeper(run, self)
 
     def connect(self, optimizer: Optimizer | None, *, watch_forward: bool) -> None:
@@ -111,8 +113,13 @@ class Engine:
         """
         self._check_attached()
         self._notice_overflow(undo=False)
+        if self._intake.arrives():
+            self._proposals.on_replaced()
         if loss is not None:
+            late = self._intake.is_late(loss)
             self._intake.loop.note_loss(loss)
+            if late:
+                self._said.say(LATE)
             if isinstance(loss, Tensor) and loss.requires_grad:
                 self._step.before_backward()
         if batch is not None:
@@ -281,14 +288,7 @@ class Engine:
     @property
     def why_not(self) -> str:
         """Why no jumps are proposed as things stand; empty where they can be."""
-        run = self.run
-        if not run.config.enabled:
-            return "enabled = False"
-        if run.config.never_predicts:
-            return "these settings rule out every jump"
-        if run.watch.hands_off is not None:
-            return str(run.watch.hands_off)
-        return NOT_ASKED if self._proposals.unasked else self._proposals.lack
+        return why_ended(self.run) or (NOT_ASKED if self._proposals.unasked else self._proposals.lack)
 
     @property
     def clock(self) -> str:
@@ -362,9 +362,12 @@ class Engine:
     def state_dict(self) -> StateDict:
         """What is the engine's own, between two steps; model, optimizer, schedule and scaler are the loop's to save.
 
+        In the middle of a step it is said once that what belongs to that step is not in it.
+
         Raises:
             CheckpointError: something in it cannot be held.
         """
+        self._say_if_mid_step()
         return self._keeper.state_dict()
 
     def load_state_dict(self, state: StateDict) -> None:
@@ -383,6 +386,7 @@ class Engine:
         Raises:
             CheckpointError: it could not be written; what was there before is untouched.
         """
+        self._say_if_mid_step()
         return self._keeper.save_state(directory)
 
     def load_state(self, directory: str | Path) -> None:
@@ -448,6 +452,11 @@ class Engine:
         return self._step.accumulating()
 
     # ---- stations --------------------------------------------------------------------------------------
+
+    def _say_if_mid_step(self) -> None:
+        """A framework that saves in the middle of a step loses gradients of its own as well: that ends no run."""
+        if self.accumulating():
+            self._said.say(MID_STEP)
 
     def _check_attached(self) -> None:
         if not self._attached:
@@ -573,7 +582,7 @@ def attach(
     engine = Engine(run, auto=auto, missing=missing, catches_up=schedule == "shared")
     engine.connect(hooked, watch_forward=loss_fn is None)
     if missing:
-        warn(f"{type(optimizer).__name__} has no step hooks: call {' and '.join(missing)}", stacklevel=2)
+        warn(f"{type(optimizer).__name__} has no step hooks: call {' and '.join(missing)}")
     return engine
 
 

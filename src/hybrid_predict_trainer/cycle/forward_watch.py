@@ -19,7 +19,10 @@ NOT_DATA = ("num_items_in_batch",)
 class ForwardWatch:
     """Takes loss and batch from the model's forwards."""
 
-    def __init__(self, run: State, intake: Intake, own: OwnForwards, begins: Callable[[Any, bool], None]) -> None:
+    def __init__(
+        self, run: State, intake: Intake, own: OwnForwards, begins: Callable[[Any, bool], None],
+        replaced: Callable[[], None],
+    ) -> None:  # fmt: skip
         """Nothing was seen yet.
 
         Args:
@@ -27,8 +30,9 @@ class ForwardWatch:
             intake: Where losses and batches go.
             own: Forwards that are none of the loop's.
             begins: Called with the batch at the first forward of a step, and whether such forwards return a loss.
+            replaced: Called where the weights were trained by somebody else's step.
         """
-        self._run, self._intake, self._own, self._begins = run, intake, own, begins
+        self._run, self._intake, self._own, self._begins, self._replaced = run, intake, own, begins, replaced
         self._batch: Any = None  # of the forward under way
         self._forms: set[Any] = set()  # of forwards that returned a loss
 
@@ -56,6 +60,8 @@ class ForwardWatch:
         training = self._run.subject.model.training
         if training:
             self._forms.add(_form(args, batch.kwargs if isinstance(batch, Call) else batch))
+        if self._intake.arrives():
+            self._replaced()
         into = self._intake.seen if training else self._intake.aside
         into.note_loss(loss)
         into.note_batch(batch)

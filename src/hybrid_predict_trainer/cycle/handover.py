@@ -6,7 +6,7 @@ gate takes the mean loss in the same way.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +15,11 @@ from torch import Tensor, nn
 
 from ..keep.subject import LossFn, ResidualFn
 from ..observe.batches import tensors
+from ..weights.trained import Write, Writes
 from .construction import default_loss, of_model_and_batch
+
+#: Looks per comparison of values, on an accelerator and where nothing else tells that weights were written to.
+LOOK_EVERY = 8
 
 
 class MicroBatches(list[Any]):
@@ -91,6 +95,17 @@ def _is_freed(tensor: Tensor) -> bool:
     return tensor.untyped_storage().nbytes() < needed
 
 
+def graphs_so_far() -> int:
+    """Number of the next node of an autograd graph: those of a graph that is built from here on are not below it."""
+    return int(torch._C._autograd._get_sequence_nr())
+
+
+def was_built_before(loss: Any, number: int) -> bool:
+    """Whether the graph of a loss is older than a moment; False where that cannot be told (a float, no graph)."""
+    node = loss.grad_fn if isinstance(loss, Tensor) else None
+    return node is not None and int(node._sequence_nr()) < number
+
+
 class Handover:
     """Losses and batches since the last step of the optimizer."""
 
@@ -148,9 +163,17 @@ class Intake:
             else does.
     """
 
-    def __init__(self) -> None:
-        """Nothing was handed over yet."""
+    def __init__(self, parameters: Sequence[Tensor], *, on_cpu: bool = True) -> None:
+        """Nothing was handed over yet.
+
+        Args:
+            parameters: That are trained.
+            on_cpu: Nobody has to wait for their values.
+        """
         self.loop, self.seen, self.aside = Handover(), Handover(), Handover()
+        self._writes: Writes | None = Writes(parameters, 1 if on_cpu else LOOK_EVERY)
+        self._several = False  # more than one thing was ever handed over for one step
+        self._graphs = 0  # when the last step had been made
 
     @property
     def empty(self) -> bool:
@@ -161,6 +184,35 @@ class Intake:
     def has_loss(self) -> bool:
         """Whether the loss of the step is known."""
         return self.loop.has_loss or self.seen.has_loss
+
+    def arrives(self) -> bool:
+        """Something is handed over; returns whether the weights were trained since the first thing of this step.
+
+        The losses that were handed over until now are of that step then, which was not the optimizer's: they are
+        forgotten.
+        """
+        first, known = self.empty, self._several
+        self._several = known or not first
+        if not self._several or self._writes is None:
+            return False
+        try:
+            trained = known and not first and self._writes.look() is Write.CHANGED
+            if trained:
+                self.take()
+            if trained or first or not known:
+                self._writes.record()
+        except Exception:  # weights that cannot be looked at
+            self._writes = None
+            return False
+        return trained
+
+    def is_late(self, loss: Any) -> bool:
+        """Whether a loss is of the step that was made last."""
+        return was_built_before(loss, self._graphs)
+
+    def on_step(self) -> None:
+        """The optimizer has stepped: what is built from here on belongs to the next step."""
+        self._graphs = graphs_so_far()
 
     def take(self) -> tuple[Tensor | None, Any]:
         """Loss and batch of the step: the loop's, else what the hook has seen; forgets everything."""

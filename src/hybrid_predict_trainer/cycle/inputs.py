@@ -129,15 +129,38 @@ def predictor_ready(run: State) -> bool:
         return (
             run.windows.observing
             and (run.windows.basis.ready or run.proposer.source is not None)
-            and not run.failures.exhausted(Place.PREDICTOR)
-            and not run.failures.exhausted(Place.GATE)
-            and not run.failures.exhausted(Place.FEEDBACK)
-            and (run.judged_exactly or not run.failures.exhausted(Place.PIECES))
+            and ended_by(run) is None
             and run.proposer.predictor.ready
         )
     except Exception as error:
         run.proposer.note_failure(error)
         return False
+
+
+def ended_by(run: State) -> Place | None:
+    """What has failed so often that nothing is proposed any more; None if nothing has."""
+    for place in (Place.PREDICTOR, Place.GATE, Place.FEEDBACK):
+        if run.failures.exhausted(place):
+            return place
+    return Place.PIECES if not run.judged_exactly and run.failures.exhausted(Place.PIECES) else None
+
+
+def why_ended(run: State) -> str:
+    """Why nothing is proposed any more, whatever the loop does; empty where something is."""
+    if not run.config.enabled:
+        return "enabled = False"
+    if run.config.never_predicts:
+        return "these settings rule out every jump"
+    if run.watch.hands_off is not None:
+        return str(run.watch.hands_off)
+    if run.safety.guard.withdrawn:
+        return "everything was withdrawn, because the loss stood above its best"
+    place = Place.WEIGHTS if run.failures.exhausted(Place.WEIGHTS) else ended_by(run)
+    if place is not None:
+        return run.failures.reason(place)
+    if run.judge.ledger.switched_off:
+        return "jumps were switched off: they did not pay, or were taken back again and again"
+    return ""
 
 
 def affordable(run: State) -> bool:

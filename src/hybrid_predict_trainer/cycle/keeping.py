@@ -112,7 +112,9 @@ class EngineKeeper:
         """
         run, saver = self._run, self._saver
         theirs = run.subject.grad_scaler is not None or not run.schedule.owned  # not updated before the hook returns
-        if saver is not None and not (stepping and theirs) and saver.due(run.meter.num_steps):
+        if saver is None or (stepping and theirs) or not saver.due(run.meter.num_steps):
+            return
+        if not self._engine.accumulating():  # else the next call does it, behind the step
             saver.keep_up(run.meter.num_steps)
 
     def _save(self, directory: Path) -> Path:

@@ -73,7 +73,6 @@ def note_changed(run: State) -> None:
             "weights were changed between two steps by something else than this trainer: what was learnt from those "
             f"before is dropped; after {MAX_WRITES} times the lookahead ends, if every step is followed by such a "
             "change (clipped weights, say) lookahead.extrapolation = 0 and lookahead.damping = 0 say so from the start",
-            stacklevel=4,
         )
     run.overwritten()
     run.optimizer_step.lookahead.forget()

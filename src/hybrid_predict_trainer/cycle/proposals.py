@@ -13,7 +13,7 @@ from .handover import Call, MicroBatches, StepLoss, is_whole
 from .hooks import OwnForwards
 from .learning import enter
 from .loop import Stopwatch, close_step, decide, look_at, prepare
-from .said import NO_BATCH, NO_LOSS, NO_LOSS_FN, NOT_ASKED, SaidOnce
+from .said import NO_BATCH, NO_LOSS, NO_LOSS_FN, NOT_ASKED, REPLACED, SaidOnce
 from .state import State
 from .transaction import execute
 
@@ -108,6 +108,11 @@ class Proposals:
         if why and self._auto:
             self._said.say(why)
         return not why
+
+    def on_replaced(self) -> None:
+        """The weights were trained by somebody else's step: there is nothing that a proposal could begin from."""
+        self.lack = REPLACED.format(name=type(self._run.subject.optimizer).__name__)
+        self._said.say(self.lack)
 
     def _decide(self, *, can_judge: bool) -> Decision:
         """What comes next; no proposal where there is nothing to judge it on."""

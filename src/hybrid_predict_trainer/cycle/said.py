@@ -14,6 +14,21 @@ TWICE = (
 NO_BATCH = "no batch was handed over: call engine.note(loss, batch) before optimizer.step(), and do not free it before"
 NO_LOSS = "no loss was handed over before optimizer.step(): call engine.note(loss, batch); the step is only counted"
 NO_LOSS_FN = "there is no loss_fn for batches of type {name}: pass attach(..., loss_fn=lambda model, batch: ...)"
+#: Of a loss whose step has been made.
+LATE = (
+    "engine.note(loss, batch) came behind optimizer.step(), whose loss it is: it counts for the next step, and every "
+    "loss is one step late; call it before optimizer.step()"
+)
+#: Of weights that move while the optimizer stands still.
+REPLACED = (
+    "the weights were trained without a step of the {name} that attach() was given, the steps of which are seen alone: "
+    "if another optimizer trains them now, call engine.detach() and attach(model, optimizer) with that one"
+)
+#: Of a state that is asked for in the middle of a step.
+MID_STEP = (
+    "the engine's state was saved in the middle of a step: what was noted for that step is not in it, nor are the "
+    "gradients that were added up; save after optimizer.step()"
+)
 #: Of gradients that are not those of the loss.
 CHANGED = (
     "gradients were multiplied by {factor:.2g} between backward and optimizer.step(): where the loop clips, call "
@@ -38,4 +53,4 @@ class SaidOnce:
         """Warn, the first time."""
         if text not in self._said and self._run.windows.observing:
             self._said.add(text)
-            warn(text, stacklevel=5)
+            warn(text)

@@ -113,7 +113,7 @@ class State:
             scale=scale,
             lookahead=lookahead_for(subject, config, observing=self.windows.observing, anneals=anneals),
             switchback=Switchback(config.block_holdout), drifts=config.lookahead.drift > 0,
-            modifiers=[*modifiers_for(subject, self.watch, config, scale, self.schedule), *modifiers],
+            of_settings=modifiers_for(subject, self.watch, config, scale, self.schedule), modifiers=modifiers,
         )  # fmt: skip
         self.optimizer_step = OptimizerStep(subject, self.watch, self.schedule, around, self.failures)
 

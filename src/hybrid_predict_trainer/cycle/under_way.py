@@ -178,6 +178,7 @@ class StepUnderWay:
         run = self._run
         pending.disarm()
         self.pending = None
+        self._intake.on_step()
         self._num_looks = self._looks_before = 0 if self._num_looks == self._looks_before else self._num_looks
         loss, _ = self._intake.take()
         lost = pending.step is None
@@ -282,6 +283,8 @@ class StepUnderWay:
 
     def accumulating(self) -> bool:
         """Whether gradients have been added up that no step of the optimizer has used yet: no checkpoint holds them."""
+        if self.pending is not None and self.pending.step is not None:  # looked at, and not stepped with yet
+            return self.pending.usable
         if not self._intake.has_loss:
             return False
         witness = self._smallest_gradient()

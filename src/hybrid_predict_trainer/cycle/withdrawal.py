@@ -75,7 +75,6 @@ def _end_motions(run: State, outcome: str) -> None:
     warn(
         "the training loss stands above its best by more than its noise: prediction, learned multiplier and lookahead "
         f"are off from here on, and the run goes on as the plain loop; {outcome}",
-        stacklevel=2,
     )
 
 

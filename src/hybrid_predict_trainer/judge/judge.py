@@ -85,7 +85,6 @@ class Judge:
             warn(
                 'gate.exact = "always", but two losses of the same batch differ: dropout, random numbers in the loss '
                 "or noise are taken for progress",
-                stacklevel=3,
             )
         return agreement.num_forward
 

@@ -52,7 +52,6 @@ class Validation:
             self.failed = True
             warn(
                 f"val_fn failed ({type(error).__name__}: {error}) and is not asked again; training goes on",
-                stacklevel=2,
             )
             return math.inf
         finally:

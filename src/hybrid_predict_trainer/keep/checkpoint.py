@@ -162,7 +162,7 @@ def write(directory: str | Path, drafted: Draft) -> Path:
             _rotate(target, drafted.keep_last_n)
     except OSError as error:
         _discard(temporary)
-        warn(f"checkpoint {target} is saved, but tidying up failed: {error}", stacklevel=2)
+        warn(f"checkpoint {target} is saved, but tidying up failed: {error}")
     return target
 
 

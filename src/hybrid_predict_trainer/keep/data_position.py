@@ -58,9 +58,7 @@ class DataPosition:
         except (TypeError, ValueError) as error:
             if not self._said:
                 self._said = True
-                warn(
-                    f"the position in the data is not in the checkpoints: {error}; count batches instead", stacklevel=4
-                )
+                warn(f"the position in the data is not in the checkpoints: {error}; count batches instead")
             return {}
         return {PART: state}
 

@@ -77,14 +77,13 @@ class Failures:
         # one warning per kind: who is left alone after the third shows in statistics()
         warn(
             f"{said.format(name=name)} ({told}); training goes on, after {MAX_FAILURES} times {left_alone}",
-            stacklevel=4,
         )
 
     def drop(self, place: Place, why: str, name: str = "") -> None:
         """Leave something alone that works, but not as it should; said once."""
         if place not in self.dropped:
             self.dropped[place] = why
-            warn(f"{place.value} {name!r} is too slow ({why}): it is not asked again", stacklevel=4)
+            warn(f"{place.value} {name!r} is too slow ({why}): it is not asked again")
 
     def agree(self, counts: Sequence[int], dropped: Sequence[bool]) -> list[Place]:
         """Count as the ranks do together, by place in the order of :class:`Place`.
@@ -104,6 +103,14 @@ class Failures:
     def exhausted(self, place: Place) -> bool:
         """Whether it failed too often to be asked again, or was dropped."""
         return self.counts[place] >= MAX_FAILURES or place in self.dropped
+
+    def reason(self, place: Place) -> str:
+        """Why it is left alone, in half a sentence; empty if it is not."""
+        if not self.exhausted(place):
+            return ""
+        said, left_alone = _SAID[place]
+        told = self.dropped.get(place) or self.first.get(place, "")
+        return f"{said.format(name='')} ({told}): {left_alone}".replace(" ''", "")
 
     def summary(self) -> dict[str, object]:
         """Count and first cause of each kind that occurred."""

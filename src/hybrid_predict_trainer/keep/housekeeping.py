@@ -118,7 +118,7 @@ def first_good(directory: str | Path, take: Callable[[Path], T], *, quarantine: 
                 with contextlib.suppress(OSError):  # a read-only disk: skipping it is enough
                     aside = _quarantine(path)
             kept = "" if aside is None else f" (it is {aside.name} now)"
-            warn(f"skipping a checkpoint{kept}: {error}", stacklevel=3)
+            warn(f"skipping a checkpoint{kept}: {error}")
     raise CheckpointError(f"no intact checkpoint in {directory} ({refused} damaged); begin a new run in another folder")
 
 

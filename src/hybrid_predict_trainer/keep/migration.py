@@ -96,11 +96,16 @@ def upgraded(parts: dict[str, StateDict], live: dict[str, StateDict], format_ver
 
 
 def with_later(run: StateDict, live: StateDict) -> StateDict:
-    """The library's state with what format 4 did not have from its beginning: the run's whole loss curve."""
-    losses = run.get("losses")
-    if not isinstance(losses, dict) or "curve" in losses:
-        return run
-    return {**run, "losses": {**losses, "curve": copy.deepcopy(live["losses"]["curve"])}}
+    """The library's state with what format 4 did not have from its beginning.
+
+    That is the run's whole loss curve, and what settings put around the optimizer's step.
+    """
+    losses, around = run.get("losses"), run.get("optimizer_step")
+    if isinstance(losses, dict) and "curve" not in losses:
+        run = {**run, "losses": {**losses, "curve": copy.deepcopy(live["losses"]["curve"])}}
+    if isinstance(around, dict) and "of_settings" not in around:
+        run = {**run, "optimizer_step": {**around, "of_settings": {}}}
+    return run
 
 
 def by_owner(run: StateDict) -> StateDict:

@@ -121,7 +121,7 @@ class PeriodicSaver:
         except CheckpointError as error:
             if not self._failing:
                 kept = "there is none yet" if self.saved < 0 else f"the newest is of step {self.saved}"
-                warn(f"{error}; training goes on, and the next interval tries again ({kept})", stacklevel=4)
+                warn(f"{error}; training goes on, and the next interval tries again ({kept})")
             self._failing = True
             return error
         self._failing = False

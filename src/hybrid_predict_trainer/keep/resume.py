@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..config.settings import EXACT, NOISY
 from ..config.toml import to_toml
+from ..notices import users_line
 from ..records import CheckpointError, StateDict
 from ..weights.parameters import optimizer_parameters
 from . import checkpoint, failures, model_state, optimizer_state, schema
@@ -27,6 +28,9 @@ from .state_tree import check_plain, decode, encode
 if TYPE_CHECKING:
     from ..cycle.state import State
     from ..tell.recorder import Metrics
+
+#: Tables of the library's own state that hold what a run happened to have: failures, and what its settings asked for.
+OPEN = (*failures.TABLES, "of_settings")
 
 
 def parts(run: State, metrics: Metrics) -> dict[str, StateDict]:
@@ -119,7 +123,7 @@ def warn_unless_savable(run: State, metrics: Metrics) -> None:
     try:
         check_savable(run, metrics)
     except CheckpointError as error:
-        warnings.warn(f"no checkpoint of this run can be written: {error}", stacklevel=4)
+        warnings.warn(f"no checkpoint of this run can be written: {error}", stacklevel=users_line())
 
 
 def _drafted(
@@ -226,7 +230,7 @@ def load_own_state(run: State, state: StateDict) -> None:
         name = found["name"]
         found["run"] = with_later(found["run"], run.state_dict())
         for part, live in (("run", run.state_dict()), ("metrics", run.recorder.state_dict())):
-            schema.check(found[part], live, (part,), free=failures.TABLES)
+            schema.check(found[part], live, (part,), free=OPEN)
     except (*MALFORMED, IndexError) as error:
         raise CheckpointError(f"the state cannot be read ({type(error).__name__}: {error})") from error
     if name != run.proposer.predictor.name and not (run.proposer.chooses and name in (NOISY, EXACT)):
@@ -297,7 +301,7 @@ def _check(run: State, found: dict[str, StateDict], live: dict[str, StateDict], 
         schema.check(predictor["basis"], run.windows.basis.state_dict(), ("predictor", "basis"))
         schema.check(predictor["predictor"], run.proposer.predictor.state_dict(), ("predictor", "predictor"))
     for name in ("run", "metrics", "scaler", "rng"):
-        schema.check(own[name], now[name], (name,), free=failures.TABLES)
+        schema.check(own[name], now[name], (name,), free=OPEN)
     if type(run.schedule.scheduler).__module__.startswith("torch."):
         schema.check(own["scheduler"], now["scheduler"], ("scheduler",), free=("lr_lambdas",))
     schema.check(found["optimizer"]["groups"], live["optimizer"]["groups"], ("optimizer", "groups"))

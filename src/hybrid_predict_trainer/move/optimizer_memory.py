@@ -32,6 +32,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..notices import users_line
+
 #: Steps with random gradients before the addition, and without a gradient after it.
 NUM_STEPS, NUM_STILL = 5, 20
 #: Least and largest share left of an optimizer that takes additions as they are.  Trust ratios (LARS, LAMB) leave 0.9
@@ -75,7 +77,7 @@ def left_alone(optimizer: Optimizer) -> str | None:
     if reason is not None:
         warnings.warn(
             f"{reason}: no jumps, no lookahead and no early cuts, which it would undo (docs/optimizers.md)",
-            stacklevel=4,
+            stacklevel=users_line(),
         )
     return reason
 

@@ -48,13 +48,16 @@ class Around:
         lookahead: Or one that does nothing.
         switchback: Its trial.
         drifts: The lookahead replaces a part of a step by the drift, beside shortening all steps.
-        modifiers: What else, in the order of their turns before the step; after it they come in reverse.
+        of_settings: What else the settings ask for, in the order of their turns before the step; after it they come in
+            reverse.
+        modifiers: What was handed in, whose turn is after those.
     """
 
     scale: Multiplier
     lookahead: Lookahead
     switchback: Switchback
     drifts: bool
+    of_settings: Sequence[StepModifier] = ()
     modifiers: Sequence[StepModifier] = ()
 
 
@@ -85,7 +88,9 @@ class OptimizerStep:
         self.scale_search = ScaleSearch(subject.grad_scaler)
         self._subject, self._watch, self._schedule, self._failures = subject, watch, schedule, failures
         self._drifts = around.drifts
-        self.modifiers = tuple(around.modifiers)
+        self.modifiers = (*around.of_settings, *around.modifiers)
+        self._of_settings = {type(m).__name__: m for m in around.of_settings}
+        self._handed_in = tuple(around.modifiers)
         self._awaited: list[StepModifier] = []  # had their turn before the optimizer's step, not yet after it
 
     @property
@@ -271,23 +276,29 @@ class OptimizerStep:
         """Plain containers and tensors."""
         return {
             "scale": self.scale.state_dict(), "lookahead": self.lookahead.state_dict(),
-            "switchback": self.switchback.state_dict(), "modifiers": [m.state_dict() for m in self.modifiers],
+            "switchback": self.switchback.state_dict(), "modifiers": [m.state_dict() for m in self._handed_in],
+            "of_settings": {name: m.state_dict() for name, m in self._of_settings.items()},
         }  # fmt: skip
 
     def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`.
 
+        What a setting has switched on since begins anew; what one has switched off is left behind.
+
         Raises:
-            CheckpointError: it is of a run with other modifiers.
+            CheckpointError: other modifiers were handed in.
         """
         found = state.get("modifiers", [])
-        if len(found) != len(self.modifiers):
+        if len(found) != len(self._handed_in):
             raise CheckpointError(
-                f"the run was saved with {len(found)} step modifiers and is continued with {len(self.modifiers)}: "
+                f"the run was saved with {len(found)} step modifiers and is continued with {len(self._handed_in)}: "
                 "hand in the same ones, in the same order (modifiers=[...])"
             )
-        for modifier, own in zip(self.modifiers, found, strict=True):
+        for modifier, own in zip(self._handed_in, found, strict=True):
             modifier.load_state_dict(own)
+        for name, own in state.get("of_settings", {}).items():
+            if name in self._of_settings:
+                self._of_settings[name].load_state_dict(own)
         self.scale.load_state_dict(state["scale"])
         self.lookahead.load_state_dict(_placed(state["lookahead"], self._subject.parameters))
         self.switchback.load_state_dict(state["switchback"])
@@ -297,6 +308,8 @@ def modifiers_for(
     subject: Subject, watch: Watch, config: HybridTrainerConfig, scale: Multiplier, schedule: LrSchedule
 ) -> list[StepModifier]:
     """What the settings ask for beside multiplier and lookahead, in the order of their turns.
+
+    Each is of a class of its own, whose name its state goes by in a checkpoint.
 
     Args:
         subject: What is trained.

@@ -173,7 +173,6 @@ class LrSchedule:
                 f"after {self.num_epochs} epochs and {self.num_steps} steps the learning rate has fallen from "
                 f"{first:g} to {rate:.1e}: if {type(self.scheduler).__name__} counts epochs, pass "
                 'lr_interval="epoch"',
-                stacklevel=2,
             )
 
     def advance(self, position: int) -> None:
@@ -235,7 +234,6 @@ class LrSchedule:
                 f"the schedule {type(self.scheduler).__name__} was stepped outside the trainer, which steps it itself: "
                 "that step is counted as one of the trainer's own.  Do not step it (for a schedule in epochs pass "
                 'lr_interval="epoch")',
-                stacklevel=2,
             )
 
     def resynchronize(self) -> None:

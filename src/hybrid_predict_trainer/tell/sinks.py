@@ -102,7 +102,7 @@ class JsonlSink:
             self._file.flush()
         except OSError as error:
             self.incomplete = True
-            warn(f"{self._path}: {error.strerror}; metrics are no longer written, training goes on", stacklevel=2)
+            warn(f"{self._path}: {error.strerror}; metrics are no longer written, training goes on")
 
     def close(self) -> None:
         """Close the file."""
@@ -138,7 +138,6 @@ class Sinks:
                     warn(
                         f"sink {type(sink).__name__} failed ({type(error).__name__}: {error}); training goes on, after "
                         f"{MAX_FAILURES} times it gets no more records",
-                        stacklevel=2,
                     )
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..notices import users_line
 from ..records import ConfigError
 from .algebra import Tensors, on_host
 from .real_views import RealView
@@ -111,7 +112,7 @@ def predicted_parameters(
         seen.add(id(parameter))
         name, module = owner.get(id(parameter), (f"optimizer.{position}", nn.Identity()))
         if not (parameter.is_floating_point() or parameter.is_complex()):
-            warnings.warn(f"parameter {name} has dtype {parameter.dtype} and is not predicted", stacklevel=2)
+            warnings.warn(f"parameter {name} has dtype {parameter.dtype} and is not predicted", stacklevel=users_line())
             continue
         parameters.append(RealView.of(parameter) if parameter.is_complex() else parameter)
         names.append(name)
