@@ -269,28 +269,35 @@ class Others(Counts):
     pass
 
 
+def _with(monkeypatch: pytest.MonkeyPatch, kinds: list[Any], handed_in: Counts) -> HybridTrainer:
+    monkeypatch.setattr(state_module, "modifiers_for", lambda *_: [kind() for kind in kinds])
+    built = setup("mlp", "adam")
+    return HybridTrainer(built.model, built.optimizer, config(), loss_fn=loss_fn, modifiers=[handed_in])
+
+
 @pytest.mark.parametrize(
     ("saved", "continued", "wanted"),
-    [([Counts], [Counts], [3]), ([], [Counts], [0]), ([Counts], [], []), ([Counts, Others], [Others], [3])],
-    ids=["as before", "switched on", "switched off", "one of two"],
+    [([Counts], [Counts], [3]), ([], [Counts], [0]), ([Others], [Counts, Others], [0, 3])],
+    ids=["as before", "switched on", "a second one"],
 )
-def test_what_a_setting_puts_around_the_step_may_change_at_resume(
+def test_a_setting_may_put_more_around_the_step_at_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: list[Any], continued: list[Any], wanted: list[int]
 ) -> None:
-    def trainer(kinds: list[Any], handed_in: Counts) -> HybridTrainer:
-        monkeypatch.setattr(state_module, "modifiers_for", lambda *_: [kind() for kind in kinds])
-        built = setup("mlp", "adam")
-        return HybridTrainer(built.model, built.optimizer, config(), loss_fn=loss_fn, modifiers=[handed_in])
-
-    first = trainer(saved, Counts())
+    first = _with(monkeypatch, saved, Counts())
     for batch in full_batch(3):
         first.step(batch)
     folder = first.save_checkpoint(tmp_path)
     mine = Counts()
-    second = trainer(continued, mine)
+    second = _with(monkeypatch, continued, mine)
     second.load_checkpoint(folder)
     assert [m.num for m in second.run.optimizer_step.modifiers] == [*wanted, 3]  # type: ignore[attr-defined]
     assert mine.num == 3
+
+
+def test_what_a_setting_has_switched_off_since_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = _with(monkeypatch, [Counts, Others], Counts()).save_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match=r"saved with Others around .* set them as they were"):
+        _with(monkeypatch, [Counts], Counts()).load_checkpoint(folder)
 
 
 # ---------------------------------------------------------------- warnings point to the user's line

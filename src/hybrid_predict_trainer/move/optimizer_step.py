@@ -283,10 +283,10 @@ class OptimizerStep:
     def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`.
 
-        What a setting has switched on since begins anew; what one has switched off is left behind.
+        What a setting has switched on since begins anew.
 
         Raises:
-            CheckpointError: other modifiers were handed in.
+            CheckpointError: other modifiers were handed in, or a setting has switched one off since.
         """
         found = state.get("modifiers", [])
         if len(found) != len(self._handed_in):
@@ -296,9 +296,15 @@ class OptimizerStep:
             )
         for modifier, own in zip(self._handed_in, found, strict=True):
             modifier.load_state_dict(own)
-        for name, own in state.get("of_settings", {}).items():
-            if name in self._of_settings:
-                self._of_settings[name].load_state_dict(own)
+        saved = state.get("of_settings", {})
+        gone = sorted(saved.keys() - self._of_settings.keys())
+        if gone:
+            raise CheckpointError(
+                f"the run was saved with {' and '.join(gone)} around the optimizer's step, which its settings asked "
+                "for and those of this run do not: set them as they were (training.recipe, say)"
+            )
+        for name, own in saved.items():
+            self._of_settings[name].load_state_dict(own)
         self.scale.load_state_dict(state["scale"])
         self.lookahead.load_state_dict(_placed(state["lookahead"], self._subject.parameters))
         self.switchback.load_state_dict(state["switchback"])
