@@ -107,7 +107,6 @@ def bring_together(run: State) -> None:
         warn(
             f"at step {run.meter.num_steps} the ranks' states differed (something failed on one of them, or their "
             "arithmetic differs): all of them go on from the first one's",
-            stacklevel=4,
         )
 
 
