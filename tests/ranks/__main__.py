@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from .drive import alone, apart, rank_run, with_ranks
@@ -29,7 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=1000, metavar="N", help="steps of each run (default 1000)")
     parser.add_argument("--ranks", type=int, default=2, metavar="N", help="processes (default 2)")
     parser.add_argument("--only", metavar="A,B", help="these cases alone: " + ", ".join(CASES))
+    parser.add_argument("--lr", type=float, metavar="X", help="learning rate, instead of the case's own")
     chosen = parser.parse_args(arguments)
+    if chosen.lr is not None:
+        CASES.update({name: replace(case, lr=chosen.lr) for name, case in CASES.items()})
     failed = False
     for name in chosen.only.split(",") if chosen.only else CASES:
         for driver in ("trainer", "attach"):
