@@ -50,7 +50,8 @@ def main() -> None:
             linearized = Linearized(A, form, rank=0, max_iterations=0, seed=0)
             return linearized.move(rho, 1e-3)
 
-        forward_s = least_seconds(lambda: problem.at(model, batch))  # noqa: B023
+        with torch.no_grad():
+            forward_s = least_seconds(lambda: problem.at(model, batch))  # noqa: B023
         matrix_s = least_seconds(solved)
         charged = price.least_squares(
             A.num_rows, A.num_weights, float(A.num_products), num_products=1, factorised=True

@@ -301,6 +301,8 @@ def _exchanges(rank: int, size: int) -> None:
         HybridTrainer(model, optimizer, None, loss_fn)
     with pytest.raises(ConfigError, match=r"solves for the residuals.*2 processes"):
         trainer_of(rank, values={"predictor.type": "gauss_newton"}, residual_fn=lambda m, b: m(b[0]) - b[1])
+    with pytest.raises(ConfigError, match=r"form = .dense. steps on one process.*2 processes"):
+        trainer_of(rank, values={"predictor.type": "quasi_newton", "predictor.quasi_newton.form": "dense"})
 
 
 def test_ranks_exchange_and_find_together_again(tmp_path: Path) -> None:

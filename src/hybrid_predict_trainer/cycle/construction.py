@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from ..config.settings import SOURCES, HybridTrainerConfig
+from ..config.settings import AUTO, EXACT, SOURCES, HybridTrainerConfig
 from ..distributed.processes import Shared, shared_by
 from ..judge.validation import ValFn, Validation
 from ..keep import resume
@@ -170,6 +170,12 @@ def _check_sources(config: HybridTrainerConfig, handed: Handed, shared: Shared) 
         raise ConfigError(
             f"predictor.type = {config.predictor_type!r} solves for the residuals of one process's batch, and there "
             f"are {shared.ranks.size} processes: choose another predictor, or train in one process"
+        )
+    form = config.predictor.quasi_newton.form
+    if form != "limited" and config.predictor_type in (AUTO, EXACT):
+        raise ConfigError(
+            f"predictor.quasi_newton.form = {form!r} steps on one process's batch, and there are {shared.ranks.size} "
+            'processes: set it to "limited"'
         )
 
 

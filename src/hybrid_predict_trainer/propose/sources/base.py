@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from ...records import BasisSpec, PhasePrediction, StateDict, Verdict, Window
 from ...weights.algebra import Tensors
 
+#: Steps that a run goes on for a proposal that it owes, at most: the first ones may have to be real.
+MOST_ASKED = 4
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Material:
@@ -65,27 +68,27 @@ class Source:
     chain: int
     num_in_chain = 0
     takes_fresh = False  # it has something to say where every batch is a new one
-    _asked = False  # a run that might have ended went on for what it owes
+    _num_asked = 0  # times that a run that might have ended went on for what it owes, since the last proposal
 
     def note_proposal(self) -> None:
         """It is about to propose."""
-        self.num_in_chain += 1
+        self.num_in_chain, self._num_asked = self.num_in_chain + 1, 0
 
     def note_real_step(self) -> None:
         """A real step has moved the weights."""
-        self.num_in_chain, self._asked = 0, False
+        self.num_in_chain = 0
 
     def note_data(self, num_different: int) -> None:
         """The batch of the step that begins, and so many before it in a row, were not the one before."""
 
     def note_asked(self) -> None:
-        """A run that might have ended goes on for the proposal that it owes, once."""
-        self._asked = True
+        """A run that might have ended goes on for the proposal that it owes."""
+        self._num_asked += 1
 
     @property
     def owes(self) -> bool:
         """Whether a real step has left weights that a proposal would lead back to: a run does not end there."""
-        return self.num_in_chain == 0 and not self._asked and self.knows_better
+        return self.num_in_chain == 0 and self._num_asked < MOST_ASKED and self.knows_better
 
     def propose(self, material: Material) -> Move:
         """A move from the present weights, which are as before when this returns or raises."""

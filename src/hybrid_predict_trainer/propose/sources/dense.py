@@ -183,7 +183,7 @@ class DenseQuasiNewton(Source):
         return {
             "x": None if self._x is None else self._x.clone(), "f": self._f, "g": self._g.clone(),
             "known": self._known, "inverse": None if self._inverse is None else self._inverse.state_dict(),
-            "movable": list(self._movable), "num_in_chain": self.num_in_chain, "asked": self._asked,
+            "movable": list(self._movable), "num_in_chain": self.num_in_chain, "num_asked": self._num_asked,
         }  # fmt: skip
 
     def load_state_dict(self, state: StateDict) -> None:
@@ -195,7 +195,7 @@ class DenseQuasiNewton(Source):
             self._inverse = DenseInverse(self._g, self.config.update)
             self._inverse.load_state_dict(state["inverse"])
         self._movable = [bool(v) for v in state["movable"]]
-        self.num_in_chain, self._asked = state["num_in_chain"], state["asked"]
+        self.num_in_chain, self._num_asked = state["num_in_chain"], state["num_asked"]
 
 
 def _widest(live: list[Tensor]) -> Any:

@@ -178,7 +178,7 @@ class GaussNewton(Source):
     @property
     def ready(self) -> bool:
         """Not while plain steps have their turn, unless the run ends."""
-        return self.stream.jumping or self._asked
+        return self.stream.jumping or self._num_asked > 0
 
     def observe(self, window: Window) -> None:
         """The loss of a real step tells how plain steps get on."""
@@ -457,7 +457,7 @@ class GaussNewton(Source):
             "mismatch": self._mismatch, "num_in_chain": self.num_in_chain, "best_is_stale": self._best_is_stale,
             "anchor": None if self._anchor is None else [t.clone() for t in self._anchor],
             "curvature": None if self._curvature is None else self._curvature.clone(),
-            "num_averaged": self._num_averaged, "stream": self.stream.state_dict(), "asked": self._asked,
+            "num_averaged": self._num_averaged, "stream": self.stream.state_dict(), "num_asked": self._num_asked,
         }  # fmt: skip
 
     def load_state_dict(self, state: StateDict) -> None:
@@ -468,7 +468,7 @@ class GaussNewton(Source):
         self._movable = [bool(v) for v in state["movable"]]
         self._needs_graph, self._compared = state["needs_graph"], state["compared"]
         self._mismatch, self.num_in_chain = state["mismatch"], state["num_in_chain"]
-        self._best_is_stale, self._asked = state["best_is_stale"], state["asked"]
+        self._best_is_stale, self._num_asked = state["best_is_stale"], state["num_asked"]
         self._anchor = None if state["anchor"] is None else [t.clone() for t in state["anchor"]]
         self._curvature = None if state["curvature"] is None else state["curvature"].clone()
         self._num_averaged = state["num_averaged"]

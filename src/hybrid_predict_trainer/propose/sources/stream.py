@@ -145,6 +145,8 @@ class Stream:
             after: Of its batch at its end.
             cost: In forwards.
         """
+        if self.arm != JUMP:  # a run that ends went on for the way back to better weights
+            return
         self._block.add(loss, cost)
         self._block.fit(loss - after)
         if len(self._block.losses) >= NUM_JUMPS:
