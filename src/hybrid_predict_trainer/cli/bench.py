@@ -171,6 +171,21 @@ def run_probe(args: argparse.Namespace) -> Shown:
     return found, lambda: of_task.text(found)
 
 
+def run_sweep(args: argparse.Namespace) -> Shown:
+    """Searches over recorded runs, or the recording of a grid."""
+    from ..experiments.sweep import grids, program
+
+    with as_input_error():
+        if args.record is not None:
+            args.out.mkdir(parents=True, exist_ok=True)
+            path = grids.record(args.record, note, args.out)
+            return {"recorded": str(path)}, lambda: f"{path}: written"
+        found = program.measure(args.grid, args.shuffles, note)
+        if args.markdown is not None:
+            write_named(args.markdown, program.markdown(found))
+    return found, lambda: program.text(found)
+
+
 def run_overhead(args: argparse.Namespace) -> Shown:
     """A full step of the trainer against the bare loop."""
     if args.model != "gpt":
@@ -258,6 +273,7 @@ MEASUREMENTS: dict[str, Callable[[argparse.Namespace], Shown]] = {
     "faults": run_faults,
     "checkpoint": run_checkpoint,
     "scale": run_scale,
+    "sweep": run_sweep,
     "report": run_report,
     "probe": run_probe,
 }

@@ -7,7 +7,7 @@ import textwrap
 from pathlib import Path
 
 from . import names
-from .arguments import budgets, examples, number, numbers, positive, whole, words
+from .arguments import budgets, examples, name_of, number, numbers, positive, whole, words
 
 #: Where results of the regimes go, and are looked for again when a benchmark is resumed.
 RESULTS = Path("results") / "regimes"
@@ -67,6 +67,7 @@ def add_commands(bench: argparse.ArgumentParser) -> None:
     _add_faults(benchmarks)
     _add_checkpoint(benchmarks)
     _add_scale(benchmarks)
+    _add_sweep(benchmarks)
     _add_report(benchmarks)
 
 
@@ -359,6 +360,28 @@ def _add_scale(benchmarks: Benchmarks) -> None:
     parser.add_argument(
         "--markdown", type=Path, metavar="FILE", help="write the table here as well, between its marks if it has them"
     )
+
+
+def _add_sweep(benchmarks: Benchmarks) -> None:
+    parser = benchmarks.add(
+        "sweep", "searches over recorded runs: what stopping early saves, and whether the best is found",
+        "Replays searches over runs that were trained once and recorded, with our ways of stopping and\n"
+        "Optuna's pruners, and the published curves of HPT_DATA_DIR/loss-curves if they are there.",
+        "hpt bench sweep --shuffles 50 --json", "hpt bench sweep --grid gpt-source --shuffles 10",
+        "hpt bench sweep --record cnn",
+    )  # fmt: skip
+    grid = name_of("grid", (*names.SWEEP_GRIDS, "published"))
+    parser.add_argument(
+        "--grid", type=grid, action="append", default=[], metavar="NAME",
+        help=f"{', '.join(names.SWEEP_GRIDS)} or published; may be repeated (default all that are there)",
+    )  # fmt: skip
+    parser.add_argument("--shuffles", type=whole, default=50, metavar="N", help="problems per grid (default 50)")
+    parser.add_argument(
+        "--record", type=name_of("grid", names.SWEEP_GRIDS), metavar="NAME",
+        help="train a grid anew and write its file into --out; replay nothing",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="folder of --record (default here)")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables for a document")
 
 
 def _add_report(benchmarks: Benchmarks) -> None:

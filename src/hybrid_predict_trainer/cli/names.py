@@ -49,6 +49,9 @@ HARM_SETTINGS = (
 #: Small models of ``hpt bench overhead`` and ``hpt bench profile``.
 SMALL_MODELS = ("tiny", "mlp")
 
+#: Keys of ``experiments.sweep.grids.GRIDS``.
+SWEEP_GRIDS = ("gpt-source", "gpt-stories", "cnn", "pinn")
+
 #: What ``hpt forecast`` may be told to know before: ``forecast.prior.PRIORS``.
 PRIORS = ("language-models",)
 

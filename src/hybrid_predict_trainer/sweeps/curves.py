@@ -193,13 +193,14 @@ class TrialCurve:
     def _noise(self, step: float) -> tuple[float, float, float]:
         """Standard deviations of single reports, of the level and of the slope that are read off at a step.
 
-        That of a report comes from third differences, which a smooth curve leaves at 0; 0 where there are fewer than 4.
+        That of a report comes from third differences, which a smooth curve leaves at 0; of fewer than five reports from
+        second or first ones, which take some of the curve itself for noise.
         """
         start, upto = self._rows(SLOPE_SINCE * step, step)
-        if upto - start < 4:
-            return 0.0, 0.0, 0.0
-        third = np.diff(self.values[start:upto], 3)
-        each = math.sqrt(float(third @ third) / len(third) / 20)
+        start = min(start, upto - 2)
+        order = min(3, max(upto - start - 2, 1))
+        rest = np.diff(self.values[start:upto], order)
+        each = math.sqrt(float(rest @ rest) / len(rest) / math.comb(2 * order, order))
         first, _ = self._rows(LEVEL_SINCE * step, step)
         near, x = self._log_progress[first:upto], self._log_progress[start:upto]
         if len(near) < 2:

@@ -49,16 +49,16 @@ class Model:
         degrees: of freedom that the prior of r's size counts as.
     """
 
-    power: float = 0.5
-    drop: float = 1.0
-    fall: float = 0.5
-    common: float = 0.3
+    power: float = 0.7
+    drop: float = 1.5
+    fall: float = 1.0
+    common: float = 0.8
     reversion: float = 0.2
     calm: float = 1.0
     noise: float = 0.05
     group: float = 0.3
     parameters: float = 0.5
-    own: float = 0.15
+    own: float = 0.25
     length: float = 0.7
     rough: float = 0.3
     degrees: float = 4.0
@@ -172,7 +172,7 @@ def _from_look(
         cross = np.linalg.solve(factor, _covariance(points, ends, near, model, own=False))
         mean = cross.T @ white
         variance = np.maximum(variance - (cross**2).sum(0), 1e-8)
-        count = len({i for i, _ in data})  # rows of one trial say little that is new of the size
+        count = sum(curves[i].complete for i in known)  # rows of one trial say little that is new of the size
         size2 = (degrees + count * float(white @ white) / len(white)) / (degrees + count)
         degrees += count
     scale = np.sqrt(size2 * variance) * ends.size
