@@ -1,0 +1,100 @@
+"""Replays of recorded runs: the books balance, and what is replayed is what a study does."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+optuna = pytest.importorskip("optuna")
+
+from hybrid_predict_trainer.experiments.sweep import grids, program, replay  # noqa: E402
+from hybrid_predict_trainer.experiments.sweep.grids import Trial  # noqa: E402
+from hybrid_predict_trainer.forecast.schedules import planned_rates  # noqa: E402
+from hybrid_predict_trainer.records import ConfigError  # noqa: E402
+from hybrid_predict_trainer.sweeps.pruner import HybridPruner  # noqa: E402
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+
+def trial(k: int, rows: int = 60) -> Trial:
+    """The k-th ends worse than those before it from its start on."""
+    at = np.arange(1, 61)[:rows] * 10.0
+    values = (1.0 + 0.5 * (k > 0) + 0.05 * k) * (1 + 2 * np.arange(1, rows + 1) ** -0.7)
+    return Trial(
+        params={"schedule": "linear"}, at=at, valid=values, train=values, steps=600, cost=1.0 + k,
+        rates=planned_rates("linear", 600),
+    )  # fmt: skip
+
+
+LADDER = [trial(k) for k in range(6)]
+
+
+def test_running_all_costs_all_and_finds_the_best() -> None:
+    assert replay.run_all(LADDER) == replay.Outcome(pytest.approx(1.0), 0.0, False, pytest.approx(1 / 21))
+
+
+def test_random_search_spends_what_it_may() -> None:
+    found = replay.random_search(LADDER[::-1], 0.6)
+    assert found.spent == pytest.approx((6 + 5) / 21)
+    assert found.regret == pytest.approx(LADDER[4].final / LADDER[0].final - 1)
+    assert found.winner_stopped
+    assert found.found_after == 1.0
+
+
+@pytest.mark.parametrize("way", [replay.freeze_thaw, replay.one_by_one])
+def test_ours_find_the_best_and_spend_less(way: program.Way) -> None:
+    found = way(LADDER)
+    assert (found.regret, found.winner_stopped) == (0.0, False)
+    assert found.spent < 0.7
+
+
+def test_one_by_one_is_what_the_pruner_does_in_a_study() -> None:
+    pruner = HybridPruner(schedule="linear", total_steps=600, min_gain=replay.REGRET)
+    assert replay.with_optuna(LADDER, pruner) == replay.one_by_one(LADDER)
+
+
+def test_a_run_that_diverged_has_no_end() -> None:
+    broken = trial(0, rows=20)
+    assert broken.final == math.inf
+    for way in (replay.freeze_thaw, replay.one_by_one, replay.run_all):
+        found = way([broken, *LADDER[1:]])
+        assert found.regret == 0.0, "the best of those that ended"
+
+
+def test_a_problem_is_a_part_of_a_grid() -> None:
+    assert replay.problem(LADDER, 3) == replay.problem(LADDER, 3)
+    assert len(replay.problem(LADDER, 3)) == 4
+
+
+def test_the_recorded_grids_are_whole() -> None:
+    for name in program.names():
+        if name == program.PUBLISHED:
+            continue
+        found = grids.load(name)
+        assert len(found) == len(list(grids.GRIDS[name].params())) >= 32
+        assert all(t.cost > 0 and len(t.at) == len(t.valid) == len(t.train) for t in found)
+        assert sum(math.isfinite(t.final) for t in found) >= 0.75 * len(found)
+        assert program.crossings(found) > 0.05, "curves that cross are among the cases"
+    size = sum(path.stat().st_size for path in grids.FOLDER.glob("*.gz"))
+    assert size < 1_000_000
+
+
+def test_unknown_grid() -> None:
+    with pytest.raises(ConfigError, match="unknown grid 'gpt'"):
+        program.measure(["gpt"], 1, print)
+
+
+def test_verdicts_compare_with_pruners_that_find_the_best_as_often() -> None:
+    def row(compute: float, met: float) -> dict[str, float]:
+        return {"compute": compute, "regret_met": met, "winner_stopped": 1 - met}
+
+    rows = {"all": row(1.0, 1.0), "freeze and thaw": row(0.2, 0.96), "MedianPruner": row(0.1, 0.5),
+            "Hyperband": row(0.4, 0.97), "random, a quarter": row(0.25, 1.0)}  # fmt: skip
+    found = program.verdicts(rows)
+    assert found["best_other"] == "Hyperband"
+    assert found["times_less"] == pytest.approx(2.0)
+    assert all(found["verdicts"].values())
+    rows["freeze and thaw"] = row(0.3, 0.9)
+    assert [met for met in program.verdicts(rows)["verdicts"].values()] == [False, False, False, False]
