@@ -97,4 +97,4 @@ def test_verdicts_compare_with_pruners_that_find_the_best_as_often() -> None:
     assert found["times_less"] == pytest.approx(2.0)
     assert all(found["verdicts"].values())
     rows["freeze and thaw"] = row(0.3, 0.9)
-    assert [met for met in program.verdicts(rows)["verdicts"].values()] == [False, False, False, False]
+    assert list(program.verdicts(rows)["verdicts"].values()) == [False, False, False, False]
