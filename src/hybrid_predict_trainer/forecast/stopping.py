@@ -1,4 +1,4 @@
-"""Stop a single run when its forecast says that going on is not worth it: ``trainer.fit(stop_when=StopWhen(...))``.
+"""Stop a single run when its forecast says that going on is not worth it: :class:`StopWhen`.
 
 The run is judged a fixed number of times from a quarter of it on, where forecasts were measured, and the confidence
 holds for all of these looks together (Bonferroni).  A forecast knows the rest of the schedule.  While most of the
@@ -42,7 +42,8 @@ class StopWhen:
 
     Example::
 
-        trainer.fit(loader, total_steps=10_000, stop_when=StopWhen(target=2.1, min_gain=0.001))
+        rule = StopWhen(target=2.1, min_gain=0.001)
+        stop = rule.ask(step, n, lambda level: trainer.forecast(n, level=level), lambda: rates)
 
     Attributes:
         advice: of the last look; None before the first.
