@@ -173,6 +173,16 @@ def draw_automaton(count: int, source: torch.Generator) -> Samples:
     return tokens[:, :-1], tokens[:, 1:]
 
 
+ARITHMETIC_TOKENS, ARITHMETIC_SYMBOLS, LARGEST_STRIDE = 24, 64, 11
+
+
+def draw_arithmetic(count: int, source: torch.Generator) -> Samples:
+    """Arithmetic sequences modulo 64: (N, T) and the next (N, T); two tokens tell the next one, one does not."""
+    first, stride = (torch.randint(1, LARGEST_STRIDE + 1, (count, 1), generator=source) for _ in range(2))
+    tokens = (first + stride * torch.arange(ARITHMETIC_TOKENS + 1)) % ARITHMETIC_SYMBOLS
+    return tokens[:, :-1], tokens[:, 1:]
+
+
 TEXT_BYTES = 2_000_000
 CONTEXT = 64
 

@@ -120,9 +120,10 @@ def _draws(setting: Setting) -> tuple[data.Draw, data.Draw, int, str]:
         "friedman": data.draw_friedman,
         "regression": data.draw_surface,
         "automaton": data.draw_automaton,
+        "arithmetic": data.draw_arithmetic,
     }
     draw = draws[setting.source]
-    count = NUM_VALID_WINDOWS * 4 if setting.source == "automaton" else data.NUM_VALID
+    count = NUM_VALID_WINDOWS * 4 if setting.source in ("automaton", "arithmetic") else data.NUM_VALID
     return draw, draw, count, f"made: {setting.source}"
 
 

@@ -17,7 +17,7 @@ from ...tasks.base import unknown_name
 NUM_SEEDS, NUM_SEEDS_LONG = 5, 3
 
 Source = Literal[
-    "glyphs", "glyphs-turned", "digits", "teacher", "drift", "friedman", "automaton",
+    "glyphs", "glyphs-turned", "digits", "teacher", "drift", "friedman", "automaton", "arithmetic",
     "stdlib", "manual", "regression", "poisson", "oscillator",
 ]  # fmt: skip
 Model = Literal[
@@ -184,6 +184,11 @@ _SEQUENCES = (
     _gpt("gpt-modern-b4-wsd", steps=3000, quick_steps=300),
     _gpt("gpt-modern-muon", batch=8, optimizer="muon", ms=15.0),
     _gpt("gpt-schedule-free", model="gpt", batch=8, optimizer="schedule-free", schedule="none", clip=0.0, ms=6.0),
+    _gpt("gpt-arithmetic", source="arithmetic", model="gpt", batch=16, schedule="linear", warmup=0, clip=0.0,
+         weight_decay=0.01, steps=600, about="two tokens tell the next", ms=5.0),
+    _gpt("gpt-arithmetic-short", source="arithmetic", model="gpt", batch=16, schedule="linear", warmup=0, clip=0.0,
+         weight_decay=0.01, steps=150, about="ends before it has learned the rule", ms=5.0),
+    _gpt("gpt-modern-arithmetic", source="arithmetic", batch=16, schedule="wsd", steps=600, ms=5.0),
     _finetune("gpt-finetune-b2", batch=2, lr=1e-3, rate="low", about="all weights of a trained model", ms=4.0),
     _finetune("gpt-finetune-b2-low-rate", batch=2, lr=1e-4, rate="low", about="a thirtieth of the best", ms=4.0),
     _finetune("gpt-finetune-b2-high-rate", batch=2, lr=1e-2, rate="high", about="three times the best", ms=4.0),
