@@ -463,7 +463,7 @@ class HybridTrainerConfig:
     # Both make steps longer and noisier; only a learning-rate decay removes that noise, so both need a schedule.
     max_lr_multiplier: float = 100.0  # bound on the learned multiplier of the optimizer's own steps; 1: off
     min_group_factor: float = 0.01  # smallest factor on a group's first steps (group warm-up); 1: off
-    recipe: str = "off"  # step sizes per role: "off", "prior" (untrained networks of blocks), or a recipe's file
+    recipe: str = "auto"  # step sizes per role: auto, off, prior (untrained networks of blocks), or a recipe's file
     explore_outcomes: int = 3  # proposals made whatever the confidence, to learn what it is worth
     seed: int = 0  # of the trainer's own random generator (control group)
 
@@ -493,7 +493,9 @@ class HybridTrainerConfig:
         _number("training.max_lr_multiplier", self.max_lr_multiplier, 1.0)
         _number("training.min_group_factor", self.min_group_factor, 0.0, 1.0, open_low=True)
         if not isinstance(self.recipe, str) or not self.recipe:
-            raise ConfigError(f'training.recipe = {self.recipe!r} must be "off", "prior" or the path of a recipe')
+            raise ConfigError(
+                f'training.recipe = {self.recipe!r} must be "auto", "off", "prior" or the path of a recipe'
+            )
         _whole("training.explore_outcomes", self.explore_outcomes, 0)
         _whole("training.seed", self.seed, 0, 2**63 - 1)
         _number("predictor.memory_budget_mb", self.predictor_memory_mb, 0.0, open_low=True)

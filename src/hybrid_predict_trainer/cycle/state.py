@@ -24,7 +24,7 @@ from ..keep.snapshot import Snapshot
 from ..keep.subject import LossFn, Subject
 from ..move.modifier import StepModifier
 from ..move.optimizer_memory import left_alone
-from ..move.optimizer_step import Around, OptimizerStep, lookahead_for, modifiers_for, multiplier_for
+from ..move.optimizer_step import Around, OptimizerStep, lookahead_for, modifiers_for, multiplier_for, recipe_for
 from ..move.schedule import LrSchedule, scheduled_settings_stay
 from ..observe.data import Batches
 from ..observe.divergence import Monitor
@@ -108,12 +108,13 @@ class State:
         self.buffers = BufferGuard(with_modules_beside(subject.loss_fn, subject.model))
         self.follow(config, predictor)
         anneals = lr_scheduler is not None
+        recipe = recipe_for(subject, self.watch, config)
         scale = multiplier_for(subject, self.watch, config, self.judge.generator, anneals=anneals)
         around = Around(
             scale=scale,
             lookahead=lookahead_for(subject, config, observing=self.windows.observing, anneals=anneals),
             switchback=Switchback(config.block_holdout), drifts=config.lookahead.drift > 0,
-            of_settings=modifiers_for(subject, self.watch, config, scale, self.schedule), modifiers=modifiers,
+            of_settings=modifiers_for(subject, recipe, config, scale, self.schedule), modifiers=modifiers,
         )  # fmt: skip
         self.optimizer_step = OptimizerStep(subject, self.watch, self.schedule, around, self.failures)
 

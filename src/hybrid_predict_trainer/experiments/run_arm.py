@@ -142,7 +142,7 @@ def run_arm(
         return run_baseline(setup, arm, seed, folder=folder, watch=watch, label=label)
     if arm.kind == "jump-of-zero":  # jumps are put back, nothing else may move the weights: they are the plain run's
         calm = replace(setup.config.lookahead, extrapolation=0.0, damping=0.0)
-        still = replace(setup.config, max_lr_multiplier=1.0, min_group_factor=1.0, lookahead=calm)
+        still = replace(setup.config, max_lr_multiplier=1.0, min_group_factor=1.0, recipe="off", lookahead=calm)
         setup = replace(setup, config=still)
     steps = steps_of(setup, arm.budget)
     trainer = build_trainer(setup, lr=arm.lr, steps=steps, seed=seed, predict=arm.kind != "plain")

@@ -50,6 +50,9 @@ class StepModifier:
     def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
 
+    def not_saved(self) -> None:
+        """The run is one that was saved without this: by itself it begins anew."""
+
     def memory_bytes(self) -> int:
         """Bytes that are held between steps."""
         return 0

@@ -303,36 +303,46 @@ class OptimizerStep:
                 f"the run was saved with {' and '.join(gone)} around the optimizer's step, which its settings asked "
                 "for and those of this run do not: set them as they were (training.recipe, say)"
             )
-        for name, own in saved.items():
-            self._of_settings[name].load_state_dict(own)
+        for name, own in self._of_settings.items():
+            if name in saved:
+                own.load_state_dict(saved[name])
+            else:
+                own.not_saved()
         self.scale.load_state_dict(state["scale"])
         self.lookahead.load_state_dict(_placed(state["lookahead"], self._subject.parameters))
         self.switchback.load_state_dict(state["switchback"])
 
 
+def recipe_for(subject: Subject, watch: Watch, config: HybridTrainerConfig) -> Recipe | None:
+    """Step sizes by role that the settings ask for; None where only the optimizer may move weights.
+
+    Raises:
+        ConfigError: ``training.recipe`` names a file that cannot be read, or that is not of this network.
+    """
+    nothing_of_ours = config.never_predicts and config.recipe == "auto"
+    if not config.enabled or watch.hands_off is not None or config.recipe == "off" or nothing_of_ours:
+        return None
+    return for_run(config.recipe, subject.optimizer, subject.parameters, subject.groups)
+
+
 def modifiers_for(
-    subject: Subject, watch: Watch, config: HybridTrainerConfig, scale: Multiplier, schedule: LrSchedule
+    subject: Subject, recipe: Recipe | None, config: HybridTrainerConfig, scale: Multiplier, schedule: LrSchedule
 ) -> list[StepModifier]:
-    """What the settings ask for beside multiplier and lookahead, in the order of their turns.
+    """What is around every step beside multiplier and lookahead, in the order of their turns.
 
     Each is of a class of its own, whose name its state goes by in a checkpoint.
 
     Args:
         subject: What is trained.
-        watch: Where only the optimizer may move weights nothing is added.
+        recipe: Step sizes by role; None: they are not asked for.
         config: Settings.
         scale: The multiplier of all steps.
         schedule: Whose rates recovery may have lowered.
-
-    Raises:
-        ConfigError: ``training.recipe`` names a file that cannot be read, or that is not of this network.
     """
-    if config.recipe == "off" or not config.enabled:
+    if recipe is None:
         return []
-    recipe = for_run(config.recipe, subject.parameters, subject.groups)
-    if recipe.empty or watch.hands_off is not None:
-        return []
-    return [RoleRates(subject, recipe, lambda: scale.value * schedule.factor)]
+    chosen = config.recipe == "auto"
+    return [RoleRates(subject, recipe, lambda: scale.value * schedule.factor, adopts=chosen)]
 
 
 def multiplier_for(

@@ -25,6 +25,8 @@ from .group_warmup import is_inside_a_block
 
 #: Factors for networks whose blocks were never trained; every other role keeps the schedule's rate.
 PRIOR = {"head": 8.0, "embedding": 4.0, "attention_q": 3.0, "attention_k": 3.0}
+#: Optimizers with which the prior was measured, by name.
+MEASURED_WITH = ("Adam", "AdamW")
 #: Roles that a matrix with queries, keys and values in one is cut into, by thirds.
 FUSED, FUSED_PARTS = "attention_qkv", ("attention_q", "attention_k", "attention_v")
 #: No recipe is longer.
@@ -168,8 +170,16 @@ def prior(parameters: list[Tensor], groups: Groups) -> Recipe:
     return Recipe(rates, "prior of untrained networks of blocks")
 
 
-def for_run(asked: str, parameters: list[Tensor], groups: Groups) -> Recipe:
-    """What ``training.recipe`` names: ``"off"``, ``"prior"``, or a file.
+def for_run(asked: str, optimizer: Optimizer, parameters: list[Tensor], groups: Groups) -> Recipe:
+    """What ``training.recipe`` names: ``"auto"``, ``"off"``, ``"prior"``, or a file.
+
+    ``"auto"`` is the prior where it was measured: with Adam or AdamW at one rate for all of its groups.
+
+    Args:
+        asked: The setting.
+        optimizer: Its groups are looked at, and its name.
+        parameters: That are trained.
+        groups: Their names and roles.
 
     Raises:
         ConfigError: the file cannot be read, or names a role that this network has not.
@@ -177,6 +187,12 @@ def for_run(asked: str, parameters: list[Tensor], groups: Groups) -> Recipe:
     if asked == "off":
         return Recipe({}, "off")
     if asked == "prior":
+        return prior(parameters, groups)
+    if asked == "auto":
+        if type(optimizer).__name__ not in MEASURED_WITH:
+            return Recipe({}, f"no recipe: not measured with {type(optimizer).__name__}")
+        if len({float(group["lr"]) for group in optimizer.param_groups if "lr" in group}) != 1:
+            return Recipe({}, "no recipe: the optimizer's groups have rates of their own")
         return prior(parameters, groups)
     found = Recipe.load(asked)
     foreign = sorted(set(found.rates) - _roles_in(groups))

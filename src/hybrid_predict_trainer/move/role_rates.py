@@ -26,16 +26,28 @@ class RoleRates(StepModifier):
         recipe: Factors by role.
     """
 
-    def __init__(self, subject: Subject, recipe: Recipe, around: Callable[[], float] = lambda: 1.0) -> None:
+    def __init__(
+        self, subject: Subject, recipe: Recipe, around: Callable[[], float] = lambda: 1.0, *, adopts: bool = False
+    ) -> None:
         """Bind.
 
         Args:
             subject: What is trained.
             recipe: Factors by role.
             around: What the schedule's rate is multiplied by in the next step, for all roles alike.
+            adopts: The recipe was chosen by us: a run that is continued keeps the one that it was begun with.
         """
-        self.recipe, self._around = recipe, around
+        self._subject, self._around, self._adopts = subject, around, adopts
         self._optimizer = subject.optimizer
+        self._before: dict[int, Tensor] = {}
+        self._pull: dict[int, float] = {}  # share of a weight that decay takes away in this step
+        self.recipe = recipe
+        self._take(recipe)
+
+    def _take(self, recipe: Recipe) -> None:
+        """Go by a recipe from the next step on."""
+        subject = self._subject
+        self.recipe = recipe
         self._parts: dict[int, list[tuple[Any, float]]] = {}  # by place of the parameter; factor 1 is left out
         for i, parameter in enumerate(subject.parameters):
             parts = recipe.parts_of(parameter, subject.groups.roles[subject.groups.index[i]])
@@ -43,10 +55,8 @@ class RoleRates(StepModifier):
                 self._parts[i] = [part for part in parts if part[1] != 1.0]
         held = {id(p): group for group in subject.optimizer.param_groups for p in group["params"]}
         self._groups = {i: held.get(id(subject.parameters[i])) for i in self._parts}
-        self._before: dict[int, Tensor] = {}
-        self._pull: dict[int, float] = {}  # share of a weight that decay takes away in this step
         share = sum(subject.parameters[i].numel() for i in self._parts) / max(subject.groups.num_weights, 1)
-        self._passes = round(2 * share) if share >= 0.25 else 1
+        self._passes = 0 if not self._parts else round(2 * share) if share >= 0.25 else 1
 
     @torch.no_grad()
     def before_step(self, parameters: Sequence[Tensor]) -> int:
@@ -89,6 +99,11 @@ class RoleRates(StepModifier):
         """The factors, so that a run goes on with those it was begun with."""
         return {"rates": dict(self.recipe.rates), "origin": self.recipe.origin}
 
+    def not_saved(self) -> None:
+        """A run that was begun before there were recipes goes on without one, unless the user asks for it."""
+        if self._adopts:
+            self._take(Recipe({}, "no recipe: the run was begun without one"))
+
     def load_state_dict(self, state: StateDict) -> None:
         """Check that the run is continued with the same recipe.
 
@@ -96,7 +111,11 @@ class RoleRates(StepModifier):
             CheckpointError: it is another one.
         """
         self._before = {}
-        if dict(state["rates"]) != dict(self.recipe.rates):
+        if dict(state["rates"]) == dict(self.recipe.rates):
+            return
+        if self._adopts:
+            self._take(Recipe(dict(state["rates"]), str(state["origin"])))
+        else:
             raise CheckpointError(
                 f"the run was saved with the recipe {dict(state['rates'])} and is continued with "
                 f"{dict(self.recipe.rates)}: set training.recipe to the one it was begun with"

@@ -205,7 +205,7 @@ def recording_settings(config: HybridTrainerConfig, *, plain: bool) -> HybridTra
     if not plain:
         return config
     still = replace(config.lookahead, extrapolation=0.0, damping=0.0)
-    return replace(config, clock="credited", max_lr_multiplier=1.0, lookahead=still)
+    return replace(config, clock="credited", max_lr_multiplier=1.0, recipe="off", lookahead=still)
 
 
 def column_map(wide: BasisSpec, spec: BasisSpec) -> list[int]:

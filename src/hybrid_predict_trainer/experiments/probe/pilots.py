@@ -22,7 +22,7 @@ NO_JUMPS = {"training.confidence_threshold": 0.999, "training.explore_outcomes":
 #: Only jumps: the optimizer's own steps are as they are.
 NO_SIZES = {
     "training.max_lr_multiplier": 1.0, "training.min_group_factor": 1.0, "lookahead.extrapolation": 0.0,
-    "lookahead.damping": 0.0,
+    "lookahead.damping": 0.0, "training.recipe": "off",
 }  # fmt: skip
 #: Lengths of plain runs, in lengths of the pilot: tried outwards until the predicted run's loss lies between two.
 LONGER = (1.5, 2.0, 4.0, 8.0, 16.0)

@@ -27,7 +27,7 @@ from .plain import Scale
 BARS = {25: 0.01, 50: 0.02, 80: 0.02}
 JUMPS_ONLY = (
     "training.clock=claimed", "training.max_lr_multiplier=1.0", "training.min_group_factor=1.0",
-    "lookahead.extrapolation=0.0", "lookahead.damping=0.0",
+    "lookahead.extrapolation=0.0", "lookahead.damping=0.0", "training.recipe=off",
 )  # fmt: skip
 #: The smallest share that the seeds ask for.
 GATED_BAR = 0.25
