@@ -64,7 +64,10 @@ def made(fused: bool = False, optimizer: Any = torch.optim.AdamW, **options: Any
     return model, optimizer(model.parameters(), **({"lr": 1e-2} | options))
 
 
-STILL = {"max_lr_multiplier": 1.0, "min_group_factor": 1.0, "lookahead__extrapolation": 0.0, "lookahead__damping": 0.0}
+STILL = {
+    "max_predict_steps": 0, "recipe": "off", "max_lr_multiplier": 1.0, "min_group_factor": 1.0,
+    "lookahead__extrapolation": 0.0, "lookahead__damping": 0.0,
+}  # fmt: skip
 OPTIMIZERS = [
     (torch.optim.SGD, {"lr": 1e-2, "momentum": 0.9}), (torch.optim.Adam, {"lr": 1e-2}),
     (torch.optim.AdamW, {"lr": 1e-2, "weight_decay": 0.3}), (torch.optim.NAdam, {"lr": 1e-2}),
@@ -77,7 +80,7 @@ def test_a_recipe_is_groups_with_rates_of_their_own(optimizer: Any, options: dic
     recipe = Recipe({"head": 8.0, "embedding": 4.0, "attention_q": 3.0, "attention_k": 0.5})
     model, held = made(optimizer=optimizer, **options)
     trainer = HybridTrainer(
-        model, held, config(recipe=str(recipe.save(tmp_path / "recipe.toml")), max_predict_steps=0, **STILL),
+        model, held, config(**{**STILL, "recipe": str(recipe.save(tmp_path / "recipe.toml"))}),
         loss_fn=loss_fn,
     )  # fmt: skip
     plain, _ = made()
@@ -104,7 +107,7 @@ def test_a_fused_matrix_is_cut_by_thirds() -> None:
     for model in (apart, fused):
         trainer = HybridTrainer(
             model, torch.optim.SGD(model.parameters(), lr=0.1),
-            config(recipe="prior", max_predict_steps=0, **STILL), loss_fn=loss_fn,
+            config(**{**STILL, "recipe": "prior"}), loss_fn=loss_fn,
         )  # fmt: skip
         assert dict(trainer.recipe().rates) == PRIOR
         for batch in batches(5):
@@ -133,7 +136,7 @@ def test_nothing_frozen_moves_and_weight_decay_stays_what_it_was() -> None:
     model, optimizer = made(weight_decay=0.5, lr=0.1)
     model.head.weight.requires_grad_(False)
     before = model.head.weight.detach().clone()
-    trainer = HybridTrainer(model, optimizer, config(recipe="prior", max_predict_steps=0, **STILL), loss_fn=loss_fn)
+    trainer = HybridTrainer(model, optimizer, config(**{**STILL, "recipe": "prior"}), loss_fn=loss_fn)
     for batch in batches(3):
         trainer.step(batch)
     assert torch.equal(model.head.weight, before)
@@ -146,7 +149,7 @@ def test_decay_pulls_by_the_rate_and_not_by_the_factor() -> None:
     unused = torch.tensor([[0, 1, 0, 1, 0, 1]])  # rows 2 and 3 have a gradient of zero
     optimizer = torch.optim.AdamW(block.parameters(), lr=0.1, weight_decay=0.5)
     before = weight.weight.detach().clone()
-    trainer = HybridTrainer(block, optimizer, config(recipe="prior", max_predict_steps=0, **STILL), loss_fn=loss_fn)
+    trainer = HybridTrainer(block, optimizer, config(**{**STILL, "recipe": "prior"}), loss_fn=loss_fn)
     trainer.step(unused)
     torch.testing.assert_close(weight.weight[2:], before[2:] * (1 - 0.1 * 0.5))
 
@@ -175,6 +178,48 @@ def test_a_run_with_a_recipe_goes_on_bit_for_bit_and_rides_along_the_same_way(tm
     engine = attach(model, optimizer, config(recipe="prior", max_predict_steps=0), loss_fn=loss_fn,
                     lr_scheduler=schedule)  # fmt: skip
     assert dict(engine.recipe().rates) == PRIOR
+
+
+def test_a_chosen_recipe_is_the_one_that_the_run_was_begun_with(tmp_path: Path) -> None:
+    def trainer(steps: int, asked: str) -> HybridTrainer:
+        model, optimizer = made()
+        begun = HybridTrainer(model, optimizer, config(recipe=asked), loss_fn=loss_fn)
+        for batch in batches(steps):
+            begun.step(batch)
+        return begun
+
+    begun = trainer(5, "auto")
+    assert dict(begun.recipe().rates) == PRIOR
+    saved = begun.save_checkpoint(tmp_path)
+    trained, _ = made()
+    trained.load_state_dict(begun.run.subject.model.state_dict())  # its norms have moved: no prior for it
+    other = HybridTrainer(trained, torch.optim.AdamW(trained.parameters(), lr=1e-2), config(), loss_fn=loss_fn)
+    assert other.recipe().empty
+    other.load_checkpoint(saved)
+    assert dict(other.recipe().rates) == PRIOR
+    without = trainer(5, "off").save_checkpoint(tmp_path / "without")
+    later = trainer(0, "auto")
+    later.load_checkpoint(without)
+    assert later.recipe().empty
+
+
+@pytest.mark.parametrize(
+    ("changes", "optimizer", "chosen"),
+    [({}, torch.optim.AdamW, True), ({}, torch.optim.Adam, True), ({}, torch.optim.SGD, False),
+     ({"enabled": False}, torch.optim.AdamW, False), ({"max_predict_steps": 0}, torch.optim.AdamW, False),
+     ({"recipe": "off"}, torch.optim.AdamW, False)],
+)  # fmt: skip
+def test_where_a_recipe_is_chosen(changes: dict[str, Any], optimizer: Any, chosen: bool) -> None:
+    model, held = made(optimizer=optimizer)
+    trainer = HybridTrainer(model, held, config(**changes), loss_fn=loss_fn)
+    assert trainer.recipe().empty is not chosen
+
+
+def test_rates_that_the_user_has_set_by_role_are_his() -> None:
+    model, _ = made()
+    own = [{"params": model.head.parameters(), "lr": 5e-2}, {"params": [*model.embedding.parameters(),
+           *model.block.parameters()], "lr": 1e-2}]  # fmt: skip
+    assert HybridTrainer(model, torch.optim.AdamW(own), config(), loss_fn=loss_fn).recipe().empty
 
 
 def test_another_recipe_is_not_the_same_run(tmp_path: Path) -> None:
