@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
+from hybrid_predict_trainer import HybridTrainer, HybridTrainerConfig
 from hybrid_predict_trainer.forecast.final_loss import Forecast
 from hybrid_predict_trainer.forecast.schedules import planned_rates
 from hybrid_predict_trainer.forecast.stopping import FIRST_SHARE, NUM_LOOKS, StopWhen, fall_done
@@ -90,3 +95,44 @@ def test_only_telling_warns_once_and_goes_on() -> None:
 def test_bad_rules(kwargs: dict[str, Any], match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         StopWhen(**kwargs)
+
+
+# ---- in a trainer ----------------------------------------------------------------------------------------
+
+
+def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        x = torch.randn(16, 4, generator=generator)
+        yield x, x.sum(1, keepdim=True) + 0.5 * torch.randn(16, 1, generator=generator)
+
+
+def trainer(*, enabled: bool = True) -> HybridTrainer:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: max(0.0, 1 - n / 120))
+    config = HybridTrainerConfig(enabled=enabled, warmup_steps=10)
+    return HybridTrainer(model, optimizer, config, loss_fn=nn.MSELoss(), lr_scheduler=schedule)
+
+
+def test_a_run_with_a_target_out_of_reach_ends_early_and_in_a_consistent_state() -> None:
+    pytest.importorskip("scipy")
+    rule = StopWhen(target=1e-6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        mine = trainer()
+        result = mine.fit(batches(), total_steps=120, stop_when=rule)
+        assert result.stopped_early
+        assert 0.25 * 120 <= mine.current_step < 120
+        assert rule.advice is not None
+        assert "will not be met" in rule.advice.reason
+        whole = trainer().fit(batches(), total_steps=120, stop_when=StopWhen(target=100.0))
+    assert not whole.stopped_early
+
+
+def test_a_rule_needs_an_end_and_losses() -> None:
+    with pytest.raises(ConfigError, match="needs the end of the run"):
+        trainer().fit(batches(), stop_when=StopWhen(target=1.0))
+    with pytest.raises(ConfigError, match="none are kept"):
+        trainer(enabled=False).fit(batches(), total_steps=10, stop_when=StopWhen(target=1.0))

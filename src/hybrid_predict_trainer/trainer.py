@@ -17,13 +17,14 @@ from .cost import STEP_UNITS
 from .cycle import outside
 from .cycle.construction import Handed, build_run
 from .cycle.construction import default_loss as default_loss
-from .cycle.foretell import foretell
+from .cycle.foretell import foretell, planned
 from .cycle.learning import settle_readings
 from .cycle.loop import take_step
 from .cycle.passes import Rounds, Tally, goes_round, has_ended, owes_proposal, replaying
 from .cycle.transaction import interrupted
 from .distributed.processes import refuse_other_processes
 from .forecast.final_loss import Forecast
+from .forecast.stopping import StopWhen
 from .judge.validation import ValFn
 from .keep import resume as persistence
 from .keep.background import Write
@@ -37,7 +38,7 @@ from .move.modifier import StepModifier
 from .move.recipe import Recipe
 from .notices import users_line
 from .predictors import Predictor
-from .records import EpochResult, StateDict, StepResult
+from .records import ConfigError, EpochResult, StateDict, StepResult
 from .recovery import NumericalInstability
 from .tell.figures import statistics
 from .tell.recorder import Metrics
@@ -193,6 +194,7 @@ class HybridTrainer:
         total_steps: int | None = None,
         progress_callback: Callable[[StepResult], None] | None = None,
         should_stop: Callable[[], bool] | None = None,
+        stop_when: StopWhen | None = None,
     ) -> EpochResult:
         """Train until the clock reaches ``total_steps``, round after round over the loader, or once through it.
 
@@ -205,6 +207,7 @@ class HybridTrainer:
             total_steps: End of the run on the configured clock (``config.clock``); None: one pass.
             progress_callback: Called with every result.
             should_stop: Asked between steps; True ends the loop in a consistent state.
+            stop_when: Ends the loop when the forecast of the final loss says that going on is not worth it.
 
         Raises:
             DivergenceError: too many consecutive steps were not finite, or the weights are not at the end.
@@ -214,10 +217,32 @@ class HybridTrainer:
             raise TypeError(
                 f"fit takes the batches first, fit(loader, total_steps=...); this is a {type(loader).__name__}"
             )
+        if stop_when is not None:
+            should_stop = self._not_worth_it(stop_when, total_steps, should_stop)
         result = self._go_through(loader, total_steps, progress_callback, should_stop)
         if self._saver is not None and result.num_steps:
             self._saver.attempt(self.current_step)
         return result
+
+    def _not_worth_it(
+        self, rule: StopWhen, total_steps: int | None, should_stop: Callable[[], bool] | None
+    ) -> Callable[[], bool]:
+        """The caller's question, and the forecast's answer."""
+        if total_steps is None:
+            raise ConfigError("stop_when needs the end of the run: fit(loader, total_steps=...)")
+        if not self.config.enabled:
+            raise ConfigError("stop_when needs losses, and with enabled = False none are kept")
+        run, end = self.run, total_steps
+
+        def foretold(level: float) -> Forecast:
+            return self.forecast(end, level=level)
+
+        def asked() -> bool:
+            if should_stop is not None and should_stop():
+                return True
+            return rule.ask(run.position, end, foretold, lambda: planned(run, end))
+
+        return asked
 
     def _go_through(
         self,

@@ -42,7 +42,8 @@ HARM_SETTINGS = (
     "cnn-onecycle", "cnn-bn-step", "cnn-bn-adamw", "digits-epochs", "teacher-b8", "teacher-b32", "drift-b32",
     "logistic-sgd-long", "friedman-high-rate", "friedman-onecycle", "regression-sgd-.01", "regression-sgd-.03",
     "regression-sgd-.1", "gru-linear", "lstm-text", "gpt-b8-cosine", "gpt-modern-b4-wsd", "gpt-modern-muon",
-    "gpt-schedule-free", "gpt-finetune-b2", "gpt-finetune-b2-low-rate", "gpt-finetune-b2-high-rate",
+    "gpt-schedule-free", "gpt-arithmetic", "gpt-arithmetic-short", "gpt-modern-arithmetic", "gpt-finetune-b2",
+    "gpt-finetune-b2-low-rate", "gpt-finetune-b2-high-rate",
     "gpt-finetune-b8", "gpt-lora", "pinn-fixed", "pinn-resampled", "pinn-fresh",
 )  # fmt: skip
 

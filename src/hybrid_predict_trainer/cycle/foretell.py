@@ -32,16 +32,27 @@ def foretell(run: State, total_steps: int | None, level: float) -> Forecast:
     end = total_steps if total_steps is not None else run.schedule.end
     if end is None:
         raise ConfigError("the end of the run is not known: call forecast(total_steps)")
-    points = np.array(run.losses.curve.points(), dtype=np.float64).reshape(-1, 3)
+    points = seen(run)
     if not len(points):
         why = "no real step has been taken" if run.config.enabled else "with enabled = False no losses are kept"
         raise ConfigError(f"there is nothing to forecast from: {why}")
     now = run.position
     if end < now:
         raise ConfigError(f"the run is at step {now}, beyond total_steps = {end}")
-    steps = np.arange(1, now + 1)
-    past = np.interp(steps, points[:, 0], points[:, 2])
-    return forecast(points[:, 0], points[:, 1], np.concatenate([past, rates_ahead(run, end - now)]), level=level)
+    return forecast(points[:, 0], points[:, 1], planned(run, end), level=level)
+
+
+def seen(run: State) -> Array:
+    """(step, loss, learning rate) of the real steps so far, (n, 3)."""
+    return np.array(run.losses.curve.points(), dtype=np.float64).reshape(-1, 3)
+
+
+def planned(run: State, end: int) -> Array:
+    """Learning rates of all steps of the clock until the end, past and planned, (end,); needs one loss at least."""
+    points, now = seen(run), run.position
+    past = np.interp(np.arange(1, now + 1), points[:, 0], points[:, 2])
+    found: Array = np.concatenate([past, rates_ahead(run, end - now)])
+    return found
 
 
 def rates_ahead(run: State, num_steps: int) -> Array:
