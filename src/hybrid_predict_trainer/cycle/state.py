@@ -155,7 +155,8 @@ class State:
         )
         scaler = [] if self.subject.grad_scaler is None else [self.subject.grad_scaler]
         around = self.optimizer_step
-        return [*schedule, *scaler, around.lookahead, around.scale, *around.modifiers]
+        remembering = [modifier for modifier in around.modifiers if modifier.remembers]
+        return [*schedule, *scaler, around.lookahead, around.scale, *remembering]
 
     @property
     def learning_rate(self) -> float:

@@ -8,10 +8,10 @@ rate's fall is still ahead nothing is stopped for want of a gain: that fall is w
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..notices import warn
 from ..records import ConfigError
 from .curve import Array
 from .final_loss import Forecast
@@ -98,7 +98,7 @@ class StopWhen:
         self.advice = Advice(bool(reason), reason, found)
         if reason and self._only_tell and not self._told:
             self._told = True
-            warnings.warn(f"step {step}: {reason}", stacklevel=4)
+            warn(f"step {step}: {reason}")
         return bool(reason) and not self._only_tell
 
     def _reason(self, found: Forecast, step: int, rates: Callable[[], Array]) -> str:

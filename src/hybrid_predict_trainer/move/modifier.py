@@ -17,7 +17,12 @@ class StepModifier:
     ``enabled`` is false.  It writes to the parameters and to their gradients, in place.  What it remembers between
     steps is in :meth:`state_dict`: a rollback and a checkpoint put that back together with the weights.  If it raises,
     training goes on without it for that step, as with everything that is around the step.
+
+    Attributes:
+        remembers: Its state changes while a run goes on, so that a rollback has to put it back.
     """
+
+    remembers = True
 
     def before_step(self, parameters: Sequence[Tensor]) -> int:
         """After backward and clipping, right before the optimizer's step.

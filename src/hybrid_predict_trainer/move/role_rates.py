@@ -26,6 +26,8 @@ class RoleRates(StepModifier):
         recipe: Factors by role.
     """
 
+    remembers = False
+
     def __init__(
         self, subject: Subject, recipe: Recipe, around: Callable[[], float] = lambda: 1.0, *, adopts: bool = False
     ) -> None:
