@@ -154,6 +154,21 @@ def test_decay_pulls_by_the_rate_and_not_by_the_factor() -> None:
     torch.testing.assert_close(weight.weight[2:], before[2:] * (1 - 0.1 * 0.5))
 
 
+def test_groups_that_a_load_has_replaced_are_looked_at_anew() -> None:
+    def run(load: bool) -> nn.Module:
+        model, optimizer = made(weight_decay=0.5)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 12)
+        trainer = HybridTrainer(model, optimizer, config(**{**STILL, "recipe": "prior"}), loss_fn=loss_fn,
+                                lr_scheduler=schedule)  # fmt: skip
+        for step, batch in enumerate(batches(12)):
+            if load and step == 5:
+                optimizer.load_state_dict(optimizer.state_dict())
+            trainer.step(batch)
+        return model
+
+    assert_same(run(load=False).state_dict(), run(load=True).state_dict())
+
+
 def test_a_run_with_a_recipe_goes_on_bit_for_bit_and_rides_along_the_same_way(tmp_path: Path) -> None:
     def trainer() -> HybridTrainer:
         model, optimizer = made()

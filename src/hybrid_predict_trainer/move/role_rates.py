@@ -55,10 +55,15 @@ class RoleRates(StepModifier):
             parts = recipe.parts_of(parameter, subject.groups.roles[subject.groups.index[i]])
             if any(factor != 1.0 for _, factor in parts):
                 self._parts[i] = [part for part in parts if part[1] != 1.0]
-        held = {id(p): group for group in subject.optimizer.param_groups for p in group["params"]}
-        self._groups = {i: held.get(id(subject.parameters[i])) for i in self._parts}
+        self._group_of = self._places()
         share = sum(subject.parameters[i].numel() for i in self._parts) / max(subject.groups.num_weights, 1)
         self._passes = 0 if not self._parts else round(2 * share) if share >= 0.25 else 1
+
+    def _places(self) -> dict[int, int]:
+        """Number of the optimizer's group of every parameter; the groups themselves are replaced by a load."""
+        held = {id(p): g for g, group in enumerate(self._optimizer.param_groups) for p in group["params"]}
+        parameters = self._subject.parameters
+        return {i: held[id(parameters[i])] for i in self._parts if id(parameters[i]) in held}
 
     @torch.no_grad()
     def before_step(self, parameters: Sequence[Tensor]) -> int:
@@ -68,9 +73,9 @@ class RoleRates(StepModifier):
         return self._passes
 
     def _pull_of(self, i: int) -> float:
-        group = self._groups[i]
-        if group is None:
+        if i not in self._group_of:
             return 0.0
+        group = self._optimizer.param_groups[self._group_of[i]]
         rate = group.get("lr", 0.0)
         return float(rate) * self._around() * decay_of(self._optimizer, group)
 
