@@ -146,7 +146,7 @@ def test_a_validation_loss_that_is_not_finite_is_a_divergence(
         (["forecast", "nowhere", "--prior", "oracle"], r"unknown prior 'oracle'"),
         (["validate", "--scale", "huge"], r"argument --scale: invalid choice: 'huge'"),
         (["validate", "--experiment", "0"], r"argument --experiment: 0 is out of range"),
-        (["probe"], r"required"),
+        (["probe"], r"--task is needed"),
         (["trian"], r"invalid choice: 'trian' \(choose from .*train.*compare.*inspect.*report.*bench"),
         ([], r"required: COMMAND"),
     ],
@@ -460,7 +460,9 @@ def test_a_terminal_gets_a_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(progress, "REFRESH_S", 0.0)
     assert cli.main(["train", *PINN, "--predictor", "secant", "--steps", "20", "--out", str(tmp_path / "run")]) == 0
     drawn = stream.getvalue().split("\r\x1b[2K")
-    assert re.match(r"\[#{12}\.{12}\] 10/20 \w+ +loss \S+  jumps 0/0  \S+ steps/s  \d+ s left", drawn[10])
+    assert re.match(
+        r"\[#{12}\.{12}\] 10/20 \w+ +loss \S+  rel\. error \S+  jumps 0/0  \S+ steps/s  \d+ s left", drawn[10]
+    )
     assert drawn[-1] == ""
     assert "\n" not in stream.getvalue()
 

@@ -343,11 +343,20 @@ NOT_SAVED: dict[str, set[str]] = {
     "proposer": {"settings", "chooses", "time", "correction", "_least", "_most", "_longest_chain", "_failures"},
     "judge": {"held", "_settings", "_subject", "_failures"},
     "judge.evaluation": {"_subject", "_failures"},
-    "optimizer_step": {"scale_search", "_subject", "_watch", "_schedule", "_failures", "_drifts", "_awaited"},
+    "optimizer_step": {
+        "scale_search",
+        "_subject",
+        "_watch",
+        "_schedule",
+        "_failures",
+        "_drifts",
+        "_awaited",
+        "_handed_in",
+    },
     "phases": {"controller"},
     "rollback": {"spare"},
     "safety": set(),
-    "batches": {"_views", "_failures"},
+    "batches": {"_views", "_failures", "_differs_elsewhere"},  # asked of the other ranks at every step
     "schedule": {
         "scheduler",
         "interval",

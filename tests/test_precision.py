@@ -211,7 +211,7 @@ def test_no_checkpoint_in_the_middle_of_an_accumulated_step(tmp_path: Path) -> N
         engine.save_checkpoint(tmp_path)
 
 
-def test_a_loss_that_is_noted_after_the_step_is_no_open_step(tmp_path: Path) -> None:
+def test_a_loss_that_is_noted_after_the_step_is_no_open_step(tmp_path: Path, notices: list[str]) -> None:
     made = setup("mlp", "adam")
     engine = attach(made.model, made.optimizer, config(), loss_fn=loss_fn)
     for batch in make_batches(4):
@@ -222,3 +222,5 @@ def test_a_loss_that_is_noted_after_the_step_is_no_open_step(tmp_path: Path) -> 
         made.optimizer.step()
         engine.note(loss)
         engine.save_checkpoint(tmp_path)
+    assert [text for text in notices if "came behind optimizer.step()" in text] == notices[:1]
+    notices.clear()

@@ -176,8 +176,8 @@ def test_a_run_worse_than_any_tuned_one_costs_at_least_so_much_more() -> None:
 @pytest.mark.parametrize(
     ("losses", "jumps", "words"),
     [
-        ([1 / 150] * 3, 2.0, "pays (S 1.5, loss 33 % lower"),
-        ([1 / 70] * 3, 2.0, "loses (S 0.7, loss 43 % higher"),
+        ([1 / 150] * 3, 2.0, "pays (S 1.5, loss 33.3 % lower"),
+        ([1 / 70] * 3, 2.0, "loses (S 0.7, loss 42.9 % higher"),
         ([1 / 150, 1 / 70, 1 / 100], 2.0, "no difference shown"),
         ([1 / 150] * 2, 2.0, "ahead on all 2 seeds, too few to be sure"),
         ([1 / 70] * 2, 2.0, "behind on all 2 seeds, too few to be sure"),

@@ -48,12 +48,13 @@ def test_what_is_lost_is_counted_and_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no case 'x'"):
         table.run_table(cases, only=["x"])
     document = tmp_path / "page.md"
-    document.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
+    begin, end = "<!-- faults: begin -->", "<!-- faults: end -->"
+    document.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     for _ in range(2):
         table.write_markdown(document, found)
     written = document.read_text()
-    assert written.startswith(f"before\n{table.BEGIN}\n| case |")
-    assert written.endswith(f"| **all** | | 8 | 5 | 3 |\n{table.END}\nafter\n")
+    assert written.startswith(f"before\n{begin}\n| case |")
+    assert written.endswith(f"| **all** | | 8 | 5 | 3 |\n{end}\nafter\n")
 
 
 def test_damage_that_is_not_noticed_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:

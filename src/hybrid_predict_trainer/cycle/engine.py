@@ -112,11 +112,11 @@ class Engine:
             TypeError: the loss is not a scalar.
         """
         self._check_attached()
+        late = loss is not None and self._intake.is_late(loss)  # before a step that was left out is closed below
         self._notice_overflow(undo=False)
         if self._intake.arrives():
             self._proposals.on_replaced()
         if loss is not None:
-            late = self._intake.is_late(loss)
             self._intake.loop.note_loss(loss)
             if late:
                 self._said.say(LATE)
