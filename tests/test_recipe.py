@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -320,3 +321,18 @@ def test_a_miniature_is_a_complete_run() -> None:
     assert factors[0] == pytest.approx(0.1)
     assert max(factors) == factors[15] == 1
     assert factors[-1] < 0.1
+
+
+def test_the_command_line_takes_a_recipe_home(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from hybrid_predict_trainer import cli
+
+    run = ["train", "--task", "gpt", "--preset", "0.3M", "--steps", "2"]
+    assert cli.main([*run, "--out", str(tmp_path / "first")]) == 0
+    capsys.readouterr()
+    assert cli.main(["recipe", str(tmp_path / "first"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rates"] == PRIOR
+    assert cli.main(["recipe", str(tmp_path)]) == 2
+    file = tmp_path / "first" / "recipe.toml"
+    assert cli.main([*run, "--out", str(tmp_path / "second"), "--set", f"training.recipe={file}"]) == 0
+    assert cli.main([*run, "--out", str(tmp_path / "third"), "--set", "training.recipe=nowhere.toml"]) == 2
+    assert "nowhere.toml" in capsys.readouterr().err

@@ -1,7 +1,7 @@
 """`hpt train`: one run in a folder of its own, which an interrupted run is resumed from bit for bit.
 
 The folder holds ``run.json`` (what was asked for), ``config.toml``, ``metrics.jsonl``, ``checkpoints/`` and,
-where the run has ended or was stopped, ``summary.json``.
+where the run has ended or was stopped, ``summary.json`` and ``recipe.toml``.
 """
 
 from __future__ import annotations
@@ -188,6 +188,7 @@ def _write_results(trainer: HybridTrainer, out: Path, result: Mapping[str, Any])
     """
     try:
         write_json(out / "summary.json", result)
+        trainer.recipe().save(out / "recipe.toml")
         if isinstance(trainer.run.proposer.predictor, Recorder):
             trainer.run.proposer.predictor.recording.save(out / "recording")
     except (OSError, UnusableFileError) as error:
