@@ -241,7 +241,7 @@ def test_train_writes_its_files_and_one_object(tmp_path: Path, capsys: pytest.Ca
     assert err.count("\n") == 3
     assert "10/30" in err
     names = {p.name for p in (tmp_path / "run").iterdir()} - {".lock"}
-    assert names == {"run.json", "config.toml", "metrics.jsonl", "summary.json", "checkpoints"}
+    assert names == {"run.json", "config.toml", "metrics.jsonl", "summary.json", "recipe.toml", "checkpoints"}
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["final_val_loss"] == found["final_val_loss"]
 
