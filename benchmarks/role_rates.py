@@ -25,6 +25,7 @@ from hybrid_predict_trainer.tasks import TaskSettings, build_optimizer, build_sc
 PLAIN_ARMS = {"plain": {}, "head": {"head": PRIOR["head"]}, "prior": PRIOR}
 TRAINER_ARMS = {
     "defaults": {},
+    "no-recipe": {"training.recipe": "off"},
     "recipe": {"training.recipe": "prior"},
     "recipe-no-warmup": {"training.recipe": "prior", "training.min_group_factor": 1.0},
 }

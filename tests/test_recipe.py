@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from cases import assert_same, config
 from hybrid_predict_trainer import CheckpointError, ConfigError, HybridTrainer, Recipe, attach, find_recipe
+from hybrid_predict_trainer.cycle.motions import end_motions
 from hybrid_predict_trainer.move.head_ladder import _climb, shape
 from hybrid_predict_trainer.move.recipe import PRIOR, prior, thirds
 from hybrid_predict_trainer.weights.parameters import predicted_parameters
@@ -229,6 +231,35 @@ def test_where_a_recipe_is_chosen(changes: dict[str, Any], optimizer: Any, chose
     model, held = made(optimizer=optimizer)
     trainer = HybridTrainer(model, held, config(**changes), loss_fn=loss_fn)
     assert trainer.recipe().empty is not chosen
+
+
+@pytest.mark.parametrize("asked", ["auto", "prior"])
+def test_what_withdraws_all_motions_withdraws_the_recipe_too(asked: str, tmp_path: Path) -> None:
+    model, optimizer = made()
+    trainer = HybridTrainer(
+        model, optimizer, config(**{**STILL, "max_predict_steps": 8, "recipe": asked}), loss_fn=loss_fn
+    )
+    data = batches(20)
+    trainer.step(data[0])
+    assert trainer.run.moving
+    end_motions(trainer.run)
+    assert not trainer.run.moving
+    saved = trainer.save_checkpoint(tmp_path)
+    plain, by_hand = made()
+    plain.load_state_dict(model.state_dict())
+    by_hand.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    again, held = made()
+    resumed = HybridTrainer(again, held, config(**{**STILL, "max_predict_steps": 8, "recipe": asked}), loss_fn=loss_fn)
+    resumed.load_checkpoint(saved)
+    for batch in data[1:]:
+        for run in (trainer, resumed):
+            run.force_full_phase(1)
+            run.step(batch)
+        by_hand.zero_grad()
+        loss_fn(plain, batch).backward()
+        by_hand.step()
+    assert_same(model.state_dict(), plain.state_dict())
+    assert_same(again.state_dict(), plain.state_dict())
 
 
 def test_rates_that_the_user_has_set_by_role_are_his() -> None:

@@ -708,7 +708,7 @@ def test_a_checkpoint_of_format_3_is_sorted_by_owner(tmp_path: Path) -> None:
     since = {
         ("windows", "keeping"), ("windows", "sketch"), ("optimizer_step", "modifiers"),
         ("proposer", "feedback", "confidence", "num_new"),
-        *(("optimizer_step", "of_settings", "RoleRates", name) for name in ("rates", "origin")),
+        *(("optimizer_step", "of_settings", "RoleRates", name) for name in ("rates", "origin", "ended")),
         *(("losses", "curve", name) for name in ("block", "num_open", "open", "sums")),
     }  # fmt: skip
     assert set(leaves(own)) - set(leaves(sorted_)) == since, "what the present format has, and no more"

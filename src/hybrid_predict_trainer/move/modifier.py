@@ -55,6 +55,9 @@ class StepModifier:
     def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
 
+    def end(self) -> None:
+        """All motions of this library are withdrawn; what a user has handed in is his, and is not told."""
+
     def not_saved(self) -> None:
         """The run is one that was saved without this: by itself it begins anew."""
 

@@ -245,7 +245,9 @@ class OptimizerStep:
         self.switchback.note_jump()
 
     def end_steering(self) -> None:
-        """No multiplier, no cuts and no lookahead from here on."""
+        """No multiplier, no cuts, no step sizes by role and no lookahead from here on."""
+        for modifier in self._of_settings.values():
+            modifier.end()
         self.scale.withdraw(for_good=True)
         self.scale.end_cuts()
         self.lookahead.forget()
@@ -254,14 +256,19 @@ class OptimizerStep:
     @property
     def recipe(self) -> Recipe:
         """Step sizes by role, and what the multiplier makes of all of them."""
-        own = next((m.recipe for m in self.modifiers if isinstance(m, RoleRates)), Recipe({}, "one rate for all roles"))
+        own = Recipe({}, "one rate for all roles") if self._rates is None else self._rates.recipe
         return replace(own, multiplier=self.scale.learned)
+
+    @property
+    def _rates(self) -> RoleRates | None:
+        return next((m for m in self._of_settings.values() if isinstance(m, RoleRates)), None)
 
     @property
     def moving(self) -> bool:
         """Whether anything here has a hand in the weights or in their rate."""
         drifting = self.lookahead.num_steps > 0 and not self.switchback.switched_off
-        return drifting or self.scale.learned > 1 or self.scale.shortening
+        by_role = self._rates is not None and self._rates.active
+        return drifting or by_role or self.scale.learned > 1 or self.scale.shortening
 
     # ---- state --------------------------------------------------------------------------------------------
 

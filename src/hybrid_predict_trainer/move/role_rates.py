@@ -43,14 +43,24 @@ class RoleRates(StepModifier):
         self._optimizer = subject.optimizer
         self._before: dict[int, Tensor] = {}
         self._pull: dict[int, float] = {}  # share of a weight that decay takes away in this step
-        self.recipe = recipe
+        self.recipe, self._ended = recipe, False
+        self._parts: dict[int, list[tuple[Any, float]]] = {}  # by place of the parameter; factor 1 is left out
         self._take(recipe)
+
+    @property
+    def active(self) -> bool:
+        """Whether a step is multiplied by anything but 1."""
+        return bool(self._parts)
+
+    def end(self) -> None:
+        """Every role steps at the schedule's rate from here on."""
+        self._ended, self._before, self._parts, self._passes = True, {}, {}, 0
 
     def _take(self, recipe: Recipe) -> None:
         """Go by a recipe from the next step on."""
         subject = self._subject
         self.recipe = recipe
-        self._parts: dict[int, list[tuple[Any, float]]] = {}  # by place of the parameter; factor 1 is left out
+        self._parts = {}
         for i, parameter in enumerate(subject.parameters):
             parts = recipe.parts_of(parameter, subject.groups.roles[subject.groups.index[i]])
             if any(factor != 1.0 for _, factor in parts):
@@ -103,8 +113,8 @@ class RoleRates(StepModifier):
         self._before = {}
 
     def state_dict(self) -> StateDict:
-        """The factors, so that a run goes on with those it was begun with."""
-        return {"rates": dict(self.recipe.rates), "origin": self.recipe.origin}
+        """The factors, so that a run goes on with those it was begun with, and whether they are still applied."""
+        return {"rates": dict(self.recipe.rates), "origin": self.recipe.origin, "ended": self._ended}
 
     def not_saved(self) -> None:
         """A run that was begun before there were recipes goes on without one, unless the user asks for it."""
@@ -118,12 +128,13 @@ class RoleRates(StepModifier):
             CheckpointError: it is another one.
         """
         self._before = {}
-        if dict(state["rates"]) == dict(self.recipe.rates):
-            return
-        if self._adopts:
-            self._take(Recipe(dict(state["rates"]), str(state["origin"])))
-        else:
+        same = dict(state["rates"]) == dict(self.recipe.rates)
+        if not same and not self._adopts:
             raise CheckpointError(
                 f"the run was saved with the recipe {dict(state['rates'])} and is continued with "
                 f"{dict(self.recipe.rates)}: set training.recipe to the one it was begun with"
             )
+        self._ended = False
+        self._take(self.recipe if same else Recipe(dict(state["rates"]), str(state["origin"])))
+        if state.get("ended", False):
+            self.end()
