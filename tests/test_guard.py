@@ -187,6 +187,37 @@ def test_verdicts(name: str) -> None:
         assert 2 < len(answers) < MAX_PAIRS
 
 
+def raised_exactly(guard: Guard, first: int) -> None:
+    """Exact losses at 1, then a hundred times that, until the alarm."""
+    for step in range(first, first + 640):
+        guard.watch(1.0, step, exact=True, moving=True)
+    for step in range(first + 640, first + 1280):
+        if guard.watch(100.0, step, exact=True, moving=True) is Request.COMPARE:
+            return
+    raise AssertionError("no alarm")
+
+
+def accused(guard: Guard) -> Request:
+    """The verdict on weights that are clearly worse, on losses that go on changing."""
+    for number in range(MAX_PAIRS):
+        answer = guard.compare(100.0 + number, 1.0)
+        if answer is not Request.NOTHING:
+            return answer
+    raise AssertionError("no verdict")
+
+
+def test_exact_losses_get_a_second_try_and_no_third() -> None:
+    """No jump can have done the harm where losses are exact: smaller steps first, the end after that."""
+    guard = Guard()
+    raised_exactly(guard, 1)
+    assert accused(guard) is Request.RETRY
+    assert (guard.withdrawn, guard.comparing, guard.num_retries, guard.num_restored) == (False, False, 1, 1)
+    assert guard.watch(100.0, 2000, exact=True, moving=True) is Request.NOTHING  # what was before is forgotten
+    raised_exactly(guard, 2001)
+    assert accused(guard) is Request.RESTORE
+    assert (guard.withdrawn, guard.num_alarms, guard.num_retries, guard.num_restored) == (True, 2, 1, 2)
+
+
 def test_nothing_is_asked_after_the_end_or_while_comparing() -> None:
     guard = alarmed()
     assert {guard.watch(9.0, i, exact=False, moving=True) for i in range(200)} == {Request.NOTHING}

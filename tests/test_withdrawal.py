@@ -140,6 +140,32 @@ def test_a_ruined_run_gets_its_best_state_back_and_goes_on_as_the_plain_loop(
     assert trainer.summary()["statistics"]["num_guard_restores"] == 1
 
 
+def test_a_ruined_full_batch_run_goes_on_with_smaller_steps_and_its_jumps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exact losses have judged every jump; the optimizer's own steps take the blame, once."""
+    made, trainer = runner("mlp", "adam", gate__exact="always")
+    kept, back = kept_states(monkeypatch, made), []
+    put_back = withdrawal.put_back
+
+    def watched(run: Any, snapshot: Snapshot) -> None:
+        put_back(run, snapshot)
+        back.append(made.everything())
+
+    monkeypatch.setattr(withdrawal, "put_back", watched)
+    batch = make_batches(1)[0]
+    with pytest.warns(UserWarning, match="prediction goes on"):
+        ruin(trainer, [batch] * 450, until=lambda: trainer.run.safety.guard.num_retries == 1, value=600.0)
+    for part in STATE:
+        assert_same(back[0][part], kept[-1][part])
+    run = trainer.run
+    assert not run.safety.guard.withdrawn
+    assert run.safety.safe_point is not None  # the way back stays open
+    assert run.optimizer_step.scale.value == 1.0
+    assert run.schedule.factor == trainer.config.divergence.retry_learning_rate_factor
+    assert not run.judge.ledger.switched_off
+    figures = trainer.statistics()
+    assert (figures["num_guard_alarms"], figures["num_guard_restores"], figures["withdrawn"]) == (1, 1, False)
+
+
 def _from_there(fresh: Setup, made: Setup, state: dict[str, Any], position: int) -> None:
     """Bring freshly built objects to a state."""
     with torch.no_grad():

@@ -35,6 +35,12 @@ def run(args: argparse.Namespace) -> int:
     return status
 
 
+RETRIED = (
+    "the guard brought the run's best state back and halved the learning rate: the optimizer's steps had led off it; "
+    "a lower --lr may do better"
+)
+
+
 def trained(result: dict[str, Any]) -> str:
     """What a person wants to know of a run."""
     counts, loss = result["statistics"], result["final_val_loss"]
@@ -50,5 +56,6 @@ def trained(result: dict[str, Any]) -> str:
         f"jumps accepted {counts['num_jumps_accepted']} of {counts['num_jumps_proposed']}",
         *([motions(counts)] if result["arm"] == "hybrid" else []),
         *([withdrawn + (", and its best state came back" if back else "")] if counts["withdrawn"] else []),
+        *([RETRIED] if back and not counts["withdrawn"] else []),
         f"results in {result['out']}",
     ])  # fmt: skip

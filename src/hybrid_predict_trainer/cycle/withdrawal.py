@@ -62,12 +62,28 @@ def follow_request(run: State, request: Request) -> None:
     """Carry out what the guard asks for."""
     if request is Request.ANCHOR:
         run.safety.keep_safe(keep(run, run.safety.safe_point))
+    elif request is Request.RETRY:
+        _retry(run)
     elif request is Request.RESTORE:
         assert run.safety.safe_point is not None
         put_back(run, run.safety.safe_point)
         _end_motions(run, f"the state of real step {run.safety.guard.anchor_step} came back")
     elif request is Request.WITHDRAW:
         _end_motions(run, "the weights stay, the ones at its best are no better on the same batches")
+
+
+def _retry(run: State) -> None:
+    """The optimizer's own steps from here on, smaller ones; jumps stay, exact losses have judged each."""
+    assert run.safety.safe_point is not None
+    put_back(run, run.safety.safe_point)
+    run.optimizer_step.end_steering()
+    factor = run.config.divergence.retry_learning_rate_factor
+    run.schedule.lower(factor)
+    warn(
+        "the training loss stands above its best, and the optimizer's own steps took it there: the state of real step "
+        f"{run.safety.guard.anchor_step} came back, the learning rate is {factor:g} times the schedule's from here on, "
+        "learned multiplier and lookahead are off, and prediction goes on",
+    )
 
 
 def _end_motions(run: State, outcome: str) -> None:

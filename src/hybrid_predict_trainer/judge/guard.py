@@ -6,8 +6,11 @@ when the window's mean stands above the lowest one so far by more than its noise
 row, the guard raises an alarm.  All motions rest from there on, and for the next batches the present weights and those
 of the rollback point, a copy from a time when the loss was at its best, are compared on the same data: pairs, because
 data that have become harder would accuse everybody.  If the present weights are worse, the rollback point's state comes
-back.  In either case the
-run goes on as the plain loop.
+back.  In either case the run goes on as the plain loop.
+
+Exact losses have judged every jump, so what lifts such a run off its best are the steps in between: after jumps to
+where gradients are small an adaptive optimizer's steps are too long for the curvature there (its stability bound,
+Cohen et al. 2022, arXiv 2207.14484).  The first time the state comes back with a smaller rate, and jumps go on.
 
 The lowest of many means is lower than their true best by chance; of K means, by sqrt(2 log K) of their standard errors
 at most, which the threshold allows for.  Where losses are exact their logarithms are averaged, and the excess must be
@@ -35,6 +38,8 @@ EXACT_EXCESS = math.log(3.0)
 ANCHOR_STEPS, ANCHOR_SHARE = 64, 1 / 16
 #: Pairs of losses that are compared at most, and the level of the comparison.
 MAX_PAIRS, LEVEL = 16, 0.05
+#: Times that a run with exact losses gets a second try.
+MAX_RETRIES = 1
 
 
 class Request(StrEnum):
@@ -44,6 +49,7 @@ class Request(StrEnum):
     ANCHOR = "anchor"  # keep the state as it is now
     COMPARE = "compare"  # rest all motions and compare with the anchor
     WITHDRAW = "withdraw"  # end all motions; the weights stay
+    RETRY = "retry"  # the anchor's state comes back; smaller steps of the optimizer, jumps go on
     RESTORE = "restore"  # end all motions; the anchor's state comes back
 
 
@@ -60,6 +66,7 @@ class Guard:
         self.comparing = False
         self.num_alarms = 0
         self.num_restored = 0
+        self.num_retries = 0
         self.anchor_step = -1  # real steps at the anchor; -1: there is none
         self._losses: list[float] = []  # of the open block
         self._blocks: deque[float] = deque(maxlen=WINDOW_BLOCKS)
@@ -69,6 +76,7 @@ class Guard:
         self._num_windows = 0
         self._num_above = 0  # windows in a row above the best
         self._differences: list[float] = []  # present minus anchor
+        self._exact = False  # whether the losses that raised the alarm had no noise
 
     def watch(self, loss: float, step: int, *, exact: bool, moving: bool) -> Request:
         """Take the loss of a real step.
@@ -93,7 +101,7 @@ class Guard:
         if self._stands_above(exact=exact) and moving and self.anchor_step >= 0:
             self.num_alarms += 1
             self.comparing = True
-            self._differences = []
+            self._differences, self._exact = [], exact
             return Request.COMPARE
         old_enough = step - self.anchor_step >= max(ANCHOR_STEPS, ANCHOR_SHARE * step)
         if moving and at_its_best and (self.anchor_step < 0 or old_enough):
@@ -136,7 +144,7 @@ class Guard:
         self._differences.append(present - anchor)
         interval = mean_interval(self._differences, LEVEL)
         if interval.low > 0:
-            return self._restore()
+            return self._retry() if self._exact and self.num_retries < MAX_RETRIES else self._restore()
         if interval.high < 0 or len(self._differences) >= MAX_PAIRS or not math.isfinite(interval.mean):
             return self.withdraw()
         return Request.NOTHING
@@ -145,6 +153,14 @@ class Guard:
         """End the comparison, and all motions with it."""
         self.withdrawn, self.comparing = True, False
         return Request.WITHDRAW
+
+    def _retry(self) -> Request:
+        self.comparing = False
+        self.num_retries += 1
+        self.num_restored += 1
+        self._losses, self._num_above = [], 0
+        self._blocks.clear()
+        return Request.RETRY
 
     def _restore(self) -> Request:
         self.withdraw()
@@ -160,8 +176,8 @@ class Guard:
         return possible
 
     _NAMES = (
-        "withdrawn", "comparing", "num_alarms", "num_restored", "anchor_step", "_best", "_best_block",
-        "_num_windows", "_num_above",
+        "withdrawn", "comparing", "num_alarms", "num_restored", "num_retries", "anchor_step", "_best", "_best_block",
+        "_num_windows", "_num_above", "_exact",
     )  # fmt: skip
 
     def state_dict(self) -> StateDict:

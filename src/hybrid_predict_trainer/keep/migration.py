@@ -98,13 +98,15 @@ def upgraded(parts: dict[str, StateDict], live: dict[str, StateDict], format_ver
 def with_later(run: StateDict, live: StateDict) -> StateDict:
     """The library's state with what format 4 did not have from its beginning.
 
-    That is the run's whole loss curve, and what settings put around the optimizer's step.
+    That is the run's whole loss curve, what settings put around the optimizer's step, and the guard's second try.
     """
-    losses, around = run.get("losses"), run.get("optimizer_step")
+    losses, around, safety = run.get("losses"), run.get("optimizer_step"), run.get("safety")
     if isinstance(losses, dict) and "curve" not in losses:
         run = {**run, "losses": {**losses, "curve": copy.deepcopy(live["losses"]["curve"])}}
     if isinstance(around, dict) and "of_settings" not in around:
         run = {**run, "optimizer_step": {**around, "of_settings": {}}}
+    if isinstance(safety, dict) and isinstance(safety.get("guard"), dict):
+        run = {**run, "safety": {**safety, "guard": {"num_retries": 0, "exact": False, **safety["guard"]}}}
     return run
 
 
