@@ -174,6 +174,9 @@ def add_task_flags(parser: argparse.ArgumentParser) -> None:
     recipe.add_argument("--steps", type=whole, metavar="N", help="length of the run, in optimizer steps")
     recipe.add_argument("--lr", type=positive, metavar="RATE", help="peak learning rate")
     recipe.add_argument(
+        "--weight-decay", type=number(float, 0, 1e6), metavar="W", help="of matrices (default the task's)"
+    )
+    recipe.add_argument(
         "--optimizer", type=name_of("optimizer", names.OPTIMIZERS), metavar="NAME", help=", ".join(names.OPTIMIZERS)
     )
     recipe.add_argument(
@@ -200,13 +203,20 @@ def add_task_flags(parser: argparse.ArgumentParser) -> None:
 
 def take_preset(args: argparse.Namespace) -> str | None:
     """Take ``--preset`` for settings where it names some, and the task they are tried with; an error, or None."""
-    if args.command not in ("train", "compare"):
+    if args.command == "sweep" and args.settings is not None:
+        if args.config is not None:
+            return "CONFIG and --config name settings twice; leave one of them out"
+        if args.settings in (*names.CONFIG_PRESETS, names.AUTO):
+            args.preset = args.settings
+        else:
+            args.config = args.settings
+    if args.command not in ("train", "compare", "sweep"):
         return None
     if args.preset in (*names.CONFIG_PRESETS, names.AUTO):
         if args.config_preset not in (None, args.preset):
             return f"--preset {args.preset} and --config-preset {args.config_preset} name different settings"
         args.preset, args.config_preset = None, args.preset
-    if args.config_preset in names.CONFIG_PRESETS and args.task is None and not args.resume:
+    if args.config_preset in names.CONFIG_PRESETS and args.task is None and not getattr(args, "resume", False):
         from ..config.presets import about
 
         run = about(args.config_preset).get("run", {})
@@ -216,9 +226,9 @@ def take_preset(args: argparse.Namespace) -> str | None:
 
 def what_is_missing(args: argparse.Namespace) -> str | None:
     """What ``train`` and ``compare`` need and argparse cannot know: one line, or None."""
-    if args.command not in ("train", "compare", "probe"):
+    if args.command not in ("train", "compare", "probe", "sweep"):
         return None
-    if args.command == "probe":
+    if args.command in ("probe", "sweep"):
         return None if args.task is not None else f"--task is needed: one of {', '.join(names.TASKS)}"
     if args.task is None and not args.resume:
         return f"--task is needed: one of {', '.join(names.TASKS)}"

@@ -36,13 +36,13 @@ from .arguments import (
     what_is_missing,
     whole,
 )
-from .names import ABLATIONS, PRIORS
+from .names import ABLATIONS, PRIORS, SAMPLERS
 
 #: Command -> the module beside this one whose ``run`` it calls.
 COMMANDS = {
     "train": ".train", "compare": ".compare", "inspect": ".inspect", "report": ".report", "forecast": ".forecast",
     "recipe": ".recipe", "validate": ".validate", "doctor": ".doctor", "watch": ".watch", "probe": ".probe",
-    "bench": ".bench",
+    "sweep": ".sweep", "bench": ".bench",
 }  # fmt: skip
 
 DESCRIPTION = """\
@@ -158,6 +158,16 @@ def build_parser() -> argparse.ArgumentParser:
         "there, with an interval, what kind of training it is, and which settings suit it.",
         "hpt probe --task gpt --preset 0.3M --steps 2000", "hpt probe --task regression --minutes 1 --toml probe.toml",
     ))  # fmt: skip
+    _add_sweep(command(
+        "sweep", "a hyper-parameter search whose trials are paused and go on",
+        "Searches a space of parameters.  Trials are trained in slices: the one that is forecast to end\n"
+        "best goes on, those that cannot win stop, and a paused one costs nothing.  The same command\n"
+        "goes on with a search that was interrupted, and joins one that is under way.",
+        "hpt sweep --task gpt --steps 500 --space space.toml --budget 10 --out results/search",
+        "hpt sweep settings.toml --task cifar --space space.toml --budget 20 --workers 4 --out results/search",
+        "hpt sweep --task gpt --space space.toml --budget 50 --storage postgresql://db/search --out search",
+        usage="%(prog)s [CONFIG] --space FILE --budget RUNS [OPTIONS]",
+    ))  # fmt: skip
     bench_arguments.add_commands(command(
         "bench", "the measurements behind the figures in the documents",
         "Runs one of the measurements that the figures in docs/benchmarks.md come from.",
@@ -191,6 +201,40 @@ def _add_compare(compare: argparse.ArgumentParser) -> None:
     again = compare.add_mutually_exclusive_group()
     again.add_argument("--overwrite", action="store_true", help="replace the comparison in --out")
     again.add_argument("--resume", action="store_true", help="go on with the comparison in --out: finished runs stay")
+
+
+def _add_sweep(sweep: argparse.ArgumentParser) -> None:
+    sweep.add_argument(
+        "settings", nargs="?", metavar="CONFIG", help="settings as TOML, or the name of some, as --config-preset"
+    )
+    sweep.add_argument("--space", type=Path, required=True, metavar="FILE", help="what varies (TOML, docs/sweeps.md)")
+    sweep.add_argument(
+        "--budget", type=number(float, 0, 1_000_000, above=True), required=True, metavar="RUNS",
+        help="compute of all trials, in whole runs",
+    )  # fmt: skip
+    sweep.add_argument("--trials", type=whole, metavar="N", help="number of trials (default as the budget allows)")
+    sweep.add_argument(
+        "--first", type=number(int, 1, 10_000), default=8, metavar="N",
+        help="trials that are begun before any is preferred (default 8)",
+    )  # fmt: skip
+    sweep.add_argument("--sampler", choices=SAMPLERS, default=SAMPLERS[0], help="how new trials are chosen")
+    sweep.add_argument("--workers", type=number(int, 1, 256), default=1, metavar="N", help="processes (default 1)")
+    sweep.add_argument("--storage", metavar="URL", help="of Optuna (default: a journal in --out)")
+    sweep.add_argument("--study", metavar="NAME", help="name in the storage (default: that of the folder)")
+    sweep.add_argument(
+        "--patience", type=number(float, 0, 86_400), default=60.0, metavar="S",
+        help="seconds that a storage may not answer (default 60)",
+    )  # fmt: skip
+    sweep.add_argument(
+        "--confidence", type=number(float, 0.5, 0.9999), default=0.95, metavar="P",
+        help="that the winner is not stopped (default 0.95)",
+    )  # fmt: skip
+    sweep.add_argument(
+        "--min-gain", type=number(float, 0, 0.5), default=0.002, metavar="G",
+        help="share of the loss by which the best has to be beaten (default 0.002)",
+    )  # fmt: skip
+    sweep.add_argument("--plain", action="store_true", help="train without prediction")
+    add_task_flags(sweep)
 
 
 def _add_forecast(forecast: argparse.ArgumentParser) -> None:
@@ -275,6 +319,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = build_parser().parse_args(argv)
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else BAD_INPUT
+    args.argv = list(sys.argv[1:] if argv is None else argv)
     missing = take_preset(args) or what_is_missing(args)
     if missing is not None:
         return complain(missing, BAD_INPUT)

@@ -12,6 +12,9 @@ TASKS = (
     "oscillator", "pinn-allen-cahn", "pinn-klein-gordon", "pinn-inverse",
 )  # fmt: skip
 
+#: ``experiments.sweep.plan.SAMPLERS``.
+SAMPLERS = ("tpe", "random")
+
 #: Values of ``tasks.base.OptimizerName`` and ``tasks.base.ScheduleName``.
 OPTIMIZERS = ("adamw", "adam", "sgd", "muon")
 SCHEDULES = ("wsd", "linear", "cosine", "constant")

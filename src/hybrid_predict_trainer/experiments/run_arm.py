@@ -18,6 +18,7 @@ from ..weights import algebra as weights
 from ..weights.parameters import predicted_parameters
 from .arms.drive import (
     COUNTS,
+    NUM_VALIDATIONS,
     Arm,
     Kind,
     Run,
@@ -38,6 +39,7 @@ from .baselines import run_baseline
 
 __all__ = [
     "COUNTS",
+    "NUM_VALIDATIONS",
     "Arm",
     "Kind",
     "Run",

@@ -29,7 +29,7 @@ from ..trainer import HybridTrainer
 from .arms.environment import environment
 from .arms.options import InputError, as_input_error, build_setup
 from .arms.recording import FOR_EVER, Recorder, recording_settings
-from .run_arm import Setup, Validation, Watch, build_trainer, write_json
+from .run_arm import NUM_VALIDATIONS, Setup, Validation, Watch, build_trainer, write_json
 from .run_folder import (
     Request,
     agree,
@@ -50,14 +50,30 @@ __all__ = ["Request", "Saver", "StopSignal", "locked", "refuse_used", "train"]
 IN_USE = "add --resume to continue it, or choose another --out"
 
 
-def train(request: Request, out: Path, *, resume: bool, watch: Watch | None = None) -> tuple[dict[str, Any], int]:
-    """Train to the end or to a signal.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A part of a run: it is paused behind it, and resumed bit for bit.
+
+    Attributes:
+        until: position at which it is paused, on the configured clock.
+        num_validations: of the whole run.
+    """
+
+    until: float = math.inf
+    num_validations: int = NUM_VALIDATIONS
+
+
+def train(
+    request: Request, out: Path, *, resume: bool, watch: Watch | None = None, part: Part | None = None
+) -> tuple[dict[str, Any], int]:
+    """Train to the end, to the end of a part, or to a signal.
 
     Args:
         request: What to run; where it is resumed, what the user said again (it has to agree).
         out: Folder of the run.
         resume: Continue from the latest intact checkpoint, from the beginning where there is none yet.
         watch: Watches the steps.
+        part: How far to go now; None: to the end.
 
     Returns:
         The object to print, and the exit status.
@@ -91,7 +107,7 @@ def train(request: Request, out: Path, *, resume: bool, watch: Watch | None = No
                 if not resume:
                     write_json(out / "run.json", to_store(request, described))
                 write_text(out / "config.toml", to_toml(setup.config))
-        return _train(setup, request, out, resume=not begin, watch=watch)
+        return _train(setup, request, out, resume=not begin, watch=watch, part=part or Part())
 
 
 def _resumed(said: Request, out: Path) -> tuple[Request, Setup]:
@@ -109,7 +125,7 @@ def _resumed(said: Request, out: Path) -> tuple[Request, Setup]:
 
 
 def _train(
-    setup: Setup, request: Request, out: Path, *, resume: bool, watch: Watch | None
+    setup: Setup, request: Request, out: Path, *, resume: bool, watch: Watch | None, part: Part
 ) -> tuple[dict[str, Any], int]:
     seed = request.seed or 0
     trainer = build_trainer(
@@ -126,7 +142,7 @@ def _train(
         data = housekeeping.first_good(folder, lambda path: _taken(trainer, out, path))
     with as_input_error():
         trainer.metrics.sink = JsonlSink(out / "metrics.jsonl", follow_links=False)
-    validation = Validation(trainer, setup.task, setup.steps, before_s=data.wall_s)
+    validation = Validation(trainer, setup.task, setup.steps, data.wall_s, number=part.num_validations)
     note = watch("", trainer, setup.steps) if watch is not None else _silent
     saver = Saver(trainer, folder, data, validation, saved=trainer.current_step if resume else -1)
 
@@ -145,11 +161,12 @@ def _train(
     with StopSignal() as stop, contextlib.closing(trainer.metrics.sink):
         if not resume:
             saver.save()  # a run that is killed early can be resumed too, and a disk that refuses says so now
-        if not _ended(trainer, setup.steps):
+        if not _ended(trainer, setup.steps) and trainer.run.position < part.until:
             batches = setup.task.batches(seed, start=data.num_consumed)
             trainer.fit(
-                batches, total_steps=setup.steps, progress_callback=after_step, should_stop=lambda: stop.number > 0
-            )
+                batches, total_steps=setup.steps, progress_callback=after_step,
+                should_stop=lambda: stop.number > 0 or trainer.run.position >= part.until,
+            )  # fmt: skip
         wall_s = validation.wall_s()
         failed = saver.attempt()
         ended = _ended(trainer, setup.steps)

@@ -6,12 +6,16 @@ cannot win stop, until one is complete that no other can beat.  A trial that wai
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from .curves import LOOKS, TrialCurve
 from .decide import bar_of, cannot_win, most_promising
 from .ends import End, Model, ends_of
+
+#: A trial that is expected to end above this share of all waits for a new one.
+NEW_SHARE = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,3 +99,22 @@ def next_slice(
         return None, stop, ends
     chosen = most_promising(curves, ends, going, rules.quantile)
     return Slice(chosen, next_stop(curves[chosen])), stop, ends
+
+
+def wants_new(ends: Sequence[End], chosen: int | None) -> bool:
+    """Whether a trial that nobody has begun yet promises more than the one that would go on.
+
+    A new trial may end as any of those that are known: it goes before one that is expected to end above the best
+    quarter of them.
+
+    Args:
+        ends: Of all trials.
+        chosen: The trial that would go on; None: there is none.
+    """
+    if chosen is None:
+        return True
+    known = sorted(end.mean for end in ends if math.isfinite(end.scale))
+    end = ends[chosen]
+    if not math.isfinite(end.scale) or not known:
+        return False  # nothing is known of it: it goes to its first look before others are begun
+    return end.mean > known[math.ceil(len(known) * NEW_SHARE) - 1]

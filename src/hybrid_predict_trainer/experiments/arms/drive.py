@@ -109,11 +109,11 @@ def recipe_schedule(optimizer: torch.optim.Optimizer, recipe: TaskDefaults) -> L
 
 
 class Validation:
-    """Validates every ``1 / NUM_VALIDATIONS`` of a run's cost; what that takes is kept out of the wall time."""
+    """Validates every ``1 / number`` of a run's cost; what that takes is kept out of the wall time."""
 
     def __init__(
         self, trainer: HybridTrainer, task: Task, steps: int, before_s: float = 0.0,
-        at: Callable[[], AbstractContextManager[None]] = nullcontext,
+        at: Callable[[], AbstractContextManager[None]] = nullcontext, number: int = NUM_VALIDATIONS,
     ) -> None:  # fmt: skip
         """Prepare the marks.
 
@@ -123,9 +123,10 @@ class Validation:
             steps: Of the whole run.
             before_s: Seconds spent before a resume.
             at: Inside this context the model has the weights to be validated.
+            number: Of validations in the whole run.
         """
         self._trainer, self._task, self._at = trainer, task, at
-        self._every = max(1.0, steps / NUM_VALIDATIONS)
+        self._every = max(1.0, steps / number)
         self._next = self._every
         while self.due():  # a resumed run has been there
             self._next += self._every

@@ -48,6 +48,7 @@ def one_line(text: str) -> str:
 #: Least and most that a flag takes.
 RANGES: dict[str, tuple[float, float]] = {
     "threads": (1, 1024), "seed": (0, 2**31), "lr": (sys.float_info.min, sys.float_info.max),
+    "weight_decay": (0.0, 1e6),
     **dict.fromkeys(("data_bytes", "batch_size", "context", "steps"), (1, 1000000000)),
 }  # fmt: skip
 
@@ -76,6 +77,7 @@ class Options:
     optimizer: str | None = None
     schedule: str | None = None
     lr: float | None = None
+    weight_decay: float | None = None
     steps: int | None = None
     config: str | None = None
     config_preset: str | None = None
@@ -171,7 +173,7 @@ def recipe_of(defaults: TaskDefaults, options: Options) -> TaskDefaults:
         raise unknown_name("optimizer", options.optimizer, get_args(OptimizerName))
     if options.schedule is not None and options.schedule not in get_args(ScheduleName):
         raise unknown_name("schedule", options.schedule, get_args(ScheduleName))
-    names = ("optimizer", "schedule", "lr", "steps")
+    names = ("optimizer", "schedule", "lr", "weight_decay", "steps")
     return replace(defaults, **{n: v for n in names if (v := getattr(options, n)) is not None})
 
 

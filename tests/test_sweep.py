@@ -1,0 +1,401 @@
+"""``hpt sweep``: paused trials are the uninterrupted ones, nothing is trained twice, and bad input is one line."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+optuna = pytest.importorskip("optuna")
+
+from hybrid_predict_trainer.cli import main, names  # noqa: E402
+from hybrid_predict_trainer.experiments.arms.options import InputError, Options  # noqa: E402
+from hybrid_predict_trainer.experiments.report import sweep as page  # noqa: E402
+from hybrid_predict_trainer.experiments.run_folder import Request  # noqa: E402
+from hybrid_predict_trainer.experiments.sweep import plan as plans  # noqa: E402
+from hybrid_predict_trainer.experiments.sweep import storage as storages  # noqa: E402
+from hybrid_predict_trainer.experiments.sweep import trials as runs  # noqa: E402
+from hybrid_predict_trainer.experiments.sweep.space import OPTIONS, read_space, with_params  # noqa: E402
+from hybrid_predict_trainer.experiments.sweep.worker import Turn, Worker  # noqa: E402
+from hybrid_predict_trainer.experiments.train import train  # noqa: E402
+from hybrid_predict_trainer.records import ConfigError  # noqa: E402
+from hybrid_predict_trainer.sweeps.allocate import wants_new  # noqa: E402
+from hybrid_predict_trainer.sweeps.ends import UNKNOWN, End  # noqa: E402
+
+STEPS = 40
+SPACE = 'lr = { low = 1e-3, high = 1e-1, log = true }\nschedule = ["linear", "wsd"]\n'
+
+
+def plan_of(folder: Path, space: str = SPACE, **kwargs: Any) -> plans.Plan:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "space.toml").write_text(space)
+    options = Options(task="pinn-poisson", steps=STEPS, threads=1)
+    return plans.Plan(**{"options": options, "space": read_space(folder / "space.toml"), "first": 2, **kwargs})
+
+
+def worker_of(tmp_path: Path, plan: plans.Plan, *, trials: int = 2, **kwargs: Any) -> Worker:
+    setup = plans.checked(plan)
+    plans.agreed(tmp_path / "out", plan)
+    return Worker(plan, setup, plans.Allowance(budget=10.0, trials=trials, **kwargs), tmp_path / "out")
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """(folder, step) of every step that is trained."""
+    seen: list[tuple[str, int]] = []
+
+    def counting(request: Request, out: Path, **kwargs: Any) -> Any:
+        def watch(label: str, trainer: Any, steps: int) -> Any:
+            return lambda result: seen.append((out.name, trainer.run.meter.num_steps))
+
+        return train(request, out, watch=watch, **kwargs)
+
+    monkeypatch.setattr(runs, "train", counting)
+    return seen
+
+
+# ---- a search ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_paused_trial_is_bitwise_the_uninterrupted_one(tmp_path: Path, plain: bool) -> None:
+    plan = plan_of(tmp_path, plain=plain)
+    params = {"lr": 0.01, "schedule": "wsd"}
+    for until in (5, 17, math.inf):
+        part = runs.advance(plan, tmp_path / "out", 0, params, until)
+    request = Request(options=with_params(plan.options, params), seed=0, plain=plain)
+    whole, _ = train(request, tmp_path / "whole", resume=False)
+    assert part.final == whole["final_val_loss"]
+    found = [max((p / "checkpoints").glob("checkpoint_step_*"), key=lambda f: int(f.name[16:]))
+             for p in (runs.folder_of(tmp_path / "out", 0), tmp_path / "whole")]  # fmt: skip
+    assert found[0].name == found[1].name
+    weights = [torch.cat([p.flatten() for p in _weights(folder)]) for folder in found]
+    assert torch.equal(*weights)
+
+
+def _weights(folder: Path) -> list[torch.Tensor]:
+    from safetensors.torch import load_file
+
+    file = next(p for p in sorted(folder.rglob("*.safetensors")) if "model" in p.name)
+    return [value for _, value in sorted(load_file(file).items())]
+
+
+def test_an_interrupted_search_goes_on_and_trains_nothing_twice(
+    tmp_path: Path, counted: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of(tmp_path, plain=True)
+    whole = worker_of(tmp_path / "whole", plan)
+    for _ in range(6):
+        whole.turn()
+    once = list(counted)
+    assert len(set(once)) == len(once), "no step is trained twice"
+    counted.clear()
+    for _ in range(2):  # each turn under a new worker: what it needs is in folder and journal
+        assert worker_of(tmp_path / "parts", plan).turn() is Turn.WORKED
+    again = worker_of(tmp_path / "parts", plan)
+    with monkeypatch.context() as gone:
+        gone.setattr(optuna.trial.Trial, "report", _away)  # it has trained, and the storage does not hear of it
+        with pytest.raises(storages.StorageError):
+            again.turn()
+    last = worker_of(tmp_path / "parts", plan)
+    for _ in range(4):  # the first one only reports
+        last.turn()
+    assert counted == once
+    result = [[(t.number, t.state, t.value, t.params, t.intermediate_values) for t in w.standing()]
+              for w in (whole, worker_of(tmp_path / "parts", plan))]  # fmt: skip
+    assert result[0] == result[1]
+
+
+def _away(*args: Any, **kwargs: Any) -> None:
+    raise optuna.exceptions.StorageInternalError("the server has closed the connection")
+
+
+def test_the_budget_holds_and_a_larger_one_goes_on(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, plain=True)
+    setup = plans.checked(plan)
+    plans.agreed(tmp_path / "out", plan)
+    Worker(plan, setup, plans.Allowance(budget=0.1), tmp_path / "out").work(lambda w: None)
+    small = Worker(plan, setup, plans.Allowance(budget=0.2), tmp_path / "out")
+    before = small.spent(small.standing())
+    assert 0.1 <= before < 0.2
+    assert small.turn() is Turn.WORKED
+    assert small.spent(small.standing()) > before
+    assert Worker(plan, setup, plans.Allowance(budget=0.05), tmp_path / "out").turn() is Turn.DONE
+
+
+@pytest.mark.filterwarnings("ignore:Adam leaves")
+def test_a_trial_that_diverges_fails_and_the_search_goes_on(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, "lr = [1e30, 0.01]\n", plain=True, sampler="random", seed=9)
+    worker = worker_of(tmp_path, plan, trials=3)
+    seen = set()
+    while worker.turn() is Turn.WORKED and len(seen) < 2:
+        seen = {t.state.name for t in worker.standing()} & {"FAIL", "RUNNING"}
+    failed = [t for t in worker.standing() if t.state.name == "FAIL"]
+    assert failed[0].params == {"lr": 1e30}
+    assert "diverged" in failed[0].user_attrs["why"]
+    account = page.account(worker.standing(), STEPS)
+    assert (account.failed, account.alive) == (len(failed), len(worker.standing()) - len(failed))
+    assert "diverged" in page.page("here", account)
+
+
+@pytest.mark.filterwarnings("ignore:Adam leaves")
+def test_where_every_first_trial_fails_the_search_ends(tmp_path: Path) -> None:
+    worker = worker_of(tmp_path, plan_of(tmp_path, "lr = [1e30, 1e31]\n", plain=True), trials=2)
+    with pytest.raises(InputError, match="all of the first 2 trials have failed, the last one: diverged") as told:
+        worker.work(lambda w: None)
+    assert "\n" not in str(told.value)
+
+
+def test_a_journal_that_is_gone_is_made_anew(tmp_path: Path, counted: list[tuple[str, int]]) -> None:
+    plan = plan_of(tmp_path, plain=True)
+    worker = worker_of(tmp_path, plan)
+    for _ in range(3):
+        worker.turn()
+    worker._stop(worker.standing()[1])
+    before = worker.standing()
+    (tmp_path / "out" / storages.JOURNAL).unlink()
+    with pytest.raises(InputError, match=r"journal\.log: is gone; the same command makes it anew"):
+        worker.turn()
+    again = worker_of(tmp_path, plan)
+    keep = ("state", "params", "intermediate_values")
+    assert [[getattr(t, k) for k in keep] for t in again.standing()] == [[getattr(t, k) for k in keep] for t in before]
+    again.turn()
+    assert len(set(counted)) == len(counted)
+
+
+def test_a_storage_may_be_away_for_a_while_but_not_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = worker_of(tmp_path, plan_of(tmp_path, plain=True), patience=0.05)
+    monkeypatch.setattr("hybrid_predict_trainer.experiments.sweep.worker.PAUSE_S", 0.03)
+    kept, answers = worker.study.get_trials, iter([False, True, True])
+    monkeypatch.setattr(worker.study, "get_trials", lambda **kw: kept(**kw) if next(answers, False) else _away())
+    with pytest.raises(InputError, match=r"does not answer: the server has closed .*: the same command goes on"):
+        worker.work(lambda w: None)
+    assert next(answers, None) is None, "it was asked again"
+
+
+def test_a_trial_nobody_introduced_is_buried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = worker_of(tmp_path, plan_of(tmp_path, plain=True))
+    worker.study.ask()  # by a worker that was killed then and there
+    assert worker._may_begin(worker.standing())
+    monkeypatch.setattr("hybrid_predict_trainer.experiments.sweep.worker.ORPHANED_S", -1.0)
+    worker.turn()
+    assert [t.state.name for t in worker.standing()] == ["FAIL", "RUNNING"]
+    assert worker._begun(worker.standing()) == 1
+
+
+def test_other_machines_trials_are_theirs(tmp_path: Path) -> None:
+    worker = worker_of(tmp_path, plan_of(tmp_path, plain=True), trials=1)
+    trial = worker.study.ask(fixed_distributions=dict(worker._plan.space))
+    worker._introduce(trial)
+    trial.set_user_attr("host", "elsewhere")
+    assert worker.turn() is Turn.WAITING
+    trial.set_user_attr("host", plans.host())
+    assert worker.turn() is Turn.WORKED
+
+
+def test_another_process_has_the_trial(tmp_path: Path) -> None:
+    worker = worker_of(tmp_path, plan_of(tmp_path, plain=True), trials=1)
+    worker.turn()
+    with runs.claimed(tmp_path / "out", "00000") as ours:
+        assert ours
+        assert worker.turn() is Turn.WAITING
+    assert worker.turn() is Turn.WORKED
+
+
+def test_samplers_go_on_where_they_were(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path)
+
+    def drawn(begun: int, **kwargs: Any) -> dict[str, Any]:
+        study = optuna.create_study(sampler=plans.sampler_of(plan, begun, **kwargs))
+        return dict(study.ask(fixed_distributions=dict(plan.space)).params)
+
+    assert drawn(3, shared=False) == drawn(3, shared=False)
+    assert drawn(3, shared=False) != drawn(4, shared=False)
+    assert drawn(3, shared=False) != drawn(3, shared=True)
+    assert plans.SAMPLERS == names.SAMPLERS
+
+
+def test_a_new_trial_goes_before_one_that_is_expected_to_end_above_a_quarter() -> None:
+    ends = [End(float(k), 0.1, 5.0, 0.5) for k in range(8)]
+    assert not wants_new(ends, 1)
+    assert wants_new(ends, 2)
+    assert wants_new([], None)
+    assert not wants_new([*ends, UNKNOWN], 8)
+
+
+# ---- several workers -------------------------------------------------------------------------------------------
+
+KILLED = """
+import os, signal, sys
+from hybrid_predict_trainer.cli import main
+from hybrid_predict_trainer.experiments.sweep import trials
+trained = trials.train
+def killing(request, out, **kwargs):
+    def watch(label, trainer, steps):
+        return lambda result: os.kill(os.getpid(), signal.SIGKILL) if trainer.run.position == int(sys.argv[1]) else None
+    return trained(request, out, watch=watch, **kwargs)
+trials.train = killing
+main(sys.argv[2:])
+"""
+
+
+def test_two_workers_and_one_is_killed_in_mid_trial(tmp_path: Path) -> None:
+    command = [*ask(tmp_path, "--budget", "9", "--trials", "2", "--first", "2", "--set", "checkpoint.save_interval=3")]
+    env = {**os.environ, "HPT_SWEEP_WORKER": "1", "OMP_NUM_THREADS": "1"}
+    killed = subprocess.Popen([sys.executable, "-c", KILLED, "7", *command], env=env, stderr=subprocess.PIPE)
+    other = subprocess.Popen([sys.executable, "-m", "hybrid_predict_trainer.cli", *command], env=env)
+    killed.communicate(timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    assert other.wait(timeout=240) == 0
+    study = optuna.load_study(study_name="out", storage=storages.opened(None, tmp_path / "out"))
+    found = study.get_trials(deepcopy=False)
+    assert len(found) == 2
+    assert {t.state.name for t in found} <= {"COMPLETE", "PRUNED"}, "nothing is left behind"
+    assert any(t.state.name == "COMPLETE" for t in found)
+    repeated = 0
+    for t in found:
+        lines = (runs.folder_of(tmp_path / "out", t.number) / "metrics.jsonl").read_text().splitlines()
+        steps = [e["step"] for e in map(json.loads, lines) if e["event"] == "step"]
+        assert sorted(set(steps)) == list(range(min(steps), max(steps) + 1))
+        repeated += len(steps) - len(set(steps))
+    assert repeated <= 3, "no more than since the last checkpoint"
+
+
+# ---- bad input ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "the space is empty"),
+        ("learning_rate = [1.0]", "unknown parameter 'learning_rate'"),
+        ("lrr = [0.1]", "did you mean 'lr'"),
+        ("predictor.windw = [4]", "did you mean 'predictor.window'"),
+        ("lr = 0.1", "neither a range"),
+        ("lr = []", "lr: has no choices"),
+        ("lr = {}", "lr: is empty"),
+        ('lr = ["fast"]', "must be a number"),
+        ("lr = [0.1, 0.1]", "a choice is there twice"),
+        ("lr = { low = 0.1 }", "high is missing"),
+        ('lr = { low = "a", high = 1.0 }', "low = a must be a number"),
+        ("lr = { low = nan, high = 1.0 }", "must be a number"),
+        ("lr = { low = true, high = 1.0 }", "must be a number"),
+        ("lr = { low = 1.0, high = 0.1 }", "must be below high"),
+        ("lr = { low = 0.0, high = 0.1 }", "out of range"),
+        ("weight_decay = { low = 0.0, high = 0.1, log = true }", "must be above 0 where log = true"),
+        ("lr = { low = 0.1, high = 0.2, log = 1 }", "log = 1 must be true or false"),
+        ("lr = { low = 0.1, high = 0.2, log = true, step = 0.1 }", "either log or step"),
+        ("lr = { low = 0.1, high = 0.2, step = 1.0 }", "at most high - low"),
+        ("lr = { low = 0.1, high = 0.2, base = 2 }", "unknown key base"),
+        ("batch_size = { low = 1.5, high = 8 }", "must be a whole number"),
+        ("batch_size = { low = 0, high = 8 }", "out of range"),
+        ('schedule = { low = "a", high = "b" }', "has no range"),
+        ("predictor.window = [[1]]", "must be a number, a text, true or false"),
+        ("lr = [", "not valid TOML"),
+    ],
+)
+def test_a_space_that_cannot_be_is_one_line(tmp_path: Path, text: str, told: str) -> None:
+    path = tmp_path / "space.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=told.replace("(", r"\(")) as found:
+        read_space(path)
+    assert "space.toml" in str(found.value)
+    assert "\n" not in str(found.value)
+
+
+def test_a_space_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "space.toml"
+    path.write_text(
+        "lr = { low = 1, high = 10 }\nbatch_size = { low = 2, high = 9, step = 3 }\nseed = [1, 2]\n"
+        'training.recipe = ["off", "auto"]\n[predictor]\nwindow = { low = 4, high = 16 }\n'
+        "[training.gradient_clip_norm]\nlow = 1\nhigh = 2.5\n"
+    )
+    found = read_space(path)
+    dist = optuna.distributions
+    assert found == {
+        "lr": dist.FloatDistribution(1.0, 10.0), "batch_size": dist.IntDistribution(2, 8, step=3),
+        "seed": dist.CategoricalDistribution((1, 2)), "training.recipe": dist.CategoricalDistribution(("off", "auto")),
+        "predictor.window": dist.IntDistribution(4, 16),
+        "training.gradient_clip_norm": dist.FloatDistribution(1.0, 2.5),
+    }  # fmt: skip
+    options = with_params(Options(task="gpt", set=("a=1",)), {"lr": 2.0, "seed": 1, "predictor.window": 5})
+    assert (options.lr, options.set) == (2.0, ("a=1", "predictor.window=5"))
+    assert set(OPTIONS) - {"seed"} <= set(Options.__dataclass_fields__)
+
+
+def ask(tmp_path: Path, *more: str, space: str = SPACE) -> list[str]:
+    (tmp_path / "space.toml").write_text(space)
+    return ["sweep", "--task", "pinn-poisson", "--steps", "40", "--plain", "--space", str(tmp_path / "space.toml"),
+            "--out", str(tmp_path / "out"), *more]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("more", "space", "told"),
+    [
+        (["--budget", "0"], SPACE, "out of range: must be a number > 0"),
+        (["--budget", "much"], SPACE, "must be a number"),
+        ([], SPACE, "--budget"),
+        (["--budget", "1", "--workers", "0"], SPACE, "must be a whole number >= 1"),
+        (["--budget", "1", "--sampler", "grid"], SPACE, "invalid choice"),
+        (["--budget", "1"], "predictor.window = { low = -3, high = 5 }", "space: predictor.window = -3"),
+        (["--budget", "1"], 'schedule = ["liner"]', "space: schedule = liner"),
+        (["--budget", "1"], 'preset = ["huge", 1]', "must be a text"),
+        (["--budget", "1", "--storage", "nonsense"], SPACE, "--storage nonsense"),
+        (["--budget", "1", "--storage", "sqlite:////no/where/x.db", "--patience", "0"], SPACE, "does not answer"),
+        (["settings.toml", "--budget", "1", "--config", "x.toml"], SPACE, "name settings twice"),
+        (["missing.toml", "--budget", "1"], SPACE, "missing.toml"),
+    ],
+)
+def test_what_cannot_be_searched_is_one_line_and_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], space: str, told: str
+) -> None:
+    assert main(ask(tmp_path, *more, space=space)) == 2
+    said = capsys.readouterr()
+    assert told in said.err, said.err
+    assert (said.out, said.err.count("\n")) == ("", 1)
+
+
+def test_the_command_searches_and_its_page_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--budget", "0.3", "--first", "2", "--trials", "2"]
+    assert main(ask(tmp_path, *small, "--json")) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["alive"], found["best"]) == (2, None)
+    assert 0.3 <= found["spent"] < 0.5
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert "Ranking" in html
+    assert "<script" not in html
+    for more, said in (
+        (["--sampler", "random"], "was started with sampler"), (["--lr", "0.5"], "was started without lr"),
+        (["--study", "other", "--confidence", "0.9"], "confidence"),
+    ):  # fmt: skip
+        assert main(ask(tmp_path, *small, *more)) == 2
+        assert said in capsys.readouterr().err
+    (tmp_path / "out" / "sweep.json").unlink()
+    assert main(ask(tmp_path, *small)) == 2
+    assert "holds something else than a search" in capsys.readouterr().err
+
+
+def test_secrets_of_a_storage_are_not_shown() -> None:
+    assert storages.without_secrets("postgresql://me:secret@db:5432/x") == "postgresql://db:5432/x"
+    assert storages.without_secrets("sqlite:///x.db") == "sqlite:///x.db"
+
+
+def test_the_page_of_a_search_that_is_over() -> None:
+    rows = [
+        page.Row(number=k, state="complete", params={"lr": 0.1}, share=1.0, value=1.0 + k, last=1.0 + k, low=math.nan,
+                 expected=math.nan, high=math.nan, chance=0.5, seconds=1.0, why="", curve=((1, 3.0), (2, 2.0)),
+                 forecasts=((0.5, 0.9 + k, 1.1 + k, 1.3 + k),))
+        for k in range(2)
+    ]  # fmt: skip
+    html = page.page("<b>", page.Account(rows=rows, spent=2.0, saved=0.25))
+    assert "2 of 2 outcomes" in html
+    assert "25&nbsp;%" in html
+    assert "<b></h1>" not in html
