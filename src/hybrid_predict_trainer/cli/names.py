@@ -41,13 +41,13 @@ HARM_ARMS = ("plain", "other-order", "ours")
 HARM_SETTINGS = (
     "mlp-b8-wsd", "mlp-b8-wsd-half-rate", "mlp-b8-cosine-long", "mlp-b64-wsd", "mlp-epochs",
     "mlp-b16-dropout-smoothing", "mlp-b128-sgd-momentum", "mlp-b64-sgd", "mlp-b4-sgd-momentum", "mlp-b256-decay",
-    "mlp-accumulate", "mlp-no-schedule", "mlp-low-rate", "mlp-high-rate", "mlp-schedule-free", "mlp-muon", "mlp-lora",
-    "cnn-onecycle", "cnn-bn-step", "cnn-bn-adamw", "digits-epochs", "teacher-b8", "teacher-b32", "drift-b32",
-    "logistic-sgd-long", "friedman-high-rate", "friedman-onecycle", "regression-sgd-.01", "regression-sgd-.03",
-    "regression-sgd-.1", "gru-linear", "lstm-text", "gpt-b8-cosine", "gpt-modern-b4-wsd", "gpt-modern-muon",
-    "gpt-schedule-free", "gpt-arithmetic", "gpt-arithmetic-short", "gpt-modern-arithmetic", "gpt-finetune-b2",
-    "gpt-finetune-b2-low-rate", "gpt-finetune-b2-high-rate",
-    "gpt-finetune-b8", "gpt-lora", "pinn-fixed", "pinn-resampled", "pinn-fresh",
+    "mlp-accumulate", "mlp-no-schedule", "mlp-low-rate", "mlp-high-rate", "mlp-schedule-free", "mlp-muon",
+    "mlp-bf16", "mlp-lora", "cnn-onecycle", "cnn-bn-step", "cnn-bn-adamw", "digits-epochs", "teacher-b8",
+    "teacher-b32", "drift-b32", "logistic-sgd-long", "friedman-high-rate", "friedman-onecycle",
+    "regression-sgd-.01", "regression-sgd-.03", "regression-sgd-.1", "gru-linear", "lstm-text", "gpt-b8-cosine",
+    "gpt-modern-b4-wsd", "gpt-bf16", "gpt-modern-muon", "gpt-schedule-free", "gpt-arithmetic",
+    "gpt-arithmetic-short", "gpt-modern-arithmetic", "gpt-finetune-b2", "gpt-finetune-b2-low-rate",
+    "gpt-finetune-b2-high-rate", "gpt-finetune-b8", "gpt-lora", "pinn-fixed", "pinn-resampled", "pinn-fresh",
 )  # fmt: skip
 
 #: Small models of ``hpt bench overhead`` and ``hpt bench profile``.

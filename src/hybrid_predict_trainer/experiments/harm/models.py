@@ -192,7 +192,21 @@ def _new_model(setting: Setting) -> nn.Module:
             return Recurrent(nn.GRU, data.NUM_SYMBOLS, 32)
         case "lstm":
             return Recurrent(nn.LSTM, NUM_BYTE_TOKENS, 64)
+        case "mlp-bf16":
+            return in_bfloat16(Mlp(num_in, num_out, nn.ReLU))
+        case "gpt-bf16":
+            return in_bfloat16(Gpt(modern=False))
     return Gpt(modern=setting.model == "gpt-modern", dropout=setting.dropout)
+
+
+def in_bfloat16(model: nn.Module) -> nn.Module:
+    """The same model with weights in bfloat16; its inputs are rounded, its outputs are float32 for the loss."""
+    model.to(torch.bfloat16)
+    model.register_forward_pre_hook(
+        lambda _, inputs: tuple(x.to(torch.bfloat16) if x.is_floating_point() else x for x in inputs)
+    )
+    model.register_forward_hook(lambda _, inputs, output: output.float())
+    return model
 
 
 # ---- what is trained already ----------------------------------------------------------------------------------

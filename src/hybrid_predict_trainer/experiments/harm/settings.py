@@ -22,7 +22,7 @@ Source = Literal[
 ]  # fmt: skip
 Model = Literal[
     "mlp", "logistic", "cnn", "cnn-bn", "gru", "lstm", "gpt", "gpt-modern", "mlp-lora", "gpt-lora", "gpt-trained",
-    "pinn",
+    "pinn", "mlp-bf16", "gpt-bf16",
 ]  # fmt: skip
 Optimizer = Literal["sgd", "adam", "adamw", "muon", "schedule-free"]
 Schedule = Literal["none", "constant", "wsd", "cosine", "linear", "onecycle", "step"]
@@ -150,6 +150,7 @@ _IMAGES = (
     _mlp("mlp-high-rate", batch=32, lr=6e-3, rate="high", schedule="wsd", steps=4000),
     _mlp("mlp-schedule-free", batch=16, optimizer="schedule-free", schedule="none", lr=3e-3, steps=4000, ms=0.6),
     _mlp("mlp-muon", batch=128, optimizer="muon", lr=3e-3, schedule="linear", weight_decay=0.1, ms=4.5),
+    _mlp("mlp-bf16", model="mlp-bf16", about="weights and their moments in bfloat16"),
     _mlp("mlp-lora", source="glyphs-turned", model="mlp-lora", batch=32, lr=5e-3, ms=0.6),
     _mlp("cnn-onecycle", model="cnn", batch=32, lr=5e-3, schedule="onecycle", ms=2.5),
     _mlp(
@@ -182,6 +183,7 @@ _SEQUENCES = (
     _gpt("lstm-text", model="lstm", batch=16, lr=3e-3, schedule="cosine", weight_decay=0.0, ms=5.5),
     _gpt("gpt-b8-cosine", model="gpt", batch=8, lr=1e-3, dropout=0.1, schedule="cosine", warmup=100, ms=7.5),
     _gpt("gpt-modern-b4-wsd", steps=3000, quick_steps=300),
+    _gpt("gpt-bf16", model="gpt-bf16", batch=8, schedule="cosine", steps=600, about="the same of a GPT", ms=9.0),
     _gpt("gpt-modern-muon", batch=8, optimizer="muon", ms=15.0),
     _gpt("gpt-schedule-free", model="gpt", batch=8, optimizer="schedule-free", schedule="none", clip=0.0, ms=6.0),
     _gpt("gpt-arithmetic", source="arithmetic", model="gpt", batch=16, schedule="linear", warmup=0, clip=0.0,
