@@ -45,21 +45,21 @@ def show_environment(args: argparse.Namespace) -> Shown:
 
 def show_stack(args: argparse.Namespace) -> Shown:
     """Every factor against conventional training."""
-    result = stack.rows(
+    result = stack.measure(
         preset=args.preset, steps=args.steps, seeds=range(args.seeds), device=args.device, rounds=args.rounds,
         batch_size=args.batch_size, context=args.context, data=args.data, data_bytes=args.data_bytes,
         without=args.without, note=say,
     )  # fmt: skip
-    return result, stack.text(result)
+    return result, stack.format_text(result)
 
 
 def show_accelerator(args: argparse.Namespace) -> Shown:
     """Late reading and peak memory."""
-    result = accelerator.rows(
+    result = accelerator.measure(
         preset=args.preset, device=args.device, batch_size=args.batch_size or 8, context=args.context or 128,
         pairs=args.pairs, note=say,
     )  # fmt: skip
-    return result, accelerator.text(result)
+    return result, accelerator.format_text(result)
 
 
 def show_acceptance(args: argparse.Namespace) -> Shown:
@@ -67,7 +67,7 @@ def show_acceptance(args: argparse.Namespace) -> Shown:
     with as_input_error():
         found = [read(path) for path in args.comparisons]
         result = acceptance.judge([c for c in found if c is not None], read(args.stack), read(args.memory))
-    return result, acceptance.text(result)
+    return result, acceptance.format_text(result)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -13,7 +13,7 @@ import torch
 from hybrid_predict_trainer.config.settings import HybridTrainerConfig
 from hybrid_predict_trainer.cost import STEP_UNITS
 from hybrid_predict_trainer.experiments import run_arm as arms
-from hybrid_predict_trainer.experiments.arms.options import Options, build_setup
+from hybrid_predict_trainer.experiments.arms.options import Options, build_experiment
 from hybrid_predict_trainer.experiments.compare import run as compare
 from hybrid_predict_trainer.experiments.compare.equal_loss import (
     Point,
@@ -23,7 +23,7 @@ from hybrid_predict_trainer.experiments.compare.equal_loss import (
     seed_speedup,
 )
 from hybrid_predict_trainer.experiments.report import text as table
-from hybrid_predict_trainer.experiments.run_arm import Arm, Run, Setup, run_arm
+from hybrid_predict_trainer.experiments.run_arm import Arm, ArmRun, Experiment, run_arm
 from hybrid_predict_trainer.tasks import build_optimizer, build_scheduler, with_steps
 from hybrid_predict_trainer.tell.sinks import jsonable
 
@@ -139,7 +139,7 @@ def test_one_seed_has_no_interval() -> None:
 # ---- arms ---------------------------------------------------------------------------------------------
 
 
-def tiny(**changes: Any) -> Setup:
+def tiny(**changes: Any) -> Experiment:
     """A full-batch task with an eager trainer."""
     options: dict[str, Any] = {
         "task": "pinn-poisson",
@@ -148,7 +148,7 @@ def tiny(**changes: Any) -> Setup:
         "schedule": "constant",
         "set": EAGER,
     }
-    return build_setup(Options(**{**options, **changes}))
+    return build_experiment(Options(**{**options, **changes}))
 
 
 def last_trainer(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
@@ -164,7 +164,7 @@ def last_trainer(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return built
 
 
-def plain_weights(setup: Setup, steps: int, total: int, seed: int) -> list[torch.Tensor]:
+def plain_weights(setup: Experiment, steps: int, total: int, seed: int) -> list[torch.Tensor]:
     """The loop a user would write."""
     model = setup.task.build_model(seed)
     recipe = with_steps(setup.recipe, total)
@@ -222,15 +222,15 @@ def test_a_run_ends_where_its_budget_is_spent() -> None:
 # ---- the comparison -------------------------------------------------------------------------------------
 
 
-def made_up(name: str, seed: int, cost: float, loss: float, accepted: float = 0.0) -> Run:
+def made_up(name: str, seed: int, cost: float, loss: float, accepted: float = 0.0) -> ArmRun:
     kind: Any = name if name in ("hybrid", "jump-of-zero") else "plain"
     counts = dict.fromkeys(arms.COUNTS, 0.0)
     counts |= {"cost_units": cost * STEP_UNITS, "num_backward": cost, "num_jumps_accepted": accepted}
     arm = Arm(name=name, kind=kind, lr=0.1)
-    return Run(arm=arm, seed=seed, steps=100, final_val_loss=loss, wall_s=cost / 50, counts=counts, curve=())
+    return ArmRun(arm=arm, seed=seed, steps=100, final_val_loss=loss, wall_s=cost / 50, counts=counts, curve=())
 
 
-def made_up_runs(hybrid_loss: float, seeds: int = 3, accepted: float = 5.0) -> tuple[list[Arm], list[Run]]:
+def made_up_runs(hybrid_loss: float, seeds: int = 3, accepted: float = 5.0) -> tuple[list[Arm], list[ArmRun]]:
     """Plain runs on L = 1 / cost, a hybrid run of cost 100."""
     runs = [
         run
@@ -297,7 +297,7 @@ def test_the_best_rate_is_the_lowest_finite_loss() -> None:
     assert compare.best_rate(trials[:1], 0.5) == 0.5
 
 
-def plan_of(tmp_path: Path, **changes: Any) -> compare.Plan:
+def plan_of(tmp_path: Path, **changes: Any) -> compare.Comparison:
     values: dict[str, Any] = {
         "setup": tiny(steps=60),
         "seeds": (0, 1),
@@ -305,7 +305,7 @@ def plan_of(tmp_path: Path, **changes: Any) -> compare.Plan:
         "out": tmp_path,
         "about": {},
     }
-    return compare.Plan(**{**values, **changes})
+    return compare.Comparison(**{**values, **changes})
 
 
 def test_a_comparison_end_to_end(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from hybrid_predict_trainer.experiments.bench import costs
 
 def test_every_part_is_timed_and_has_its_target() -> None:
     told: list[str] = []
-    table = costs.rows("0.3M", ("hold", "linear"), num_repeats=2, batch_size=1, context=16, note=told.append)
+    table = costs.measure("0.3M", ("hold", "linear"), num_repeats=2, batch_size=1, context=16, note=told.append)
     assert all(set(row) == {"part", "median_ms", "p90_ms", "share_of_window", "target_ms"} for row in table)
     targets = {row["part"]: row["target_ms"] for row in table}
     for name in ("hold", "linear"):
@@ -34,7 +34,7 @@ def test_figures_of_one_part() -> None:
         "part": "update rssm", "median_ms": 5.5, "p90_ms": 10.0, "share_of_window": 0.0055, "target_ms": 10.0,
     }  # fmt: skip
     late = costs.row("bandit decision", [0.3], window_ms=1000.0, target_ms=0.1)
-    shown = costs.text([row, late, costs.row("full step", [1.0], 10.0)])
+    shown = costs.format_text([row, late, costs.row("full step", [1.0], 10.0)])
     assert [
         " ".join(line.split()[-2:]) if line.split()[-1] in ("met", "MISSED") else line.split()[-1]
         for line in shown.splitlines()[2:5]

@@ -16,7 +16,7 @@ from dynamics import (
     turning,
 )
 from hybrid_predict_trainer.config.settings import DmdConfig
-from hybrid_predict_trainer.experiments.bench.predictors import rows
+from hybrid_predict_trainer.experiments.bench.predictors import measure
 from hybrid_predict_trainer.experiments.bench.trajectories import CASES, flat, generate, observe
 from hybrid_predict_trainer.predictors.dmd import Dmd, LossRecurrence, power_sum, recurrence, snapshot_operator, stacked
 
@@ -66,7 +66,7 @@ def test_stacking_is_the_gram_matrix_of_stacked_columns() -> None:
 
 @pytest.mark.parametrize("case", ["quadratic", "momentum", "two_scales"])
 def test_noise_free_linear_systems(case: str) -> None:
-    for row in rows(["dmd"], [case], [0], quick=True):
+    for row in measure(["dmd"], [case], [0], quick=True):
         assert row["displacement_cosine"] > 0.99, row
         assert row["displacement_rel_err"] < 0.05, row
 
@@ -74,7 +74,7 @@ def test_noise_free_linear_systems(case: str) -> None:
 @pytest.mark.parametrize("case", ["quadratic", "momentum", "two_scales", "switching"])
 def test_loss_is_forecast_better_than_by_its_slope(case: str) -> None:
     """``hold`` continues the slope, ``zero`` says that the loss stays."""
-    table = rows(["dmd", "hold", "zero"], [case], [0], quick=True)
+    table = measure(["dmd", "hold", "zero"], [case], [0], quick=True)
     missed = {(row["predictor"], row["horizon"]): row["loss_mae_rel"] for row in table}
     for horizon in (10, 20, 40):
         assert missed["dmd", horizon] < 0.8 * min(missed["hold", horizon], missed["zero", horizon]), (case, horizon)

@@ -237,7 +237,7 @@ def test_a_table_that_is_not_finished_is_not_passed() -> None:
     assert judge(setting, [over])["num_missing"] == 0
     assert judge(SETTINGS["pinn-fixed"], [replace(one, other=None)])["num_missing"] == 0
     assert overall([row])["passed"] is None
-    assert "1 runs missing" in table.text({"settings": [row], "overall": overall([row])})
+    assert "1 runs missing" in table.format_text({"settings": [row], "overall": overall([row])})
 
 
 # ---------------------------------------------------------------- the command

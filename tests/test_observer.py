@@ -272,7 +272,7 @@ def test_round_trip() -> None:
 
 
 def test_every_part_has_a_row_of_cost() -> None:
-    rows = encoding_cost.rows("0.3M", num_windows=24)
+    rows = encoding_cost.measure("0.3M", num_windows=24)
     assert [row["variant"] for row in rows] == list(encoding_cost.VARIANTS)
     held = {row["variant"]: row["bytes"] for row in rows}
     assert held["state"] < held["sketch"] < held["default"] < held["low_rank"]

@@ -32,7 +32,7 @@ from hybrid_predict_trainer.experiments.baselines.flops import (
 )
 from hybrid_predict_trainer.experiments.baselines.outer import snoo_step_
 from hybrid_predict_trainer.experiments.baselines.warmup import long_warmup
-from hybrid_predict_trainer.experiments.run_arm import COUNTS, Arm, Run, Setup, run_arm
+from hybrid_predict_trainer.experiments.run_arm import COUNTS, Arm, ArmRun, Experiment, run_arm
 from hybrid_predict_trainer.tasks import TaskDefaults, TaskSettings
 
 STEPS = 40
@@ -83,25 +83,25 @@ class Points:
         return {}
 
 
-def setup_for(task: Points, **recipe: Any) -> Setup:
+def setup_for(task: Points, **recipe: Any) -> Experiment:
     """A setup without the flags of the command line."""
     defaults = replace(task.defaults, **recipe)
-    return Setup(
+    return Experiment(
         task=task, settings=TaskSettings(), recipe=defaults, config=HybridTrainerConfig(), steps=defaults.steps
     )  # type: ignore[arg-type]
 
 
-def run_with(setup: Setup, name: str, lr: float | None = None, **values: float) -> Run:
+def run_with(setup: Experiment, name: str, lr: float | None = None, **values: float) -> ArmRun:
     peer = baseline_of(name)
     peer = replace(peer, values={**peer.values, **values})
     return run_baseline(setup, Arm(name=name, kind="peer", lr=lr or setup.recipe.lr), seed=3, peer=peer)
 
 
-def plain(setup: Setup) -> Run:
+def plain(setup: Experiment) -> ArmRun:
     return run_arm(setup, Arm(name="plain", kind="plain", lr=setup.recipe.lr), seed=3)
 
 
-def losses(run: Run) -> list[float]:
+def losses(run: ArmRun) -> list[float]:
     return [loss for _, loss in run.curve]
 
 
@@ -416,15 +416,15 @@ def test_a_forecast_is_that_of_the_released_architecture(
 
 
 def test_the_published_plan_and_shorter_ones() -> None:
-    published = wnn.plan(10_000, price_steps=0.0, max_forecasts=10, cost_frac=0.05)
-    assert published == wnn.Plan(200, (40, 33, 26, 21, 16, 11, 8, 5, 3, 1))
-    assert wnn.plan(10_000, 0.0, 5, 0.05).spacing == 200  # never further apart, so there are more of them
-    short = wnn.plan(1000, price_steps=10.0, max_forecasts=5, cost_frac=0.05)
+    published = wnn.forecast_plan(10_000, price_steps=0.0, max_forecasts=10, cost_frac=0.05)
+    assert published == wnn.ForecastPlan(200, (40, 33, 26, 21, 16, 11, 8, 5, 3, 1))
+    assert wnn.forecast_plan(10_000, 0.0, 5, 0.05).spacing == 200  # never further apart, so there are more of them
+    short = wnn.forecast_plan(1000, price_steps=10.0, max_forecasts=5, cost_frac=0.05)
     assert len(short.ahead) == 5
     assert short.ahead[0] * short.spacing <= 800
     assert 5 * (5 * short.spacing + 10) <= 1000
-    assert len(wnn.plan(1000, price_steps=40.0, max_forecasts=5, cost_frac=0.05).ahead) == 2
-    assert wnn.plan(20, price_steps=40.0, max_forecasts=5, cost_frac=0.05).spacing > 20  # none can be paid
+    assert len(wnn.forecast_plan(1000, price_steps=40.0, max_forecasts=5, cost_frac=0.05).ahead) == 2
+    assert wnn.forecast_plan(20, price_steps=40.0, max_forecasts=5, cost_frac=0.05).spacing > 20  # none can be paid
 
 
 @pytest.mark.parametrize(

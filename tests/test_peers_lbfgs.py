@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hybrid_predict_trainer.cost import PASS_UNITS, STEP_UNITS
-from hybrid_predict_trainer.experiments.arms.options import Options, build_setup
+from hybrid_predict_trainer.experiments.arms.options import Options, build_experiment
 from hybrid_predict_trainer.experiments.baselines import lbfgs
 from hybrid_predict_trainer.experiments.run_arm import Arm, run_arm
 
@@ -96,7 +96,7 @@ def test_a_trial_beyond_the_numbers_is_stepped_back_from() -> None:
 
 
 def test_the_arm_ends_at_its_budget_with_every_evaluation_counted() -> None:
-    setup = build_setup(Options(task="pinn-poisson", batch_size=24, steps=60, threads=1))
+    setup = build_experiment(Options(task="pinn-poisson", batch_size=24, steps=60, threads=1))
     run = run_arm(setup, Arm(name="lbfgs-20", kind="peer", lr=1.0), seed=0)
     counts = run.counts
     assert 60 - 4 < run.cost_units / STEP_UNITS <= 60

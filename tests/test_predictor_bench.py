@@ -24,11 +24,11 @@ from hybrid_predict_trainer.experiments.bench.predictors import (
     RealRun,
     Row,
     make_predictor,
+    measure,
     raw_calibration_error,
     real_runs,
     recorded_rows,
     replay,
-    rows,
 )
 from hybrid_predict_trainer.experiments.bench.trajectories import CASES, flat, generate, observe
 from hybrid_predict_trainer.predictors import Hold, Linear, Mlp
@@ -46,7 +46,7 @@ def by_horizon(table: list[Row], predictor: str) -> dict[int, Row]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_what_each_predictor_must_reach(case: str) -> None:
-    table = rows(["hold", "linear", "dmd", "mlp", "zero", "optimum"], [case], [0], quick=True)
+    table = measure(["hold", "linear", "dmd", "mlp", "zero", "optimum"], [case], [0], quick=True)
     assert all(set(KEYS) <= row.keys() for row in table)
     one = {name: by_horizon(table, name)[1] for name in ("hold", "linear", "dmd", "mlp", "zero", "optimum")}
     assert one["zero"]["displacement_rel_err"] == pytest.approx(1)
@@ -68,7 +68,7 @@ def test_what_each_predictor_must_reach(case: str) -> None:
 
 
 def test_rssm_on_a_linear_system() -> None:
-    table = rows(["rssm", "hold"], ["two_scales"], [0], quick=True)
+    table = measure(["rssm", "hold"], ["two_scales"], [0], quick=True)
     rssm, hold = by_horizon(table, "rssm"), by_horizon(table, "hold")
     assert rssm[1]["displacement_cosine"] > 0.95
     for m in (1, 2, 4):

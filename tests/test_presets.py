@@ -12,9 +12,9 @@ import torch
 from hybrid_predict_trainer import ConfigError, HybridTrainerConfig, load_config
 from hybrid_predict_trainer.cli import main
 from hybrid_predict_trainer.config import presets
-from hybrid_predict_trainer.config.preset_text import rewritten, told
+from hybrid_predict_trainer.config.preset_text import format_preset, rewritten
 from hybrid_predict_trainer.config.toml import differences, flatten, valid_keys
-from hybrid_predict_trainer.experiments.arms.options import Options, build_setup
+from hybrid_predict_trainer.experiments.arms.options import Options, build_experiment
 
 #: What the founding documents say: preset -> warm-up, full steps, longest prediction, sigma.
 FOUNDING = {
@@ -26,7 +26,7 @@ FOUNDING = {
 
 @pytest.mark.parametrize("name", presets.names())
 def test_a_file_is_complete_and_every_number_that_is_no_default_has_a_source(name: str) -> None:
-    flat = {k: v for k, v in flatten(presets.table(name)).items() if not k.startswith("about.")}
+    flat = {k: v for k, v in flatten(presets.preset_table(name)).items() if not k.startswith("about.")}
     assert set(flat) == set(valid_keys()), "run 'make presets'"
     assert (presets.FOLDER / f"{name}.toml").read_text(encoding="utf-8") == rewritten(name), "run 'make presets'"
     chosen = HybridTrainerConfig.preset(name)
@@ -64,7 +64,7 @@ def test_auto_in_python_counts_what_trains() -> None:
 
 
 def test_what_is_told_names_every_number_with_its_source_and_what_is_not_taken() -> None:
-    text = told("medium")
+    text = format_preset("medium")
     assert "training.warmup_steps = 200             # methodology document" in text
     assert "not taken: confidence_threshold 0.87" in text
     assert f"the other {len(valid_keys()) - 8} settings are the defaults" in text
@@ -79,7 +79,7 @@ def test_what_is_told_names_every_number_with_its_source_and_what_is_not_taken()
 def test_a_run_says_what_it_took_and_why(
     task: str, preset: str, says: str, same_as: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    setup = build_setup(Options(task=task, config_preset=preset, steps=4000, threads=1))
+    setup = build_experiment(Options(task=task, config_preset=preset, steps=4000, threads=1))
     assert says in capsys.readouterr().err
     if same_as is not None:
         asked = presets.PRESETS[same_as]

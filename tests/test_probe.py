@@ -20,7 +20,7 @@ from hybrid_predict_trainer.cli import main
 from hybrid_predict_trainer.experiments.compare.equal_loss import Point
 from hybrid_predict_trainer.experiments.probe import observe, of_task
 from hybrid_predict_trainer.experiments.probe.pilots import Pilot, Replicate
-from hybrid_predict_trainer.experiments.probe.run import Options, Report, gain, recommended, text
+from hybrid_predict_trainer.experiments.probe.run import Options, Report, format_text, gain, recommended
 from hybrid_predict_trainer.experiments.probe.run import probe as run_probe
 from hybrid_predict_trainer.experiments.probe.subject import Subject
 
@@ -86,7 +86,7 @@ def test_full_batch_training_is_a_go_for_jumps(exact: Report) -> None:
     assert exact.total.low > 1
     assert exact.gradient_cosine == pytest.approx(1.0)
     assert exact.learning_rate == "too small"
-    assert "jumps alone: go" in text(exact)
+    assert "jumps alone: go" in format_text(exact)
     json.dumps(exact.to_json())
 
 

@@ -19,10 +19,10 @@ from hybrid_predict_trainer.experiments.regimes import cases as regime_cases
 from hybrid_predict_trainer.experiments.regimes import catalogue as regimes
 from hybrid_predict_trainer.experiments.regimes import runs as regime_runs
 from hybrid_predict_trainer.experiments.regimes import summary as regime_summary
-from hybrid_predict_trainer.experiments.regimes.cache import Measured, RunStore, digest, identity
+from hybrid_predict_trainer.experiments.regimes.cache import RunStore, TimedRun, digest, identity
 from hybrid_predict_trainer.experiments.regimes.cases import Request, arms_of, prepare
-from hybrid_predict_trainer.experiments.regimes.summary import Entry
-from hybrid_predict_trainer.experiments.run_arm import COUNTS, Arm, Run, Setup
+from hybrid_predict_trainer.experiments.regimes.summary import ArmRuns
+from hybrid_predict_trainer.experiments.run_arm import COUNTS, Arm, ArmRun, Experiment
 from hybrid_predict_trainer.experiments.statistics import paired_p
 from hybrid_predict_trainer.predictors import PREDICTORS
 from hybrid_predict_trainer.tasks import TASKS
@@ -76,27 +76,27 @@ def test_a_quick_grid_is_the_middle_of_the_full_one() -> None:
 
 def planted(
     name: str, seed: int, cost: float, loss: float, *, kind: Any = "plain", lr: float = 0.1, **more: Any
-) -> Measured:
+) -> TimedRun:
     """A run of so many steps' cost that came to that loss; fifty steps take a second."""
     counts = dict.fromkeys(COUNTS, 0.0)
     counts |= {"cost_units": cost * STEP_UNITS, "num_backward": cost, "num_real_steps": cost, **more}
     arm = Arm(name=name, kind=kind, lr=lr, budget=cost / 100)
     curve = ((cost * STEP_UNITS / 2, 2 * loss), (cost * STEP_UNITS, loss))
-    return Measured(
-        run=Run(arm=arm, seed=seed, steps=100, final_val_loss=loss, wall_s=cost / 50, counts=counts, curve=curve)
+    return TimedRun(
+        run=ArmRun(arm=arm, seed=seed, steps=100, final_val_loss=loss, wall_s=cost / 50, counts=counts, curve=curve)
     )
 
 
 def entry(
     name: str, cost: float, losses: list[float], *, kind: str = "plain", weights_only: bool = False, **more: Any
-) -> Entry:
+) -> ArmRuns:
     """One run per loss, from seeds 0, 1, ..."""
     run_kind = "plain" if kind == "tuned" else kind
     runs = tuple(planted(name, seed, cost, loss, kind=run_kind, **more) for seed, loss in enumerate(losses))
-    return Entry(name=name, kind=kind, weights_only=weights_only, runs=runs, trials=4)
+    return ArmRuns(name=name, kind=kind, weights_only=weights_only, runs=runs, trials=4)
 
 
-def baseline(seeds: int = 3, scale: float = 1.0, kind: str = "plain") -> list[Entry]:
+def baseline(seeds: int = 3, scale: float = 1.0, kind: str = "plain") -> list[ArmRuns]:
     """Plain runs on L = scale / cost at budgets 0.5, 1, 2, 4."""
     names = {50: "0.5", 100: "1", 200: "2", 400: "4"}
     return [
@@ -111,7 +111,7 @@ def row_of(found: list[dict[str, Any]], arm: str) -> dict[str, Any]:
 
 def test_s_comes_out_as_planted() -> None:
     hybrid = entry("hybrid", 100, [1 / 150, 1 / 300, 1 / 150], kind="hybrid", num_jumps_accepted=4.0)
-    found = regime_summary.rows("made-up", [*baseline(), hybrid])
+    found = regime_summary.summarize("made-up", [*baseline(), hybrid])
     row = row_of(found, "hybrid")
     assert row["S"] == row["mean"] == pytest.approx((1.5 * 3.0 * 1.5) ** (1 / 3))
     assert row["S_wall"] == pytest.approx(row["S"])
@@ -130,14 +130,14 @@ def test_s_comes_out_as_planted() -> None:
 
 def test_wall_clock_is_judged_by_seconds_not_by_cost() -> None:
     hybrid = entry("hybrid", 100, [1 / 200] * 3, kind="hybrid")
-    slow = tuple(Measured(run=replace(m.run, wall_s=2 * m.run.wall_s)) for m in hybrid.runs)
-    row = row_of(regime_summary.rows("made-up", [*baseline(), replace(hybrid, runs=slow)]), "hybrid")
+    slow = tuple(TimedRun(run=replace(m.run, wall_s=2 * m.run.wall_s)) for m in hybrid.runs)
+    row = row_of(regime_summary.summarize("made-up", [*baseline(), replace(hybrid, runs=slow)]), "hybrid")
     assert row["S"] == pytest.approx(2.0)
     assert row["S_wall"] == pytest.approx(1.0)
 
 
 def test_baselines_have_no_s_of_their_own() -> None:
-    found = regime_summary.rows("made-up", baseline())
+    found = regime_summary.summarize("made-up", baseline())
     assert {r["S"] for r in found} == {None}
     assert row_of(found, "plain")["gap_pct"] is None
     assert row_of(found, "plain@2")["gap_pct"] == pytest.approx(-50)
@@ -149,7 +149,7 @@ def test_baselines_have_no_s_of_their_own() -> None:
     [([1 / 900] * 3, "at least", 4.0), ([1.0] * 3, "at most", 0.5), ([math.nan, 0.01, 0.01], "unknown", None)],
 )
 def test_what_is_only_a_bound_says_so(losses: list[float], kind: str, value: float | None) -> None:
-    row = row_of(regime_summary.rows("made-up", [*baseline(), entry("snoo", 100, losses, kind="peer")]), "snoo")
+    row = row_of(regime_summary.summarize("made-up", [*baseline(), entry("snoo", 100, losses, kind="peer")]), "snoo")
     assert row["kind"] == kind
     assert row["S"] == (None if value is None else pytest.approx(value))
 
@@ -158,7 +158,7 @@ def test_a_fixed_rate_is_judged_at_that_rate_and_against_the_tuned_one() -> None
     """At the low rate plain needs three times the cost of the tuned one; the hybrid reaches it at twice its own."""
     slow, tuned = baseline(scale=3.0), baseline(kind="tuned")
     hybrid = entry("hybrid", 100, [3 / 200] * 3, kind="hybrid", num_jumps_accepted=1.0)
-    row = row_of(regime_summary.rows("made-up", [*slow, hybrid, *tuned]), "hybrid")
+    row = row_of(regime_summary.summarize("made-up", [*slow, hybrid, *tuned]), "hybrid")
     assert row["S"] == pytest.approx(2.0)
     assert row["cost_vs_tuned"] == pytest.approx(1.5)
     assert row["cost_vs_tuned_kind"] == "exact"
@@ -166,7 +166,7 @@ def test_a_fixed_rate_is_judged_at_that_rate_and_against_the_tuned_one() -> None
 
 
 def test_a_run_worse_than_any_tuned_one_costs_at_least_so_much_more() -> None:
-    found = regime_summary.rows(
+    found = regime_summary.summarize(
         "x", [*baseline(), entry("hybrid", 100, [9.0] * 3, kind="hybrid"), *baseline(kind="tuned")]
     )
     row = row_of(found, "hybrid")
@@ -191,14 +191,14 @@ def test_a_run_worse_than_any_tuned_one_costs_at_least_so_much_more() -> None:
 )
 def test_verdicts(losses: list[float], jumps: float, words: str) -> None:
     hybrid = entry("hybrid", 100, losses, kind="hybrid", num_jumps_accepted=jumps)
-    row = row_of(regime_summary.rows("x", [*baseline(len(losses)), hybrid]), "hybrid")
+    row = row_of(regime_summary.summarize("x", [*baseline(len(losses)), hybrid]), "hybrid")
     assert row["verdict"].startswith(words), row["verdict"]
     assert "\n" not in row["verdict"]
 
 
 def test_a_jump_of_zero_says_nothing_of_what_is_off_there() -> None:
     zero = entry("jump-of-zero", 100, [1 / 99] * 3, kind="jump-of-zero", num_jumps_accepted=0.0)
-    row = row_of(regime_summary.rows("x", [*baseline(3), zero]), "jump-of-zero")
+    row = row_of(regime_summary.summarize("x", [*baseline(3), zero]), "jump-of-zero")
     assert row["verdict"].startswith("no jump was accepted: the price of asking (")
 
 
@@ -231,7 +231,7 @@ def test_the_best_peer_is_among_those_that_change_weights_only() -> None:
         entry("ema", 100, [1 / 130] * 3, kind="peer", weights_only=True),
         entry("soap", 100, [1 / 300] * 3, kind="peer"),
     ]
-    found = regime_summary.rows("x", [*baseline(), *arms])
+    found = regime_summary.summarize("x", [*baseline(), *arms])
     best = regime_summary.best_weights_only(found)
     assert best == {"arm": "ema", "S": pytest.approx(1.3)}
     assert regime_summary.best_weights_only(found[:4]) is None
@@ -241,15 +241,15 @@ def test_the_best_peer_is_among_those_that_change_weights_only() -> None:
 
 
 @pytest.fixture(scope="module")
-def setup() -> Setup:
-    return regime_cases.build(regime_cases.Blueprint(Options(task="regression", batch_size=16, steps=10), ()))
+def setup() -> Experiment:
+    return regime_cases.build(regime_cases.ExperimentSpec(Options(task="regression", batch_size=16, steps=10), ()))
 
 
-def changed(setup: Setup, **config: Any) -> Setup:
+def changed(setup: Experiment, **config: Any) -> Experiment:
     return replace(setup, config=replace(setup.config, **config))
 
 
-def test_whatever_determines_a_run_changes_its_name(setup: Setup) -> None:
+def test_whatever_determines_a_run_changes_its_name(setup: Experiment) -> None:
     arm = Arm(name="hybrid", kind="hybrid", lr=0.1)
     keys = [
         identity(setup, arm, 0),
@@ -268,7 +268,7 @@ def test_whatever_determines_a_run_changes_its_name(setup: Setup) -> None:
     assert len({digest(k) for k in keys}) == len(keys)
 
 
-def test_what_does_not_determine_a_run_does_not(setup: Setup) -> None:
+def test_what_does_not_determine_a_run_does_not(setup: Experiment) -> None:
     plain = Arm(name="plain@2", kind="plain", lr=0.1, budget=2.0)
     key = identity(setup, plain, 0)
     assert identity(setup, replace(plain, name="tuned@2"), 0) == key, "one run under two names"
@@ -278,7 +278,9 @@ def test_what_does_not_determine_a_run_does_not(setup: Setup) -> None:
     assert identity(other_grid, plain, 0) == key
 
 
-def test_the_method_s_source_counts_for_the_arms_that_use_it(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_method_s_source_counts_for_the_arms_that_use_it(
+    setup: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
     arms = [Arm(name=kind, kind=kind, lr=0.1) for kind in ("plain", "hybrid", "jump-of-zero")]
     before = [identity(setup, arm, 0) for arm in arms]
     monkeypatch.setattr(regime_cache, "fingerprint", lambda *patterns: "edited")
@@ -302,7 +304,7 @@ def test_the_fingerprint_sees_the_method_and_not_the_command_line(
     assert now() != first
 
 
-def test_a_stored_run_comes_back_as_it_was(setup: Setup, tmp_path: Path) -> None:
+def test_a_stored_run_comes_back_as_it_was(setup: Experiment, tmp_path: Path) -> None:
     store, key = RunStore(tmp_path / "runs"), identity(setup, Arm(name="plain", kind="plain", lr=0.1), 0)
     assert store.get(key) is None
     kept = planted("plain", 0, 100, 0.5)
@@ -312,12 +314,12 @@ def test_a_stored_run_comes_back_as_it_was(setup: Setup, tmp_path: Path) -> None
     assert [p.suffix for p in (tmp_path / "runs").iterdir()] == [".json"]
 
 
-def test_a_diverged_run_is_stored_as_one(setup: Setup, tmp_path: Path) -> None:
+def test_a_diverged_run_is_stored_as_one(setup: Experiment, tmp_path: Path) -> None:
     store, key = RunStore(tmp_path), identity(setup, Arm(name="plain", kind="plain", lr=0.1), 0)
     run = replace(
         planted("plain", 0, 100, 0.5).run, final_val_loss=math.nan, error="too many", curve=((1.0, math.nan),)
     )
-    store.put(key, Measured(run=run))
+    store.put(key, TimedRun(run=run))
     found = store.get(key)
     assert found is not None
     assert math.isnan(found.run.final_val_loss)
@@ -326,14 +328,14 @@ def test_a_diverged_run_is_stored_as_one(setup: Setup, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"key": 1}', "null"])
-def test_a_damaged_file_is_a_run_to_be_made_again(setup: Setup, tmp_path: Path, damage: str) -> None:
+def test_a_damaged_file_is_a_run_to_be_made_again(setup: Experiment, tmp_path: Path, damage: str) -> None:
     store, key = RunStore(tmp_path), identity(setup, Arm(name="plain", kind="plain", lr=0.1), 0)
     store.put(key, planted("plain", 0, 100, 0.5))
     store.path(key).write_text(damage)
     assert store.get(key) is None
 
 
-def test_a_fresh_store_takes_what_it_wrote_itself(setup: Setup, tmp_path: Path) -> None:
+def test_a_fresh_store_takes_what_it_wrote_itself(setup: Experiment, tmp_path: Path) -> None:
     key = identity(setup, Arm(name="plain", kind="plain", lr=0.1), 0)
     RunStore(tmp_path).put(key, planted("plain", 0, 100, 0.5))
     store = RunStore(tmp_path, fresh=True)

@@ -19,7 +19,7 @@ from hybrid_predict_trainer.experiments.report import charts as svg
 from hybrid_predict_trainer.experiments.report import confidence
 from hybrid_predict_trainer.experiments.report import page as page_module
 from hybrid_predict_trainer.experiments.report.confidence import Point, pooled, pooled_error, reliability_chart
-from hybrid_predict_trainer.experiments.report.page import build_report, mean_std, number, shown, write_report
+from hybrid_predict_trainer.experiments.report.page import build_report, format_value, mean_std, number, write_report
 from hybrid_predict_trainer.experiments.report_withdrawn import COUNTS
 
 HOSTILE = "<script>alert('x')</script>\"&\x00\u202e"
@@ -560,8 +560,8 @@ def test_spans_join_and_vote() -> None:
 
 def test_numbers_are_shown_as_measured() -> None:
     assert [number(v) for v in (True, "1", None, math.nan, math.inf, 10**400, 2)] == [None] * 6 + [2.0]
-    assert shown(1234567) == "1&#8239;234&#8239;567"
-    assert shown(-0.00123456) == "&minus;0.001235"
+    assert format_value(1234567) == "1&#8239;234&#8239;567"
+    assert format_value(-0.00123456) == "&minus;0.001235"
     assert mean_std(2.15432, 0.0123) == "2.154 &plusmn; 0.012"
     assert mean_std(2.5, None) == "2.5"
     assert "not measured" in mean_std(None, 0.1)

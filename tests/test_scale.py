@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_predict_trainer.experiments.bench.scale import RANKS, SIZES, Coefficients, estimate, markdown, text
+from hybrid_predict_trainer.experiments.bench.scale import RANKS, SIZES, Coefficients, estimate, format_text, markdown
 from hybrid_predict_trainer.safe_files import write_between
 
 FOUND = Coefficients(
@@ -39,8 +39,8 @@ def test_the_table_has_a_row_per_size_and_number_of_ranks(tmp_path: Path) -> Non
 
     table = [estimate(FOUND, size, n) for size in SIZES for n in RANKS]
     found = {"preset": "0.3M", "coefficients": asdict(FOUND), "table": table}
-    assert text(found).count("\n70 G") == len(RANKS)
-    assert "100 us with 2 processes" in text(found)
+    assert format_text(found).count("\n70 G") == len(RANKS)
+    assert "100 us with 2 processes" in format_text(found)
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- scale: begin -->\nold\n<!-- scale: end -->\nafter\n")
     write_between(page, "scale", markdown(found) + "\n")

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from hybrid_predict_trainer.experiments.arms.options import Options, build_setup, config_of
+from hybrid_predict_trainer.experiments.arms.options import Options, build_experiment, config_of
 from hybrid_predict_trainer.tasks import make_task
 
 
@@ -59,6 +59,6 @@ def test_the_command_line_has_the_last_word() -> None:
 
 
 def test_an_ordinary_task_has_the_defaults() -> None:
-    setup = build_setup(Options(task="gpt", preset="0.3M", data_bytes=200_000, steps=50))
+    setup = build_experiment(Options(task="gpt", preset="0.3M", data_bytes=200_000, steps=50))
     assert (setup.config.predictor_type, setup.config.predictor.window) == ("secant", 10)
     assert setup.config.max_lr_multiplier > 1

@@ -20,7 +20,7 @@ TINY: dict[str, Any] = {"preset": "0.3M", "batch_size": 2, "context": 16, "data_
 @pytest.fixture(scope="module")
 def result() -> dict[str, Any]:
     torch.set_num_threads(1)
-    return stack.rows(**TINY, steps=6, rounds=3, budgets=(0.5,), without=("compile",))
+    return stack.measure(**TINY, steps=6, rounds=3, budgets=(0.5,), without=("compile",))
 
 
 def by_name(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -39,7 +39,7 @@ def test_every_factor_is_a_row_after_the_conventional_one(result: dict[str, Any]
 def test_a_factor_that_is_not_here_is_named_with_its_reason(result: dict[str, Any]) -> None:
     row = by_name(result)["compile"]
     assert (row["status"], row["reason"]) == ("not here", "left out on request")
-    assert "compile: not here, left out on request" in stack.text(result)
+    assert "compile: not here, left out on request" in stack.format_text(result)
     assert "step_ms" not in row, "nothing was measured"
 
 
@@ -83,7 +83,7 @@ def test_the_object_is_json(result: dict[str, Any]) -> None:
 )
 def test_bad_input_is_one_line(values: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words) as caught:
-        stack.rows(**{**TINY, "steps": 6, "rounds": 3, **values})
+        stack.measure(**{**TINY, "steps": 6, "rounds": 3, **values})
     assert "\n" not in str(caught.value)
 
 
@@ -240,7 +240,9 @@ def test_acceptance(losses: Any, table: Any, memory: Any, passed: bool | None, m
     assert found["figures"]["wall_clock_ratio"] == pytest.approx(1.25)
     assert found["figures"]["speedup_at_equal_loss"] == pytest.approx(1.1)
     json.dumps(found, allow_nan=False)
-    assert f"acceptance: { {True: 'passed', False: 'not passed', None: 'unknown'}[passed] }" in acceptance.text(found)
+    assert f"acceptance: { {True: 'passed', False: 'not passed', None: 'unknown'}[passed] }" in acceptance.format_text(
+        found
+    )
 
 
 def test_acceptance_takes_each_seed_once_and_one_task() -> None:
@@ -261,10 +263,10 @@ def test_paired_t_of_a_known_answer() -> None:
 
 
 def test_on_the_cpu_every_row_says_that_it_is_not_here() -> None:
-    found = accelerator.rows(preset="0.3M", device="cpu", batch_size=2, context=16)
+    found = accelerator.measure(preset="0.3M", device="cpu", batch_size=2, context=16)
     assert [row["interval"] for row in found["late_reading"]] == list(accelerator.INTERVALS)
     assert {row["status"] for row in (*found["late_reading"], *found["memory"])} == {"not here"}
-    assert "not here: the CPU reads every loss at once" in accelerator.text(found)
+    assert "not here: the CPU reads every loss at once" in accelerator.format_text(found)
 
 
 def test_measured_rows_read_well() -> None:
@@ -274,6 +276,6 @@ def test_measured_rows_read_well() -> None:
         "memory": [{"store": s, "status": "measured", "reason": "", "peak_bytes": b << 20}
                    for s, b in (("bare loop", 100), ("trainer, offload", 103))],
     }  # fmt: skip
-    told = accelerator.text(found)
+    told = accelerator.format_text(found)
     assert "1.0200" in told
     assert "1.030" in told

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hybrid_predict_trainer.experiments.bench.step_cosines import Trace, cosines, group_text, parts, text
+from hybrid_predict_trainer.experiments.bench.step_cosines import Trace, cosines, format_text, group_text, parts
 
 
 def test_parts_are_means_of_equal_pieces() -> None:
@@ -14,7 +14,7 @@ def test_parts_are_means_of_equal_pieces() -> None:
     assert (first.cosine, second.cosine) == pytest.approx((0.15, 0.55))
     assert (first.loss, second.loss) == (1.5, 5.5)
     assert first.noise == pytest.approx(0.1290994)
-    assert "+0.150" in text([first])
+    assert "+0.150" in format_text([first])
 
 
 def test_a_rate_far_too_small_shows_in_the_sign() -> None:

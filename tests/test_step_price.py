@@ -64,7 +64,7 @@ def test_turns_with_this_build_as_the_earlier_one(monkeypatch: pytest.MonkeyPatc
     assert ours["num_real_steps"] + ours["num_jumps_proposed"] == 40
     for count in ("num_real_steps", "num_jumps_proposed"):
         assert ours[count] == earlier[count]
-    assert "extra CPU time per real step, over the earlier build's" in step_price.text(result)
+    assert "extra CPU time per real step, over the earlier build's" in step_price.format_text(result)
 
 
 def test_a_profile_knows_whose_time_it_is() -> None:
@@ -77,7 +77,7 @@ def test_a_profile_knows_whose_time_it_is() -> None:
     # four linear layers and three activations, a loss and what it is read by: in every forward the same operations
     assert rows[profile.FORWARD]["torch_ops_per_step"] >= 8
     assert rows[profile.BACKWARD]["new_tensors_per_step"] > 3
-    assert "observe" in profile.text(result)
+    assert "observe" in profile.format_text(result)
 
 
 def test_operations_are_counted_where_they_are_made() -> None:

@@ -116,7 +116,7 @@ def test_finished_seeds_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert trained == [0, 1, 1]
     for number in ("1", "2"):
         assert again["experiments"][number]["criteria"] == first["experiments"][number]["criteria"]
-    assert "FAIL" in program.text(again)
+    assert "FAIL" in program.format_text(again)
     assert "| criterion |" in program.markdown(again)
 
 

@@ -115,7 +115,7 @@ def test_jumps_of_zero_move_the_schedule_alone() -> None:
 @pytest.mark.parametrize(("share", "horizon"), [(0.25, 5), (0.5, 10), (0.8, 90)])
 def test_the_share_that_was_asked_for_is_predicted(share: float, horizon: int) -> None:
     task = task_of(SMOKE)
-    plan = forced.Plan(share=share, horizon=horizon, predictor="hold")
+    plan = forced.ForcedRun(share=share, horizon=horizon, predictor="hold")
     _, found = forced.forced(replace(SMOKE, steps=120), 0, task, forced.zero_of(plan))
     assert found.real + found.claimed == 120
     assert share - 0.2 < found.to_json()["predicted_share"] <= share
@@ -145,7 +145,7 @@ def test_all_arms_are_run_and_kept(folder: Path, monkeypatch: pytest.MonkeyPatch
         assert runs[f"{percent} % jump of zero"]["claimed_steps"] == runs[f"{percent} % predicted"]["claimed_steps"]
     assert set(log) >= {"experiment_id", "hypothesis", "date", "seed", "config", "results", "conclusion", "next_steps"}
     assert [row["name"] for row in found["experiments"]["4"]["equivalence"]] == ["50 % predicted"]
-    words = program.text(found) + program.markdown(found)
+    words = program.format_text(found) + program.markdown(found)
     assert "jump of zero" in words
     assert "not tested" in words  # the first hypothesis
 
@@ -270,7 +270,7 @@ def test_acceptance_tables_stand_beside_their_claims(folder: Path, monkeypatch: 
     rows = {row["what"]: row for rows in found.values() for row in rows}
     assert rows["7B"]["verdict"].startswith("not measured")
     assert rows["loss over the conventional one"]["measured"] is not None
-    assert "claimed" in acceptance.text(found)
+    assert "claimed" in acceptance.format_text(found)
     assert "| what |" in acceptance.markdown(found)
 
 
@@ -298,7 +298,7 @@ def test_one_thing_is_changed_at_a_time(name: str, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(ablations, "forced", lambda *_: pytest.fail("run again"))
     again = ablations.measure(name, "tiny", 1, tmp_path, silent)
     assert again == found
-    assert "jumps of zero" in ablations.text(found) + ablations.markdown(found)
+    assert "jumps of zero" in ablations.format_text(found) + ablations.markdown(found)
 
 
 def test_the_harness_is_asked_for_or_said_to_be_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,8 +42,8 @@ def test_what_is_lost_is_counted_and_told(tmp_path: Path) -> None:
     found = table.run_table(cases, quick=False, only=["good", "odd", "raising"])
     assert [(r["survived"], r["lost"]) for r in found["rows"]] == [(3, 0), (2, 2), (0, 1)]
     assert not found["passed"]
-    assert "seed 1: odd" in table.text(found)
-    assert "ZeroDivisionError: at once" in table.text(found)
+    assert "seed 1: odd" in table.format_text(found)
+    assert "ZeroDivisionError: at once" in table.format_text(found)
     assert [r["case"] for r in table.run_table(cases, quick=True)["rows"]] == ["good", "odd", "raising"]
     with pytest.raises(ConfigError, match="no case 'x'"):
         table.run_table(cases, only=["x"])

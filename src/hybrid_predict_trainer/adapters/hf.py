@@ -39,7 +39,7 @@ from ..cycle.handover import MicroBatches, StepLoss
 from ..notices import warn
 from ..predictors import Predictor
 from ..records import ConfigError
-from ..tell.account import text
+from ..tell.account import format_text
 from ..tell.sinks import Sink, Writer, jsonable
 from .loops import figures
 from .missing import framework
@@ -158,7 +158,7 @@ class HybridCallback(TrainerCallback):  # type: ignore[misc]
             except OSError as error:
                 warn(f"{path} was not written: {error.strerror}")
         if self.config.enabled and self._say:
-            print(text(self.report))
+            print(format_text(self.report))
         self._leave()
 
     # ---- what no event tells ---------------------------------------------------------------------------

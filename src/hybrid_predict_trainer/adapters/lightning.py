@@ -31,7 +31,7 @@ from ..keep.subject import LossFn
 from ..notices import warn
 from ..predictors import Predictor
 from ..records import ConfigError, StateDict
-from ..tell.account import text
+from ..tell.account import format_text
 from ..tell.sinks import Sink, Writer
 from .loops import Stations, figures
 from .missing import framework
@@ -161,7 +161,7 @@ class HybridCallback(Callback):  # type: ignore[misc]
             _save_last(trainer)
         self.report = engine.report()
         if self.config.enabled and self._say and trainer.is_global_zero:
-            print(text(self.report))
+            print(format_text(self.report))
         engine.detach()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:

@@ -63,7 +63,7 @@ def run_regimes(args: argparse.Namespace) -> Shown:
     with as_input_error():
         require("scipy")  # for the tables at the end
     result = regime_runs.run_regime(request, tell=note)
-    return result, lambda: regime_report.text(result)
+    return result, lambda: regime_report.format_text(result)
 
 
 def run_harm(args: argparse.Namespace) -> Shown:
@@ -78,7 +78,7 @@ def run_harm(args: argparse.Namespace) -> Shown:
     if args.markdown is not None:
         with as_input_error():
             write_named(args.markdown, harm_table.markdown(found))
-    return found, lambda: harm_table.text(found)
+    return found, lambda: harm_table.format_text(found)
 
 
 def run_faults(args: argparse.Namespace) -> Shown:
@@ -90,7 +90,7 @@ def run_faults(args: argparse.Namespace) -> Shown:
         found = program.run(quick=args.quick, times=args.times, seed=args.seed, only=args.case, note=note)
         if args.markdown is not None:
             table.write_markdown(args.markdown, found)
-    return found, lambda: table.text(found)
+    return found, lambda: table.format_text(found)
 
 
 def run_checkpoint(args: argparse.Namespace) -> Shown:
@@ -104,7 +104,7 @@ def run_checkpoint(args: argparse.Namespace) -> Shown:
         found = checkpoint_cost.measure(
             workload, num_steps=args.steps, num_saves=args.saves, interval=args.interval, note=note
         )
-    return found, lambda: checkpoint_cost.text(found)
+    return found, lambda: checkpoint_cost.format_text(found)
 
 
 def run_scale(args: argparse.Namespace) -> Shown:
@@ -115,7 +115,7 @@ def run_scale(args: argparse.Namespace) -> Shown:
         found = scale.measure(preset=args.preset or "0.3M", num_steps=args.steps, note=note)
         if args.markdown is not None:
             write_between(args.markdown, "scale", scale.markdown(found) + "\n")
-    return found, lambda: scale.text(found)
+    return found, lambda: scale.format_text(found)
 
 
 def run_report(args: argparse.Namespace) -> Shown:
@@ -131,10 +131,10 @@ def run_costs(args: argparse.Namespace) -> Shown:
     from ..experiments.bench import costs
 
     with as_input_error():
-        rows = costs.rows(
+        rows = costs.measure(
             args.preset or "10M", tuple(args.predictor or PREDICTORS), num_repeats=args.repeats, note=note
         )
-    return rows, lambda: costs.text(rows)
+    return rows, lambda: costs.format_text(rows)
 
 
 def run_stack(args: argparse.Namespace) -> Shown:
@@ -142,8 +142,10 @@ def run_stack(args: argparse.Namespace) -> Shown:
     from ..experiments.bench import stack
 
     with as_input_error():
-        result = stack.rows(seeds=range(args.seeds), note=note, **{name: getattr(args, name) for name in STACK_OPTIONS})
-    return result, lambda: str(stack.text(result))
+        result = stack.measure(
+            seeds=range(args.seeds), note=note, **{name: getattr(args, name) for name in STACK_OPTIONS}
+        )
+    return result, lambda: str(stack.format_text(result))
 
 
 def run_forecast(args: argparse.Namespace) -> Shown:
@@ -157,7 +159,7 @@ def run_forecast(args: argparse.Namespace) -> Shown:
             write_named(args.write_priors, program.priors_text(found))
         if args.markdown is not None:
             write_named(args.markdown, program.markdown(found))
-    return found, lambda: program.text(found)
+    return found, lambda: program.format_text(found)
 
 
 def run_probe(args: argparse.Namespace) -> Shown:
@@ -168,7 +170,7 @@ def run_probe(args: argparse.Namespace) -> Shown:
         found = of_task.check(args.minutes, tuple(args.regime), args.quick, note)
         if args.markdown is not None:
             write_named(args.markdown, of_task.markdown(found))
-    return found, lambda: of_task.text(found)
+    return found, lambda: of_task.format_text(found)
 
 
 def run_sweep(args: argparse.Namespace) -> Shown:
@@ -183,7 +185,7 @@ def run_sweep(args: argparse.Namespace) -> Shown:
         found = program.measure(args.grid, args.shuffles, note)
         if args.markdown is not None:
             write_named(args.markdown, program.markdown(found))
-    return found, lambda: program.text(found)
+    return found, lambda: program.format_text(found)
 
 
 def run_overhead(args: argparse.Namespace) -> Shown:
@@ -193,7 +195,7 @@ def run_overhead(args: argparse.Namespace) -> Shown:
             found = step_price.measure(
                 args.model, num_steps=args.steps or 1000, rounds=args.rounds, against=args.against, note=note
             )
-        return found, lambda: step_price.text(found)
+        return found, lambda: step_price.format_text(found)
     if args.against is not None:
         raise ConfigError(f"--against goes with a small model: --model {' or '.join(SMALL_MODELS)}")
     names = args.predictor or ["secant"]
@@ -204,14 +206,14 @@ def run_overhead(args: argparse.Namespace) -> Shown:
     with as_input_error():
         prepared = overhead.prepare(workload)
     result = overhead.measure(prepared, note=note)
-    return result, lambda: overhead.text(result)
+    return result, lambda: overhead.format_text(result)
 
 
 def run_profile(args: argparse.Namespace) -> Shown:
     """Where the CPU time of a step goes."""
     with as_input_error():
         found = profile.measure(args.model, num_steps=args.steps, skip=args.skip)
-    return found, lambda: profile.text(found)
+    return found, lambda: profile.format_text(found)
 
 
 def run_predictors(args: argparse.Namespace) -> Shown:
@@ -226,14 +228,14 @@ def run_predictors(args: argparse.Namespace) -> Shown:
             rows = predictor_bench.recorded_rows(
                 args.record_real, chosen, note=lambda line: print(line, file=sys.stderr)
             )
-            return rows, lambda: table(rows)
+            return rows, lambda: format_table(rows)
         recordings = [(folder.parent.name or folder.name, Recording.load(folder)) for folder in args.recording]
     if recordings:
         replayed = tuple(n for n in names if n not in predictor_bench.REFERENCES)
         rows = [row for name, recording in recordings for row in predictor_bench.replay(recording, replayed, name)]
     else:
-        rows = predictor_bench.rows(names, seeds=range(args.seeds), quick=args.quick)
-    return rows, lambda: table(rows)
+        rows = predictor_bench.measure(names, seeds=range(args.seeds), quick=args.quick)
+    return rows, lambda: format_table(rows)
 
 
 def run_memory(args: argparse.Namespace) -> Shown:
@@ -241,12 +243,12 @@ def run_memory(args: argparse.Namespace) -> Shown:
     with as_input_error():
         if args.held:
             rows = memory.held(preset=args.preset or "10M", device=args.device, num_steps=args.steps)
-            return rows, lambda: table(rows)
-        rows = memory.rows(tuple(args.predictor or PREDICTORS), preset=args.preset or "0.3M")
-    return rows, lambda: table(rows)
+            return rows, lambda: format_table(rows)
+        rows = memory.measure(tuple(args.predictor or PREDICTORS), preset=args.preset or "0.3M")
+    return rows, lambda: format_table(rows)
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
+def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows of equal keys as aligned columns."""
     if not rows:
         return "nothing was measured"

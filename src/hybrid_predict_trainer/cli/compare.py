@@ -13,7 +13,7 @@ from ..experiments.compare import run as comparing
 from ..experiments.compare.plan import Said, planned
 from ..experiments.extras import require
 from ..experiments.report import text as table
-from ..experiments.run_arm import Run, in_steps, write_json
+from ..experiments.run_arm import ArmRun, in_steps, write_json
 from ..experiments.run_folder import locked, refuse_used
 from .arguments import INTERRUPTED, OK, complain, folder_of, options_of, show
 from .progress import Progress
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     def watch(label: str, trainer: Any, total: int) -> Callable[[Any], None]:
         return Progress(trainer, total, name=label) if bar else lambda result: None
 
-    def done(label: str, run: Run) -> None:
+    def done(label: str, run: ArmRun) -> None:
         loss = f"validation loss {run.final_val_loss:.5g}" if not run.error else f"diverged: {run.error}"
         start = "\r\x1b[2K" if bar else ""
         note = f"{start}{label}: {loss}, cost {in_steps(run.cost_units):.1f} steps, {run.wall_s:.2f} s"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..experiments.arms.options import as_input_error
-from ..experiments.forecasts.ask import Question, answer, text
+from ..experiments.forecasts.ask import Question, answer, format_text
 from ..forecast.logs import Columns
 from .arguments import OK, show
 
@@ -21,5 +21,5 @@ def run(args: argparse.Namespace) -> int:
             run=args.run, schedule=args.schedule, steps=args.steps, level=args.level, prior=args.prior,
             columns=Columns(args.loss_column, args.rate_column, args.step_column), until=args.until,
         ))  # fmt: skip
-    show(args, found, lambda: text(found))
+    show(args, found, lambda: format_text(found))
     return OK

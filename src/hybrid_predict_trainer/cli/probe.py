@@ -7,7 +7,7 @@ import sys
 
 from ..experiments.arms.options import as_input_error
 from ..experiments.probe.of_task import probe_task
-from ..experiments.probe.run import text
+from ..experiments.probe.run import format_text
 from ..safe_files import write_named
 from .arguments import OK, options_of, show
 
@@ -25,5 +25,5 @@ def run(args: argparse.Namespace) -> int:
         )  # fmt: skip
         if args.toml is not None:
             write_named(args.toml, report.to_toml())
-    show(args, report.to_json(), lambda: text(report))
+    show(args, report.to_json(), lambda: format_text(report))
     return OK

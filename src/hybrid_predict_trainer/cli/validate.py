@@ -44,7 +44,7 @@ def _measured(args: argparse.Namespace) -> tuple[dict[str, Any], str, str]:
     """What was asked for: the object, the text and the document's tables."""
     if args.ablation is not None:
         changed = ablations.measure(args.ablation, args.scale, args.seeds, args.out, _tell)
-        return changed, ablations.text(changed), ablations.markdown(changed)
+        return changed, ablations.format_text(changed), ablations.markdown(changed)
     if args.harness is not None:
         scores = harness.evaluate(args.harness, args.out / "harness")
         lines = [f"{task}: {name} {value:.4g}" for task, own in scores.items() for name, value in own.items()]
@@ -54,9 +54,9 @@ def _measured(args: argparse.Namespace) -> tuple[dict[str, Any], str, str]:
         raise ConfigError("--acceptance needs all five experiments: leave out --experiment")
     found = program.validate(wanted, args.scale, args.seeds, args.out, _tell, collect=args.collect)
     if not args.acceptance:
-        return found, program.text(found), program.markdown(found)
+        return found, program.format_text(found), program.markdown(found)
     account = accounting.kept(args.out, args.scale, _tell, args.grid_factor)
     tables = acceptance.tables(found, account)
     shown = {"scale": args.scale, "seeds": args.seeds, "tables": tables, "account": account,
              "hypotheses": found["hypotheses"]}  # fmt: skip
-    return shown, acceptance.text(tables), acceptance.markdown(tables)
+    return shown, acceptance.format_text(tables), acceptance.markdown(tables)

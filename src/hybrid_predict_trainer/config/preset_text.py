@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .keys import with_values
-from .presets import about, table
+from .presets import about, preset_table
 from .settings import HybridTrainerConfig
 from .toml import flatten, literal, preset_config, to_toml
 
@@ -31,19 +31,19 @@ def file_text(title: str, said: Mapping[str, Any], values: Mapping[str, Any]) ->
 
 def rewritten(name: str) -> str:
     """A preset's file with the settings and defaults of today."""
-    said, flat = about(name), flatten(table(name))
+    said, flat = about(name), flatten(preset_table(name))
     return file_text(said["title"], said, {key: flat[key] for key in said["sources"]})
 
 
-def told(name: str) -> str:
+def format_preset(name: str) -> str:
     """What a preset sets, with the source of every number, and what of its source it does not follow."""
-    said, values = about(name), flatten(table(name))
+    said, values = about(name), flatten(preset_table(name))
     lines = [f"preset {name}: {said['title']}"]
     width = max((len(f"{key} = {literal(values[key])}") for key in said["sources"]), default=0)
     for key, source in said["sources"].items():
         lines.append(f"  {f'{key} = {literal(values[key])}':<{width}}  # {source}")
     lines += [f"  not taken: {text}" for text in said.get("not_taken", ())]
-    num_others = len(flatten(table(name))) - len(flatten({"about": said})) - len(said["sources"])
+    num_others = len(flatten(preset_table(name))) - len(flatten({"about": said})) - len(said["sources"])
     return "\n".join([*lines, f"  the other {num_others} settings are the defaults"])
 
 

@@ -37,7 +37,7 @@ def names() -> tuple[str, ...]:
 
 
 @functools.cache
-def table(name: str) -> Mapping[str, Any]:
+def preset_table(name: str) -> Mapping[str, Any]:
     """A preset's file as it stands.
 
     Raises:
@@ -50,7 +50,7 @@ def table(name: str) -> Mapping[str, Any]:
 
 def about(name: str) -> Mapping[str, Any]:
     """What a preset's file says about itself."""
-    found: Mapping[str, Any] = table(name)["about"]
+    found: Mapping[str, Any] = preset_table(name)["about"]
     return found
 
 
@@ -59,7 +59,7 @@ class _Presets(Mapping[str, Mapping[str, Any]]):
 
     def __getitem__(self, name: str) -> Mapping[str, Any]:
         """Values by dotted key."""
-        whole = table(name)
+        whole = preset_table(name)
         return {key: functools.reduce(lambda t, part: t[part], key.split("."), whole) for key in about(name)["sources"]}
 
     def __iter__(self) -> Iterator[str]:

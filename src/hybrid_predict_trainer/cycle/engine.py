@@ -34,7 +34,7 @@ from ..move.schedule import count_of
 from ..notices import warn
 from ..predictors import Predictor
 from ..records import ConfigError, StateDict, StepResult
-from ..tell.account import Account, text
+from ..tell.account import Account, format_text
 from ..tell.figures import statistics
 from ..tell.sinks import Sink, Writer
 from . import outside
@@ -321,7 +321,7 @@ class Engine:
 
     def report_text(self) -> str:
         """The same in a few lines."""
-        return text(self.report())
+        return format_text(self.report())
 
     @property
     def in_step(self) -> bool:

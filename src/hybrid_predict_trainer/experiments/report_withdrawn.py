@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .report.charts import escape
 from .report.data import Record, Report, Run, list_of, number, table_of
-from .report.parts import shown, table
+from .report.parts import format_value, html_table
 
 #: Counts of ``statistics`` that are nothing to tell of where they are 0, and the heads of their columns.
 COUNTS = {
@@ -36,10 +36,10 @@ def withdrawn_table(report: Report) -> str:
     head = ["Run", "text:Withdrawn", *COUNTS.values(), "text:Failed"]
     rows = [
         [escape(run.name, 60), f"text:{'yes' if found['withdrawn'] is True else 'no'}",
-         *(shown(found.get(key)) for key in COUNTS), f"text:{_failures(run)}"]
+         *(format_value(found.get(key)) for key in COUNTS), f"text:{_failures(run)}"]
         for run, found in told
     ]  # fmt: skip
-    return "".join(out) + table(head, rows)
+    return "".join(out) + html_table(head, rows)
 
 
 def _has_something(run: Run, found: Record) -> bool:
@@ -55,6 +55,6 @@ def _failures(run: Run) -> str:
         times = "time" if found.get("count") == 1 else "times"
         left_alone = ", left alone since" if found.get("left_alone") is True else ""
         first = escape(found.get("first"), 200)
-        told.append(f"{escape(place, 20)}, {shown(found.get('count'))} {times}{left_alone}: {first}")
+        told.append(f"{escape(place, 20)}, {format_value(found.get('count'))} {times}{left_alone}: {first}")
     notes = [f"note: {escape(note, 200)}" for note in list_of(run.summary.get("notes"))]
     return "; ".join([*told, *notes]) or "nothing"

@@ -20,9 +20,9 @@ from .arms.drive import (
     COUNTS,
     NUM_VALIDATIONS,
     Arm,
+    ArmRun,
+    Experiment,
     Kind,
-    Run,
-    Setup,
     Validation,
     Watch,
     drive,
@@ -41,9 +41,9 @@ __all__ = [
     "COUNTS",
     "NUM_VALIDATIONS",
     "Arm",
+    "ArmRun",
+    "Experiment",
     "Kind",
-    "Run",
-    "Setup",
     "UndoneJumps",
     "Validation",
     "Watch",
@@ -57,7 +57,7 @@ __all__ = [
 
 
 def build_trainer(
-    setup: Setup, *, lr: float, steps: int, seed: int, predict: bool,
+    setup: Experiment, *, lr: float, steps: int, seed: int, predict: bool,
     wrap: Callable[[Predictor], Predictor] | None = None,
 ) -> HybridTrainer:  # fmt: skip
     """A fresh model in a trainer, with the recipe's optimizer and a schedule that ends at ``steps``.
@@ -128,8 +128,8 @@ class UndoneJumps:
 
 
 def run_arm(
-    setup: Setup, arm: Arm, seed: int, folder: Path | None = None, watch: Watch | None = None, label: str = ""
-) -> Run:
+    setup: Experiment, arm: Arm, seed: int, folder: Path | None = None, watch: Watch | None = None, label: str = ""
+) -> ArmRun:
     """Train one arm from one seed to the end of its budget.
 
     Args:

@@ -27,9 +27,9 @@ from ..safe_files import UnusableFileError, write_text
 from ..tell.sinks import JsonlSink, jsonable
 from ..trainer import HybridTrainer
 from .arms.environment import environment
-from .arms.options import InputError, as_input_error, build_setup
+from .arms.options import InputError, as_input_error, build_experiment
 from .arms.recording import FOR_EVER, Recorder, recording_settings
-from .run_arm import NUM_VALIDATIONS, Setup, Validation, Watch, build_trainer, write_json
+from .run_arm import NUM_VALIDATIONS, Experiment, Validation, Watch, build_trainer, write_json
 from .run_folder import (
     Request,
     agree,
@@ -88,7 +88,7 @@ def train(
     else:
         refuse_used(out, IN_USE)
         request = replace(request, seed=request.seed or 0)
-        setup = build_setup(request.options)
+        setup = build_experiment(request.options)
     described = setup.task.describe()
     if request.record:
         if setup.config.predictor_type in SOURCES:
@@ -110,7 +110,7 @@ def train(
         return _train(setup, request, out, resume=not begin, watch=watch, part=part or Part())
 
 
-def _resumed(said: Request, out: Path) -> tuple[Request, Setup]:
+def _resumed(said: Request, out: Path) -> tuple[Request, Experiment]:
     """The request of the run in ``out``, which whatever is said now must agree with, and what it needs."""
     then = stored(out)
     agree(out, said, then)
@@ -118,14 +118,14 @@ def _resumed(said: Request, out: Path) -> tuple[Request, Setup]:
     options = request.options if then.data_path is None else replace(request.options, data=then.data_path)
     begun = bool(saved_steps(out))  # else config.toml may be missing: a kill came between
     with as_input_error():
-        setup = build_setup(options, load(out / "config.toml") if begun else None)
+        setup = build_experiment(options, load(out / "config.toml") if begun else None)
     agree_config(out, said.options, request.options, setup.config)
     agree_task(out, then.task, setup.task.describe())
     return request, setup
 
 
 def _train(
-    setup: Setup, request: Request, out: Path, *, resume: bool, watch: Watch | None, part: Part
+    setup: Experiment, request: Request, out: Path, *, resume: bool, watch: Watch | None, part: Part
 ) -> tuple[dict[str, Any], int]:
     seed = request.seed or 0
     trainer = build_trainer(
@@ -304,7 +304,7 @@ class Position:
 
 
 def _result(
-    setup: Setup, request: Request, trainer: HybridTrainer, wall_s: float, val_loss: float | None, *, ended: bool
+    setup: Experiment, request: Request, trainer: HybridTrainer, wall_s: float, val_loss: float | None, *, ended: bool
 ) -> dict[str, Any]:
     return {
         "task": setup.task.name, "seed": request.seed or 0, "arm": "plain" if request.plain else "hybrid",

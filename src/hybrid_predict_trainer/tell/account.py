@@ -90,7 +90,7 @@ class Account:
         self.refused = {str(reason): int(count) for reason, count in state["refused"].items()}
 
 
-def text(report: Mapping[str, Any]) -> str:
+def format_text(report: Mapping[str, Any]) -> str:
     """A report of :meth:`Account.report` as lines."""
     steps, cost = report["num_real_steps"], report["cost_steps"]
     lines = [f"hybrid-predict-trainer: {steps} steps of the optimizer, at the cost of {cost:.1f} plain ones"]

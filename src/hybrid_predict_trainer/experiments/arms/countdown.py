@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from ..run_arm import Run
+from ..run_arm import ArmRun
 
 Tell = Callable[[str], None]
 
@@ -28,7 +28,7 @@ class Countdown:
         pace = {case: self._seconds[case] / steps for case, steps in self._steps.items() if steps}
         return sum(max(0.0, left) * pace.get(case, usual) for case, left in self._left.items())
 
-    def done(self, case: str, label: str, steps: float, run: Run, seconds: float | None) -> None:
+    def done(self, case: str, label: str, steps: float, run: ArmRun, seconds: float | None) -> None:
         """A run has ended.
 
         Args:

@@ -40,7 +40,7 @@ COUNTS = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Setup:
+class Experiment:
     """What all arms share: task, recipe, length at budget 1, and the settings of the hybrid trainer."""
 
     task: Task
@@ -52,7 +52,7 @@ class Setup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arm:
-    """What differs: the trainer, the budget in multiples of ``Setup.steps``, the peak learning rate.
+    """What differs: the trainer, the budget in multiples of ``Experiment.steps``, the peak learning rate.
 
     A peer's arm bears the peer's name, with ``@`` and a budget behind it where there are several.
     """
@@ -64,7 +64,7 @@ class Arm:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
+class ArmRun:
     """What one run of an arm came to."""
 
     arm: Arm
@@ -82,17 +82,17 @@ class Run:
         return self.counts["cost_units"]
 
 
-def steps_of(setup: Setup, budget: float) -> int:
+def steps_of(setup: Experiment, budget: float) -> int:
     """Length of a run of that budget in full steps, at least 1."""
     return max(1, round(setup.steps * budget))
 
 
-def recipe_for(setup: Setup, *, lr: float, steps: int) -> TaskDefaults:
+def recipe_for(setup: Experiment, *, lr: float, steps: int) -> TaskDefaults:
     """The recipe at another rate and length."""
     return with_steps(replace(setup.recipe, lr=lr), steps)
 
 
-def seeded_model(setup: Setup, seed: int) -> nn.Module:
+def seeded_model(setup: Experiment, seed: int) -> nn.Module:
     """A fresh model; the global generator is seeded, so that dropout is the same in every arm."""
     torch.manual_seed(seed)
     return setup.task.build_model(seed)
@@ -191,10 +191,10 @@ class Hooks:
 
 
 def drive(
-    trainer: HybridTrainer, setup: Setup, arm: Arm, seed: int, *, hooks: Hooks | None = None,
+    trainer: HybridTrainer, setup: Experiment, arm: Arm, seed: int, *, hooks: Hooks | None = None,
     undo: Callable[[StepResult], None] | None = None,
     folder: Path | None = None, watch: Watch | None = None, label: str = "",
-) -> Run:  # fmt: skip
+) -> ArmRun:  # fmt: skip
     """Train to the end of the arm's budget, validating on the way.
 
     Args:
@@ -242,7 +242,7 @@ def drive(
     if not error and not math.isfinite(final):  # the plain loop looks at no loss
         error, final = "the run diverged: its validation loss is not finite", math.nan
     statistics = trainer.statistics()
-    run = Run(
+    run = ArmRun(
         arm=arm, seed=seed, steps=steps, final_val_loss=final, wall_s=wall_s,
         counts={name: float(statistics[name]) for name in COUNTS}, curve=tuple(validation.curve), error=error,
     )  # fmt: skip
@@ -251,7 +251,7 @@ def drive(
     return run
 
 
-def write_run(folder: Path, trainer: HybridTrainer, run: Run) -> None:
+def write_run(folder: Path, trainer: HybridTrainer, run: ArmRun) -> None:
     """Write what belongs beside the metrics of a run."""
     trainer.metrics.sink.close()
     write_json(folder / "summary.json", {**summary_of(run), **trainer.summary()})
@@ -259,7 +259,7 @@ def write_run(folder: Path, trainer: HybridTrainer, run: Run) -> None:
     trainer.recipe().save(folder / "recipe.toml")
 
 
-def summary_of(run: Run) -> dict[str, Any]:
+def summary_of(run: ArmRun) -> dict[str, Any]:
     """What a summary says of the run itself."""
     return {
         "arm": run.arm.name, "seed": run.seed, "lr": run.arm.lr, "budget": run.arm.budget, "steps": run.steps,

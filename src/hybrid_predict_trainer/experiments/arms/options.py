@@ -1,4 +1,4 @@
-"""From what the command line says to a :class:`~.arms.Setup`: flags over file over preset over the task's recipe."""
+"""From what the command line says to an :class:`~.arms.drive.Experiment`: flags over file over preset over recipe."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 import torch
 
-from ...config.preset_text import told
+from ...config.preset_text import format_preset
 from ...config.presets import AUTO, CLOSED_FORM, PRESETS, choose
 from ...config.settings import SOURCES, HybridTrainerConfig
 from ...config.toml import flatten, loads, parse, preset_config, read, with_values
@@ -19,7 +19,7 @@ from ...predictors import PREDICTORS
 from ...records import CheckpointError, ConfigError, DivergenceError
 from ...tasks import Task, TaskDefaults, TaskSettings, make_task
 from ...tasks.base import OptimizerName, ScheduleName, unknown_name
-from ..run_arm import Setup, build_trainer
+from ..run_arm import Experiment, build_trainer
 
 
 class InputError(Exception):
@@ -85,7 +85,7 @@ class Options:
     set: tuple[str, ...] = ()
 
 
-def build_setup(options: Options, config: HybridTrainerConfig | None = None) -> Setup:
+def build_experiment(options: Options, config: HybridTrainerConfig | None = None) -> Experiment:
     """Everything that has to exist before a run can begin, checked.
 
     Args:
@@ -112,7 +112,7 @@ def build_setup(options: Options, config: HybridTrainerConfig | None = None) -> 
             config = config_of(options, recipe, task.steps_per_epoch)
             if why:
                 print(why, file=sys.stderr)
-        setup = Setup(task=task, settings=settings, recipe=recipe, config=config, steps=recipe.steps)
+        setup = Experiment(task=task, settings=settings, recipe=recipe, config=config, steps=recipe.steps)
         trainer = build_trainer(
             setup, lr=recipe.lr, steps=recipe.steps, seed=0, predict=True
         )  # what does not fit, shows
@@ -159,12 +159,12 @@ def chosen_preset(options: Options, task: Task, recipe: TaskDefaults) -> tuple[O
         return options, ""
     if name != AUTO:
         preset_config(name)  # says which there are
-        return options, told(name)
+        return options, format_preset(name)
     whole = (options.predictor or recipe.predictor) == "quasi_newton"
     num_weights = sum(p.numel() for p in task.build_model(0).parameters() if p.requires_grad)
     name, why = choose(num_weights, full_batch=whole, steps_per_epoch=task.steps_per_epoch)
     what = f"preset auto: {name or 'the settings stay as they are'}: {why}"
-    return replace(options, config_preset=name), what if name is None else f"{what}\n{told(name)}"
+    return replace(options, config_preset=name), what if name is None else f"{what}\n{format_preset(name)}"
 
 
 def recipe_of(defaults: TaskDefaults, options: Options) -> TaskDefaults:

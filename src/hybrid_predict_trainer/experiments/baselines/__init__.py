@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ...tasks import Task
 from ...tasks.base import unknown_name
-from ..arms.drive import Arm, Run, Setup, Watch
+from ..arms.drive import Arm, ArmRun, Experiment, Watch
 from .base import Baseline, BaselineJob
 from .table import BASELINES
 
@@ -35,9 +35,9 @@ def baselines_for(task: Task) -> tuple[str, ...]:
 
 
 def run_baseline(
-    setup: Setup, arm: Arm, seed: int, *, peer: Baseline | None = None,
+    setup: Experiment, arm: Arm, seed: int, *, peer: Baseline | None = None,
     folder: Path | None = None, watch: Watch | None = None, label: str = "",
-) -> Run:  # fmt: skip
+) -> ArmRun:  # fmt: skip
     """Train a baseline from one seed to the end of the arm's budget.
 
     Args:

@@ -23,9 +23,9 @@ from ...trainer import HybridTrainer
 from ...weights import algebra as weights
 from ..arms.drive import (
     Arm,
+    ArmRun,
+    Experiment,
     Hooks,
-    Run,
-    Setup,
     Watch,
     drive,
     recipe_for,
@@ -43,7 +43,7 @@ Values = Mapping[str, float]
 class BaselineJob:
     """One run of a baseline that has been asked for."""
 
-    setup: Setup
+    setup: Experiment
     arm: Arm
     seed: int
     values: Values
@@ -79,7 +79,7 @@ class Baseline:
     deterministic_only: bool = False
     values: Values
     grid: Callable[[TaskDefaults], tuple[float, ...]]
-    train: Callable[[BaselineJob], Run]
+    train: Callable[[BaselineJob], ArmRun]
 
 
 def recipe_grid(recipe: TaskDefaults) -> tuple[float, ...]:
@@ -140,7 +140,7 @@ def _own_optimizer(model: nn.Module, recipe: TaskDefaults, settings: TaskSetting
 def in_loop(
     attach: Callable[[BaselineRun], Hooks] = no_hooks, *, optimizer: BuildOptimizer = _own_optimizer,
     scheduled: bool = True, changed: Callable[[TaskDefaults], TaskDefaults] = as_it_is,
-) -> Callable[[BaselineJob], Run]:  # fmt: skip
+) -> Callable[[BaselineJob], ArmRun]:  # fmt: skip
     """Training in the plain loop with something different about it.
 
     Args:
@@ -150,7 +150,7 @@ def in_loop(
         changed: Makes the recipe it trains with.
     """
 
-    def train(order: BaselineJob) -> Run:
+    def train(order: BaselineJob) -> ArmRun:
         setup, recipe = order.setup, changed(order.recipe)
         model = seeded_model(setup, order.seed)
         own = optimizer(model, recipe, setup.settings, order.values)

@@ -11,10 +11,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...tasks.base import undisturbed
-from ..arms.drive import Setup
+from ..arms.drive import Experiment
 
 
-def forward_flops(setup: Setup, model: nn.Module, seed: int) -> float:
+def forward_flops(setup: Experiment, model: nn.Module, seed: int) -> float:
     """FLOPs of one training forward, measured on the first batch; leaves model and random state as they were.
 
     Attention runs unfused for it: the counter does not know every fused kernel.

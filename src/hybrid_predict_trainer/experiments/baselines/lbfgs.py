@@ -19,7 +19,7 @@ from torch.optim import LBFGS
 from ...cost import BACKWARD_UNITS, FORWARD_UNITS, PASS_UNITS, STEP_UNITS, UPDATE_UNITS
 from ...tasks import TaskDefaults
 from ...weights import algebra as weights
-from ..arms.drive import COUNTS, NUM_VALIDATIONS, Run, seeded_model, steps_of, summary_of, write_json
+from ..arms.drive import COUNTS, NUM_VALIDATIONS, ArmRun, seeded_model, steps_of, summary_of, write_json
 from .base import BaselineJob, recipe_grid
 
 #: Evaluations of a line search, the package's default.
@@ -206,7 +206,7 @@ def minimize(
         after_iteration(loss)
 
 
-def train(order: BaselineJob) -> Run:
+def train(order: BaselineJob) -> ArmRun:
     """One run.
 
     Raises:
@@ -247,7 +247,7 @@ def train(order: BaselineJob) -> Run:
         "num_backward": float(meter.num_evaluations),
         "num_real_steps": float(meter.num_iterations),
     }
-    run = Run(
+    run = ArmRun(
         arm=arm, seed=order.seed, steps=steps, final_val_loss=final, wall_s=wall_s, counts=counts,
         curve=tuple(curve), error=error,
     )  # fmt: skip
@@ -256,7 +256,7 @@ def train(order: BaselineJob) -> Run:
     return run
 
 
-def _write(folder: Path, run: Run) -> None:
+def _write(folder: Path, run: ArmRun) -> None:
     write_json(folder / "summary.json", {**summary_of(run), "statistics": run.counts, "curve": list(run.curve)})
 
 

@@ -114,14 +114,14 @@ def forecast(model: State, states: Tensor, kind: int, ahead: int) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ForecastPlan:
     """When a run forecasts, and how far."""
 
     spacing: int  # real steps between two states
     ahead: tuple[int, ...]  # k of each forecast
 
 
-def plan(num_steps: int, price_steps: float, max_forecasts: int, cost_frac: float) -> Plan:
+def forecast_plan(num_steps: int, price_steps: float, max_forecasts: int, cost_frac: float) -> ForecastPlan:
     """Forecasts spread over a run, their states evenly spaced and at most 200 steps apart.
 
     As published, 10,000 steps have ten forecasts that look 40, 33, ... 3, 1 states of 200 steps ahead: the square
@@ -139,11 +139,11 @@ def plan(num_steps: int, price_steps: float, max_forecasts: int, cost_frac: floa
     count = min(max(affordable, MIN_FORECASTS), max_forecasts)
     spacing = min(SPACING, int((num_steps - count * price_steps) / (count * NUM_STATES)))
     if spacing < 1:
-        return Plan(num_steps + 1, (1,))
+        return ForecastPlan(num_steps + 1, (1,))
     count = max(1, int(num_steps / (spacing * NUM_STATES + price_steps)))
     first = math.sqrt(max(1, min(NUM_AHEAD, int(REACH_FRAC * num_steps / spacing))))
     line = [first + (1 - first) * i / max(count - 1, 1) for i in range(count)]
-    return Plan(spacing, tuple(round(v**2) for v in line))
+    return ForecastPlan(spacing, tuple(round(v**2) for v in line))
 
 
 def wnn_plus(session: BaselineRun) -> Hooks:
@@ -159,7 +159,7 @@ def wnn_plus(session: BaselineRun) -> Hooks:
     price = flops / forward_flops(order.setup, run.subject.model, order.seed) * FORWARD_UNITS
     price += PASS_UNITS * (2 * NUM_STATES + 1)  # states read twice, weights written
     budget = session.recipe.steps * STEP_UNITS
-    planned = plan(
+    planned = forecast_plan(
         session.recipe.steps, price / STEP_UNITS, int(session.values["max_forecasts"]), session.values["cost_frac"]
     )
     kinds = [

@@ -34,7 +34,7 @@ STORES: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def rows(
+def measure(
     *,
     preset: str = "124M",
     device: str = "cuda",
@@ -76,7 +76,7 @@ def rows(
     return jsonable(found)  # type: ignore[no-any-return]
 
 
-def late(prepared: overhead.Prepared, interval: int, note: Callable[[str], None]) -> Row:
+def late(prepared: overhead.PreparedWorkload, interval: int, note: Callable[[str], None]) -> Row:
     """Full step over bare step with losses read every ``interval`` steps."""
     divergence = replace(prepared.config.divergence, check_interval_steps=interval)
     told = overhead.measure(replace(prepared, config=replace(prepared.config, divergence=divergence)), note)
@@ -87,7 +87,7 @@ def late(prepared: overhead.Prepared, interval: int, note: Callable[[str], None]
     return {"interval": interval, "status": "measured", "reason": "", **{name: told[name] for name in names}}
 
 
-def peak(prepared: overhead.Prepared, store: str) -> Row:
+def peak(prepared: overhead.PreparedWorkload, store: str) -> Row:
     """Most bytes the device's allocator ever held while windows were observed, activations included."""
     device = torch.device(prepared.workload.device)
     gc.collect()  # what is freed later would be taken from what this store holds
@@ -111,7 +111,7 @@ def peak(prepared: overhead.Prepared, store: str) -> Row:
     return {"store": store, "status": "measured", "reason": "", "peak_bytes": held}
 
 
-def text(result: Mapping[str, Any]) -> str:
+def format_text(result: Mapping[str, Any]) -> str:
     """Both tables."""
     bare = next((r["peak_bytes"] for r in result["memory"] if r["store"] == "bare loop" and "peak_bytes" in r), None)
     late_rows = [

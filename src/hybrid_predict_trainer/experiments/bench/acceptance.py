@@ -149,7 +149,7 @@ def _criterion(name: str, value: float | None, sense: str, limit: float, *, must
             "passed": met}  # fmt: skip
 
 
-def text(result: Mapping[str, Any]) -> str:
+def format_text(result: Mapping[str, Any]) -> str:
     """Criteria and figures for a person."""
     words = {True: "passed", False: "not passed", None: "unknown"}
 

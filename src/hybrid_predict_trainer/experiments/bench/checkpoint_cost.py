@@ -77,7 +77,7 @@ def measure(
     }  # fmt: skip
 
 
-def text(found: Mapping[str, Any]) -> str:
+def format_text(found: Mapping[str, Any]) -> str:
     """For a terminal."""
     rows = [
         ["written at once", f"{found['at_once_cpu_s']:.3f}", f"{found['at_once_cpu_s']:.3f}",

@@ -136,7 +136,7 @@ def run(task: Any, method: str, seed: int, seconds: float, every: int = 0) -> di
             "error": task.solution_error(model)}  # fmt: skip
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
+def format_table(rows: Sequence[dict[str, Any]]) -> str:
     """Medians over seeds, a line per task, dtype and method, best loss first."""
     lines = []
     cells = itertools.groupby(rows, key=lambda r: (r["task"], r["dtype"]))
@@ -179,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if args.out:
                     with Path(args.out).open("a", encoding="utf-8") as file:
                         file.write(json.dumps(row) + "\n")
-        print(table([r for r in rows if (r["task"], r["dtype"]) == (name, dtype)]), flush=True)
+        print(format_table([r for r in rows if (r["task"], r["dtype"]) == (name, dtype)]), flush=True)
     return 0
 
 

@@ -86,7 +86,7 @@ class Timed:
         self.inner.load_state_dict(state)
 
 
-def rows(
+def measure(
     preset: str = "10M", predictors: Sequence[str] = tuple(PREDICTORS), *, num_repeats: int = 20,
     batch_size: int = 8, context: int = 128, note: Callable[[str], None] = lambda line: None,
 ) -> list[Row]:  # fmt: skip
@@ -208,7 +208,7 @@ def _time_jump(trainer: HybridTrainer, predictor: Timed, window: Window, saved: 
     weights.copy_(run.subject.parameters, saved)
 
 
-def text(rows: Sequence[Row]) -> str:
+def format_text(rows: Sequence[Row]) -> str:
     """The table for a person, times in milliseconds."""
 
     def verdict(line: Row) -> str:

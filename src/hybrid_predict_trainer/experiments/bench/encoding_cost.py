@@ -30,7 +30,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def rows(preset: str = "10M", *, batch_size: int = 2, num_windows: int = 96) -> list[Row]:
+def measure(preset: str = "10M", *, batch_size: int = 2, num_windows: int = 96) -> list[Row]:
     """One row per variant.
 
     Args:

@@ -23,8 +23,8 @@ from ...keep.isolation import side_effect_free
 from ...observe import batches as pieces
 from ...records import ConfigError
 from ..arms.drive import wait_for_device
-from ..arms.options import InputError, Options, build_setup, one_line
-from ..run_arm import Setup, build_trainer
+from ..arms.options import InputError, Options, build_experiment, one_line
+from ..run_arm import Experiment, build_trainer
 
 CONVENTIONAL = "conventional"
 NOT_HERE = "not here"
@@ -57,7 +57,7 @@ class Rung:
 
     name: str
     factors: frozenset[str]
-    setup: Setup | None = None
+    setup: Experiment | None = None
     reason: str = ""
     startup_s: float = 0.0
     attention_kernels: int = 0
@@ -161,7 +161,7 @@ def attempt(options: Options, name: str, factors: frozenset[str]) -> Rung:
     chosen = replace(options, bf16="bf16" in factors, fused="fused" in factors, compile="compile" in factors)
     rung = Rung(name=name, factors=factors)
     try:
-        setup = build_setup(chosen)
+        setup = build_experiment(chosen)
         with attention_of(rung):
             _first_steps(setup, predict="prediction" in factors)
     except Exception as error:  # whatever a device or a compiler raises means: not here
@@ -174,7 +174,7 @@ def attempt(options: Options, name: str, factors: frozenset[str]) -> Rung:
     )  # fmt: skip
 
 
-def _first_steps(setup: Setup, *, predict: bool) -> None:
+def _first_steps(setup: Experiment, *, predict: bool) -> None:
     trainer = build_trainer(setup, lr=setup.recipe.lr, steps=setup.steps, seed=0, predict=predict)
     data = setup.task.batches(0)
     for _ in range(NUM_STARTING_STEPS):

@@ -23,7 +23,7 @@ Row = dict[str, Any]
 VARIANTS: tuple[dict[str, Any], ...] = ({}, {"predictor.basis_dtype": "bfloat16"})
 
 
-def rows(predictors: Sequence[str] = tuple(PREDICTORS), *, preset: str = "0.3M", batch_size: int = 2) -> list[Row]:
+def measure(predictors: Sequence[str] = tuple(PREDICTORS), *, preset: str = "0.3M", batch_size: int = 2) -> list[Row]:
     """One row per predictor and storage of the basis, after enough windows of one step to fill it.
 
     Args:

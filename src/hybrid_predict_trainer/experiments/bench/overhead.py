@@ -54,7 +54,7 @@ class Workload:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
+class PreparedWorkload:
     """A workload whose data have been found."""
 
     workload: Workload
@@ -104,7 +104,7 @@ class BareLoop:
         return state_bytes(self.model, self.optimizer)
 
 
-def prepare(workload: Workload) -> Prepared:
+def prepare(workload: Workload) -> PreparedWorkload:
     """Find data and check settings.
 
     Raises:
@@ -122,7 +122,7 @@ def prepare(workload: Workload) -> Prepared:
     config = with_values(HybridTrainerConfig(), values)
     small = replace(workload, preset="0.3M")
     HybridTrainer(*_parts(make_task("gpt", replace(settings, preset=small.preset))), config)  # is the predictor known?
-    return Prepared(workload=workload, task=task, config=config)
+    return PreparedWorkload(workload=workload, task=task, config=config)
 
 
 def _parts(task: Task) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
@@ -130,7 +130,7 @@ def _parts(task: Task) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     return model, build_optimizer(model, task.defaults)
 
 
-def build(prepared: Prepared, num_steps: int, *, offload: bool = False) -> HybridTrainer:
+def build(prepared: PreparedWorkload, num_steps: int, *, offload: bool = False) -> HybridTrainer:
     """A trainer in the FULL phase that will propose nothing."""
     task, config = prepared.task, prepared.config
     model, optimizer = _parts(task)
@@ -141,7 +141,7 @@ def build(prepared: Prepared, num_steps: int, *, offload: bool = False) -> Hybri
     return trainer
 
 
-def measure(prepared: Prepared, note: Callable[[str], None]) -> dict[str, Any]:
+def measure(prepared: PreparedWorkload, note: Callable[[str], None]) -> dict[str, Any]:
     """Run the benchmark.
 
     Args:
@@ -217,7 +217,7 @@ def figures(pairs: Sequence[Pair]) -> dict[str, Any]:
     }
 
 
-def memory_ratios(prepared: Prepared, state_bytes: int, trainer: HybridTrainer) -> dict[str, Any]:
+def memory_ratios(prepared: PreparedWorkload, state_bytes: int, trainer: HybridTrainer) -> dict[str, Any]:
     """Bytes on the training device over those of the bare loop, by adding up tensors.
 
     Activations are the same for both and left out, which makes the ratio larger than it is in truth.
@@ -308,7 +308,7 @@ def counted_reads(ignored: Collection[int] = ()) -> Iterator[dict[str, int]]:
                 delattr(Tensor, name)
 
 
-def text(result: Mapping[str, Any]) -> str:
+def format_text(result: Mapping[str, Any]) -> str:
     """The figures for a person."""
     w = result["workload"]
     return "\n".join([

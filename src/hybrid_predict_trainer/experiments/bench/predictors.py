@@ -123,7 +123,7 @@ def make_predictor(name: str, num_groups: int, seed: int = 0) -> Predictor:
     return build(config, num_groups)
 
 
-def rows(
+def measure(
     predictors: Sequence[str] = DEFAULT_PREDICTORS, cases: Sequence[str] = tuple(CASES),
     seeds: Iterable[int] = range(3), *, quick: bool = False, horizons: Sequence[int] = HORIZONS,
 ) -> list[Row]:  # fmt: skip

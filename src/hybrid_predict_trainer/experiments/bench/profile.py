@@ -184,7 +184,7 @@ def _run(
     return trainer
 
 
-def text(result: Mapping[str, Any]) -> str:
+def format_text(result: Mapping[str, Any]) -> str:
     """The figures for a person."""
     cells = [[f"{v:.1f}" if isinstance(v, float) else str(v) for v in row.values()] for row in result["rows"]]
     sums = ["all"] + [f"{sum(row[k] for row in result['rows']):.1f}" for k in list(result["rows"][0])[1:]]

@@ -224,7 +224,7 @@ def cells(table: Sequence[Mapping[str, float]]) -> list[list[str]]:
     ]  # fmt: skip
 
 
-def text(found: Mapping[str, Any]) -> str:
+def format_text(found: Mapping[str, Any]) -> str:
     """For a terminal."""
     c = found["coefficients"]
     exchange = ", ".join(f"{1e6 * s:.0f} us with {n} processes" for n, s in c["exchange_s"].items())
@@ -241,7 +241,7 @@ def text(found: Mapping[str, Any]) -> str:
 
 def markdown(found: Mapping[str, Any]) -> str:
     """For a page: what was measured, and the table."""
-    said, _, _ = text(found).partition("\n\n")
+    said, _, _ = format_text(found).partition("\n\n")
     rows = [list(_HEAD), ["---:"] * len(_HEAD), *cells(found["table"])]
     return "\n".join(["```text", said, "```", "", *(f"| {' | '.join(row)} |" for row in rows)])
 

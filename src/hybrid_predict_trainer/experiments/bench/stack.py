@@ -92,7 +92,7 @@ class Training:
 # ---- running ----------------------------------------------------------------------------------------------
 
 
-def rows(
+def measure(
     *,
     preset: str = "0.9M",
     steps: int = 200,
@@ -150,7 +150,7 @@ def rows(
     assert conventional is not None
     return jsonable({  # type: ignore[no-any-return]
         "schema": 1, "what": "stack", "steps": steps, "seeds": list(seeds), "rounds": rounds,
-        "budgets": sorted({*budgets, 1.0}), "rows": table(rungs, finished),
+        "budgets": sorted({*budgets, 1.0}), "rows": format_table(rungs, finished),
         "task": conventional.task.describe(), "recipe": asdict(conventional.recipe),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "environment": environment(device),
@@ -213,7 +213,7 @@ Finished = Sequence[tuple[int, list[Training], list[float]]]
 # ---- figures ----------------------------------------------------------------------------------------------
 
 
-def table(rungs: Sequence[Rung], finished: Finished) -> list[dict[str, Any]]:
+def format_table(rungs: Sequence[Rung], finished: Finished) -> list[dict[str, Any]]:
     """One row per rung: paired ratios of the rounds, losses over seeds, equal-loss time ratio."""
     found: list[dict[str, Any]] = []
     product, before = 1.0, CONVENTIONAL
@@ -307,7 +307,7 @@ def _spread(values: Sequence[float]) -> tuple[float, float] | None:
 HEAD = ("row", "step ms", "factor", "cumulative", "measured", "p10 - p90", "final val loss", "equal loss", "start-up s")
 
 
-def text(result: Mapping[str, Any]) -> str:
+def format_text(result: Mapping[str, Any]) -> str:
     """The table, what is not here and why, and what the figures mean."""
     lines = [_line(row) for row in result["rows"]]
     where = result["environment"]

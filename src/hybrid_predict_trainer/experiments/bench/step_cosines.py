@@ -96,7 +96,7 @@ def parts(multiple: float, values: Sequence[tuple[float, float]], num_parts: int
         )  # fmt: skip
 
 
-def text(rows: Sequence[Part]) -> str:
+def format_text(rows: Sequence[Part]) -> str:
     """A table."""
     cells = [
         [f"{r.multiple:.3g}", f"{r.first} - {r.last - 1}", f"{r.cosine:+.3f}", f"{r.noise:.3f}", f"{r.loss:.3f}"]
@@ -122,7 +122,7 @@ def main(arguments: Sequence[str]) -> None:
     named: list[Any] = [*arguments, *("gpt", "0.3M", "300")[len(arguments) :]]
     task, preset, steps = str(named[0]), str(named[1]) or None, int(named[2])
     traces = {m: cosines(task, preset, steps, m) for m in MULTIPLES}
-    print(text([p for m, trace in traces.items() for p in parts(m, trace.of_all)]))
+    print(format_text([p for m, trace in traces.items() for p in parts(m, trace.of_all)]))
     print()
     print(group_text({m: traces[m] for m in GROUP_MULTIPLES}))
 

@@ -156,7 +156,7 @@ def _row(side: Side, plain: Side) -> dict[str, Any]:
     }
 
 
-def text(result: Mapping[str, Any]) -> str:
+def format_text(result: Mapping[str, Any]) -> str:
     """The figures for a person."""
     cells = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()] for row in result["rows"]]
     lines = [f"{result['workload']}: {result['about']}", *aligned(tuple(result["rows"][0]), cells)]

@@ -9,8 +9,8 @@ from typing import Any
 
 from ...safe_files import read_json_object
 from ...tell.sinks import jsonable
-from ..arms.options import InputError, Options, as_input_error, build_setup
-from ..run_arm import Setup
+from ..arms.options import InputError, Options, as_input_error, build_experiment
+from ..run_arm import Experiment
 from ..run_folder import MAX_RUN_JSON_BYTES, absolute, agree_plan, of_type
 from ..run_folder import options_of as stored_options
 
@@ -19,7 +19,7 @@ BUDGETS = (0.5, 1.0, 2.0, 4.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class Comparison:
     """What to compare.
 
     Attributes:
@@ -32,7 +32,7 @@ class Plan:
         resume: take runs that an interrupted comparison in ``out`` has finished.
     """
 
-    setup: Setup
+    setup: Experiment
     seeds: tuple[int, ...]
     budgets: tuple[float, ...] = BUDGETS
     tune: bool = False
@@ -52,7 +52,7 @@ class Said:
     tune: bool = False
 
 
-def planned(said: Said, out: Path, *, resume: bool) -> tuple[Plan, dict[str, Any]]:
+def planned(said: Said, out: Path, *, resume: bool) -> tuple[Comparison, dict[str, Any]]:
     """The plan, and what of it is kept in ``plan.json``.
 
     Args:
@@ -71,7 +71,7 @@ def planned(said: Said, out: Path, *, resume: bool) -> tuple[Plan, dict[str, Any
         if said.options.data is None and then["data_path"] is not None:
             kept["data"] = then["data_path"]
         options = Options(**{**kept, "set": tuple(kept["set"])})
-    setup = build_setup(options)
+    setup = build_experiment(options)
     seeds = then["seeds"] if said.seeds is None and resume else (said.seeds or 1)
     first = then["seed"] if said.seed is None and resume else (said.seed or 0)
     budgets = then["budgets"] if said.budgets is None and resume else (said.budgets or BUDGETS)
@@ -83,7 +83,7 @@ def planned(said: Said, out: Path, *, resume: bool) -> tuple[Plan, dict[str, Any
     if resume:
         agree_plan(out, {**then, "options": jsonable(asdict(then["options"]))}, told)
     about = {k: v for k, v in asdict(options).items() if v not in (None, ())}
-    plan = Plan(
+    plan = Comparison(
         setup=setup, seeds=tuple(range(first, first + seeds)), budgets=tuple(budgets), tune=tune, out=out, about=about,
         resume=resume,
     )  # fmt: skip

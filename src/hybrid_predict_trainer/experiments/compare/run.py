@@ -15,12 +15,12 @@ import torch
 
 from ...tell.sinks import jsonable
 from ..arms.environment import environment
-from ..regimes.cache import Measured, RunStore, identity
+from ..regimes.cache import RunStore, TimedRun, identity
 from ..report.page import write_report
-from ..run_arm import COUNTS, Arm, Kind, Run, Setup, Watch, run_arm, steps_of, write_json
+from ..run_arm import COUNTS, Arm, ArmRun, Experiment, Kind, Watch, run_arm, steps_of, write_json
 from ..statistics import METHOD, ends_words, gap_interval
 from .equal_loss import Point, SeedSpeedup, Speedup, over_seeds, seed_speedup
-from .plan import Plan
+from .plan import Comparison
 
 #: Steps of a run thrown away before anything is timed: allocators, thread pools and kernels warm up.
 NUM_DISCARDED_STEPS = 5
@@ -38,10 +38,10 @@ SWEEP_SEED_OFFSET = 1000
 NUM_SWEEP_SEEDS = 2
 
 #: (label, run) when a run has ended.
-Done = Callable[[str, Run], None]
+Done = Callable[[str, ArmRun], None]
 
 
-def arms_of(plan: Plan, plain_lr: float, hybrid_lr: float) -> list[Arm]:
+def arms_of(plan: Comparison, plain_lr: float, hybrid_lr: float) -> list[Arm]:
     """All arms, plain budgets last: they share the plain arm's rate."""
     others = sorted(set(plan.budgets) - {1.0})
     return [
@@ -52,7 +52,7 @@ def arms_of(plan: Plan, plain_lr: float, hybrid_lr: float) -> list[Arm]:
     ]
 
 
-def compare(plan: Plan, watch: Watch | None = None, done: Done | None = None) -> dict[str, Any]:
+def compare(plan: Comparison, watch: Watch | None = None, done: Done | None = None) -> dict[str, Any]:
     """Run everything, write ``compare.json``, ``runs/`` and ``report.html``, and return the object.
 
     Args:
@@ -64,7 +64,7 @@ def compare(plan: Plan, watch: Watch | None = None, done: Done | None = None) ->
 
     store = RunStore(plan.out / FINISHED, fresh=not plan.resume)
 
-    def run(arm: Arm, seed: int, folder: Path, label: str) -> Run:
+    def run(arm: Arm, seed: int, folder: Path, label: str) -> ArmRun:
         key = identity(setup, arm, seed, timed_threads=torch.get_num_threads())
         found = store.get(key)
         if found is not None and (folder / "summary.json").exists():
@@ -73,7 +73,7 @@ def compare(plan: Plan, watch: Watch | None = None, done: Done | None = None) ->
             if folder.is_dir():
                 shutil.rmtree(folder)  # what an interrupted run has left
             ended = run_arm(setup, arm, seed, folder, watch, label)
-            store.put(key, Measured(run=ended))
+            store.put(key, TimedRun(run=ended))
         if done is not None:
             done(label, ended)
         return ended
@@ -83,7 +83,7 @@ def compare(plan: Plan, watch: Watch | None = None, done: Done | None = None) ->
     rate = setup.recipe.lr
     plain_lr, hybrid_lr = (sweep["chosen"]["plain"], sweep["chosen"]["hybrid"]) if sweep else (rate, rate)
     arms = arms_of(plan, plain_lr, hybrid_lr)
-    runs: list[Run] = []
+    runs: list[ArmRun] = []
     for number, seed in enumerate(plan.seeds):
         # the order turns round with every seed, so that a machine that slows down slows all arms
         for arm in arms if number % 2 == 0 else reversed(arms):
@@ -97,13 +97,13 @@ def compare(plan: Plan, watch: Watch | None = None, done: Done | None = None) ->
     return result
 
 
-def _discard(setup: Setup) -> None:
+def _discard(setup: Experiment) -> None:
     """A short run that nobody looks at; also finds what is wrong with the settings before hours have passed."""
     short = replace(setup, steps=NUM_DISCARDED_STEPS)
     run_arm(short, Arm(name="discarded", kind="plain", lr=setup.recipe.lr), seed=0)
 
 
-def _sweep(plan: Plan, run_one: Callable[[Arm, int, Path, str], Run]) -> dict[str, Any]:
+def _sweep(plan: Comparison, run_one: Callable[[Arm, int, Path, str], ArmRun]) -> dict[str, Any]:
     """A trial per rate of the grid, arm and sweep seed; the comparison does not use those seeds."""
     setup = plan.setup
     seeds = [plan.seeds[0] + SWEEP_SEED_OFFSET + i for i in range(NUM_SWEEP_SEEDS)]
@@ -143,7 +143,7 @@ def best_rate(trials: Sequence[Mapping[str, Any]], otherwise: float) -> float:
 # ---- from runs to the object that is printed --------------------------------------------------------
 
 
-def summarize(task: str, seeds: Sequence[int], arms: Sequence[Arm], runs: Sequence[Run]) -> dict[str, Any]:
+def summarize(task: str, seeds: Sequence[int], arms: Sequence[Arm], runs: Sequence[ArmRun]) -> dict[str, Any]:
     """Means over seeds, the equal-loss figure, and the controls beside it."""
     by_arm = {arm.name: [r for r in runs if r.arm.name == arm.name] for arm in arms}
     rows = [arm_row(by_arm[arm.name]) for arm in arms]
@@ -186,7 +186,7 @@ def summarize(task: str, seeds: Sequence[int], arms: Sequence[Arm], runs: Sequen
     return result
 
 
-def arm_row(runs: Sequence[Run]) -> dict[str, Any]:
+def arm_row(runs: Sequence[ArmRun]) -> dict[str, Any]:
     """One arm: means over its seeds."""
     arm, losses = runs[0].arm, [r.final_val_loss for r in runs]
     spread = len(losses) > 1 and all(map(math.isfinite, losses))
@@ -206,13 +206,13 @@ def arm_row(runs: Sequence[Run]) -> dict[str, Any]:
     }
 
 
-def _pairs(first: Sequence[Run], second: Sequence[Run]) -> Iterator[tuple[float, float]]:
+def _pairs(first: Sequence[ArmRun], second: Sequence[ArmRun]) -> Iterator[tuple[float, float]]:
     """Final losses of two arms, seed by seed."""
     other = {r.seed: r for r in second}
     return ((r.final_val_loss, other[r.seed].final_val_loss) for r in sorted(first, key=lambda r: r.seed))
 
 
-def _speedup(seeds: Sequence[int], runs: Sequence[Run], cost: Callable[[Run], float]) -> Speedup:
+def _speedup(seeds: Sequence[int], runs: Sequence[ArmRun], cost: Callable[[ArmRun], float]) -> Speedup:
     def of_seed(seed: int) -> SeedSpeedup:
         here = [r for r in runs if r.seed == seed]
         hybrid = next(r for r in here if r.arm.kind == "hybrid")
@@ -226,7 +226,7 @@ def _told(s: SeedSpeedup) -> dict[str, Any]:
     return {"value": s.value, "kind": s.kind, "reason": s.reason or None}
 
 
-def _backward_reduction(cost: Speedup, hybrid: Sequence[Run], plain: Sequence[Run]) -> float | None:
+def _backward_reduction(cost: Speedup, hybrid: Sequence[ArmRun], plain: Sequence[ArmRun]) -> float | None:
     """Backward passes fewer than those of the plain run that reaches the hybrid run's loss, in percent."""
     if cost.value is None:
         return None
@@ -249,7 +249,9 @@ def _in_time(wall: Speedup | None) -> str:
     return f"; by wall-clock {bound}{wall.value:.2f}x"
 
 
-def verdict(cost: Speedup, gap: float, hybrid: Sequence[Run], zero: Sequence[Run], wall: Speedup | None = None) -> str:
+def verdict(
+    cost: Speedup, gap: float, hybrid: Sequence[ArmRun], zero: Sequence[ArmRun], wall: Speedup | None = None
+) -> str:
     """What the figures say, in one line; ``zero`` are the runs whose jumps were put back, ``wall`` is by time."""
     if cost.value is None:
         return f"No verdict: {cost.reason}."
@@ -276,7 +278,7 @@ def verdict(cost: Speedup, gap: float, hybrid: Sequence[Run], zero: Sequence[Run
     return f"No speed-up has been shown: {figure}, {interval}, which includes 1; {gap_words}."
 
 
-def _count(runs: Sequence[Run], name: str) -> float:
+def _count(runs: Sequence[ArmRun], name: str) -> float:
     return _mean([r.counts[name] for r in runs])
 
 
@@ -284,7 +286,7 @@ def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values) if values else math.nan
 
 
-def settings_of(plan: Plan) -> dict[str, Any]:
+def settings_of(plan: Comparison) -> dict[str, Any]:
     """Everything that decides the figures, for the record."""
     setup = plan.setup
     recipe = asdict(setup.recipe)

@@ -121,7 +121,7 @@ def run_table(
     }  # fmt: skip
 
 
-def text(found: dict[str, Any]) -> str:
+def format_text(found: dict[str, Any]) -> str:
     """The table for a terminal, and what was lost."""
     rows = [[str(row[key]) for key in HEAD] for row in found["rows"]]
     rows.append(["all", *(str(found[key]) for key in HEAD[1:])])

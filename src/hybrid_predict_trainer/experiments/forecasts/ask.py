@@ -14,7 +14,7 @@ from ...forecast.logs import Columns, Log, read_log
 from ...forecast.prior import shipped
 from ...forecast.schedules import continued, planned_rates
 from ...tasks.recipes import lr_factor
-from ..arms.options import InputError, build_setup
+from ..arms.options import InputError, build_experiment
 from ..run_folder import stored
 
 
@@ -87,7 +87,7 @@ def recipe_rates(folder: Path, steps: int | None) -> Array:
     Raises:
         InputError: ``run.json`` is damaged, or the task's data are not there.
     """
-    recipe = build_setup(stored(folder).request.options).recipe
+    recipe = build_experiment(stored(folder).request.options).recipe
     total = steps or recipe.steps
     return np.array([
         lr_factor(
@@ -98,7 +98,7 @@ def recipe_rates(folder: Path, steps: int | None) -> Array:
     ])  # fmt: skip
 
 
-def text(found: dict[str, Any]) -> str:
+def format_text(found: dict[str, Any]) -> str:
     """What a person reads."""
     percent = 100 * found["level"]
     power = "-" if found["power_law"] is None else f"{found['power_law']:.5g}"

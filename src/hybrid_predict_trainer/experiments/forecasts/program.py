@@ -132,7 +132,7 @@ def _rows(found: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-def text(found: Mapping[str, Any]) -> str:
+def format_text(found: Mapping[str, Any]) -> str:
     """What a person reads."""
     lines = aligned(HEAD, _rows(found))
     for name, result in found["sets"].items():

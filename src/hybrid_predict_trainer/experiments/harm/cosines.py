@@ -47,7 +47,7 @@ def cosines(setting: Setting, multiple: float, seed: int = 0) -> tuple[float, li
     return parts.problem.validate(parts.model), found
 
 
-def rows(setting: Setting) -> list[list[str]]:
+def measure(setting: Setting) -> list[list[str]]:
     """A line per multiple: final loss, then mean of h over its standard error, part by part, and mean over spread."""
     found = []
     for multiple in MULTIPLES:
@@ -64,7 +64,7 @@ def main(names: Sequence[str]) -> None:
     chosen = select(names or ("mlp-b8-wsd", "mlp-b64-wsd", "mlp-b16-dropout-smoothing"))
     head = ("setting", "rate x", "loss", *(f"{a} - {b}" for a, b in pairwise(ENDS)))
     print("mean of h (over its spread in single steps)")
-    print("\n".join(aligned(head, [row for setting in chosen for row in rows(setting)])))
+    print("\n".join(aligned(head, [row for setting in chosen for row in measure(setting)])))
 
 
 if __name__ == "__main__":

@@ -137,7 +137,7 @@ def _source(trios: Sequence[Trio]) -> str:
 # ---- for a person -------------------------------------------------------------------------------------------
 
 
-def text(found: Mapping[str, Any]) -> str:
+def format_text(found: Mapping[str, Any]) -> str:
     """The table for a terminal."""
     rows = [_cells(row) for row in found["settings"]]
     return "\n".join([*aligned(HEAD, rows), "", *_closing(found)])

@@ -10,7 +10,7 @@ from typing import Any
 from ...tasks.recipes import lr_factor
 from ..arms.drive import recipe_optimizer, seeded_model
 from ..arms.options import Options as TaskOptions
-from ..arms.options import build_setup
+from ..arms.options import build_experiment
 from .run import MINUTES, REPLICATES, Options, Report, probe
 
 #: How many of the five regimes have to agree.
@@ -71,7 +71,7 @@ def probe_task(
         InputError: the task cannot be made.
         ConfigError: there is time for too few steps.
     """
-    setup = build_setup(options)
+    setup = build_experiment(options)
     task, recipe = setup.task, setup.recipe
     model = seeded_model(setup, seed)
     warmup = min(recipe.warmup_steps, recipe.steps // 10) / recipe.steps
@@ -136,7 +136,7 @@ def _row(known: Known, report: Report) -> dict[str, Any]:
 HEAD = ("regime", "measured S", "expected S", "90 % interval", "agrees", "seen as", "jumps", "step sizes", "rate", "s")
 
 
-def table(found: dict[str, Any]) -> list[list[str]]:
+def format_table(found: dict[str, Any]) -> list[list[str]]:
     """Rows for a person."""
     rows = []
     for r in found["rows"]:
@@ -153,12 +153,12 @@ def table(found: dict[str, Any]) -> list[list[str]]:
 def markdown(found: dict[str, Any]) -> str:
     """The table of docs/probe.md."""
     lines = ["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in table(found))]) + "\n"
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in format_table(found))]) + "\n"
 
 
-def text(found: dict[str, Any]) -> str:
+def format_text(found: dict[str, Any]) -> str:
     """What a person reads."""
     from ..report.text import aligned
 
     verdict = f"{'PASS' if found['passed'] else 'FAIL'}  {found['agreed']} of {len(found['rows'])} agree"
-    return "\n".join([*aligned(HEAD, table(found)), verdict])
+    return "\n".join([*aligned(HEAD, format_table(found)), verdict])

@@ -61,7 +61,7 @@ class Replicate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class PilotPlan:
     """How long pilots are, and when no more are begun.
 
     Attributes:
@@ -125,7 +125,7 @@ def part(config: HybridTrainerConfig, name: str) -> HybridTrainerConfig:
 
 
 def replicate(
-    subject: Subject, plan: Plan, seed: int, held: list[Any], tell: Callable[[str], None],
+    subject: Subject, plan: PilotPlan, seed: int, held: list[Any], tell: Callable[[str], None],
     watch: Callable[[Any], Callable[[StepResult], None]] | None = None,
 ) -> Replicate:  # fmt: skip
     """All pilots of one order of the data; plain lengths are tried until they hold the predicted run's loss."""
@@ -156,7 +156,7 @@ def replicate(
     return found
 
 
-def rates(subject: Subject, plan: Plan, seed: int, held: list[Any], found: Replicate) -> None:
+def rates(subject: Subject, plan: PilotPlan, seed: int, held: list[Any], found: Replicate) -> None:
     """Plain pilots at a third and at three times the rate."""
     off = replace(plan.config, enabled=False)
     for rate in RATES:

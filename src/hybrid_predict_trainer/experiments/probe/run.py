@@ -19,7 +19,7 @@ from ...tasks.recipes import lr_factor
 from ..extras import require
 from ..statistics import t_quantile
 from .observe import LAZY_CHANGE, Displacements, is_deterministic, is_pretrained, noise_scale
-from .pilots import NO_JUMPS, PARTS, Pilot, Plan, Replicate, displacements, rates, replicate, train
+from .pilots import NO_JUMPS, PARTS, Pilot, PilotPlan, Replicate, displacements, rates, replicate, train
 from .subject import NUM_HELD, LossFn, Schedule, Subject, untouched
 
 Regime = Literal["deterministic", "many epochs", "fine-tuning", "one pass"]
@@ -191,7 +191,7 @@ def _run(subject: Subject, total_steps: int | None, minutes: float, options: Opt
     steps = options.pilot_steps or _pilot_steps(subject, config, held, minutes * 60, total_steps)
     config = replace(config, warmup_steps=min(config.warmup_steps, max(1, steps // 10)))
     deadline = math.inf if options.pilot_steps else began + 60 * minutes
-    plan = Plan(steps=steps, replicates=options.replicates, deadline=deadline, exact=exact, config=config)
+    plan = PilotPlan(steps=steps, replicates=options.replicates, deadline=deadline, exact=exact, config=config)
     seen: list[Displacements] = []
     runs: list[Replicate] = []
     for seed in range(1, plan.replicates + 1):
@@ -314,7 +314,7 @@ def _record(runs: Sequence[Replicate]) -> list[dict[str, Any]]:
     return rows
 
 
-def text(report: Report) -> str:
+def format_text(report: Report) -> str:
     """What a person reads."""
 
     def line(what: str, found: Gain) -> str:

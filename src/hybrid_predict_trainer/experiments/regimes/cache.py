@@ -22,7 +22,7 @@ from ...config.toml import to_toml
 from ...safe_files import read_json, write_text
 from ...tell.sinks import jsonable
 from ..arms.environment import cpu_model
-from ..run_arm import Arm, Run, Setup
+from ..run_arm import Arm, ArmRun, Experiment
 
 #: Bump where the meaning of a stored run changes.
 FORMAT = 2
@@ -31,14 +31,14 @@ PACKAGE = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
+class TimedRun:
     """A run, and what of its time went into predicting (None: it does not predict)."""
 
-    run: Run
+    run: ArmRun
     time_share: float | None = None
 
 
-def identity(setup: Setup, arm: Arm, seed: int, *, timed_threads: int | None = None) -> dict[str, Any]:
+def identity(setup: Experiment, arm: Arm, seed: int, *, timed_threads: int | None = None) -> dict[str, Any]:
     """Everything that determines a run, JSON-able.
 
     The name of the arm counts for peers only, so that ``plain`` at budget 2 is one run wherever it is
@@ -117,7 +117,7 @@ class RunStore:
         name = f"{key['task'].get('task', 'task')}-{what}-b{key['budget']:g}-s{key['seed']}-{digest(key)}.json"
         return self._folder / name
 
-    def get(self, key: Mapping[str, Any]) -> Measured | None:
+    def get(self, key: Mapping[str, Any]) -> TimedRun | None:
         """The stored run; None where there is none, or its file is damaged."""
         path = self.path(key)
         if self._fresh and path.name not in self._written:
@@ -128,17 +128,17 @@ class RunStore:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def put(self, key: Mapping[str, Any], measured: Measured) -> None:
+    def put(self, key: Mapping[str, Any], measured: TimedRun) -> None:
         """Write it whole or not at all: an interrupted benchmark leaves no half file."""
         path = self.path(key)
         write_text(path, json.dumps({"key": key, "measured": jsonable(asdict(measured))}, allow_nan=False) + "\n")
         self._written.add(path.name)
 
 
-def measured_of(value: Mapping[str, Any]) -> Measured:
+def measured_of(value: Mapping[str, Any]) -> TimedRun:
     """Inverse of ``jsonable(asdict(measured))``: JSON has no NaN and no tuples."""
-    told = {f.name: value["run"][f.name] for f in fields(Run) if f.name in value["run"]}
-    run = Run(
+    told = {f.name: value["run"][f.name] for f in fields(ArmRun) if f.name in value["run"]}
+    run = ArmRun(
         **{
             **told,
             "arm": Arm(**told["arm"]),
@@ -148,7 +148,7 @@ def measured_of(value: Mapping[str, Any]) -> Measured:
             "curve": tuple(_pairs(told["curve"])),
         }
     )
-    return Measured(run=run, time_share=value["time_share"])
+    return TimedRun(run=run, time_share=value["time_share"])
 
 
 def _number(value: float | None) -> float:

@@ -12,10 +12,10 @@ import torch
 
 from ...predictors import PREDICTORS
 from ...tasks.base import unknown_name
-from ..arms.options import InputError, Options, as_input_error, build_setup, config_of
+from ..arms.options import InputError, Options, as_input_error, build_experiment, config_of
 from ..baselines import BASELINES, baseline_of
 from ..compare.run import SWEEP_SEED_OFFSET
-from ..run_arm import Arm, Kind, Setup
+from ..run_arm import Arm, Experiment, Kind
 from . import catalogue as regimes
 
 
@@ -50,7 +50,7 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Blueprint:
+class ExperimentSpec:
     """What a setup is built from: small and hashable, so that it can be sent to a worker."""
 
     options: Options
@@ -58,43 +58,43 @@ class Blueprint:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Contestant:
+class UntunedArm:
     """An arm before its rate is known."""
 
     name: str
     kind: Kind
-    blueprint: Blueprint
+    blueprint: ExperimentSpec
     grid: tuple[float, ...]  # empty: it shares another arm's rate
     weights_only: bool = False
 
 
 @dataclass(slots=True, kw_only=True)
-class Prepared:
+class PreparedCase:
     """A case with everything checked and nothing run."""
 
     case: regimes.Case
-    setup: Setup
+    setup: Experiment
     threads: int
     budgets: tuple[float, ...]
     sweep_seeds: tuple[int, ...]
-    contestants: list[Contestant]
+    contestants: list[UntunedArm]
     notes: list[str]
 
-    def contestant(self, name: str) -> Contestant:
+    def contestant(self, name: str) -> UntunedArm:
         """By name."""
         return next(c for c in self.contestants if c.name == name)
 
 
 @functools.lru_cache(maxsize=16)
-def build(blueprint: Blueprint) -> Setup:
+def build(blueprint: ExperimentSpec) -> Experiment:
     """The setup of a blueprint; leaves the number of threads alone."""
     threads = torch.get_num_threads()
-    setup = build_setup(blueprint.options)
+    setup = build_experiment(blueprint.options)
     torch.set_num_threads(threads)
     return replace(setup, recipe=replace(setup.recipe, **dict(blueprint.recipe)))
 
 
-def prepare(request: Request, case: regimes.Case) -> Prepared:
+def prepare(request: Request, case: regimes.Case) -> PreparedCase:
     """Build and check what a case needs.
 
     Raises:
@@ -111,17 +111,17 @@ def prepare(request: Request, case: regimes.Case) -> Prepared:
     setup = build(blueprint)
     budgets = request.budgets or (case.quick_budgets if request.quick else case.budgets)
     contestants, why_not = _contestants(request, case, blueprint, setup)
-    return Prepared(
+    return PreparedCase(
         case=case, setup=setup, threads=threads, budgets=tuple(sorted({1.0, *budgets})),
         sweep_seeds=sweep_seeds_of(request, case), contestants=contestants, notes=[*notes, *why_not],
     )  # fmt: skip
 
 
-def _blueprint(request: Request, case: regimes.Case, own: Mapping[str, Any]) -> tuple[Blueprint, int]:
+def _blueprint(request: Request, case: regimes.Case, own: Mapping[str, Any]) -> tuple[ExperimentSpec, int]:
     """The case's blueprint, and how many threads suit its model."""
     total = torch.get_num_threads()
     options = Options(**{"task": case.task, **own, **request.options, "set": request.set})
-    setup = build_setup(replace(options, steps=request.steps))
+    setup = build_experiment(replace(options, steps=request.steps))
     threads = torch.get_num_threads()
     torch.set_num_threads(total)
     if request.steps is None:
@@ -131,28 +131,28 @@ def _blueprint(request: Request, case: regimes.Case, own: Mapping[str, Any]) -> 
     recipe = dict(case.recipe)
     if request.lr_grid:
         recipe["lr_grid"] = request.lr_grid
-    return Blueprint(options, tuple(sorted(recipe.items()))), threads
+    return ExperimentSpec(options, tuple(sorted(recipe.items()))), threads
 
 
 def _contestants(
-    request: Request, case: regimes.Case, blueprint: Blueprint, setup: Setup
-) -> tuple[list[Contestant], list[str]]:
+    request: Request, case: regimes.Case, blueprint: ExperimentSpec, setup: Experiment
+) -> tuple[list[UntunedArm], list[str]]:
     """Plain, hybrids, jump of zero and peers, those that were asked for; and why others are left out."""
     recipe, fixed = setup.recipe, case.rate is not None
     grid = recipe.lr_grid or (recipe.lr,)
     if request.quick and not request.lr_grid:
         grid = case.quick_grid or regimes.trimmed(grid, recipe.lr, regimes.NUM_RATES_QUICK)
     shared = () if fixed else grid
-    found = [Contestant(name="plain", kind="plain", blueprint=blueprint, grid=grid)]
-    found.append(Contestant(name="hybrid", kind="hybrid", blueprint=blueprint, grid=shared))
+    found = [UntunedArm(name="plain", kind="plain", blueprint=blueprint, grid=grid)]
+    found.append(UntunedArm(name="hybrid", kind="hybrid", blueprint=blueprint, grid=shared))
     for name in predictors_of(request, recipe.predictor if not request.options.get("predictor") else ""):
         options = replace(blueprint.options, predictor=name)
         with as_input_error():
             config_of(options, recipe)
         found.append(
-            Contestant(name=f"hybrid-{name}", kind="hybrid", blueprint=replace(blueprint, options=options), grid=shared)
+            UntunedArm(name=f"hybrid-{name}", kind="hybrid", blueprint=replace(blueprint, options=options), grid=shared)
         )
-    found.append(Contestant(name="jump-of-zero", kind="jump-of-zero", blueprint=blueprint, grid=()))
+    found.append(UntunedArm(name="jump-of-zero", kind="jump-of-zero", blueprint=blueprint, grid=()))
     named = tuple(name for name in request.arms if name in BASELINES)
     notes = []
     for name in dict.fromkeys((*(case.quick_peers if request.quick else case.peers), *named)):
@@ -162,7 +162,7 @@ def _contestants(
             continue
         own = tuple(peer.grid(replace(recipe, lr_grid=grid)))
         kept = own if not fixed or name in regimes.RATE_FREE else ()
-        found.append(Contestant(name=name, kind="peer", blueprint=blueprint, grid=kept, weights_only=peer.weights_only))
+        found.append(UntunedArm(name=name, kind="peer", blueprint=blueprint, grid=kept, weights_only=peer.weights_only))
     if request.arms:
         known = {c.name for c in found} | set(BASELINES)
         for name in request.arms:
@@ -208,12 +208,12 @@ def sweep_seeds_of(request: Request, case: regimes.Case) -> tuple[int, ...]:
     return tuple(SWEEP_SEED_OFFSET + i for i in range(request.sweep_seeds or default))
 
 
-def tuned_budgets(p: Prepared) -> tuple[float, ...]:
+def tuned_budgets(p: PreparedCase) -> tuple[float, ...]:
     """Budgets of the plain arm at its tuned rate, where the case has another."""
     return () if p.case.rate is None else regimes.TUNED_BUDGETS
 
 
-def arms_of(p: Prepared, chosen: Mapping[str, float]) -> list[tuple[Arm, Contestant, str]]:
+def arms_of(p: PreparedCase, chosen: Mapping[str, float]) -> list[tuple[Arm, UntunedArm, str]]:
     """All arms with their rates: (arm, contestant, kind as in the rows).
 
     Where the case's rate is a multiple of the tuned one, it serves every arm that has no sweep of its own
@@ -221,7 +221,7 @@ def arms_of(p: Prepared, chosen: Mapping[str, float]) -> list[tuple[Arm, Contest
     """
     plain = p.contestant("plain")
     rate = chosen["plain"] * (p.case.rate or 1.0)
-    found: list[tuple[Arm, Contestant, str]] = [(Arm(name="plain", kind="plain", lr=rate), plain, "plain")]
+    found: list[tuple[Arm, UntunedArm, str]] = [(Arm(name="plain", kind="plain", lr=rate), plain, "plain")]
     for c in p.contestants:
         if c.kind != "plain":
             lr = chosen.get(c.name, rate)

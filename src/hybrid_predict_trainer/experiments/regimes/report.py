@@ -14,7 +14,7 @@ from ...safe_files import read_json, write_named, write_text
 from ..report import charts as svg
 from ..report.charts import escape
 from ..report.data import Record, list_of, number, table_of
-from ..report.parts import figure, legend, table
+from ..report.parts import figure, html_table, legend
 from ..report.templates import whole_page
 from ..report.text import aligned
 from ..statistics import METHOD
@@ -183,7 +183,7 @@ def _markdown_row(items: Sequence[str]) -> str:
     return f"| {' | '.join(item.replace('|', '/') for item in items)} |"
 
 
-def text(result: Record) -> str:
+def format_text(result: Record) -> str:
     """A result for a terminal."""
     out = [f"{result.get('regime')}: {result.get('about', '')}; {conditions(result)}"]
     out += [str(line) for line in list_of(result.get("skipped"))]
@@ -308,7 +308,7 @@ def case_section(result: Record, case: Record) -> str:
         )
         out.append(keys + figure("Loss against cost", caption, lambda w: loss_chart(found, colours, w)))
     body = [[escape(c) for c in line_of(r, head)] for r in found]
-    out.append(table([escape(h) for h in head], body))
+    out.append(html_table([escape(h) for h in head], body))
     out += [f'<p class="notice">{escape(line)}.</p>' for line in verdicts(found)]
     out += [f'<p class="notice">Note: {escape(note)}.</p>' for note in list_of(case.get("notes"))]
     return "".join(out)

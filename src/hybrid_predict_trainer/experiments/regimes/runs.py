@@ -24,17 +24,17 @@ from ..arms.countdown import Countdown, Tell
 from ..arms.environment import environment
 from ..arms.options import InputError, as_input_error
 from ..compare.run import NUM_DISCARDED_STEPS, best_rate
-from ..run_arm import COUNTS, Arm, Run, Setup, run_arm, steps_of, write_json
+from ..run_arm import COUNTS, Arm, ArmRun, Experiment, run_arm, steps_of, write_json
 from ..train import locked
 from . import catalogue as regimes
-from .cache import Measured, RunStore, identity
-from .cases import Blueprint, Contestant, Prepared, Request, arms_of, build, prepare, seeds_of, tuned_budgets
-from .summary import Entry, best_weights_only, rows
+from .cache import RunStore, TimedRun, identity
+from .cases import ExperimentSpec, PreparedCase, Request, UntunedArm, arms_of, build, prepare, seeds_of, tuned_budgets
+from .summary import ArmRuns, best_weights_only, summarize
 
 SCHEMA = "regimes-1"
 
 
-def train(setup: Setup, arm: Arm, seed: int) -> Measured:
+def train(setup: Experiment, arm: Arm, seed: int) -> TimedRun:
     """One run; a peer that fails on the way has diverged, and says how."""
     seen: list[HybridTrainer] = []
 
@@ -54,18 +54,18 @@ def train(setup: Setup, arm: Arm, seed: int) -> Measured:
     if seen and arm.kind in ("hybrid", "jump-of-zero"):
         metrics = seen[0].metrics
         share = metrics.overhead_ms / metrics.total_ms if metrics.total_ms else None
-    return Measured(run=run, time_share=share)
+    return TimedRun(run=run, time_share=share)
 
 
-def failed(setup: Setup, arm: Arm, seed: int, error: str) -> Run:
+def failed(setup: Experiment, arm: Arm, seed: int, error: str) -> ArmRun:
     """A run that ended in an exception: nothing is known but that."""
-    return Run(
+    return ArmRun(
         arm=arm, seed=seed, steps=steps_of(setup, arm.budget), final_val_loss=math.nan, wall_s=math.nan,
         counts=dict.fromkeys(COUNTS, math.nan), curve=(), error=error,
     )  # fmt: skip
 
 
-def work(blueprint: Blueprint, arm: Arm, seed: int, threads: int) -> Measured:
+def work(blueprint: ExperimentSpec, arm: Arm, seed: int, threads: int) -> TimedRun:
     """A sweep trial in a worker process."""
     torch.set_num_threads(threads)
     return train(build(blueprint), arm, seed)
@@ -76,7 +76,7 @@ class Job:
     """A run to be made."""
 
     case: str
-    contestant: Contestant
+    contestant: UntunedArm
     arm: Arm
     seed: int
 
@@ -89,7 +89,7 @@ class Job:
 class Bench:
     """Runs the jobs of a regime, from the store where it has them."""
 
-    def __init__(self, request: Request, prepared: Sequence[Prepared], tell: Tell) -> None:
+    def __init__(self, request: Request, prepared: Sequence[PreparedCase], tell: Tell) -> None:
         """Args: request: what was asked for.  prepared: its cases.  tell: prints a line of progress."""
         self.request, self.tell = request, tell
         self.seeds = seeds_of(request)
@@ -103,7 +103,7 @@ class Bench:
             runs += num_trials + len(self.seeds) * len(budgets)
         self.countdown = Countdown(left, runs, tell)
 
-    def probe(self, p: Prepared) -> None:
+    def probe(self, p: PreparedCase) -> None:
         """A few steps of every peer: one that cannot run here is left out now, not after hours."""
         kept = []
         for c in p.contestants:
@@ -124,14 +124,14 @@ class Bench:
             kept.append(c)
         p.contestants[:] = kept
 
-    def _has_run(self, p: Prepared, c: Contestant) -> bool:
+    def _has_run(self, p: PreparedCase, c: UntunedArm) -> bool:
         """Whether its first trial is stored."""
         if not c.grid:
             return False
         first = Arm(name=c.name, kind=c.kind, lr=c.grid[0])
         return self.store.get(identity(build(c.blueprint), first, p.sweep_seeds[0])) is not None
 
-    def sweep(self, p: Prepared) -> dict[str, Any]:
+    def sweep(self, p: PreparedCase) -> dict[str, Any]:
         """A trial per rate and sweep seed of every arm that has a grid; which rate each arm is to take."""
         jobs = [
             Job(p.case.name, c, Arm(name=c.name, kind=c.kind, lr=lr), seed)
@@ -154,7 +154,7 @@ class Bench:
         at_edge = sorted(n for n, grid in grids.items() if chosen[n] in (min(grid), max(grid)))
         return {"seeds": list(p.sweep_seeds), "chosen": chosen, "at_edge_of_grid": at_edge, "trials": trials}
 
-    def _untimed(self, p: Prepared, jobs: Sequence[Job]) -> Iterator[tuple[Job, Measured]]:
+    def _untimed(self, p: PreparedCase, jobs: Sequence[Job]) -> Iterator[tuple[Job, TimedRun]]:
         """Trials from the store, then the others, in worker processes where there are some."""
         steps = p.setup.steps / self.jobs
         missing = []
@@ -189,10 +189,10 @@ class Bench:
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    def judge(self, p: Prepared, chosen: Mapping[str, float]) -> list[Entry]:
+    def judge(self, p: PreparedCase, chosen: Mapping[str, float]) -> list[ArmRuns]:
         """All arms from all seeds, one run after the other."""
         arms = arms_of(p, chosen)
-        found: dict[str, list[Measured]] = {arm.name: [] for arm, _, _ in arms}
+        found: dict[str, list[TimedRun]] = {arm.name: [] for arm, _, _ in arms}
         warm = False
         for number, seed in enumerate(self.seeds):
             # the order turns round with every seed, so that a machine that slows down slows all arms
@@ -211,14 +211,14 @@ class Bench:
                 self.countdown.done(job.case, job.label, p.setup.steps * arm.budget, measured.run, seconds)
                 found[arm.name].append(measured)
         return [
-            Entry(
+            ArmRuns(
                 name=arm.name, kind=kind, weights_only=c.weights_only, runs=tuple(found[arm.name]),
                 trials=len(c.grid) * len(p.sweep_seeds),
             )
             for arm, c, kind in arms
         ]  # fmt: skip
 
-    def _here(self, p: Prepared, job: Job, setup: Setup | None = None) -> tuple[Measured, float]:
+    def _here(self, p: PreparedCase, job: Job, setup: Experiment | None = None) -> tuple[TimedRun, float]:
         """A run in this process, and the seconds it took with its validation."""
         before, started = torch.get_num_threads(), time.perf_counter()
         torch.set_num_threads(p.threads)
@@ -227,7 +227,7 @@ class Bench:
         finally:
             torch.set_num_threads(before)
 
-    def _keep(self, key: Mapping[str, Any], measured: Measured) -> None:
+    def _keep(self, key: Mapping[str, Any], measured: TimedRun) -> None:
         """Store a run; one that an exception ended is tried again next time."""
         if not math.isnan(measured.run.counts["cost_units"]):
             self.store.put(key, measured)
@@ -270,7 +270,7 @@ def run_regime(request: Request, tell: Tell = lambda line: None) -> dict[str, An
         for p in prepared:
             bench.probe(p)
             sweep = bench.sweep(p)
-            found = rows(p.case.name, bench.judge(p, sweep["chosen"]))
+            found = summarize(p.case.name, bench.judge(p, sweep["chosen"]))
             result["arms"] += jsonable(found)
             result["cases"].append(jsonable(about(p, sweep, found)))
             for note in p.notes:
@@ -281,7 +281,7 @@ def run_regime(request: Request, tell: Tell = lambda line: None) -> dict[str, An
     return result
 
 
-def about(p: Prepared, sweep: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def about(p: PreparedCase, sweep: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What the result says of a case beside its rows."""
     tuned = sweep["chosen"]["plain"]
     return {

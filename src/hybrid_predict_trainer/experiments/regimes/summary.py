@@ -12,15 +12,15 @@ from ...cost import STEP_UNITS
 from ..compare.equal_loss import Kind, Point, Speedup, over_seeds, seed_speedup
 from ..compare.run import ROUNDING, in_percent
 from ..report import charts as svg
-from ..run_arm import Run
+from ..run_arm import ArmRun
 from ..statistics import METHOD, MIN_PAIRED, ends_words, paired_p
-from .cache import Measured
+from .cache import TimedRun
 
 INVERSE: dict[Kind, Kind] = {"at least": "at most", "at most": "at least", "exact": "exact", "unknown": "unknown"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
+class ArmRuns:
     """An arm of a case with its runs.
 
     Attributes:
@@ -35,19 +35,19 @@ class Entry:
     kind: str
     weights_only: bool = False
     trials: int = 0
-    runs: tuple[Measured, ...]
+    runs: tuple[TimedRun, ...]
 
     @property
     def seeds(self) -> tuple[int, ...]:
         """Seeds in order."""
         return tuple(sorted(m.run.seed for m in self.runs))
 
-    def of(self, seed: int) -> Run:
+    def of(self, seed: int) -> ArmRun:
         """The run from a seed."""
         return next(m.run for m in self.runs if m.run.seed == seed)
 
 
-def speedup(entry: Entry, plain: Sequence[Entry], cost: Callable[[Run], float]) -> Speedup:
+def speedup(entry: ArmRuns, plain: Sequence[ArmRuns], cost: Callable[[ArmRun], float]) -> Speedup:
     """S of an arm against the plain budgets, seed by seed.
 
     Args:
@@ -64,17 +64,17 @@ def speedup(entry: Entry, plain: Sequence[Entry], cost: Callable[[Run], float]) 
     return over_seeds([of_seed(seed) for seed in entry.seeds])
 
 
-def units(run: Run) -> float:
+def units(run: ArmRun) -> float:
     """Cost of a run in forwards."""
     return run.cost_units
 
 
-def seconds(run: Run) -> float:
+def seconds(run: ArmRun) -> float:
     """Cost of a run by wall-clock, validation left out."""
     return run.wall_s
 
 
-def rows(case: str, entries: Sequence[Entry]) -> list[dict[str, Any]]:
+def summarize(case: str, entries: Sequence[ArmRuns]) -> list[dict[str, Any]]:
     """One row per arm of a case, in the order given.
 
     ``S``, gaps and tests are against the plain arms at the rate of the case; where that rate is a
@@ -86,7 +86,7 @@ def rows(case: str, entries: Sequence[Entry]) -> list[dict[str, Any]]:
     return [row(case, entry, base, plain, tuned) for entry in entries]
 
 
-def row(case: str, entry: Entry, base: Entry, plain: Sequence[Entry], tuned: Sequence[Entry]) -> dict[str, Any]:
+def row(case: str, entry: ArmRuns, base: ArmRuns, plain: Sequence[ArmRuns], tuned: Sequence[ArmRuns]) -> dict[str, Any]:
     """What the benchmark says of one arm; keys as in benchmarks/README.md."""
     runs = [m.run for m in entry.runs]
     is_baseline = entry.kind in ("plain", "tuned")
@@ -150,7 +150,7 @@ def gap_pct(pairs: Sequence[tuple[float, float]]) -> float:
     return _mean([100 * (b - a) / abs(a) if a else math.nan for a, b in pairs])
 
 
-def backward_reduction(s: Speedup, runs: Sequence[Run], plain: Sequence[Run]) -> float | None:
+def backward_reduction(s: Speedup, runs: Sequence[ArmRun], plain: Sequence[ArmRun]) -> float | None:
     """Share of the backward passes saved against the plain run of equal loss; below 0: more were made."""
     if s.value is None:
         return None
@@ -160,7 +160,7 @@ def backward_reduction(s: Speedup, runs: Sequence[Run], plain: Sequence[Run]) ->
     return 1 - backward / needed if needed > 0 and math.isfinite(backward) else None
 
 
-def prediction_share(entry: Entry) -> dict[str, float | None] | None:
+def prediction_share(entry: ArmRuns) -> dict[str, float | None] | None:
     """Shares of cost and of time that went into predicting: watching, learning, proposing, testing.
 
     Probation is real training and no part of it.  None for arms that do not predict.
@@ -172,7 +172,7 @@ def prediction_share(entry: Entry) -> dict[str, float | None] | None:
     return {"cost": _mean(costs), "time": _mean(times) if times else None}
 
 
-def jumps(runs: Sequence[Run]) -> dict[str, float] | None:
+def jumps(runs: Sequence[ArmRun]) -> dict[str, float] | None:
     """Mean number of jumps per run; None for arms that make none."""
     if runs[0].arm.kind not in ("hybrid", "jump-of-zero"):
         return None
@@ -190,7 +190,7 @@ def cost_vs_tuned(s: Speedup) -> dict[str, Any]:
     }
 
 
-def verdict(entry: Entry, s: Speedup, gap: float, *, num_jumps: float | None) -> str:
+def verdict(entry: ArmRuns, s: Speedup, gap: float, *, num_jumps: float | None) -> str:
     """What the figures say of an arm, in one line.
 
     Args:
@@ -243,7 +243,7 @@ def best_weights_only(found: Sequence[Mapping[str, Any]]) -> dict[str, Any] | No
     return None if best is None else {"arm": best["arm"], "S": best["S"]}
 
 
-def mean_curve(runs: Sequence[Run]) -> list[tuple[float, float]]:
+def mean_curve(runs: Sequence[ArmRun]) -> list[tuple[float, float]]:
     """Validation loss against cost, mean over seeds."""
     finite = [[p for p in r.curve if math.isfinite(p[1])] for r in runs]
     return list(svg.over_seeds(finite)[0])

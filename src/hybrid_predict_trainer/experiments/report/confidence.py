@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from . import charts as svg
 from .charts import escape
 from .data import Record, Report, Run, list_of, number, table_of
-from .parts import bar_list, figure, legend, shown, table
+from .parts import bar_list, figure, format_value, html_table, legend
 
 #: Radius of a point that stands for all outcomes of a figure, in pixels; its area is the share.
 WHOLE_PX = 16.0
@@ -102,9 +102,8 @@ def confidence_figure(report: Report) -> str:
             "raw"]  # fmt: skip
     spread = any(_mean(run, key) is not None for run, _ in known for key in SPREAD)
     rows = [_row(run, found, spread=spread) for run, found in known]
-    return (
-        f"{title}{keys if curves else ''}{pair}{table([*head, *(('Epistemic', 'Aleatoric') if spread else ())], rows)}"
-    )
+    head = [*head, *(("Epistemic", "Aleatoric") if spread else ())]
+    return f"{title}{keys if curves else ''}{pair}{html_table(head, rows)}"
 
 
 def _row(run: Run, found: Record, *, spread: bool) -> list[str]:
@@ -113,8 +112,9 @@ def _row(run: Run, found: Record, *, spread: bool) -> list[str]:
     keys = ("ece", "ece_by_chance", "ece_sweep", "temperature", "log_loss", "log_loss_raw")
     accepted = sum(j.get("accepted") is True for j in jumps)
     return [
-        escape(run.name, 60), f"{shown(accepted)} of {shown(len(jumps))}", shown(found.get("num_outcomes")),
-        *(shown(found.get(key), 3) for key in keys), *(shown(_mean(run, key), 3) for key in SPREAD if spread),
+        escape(run.name, 60), f"{format_value(accepted)} of {format_value(len(jumps))}",
+        format_value(found.get("num_outcomes")), *(format_value(found.get(key), 3) for key in keys),
+        *(format_value(_mean(run, key), 3) for key in SPREAD if spread),
     ]  # fmt: skip
 
 

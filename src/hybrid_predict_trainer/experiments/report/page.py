@@ -26,12 +26,12 @@ from .parts import (
     WORDS,
     bar_list,
     figure,
+    format_value,
+    html_table,
     interval,
     legend,
     mean_std,
     percent,
-    shown,
-    table,
     thinned,
     thinning,
 )
@@ -87,15 +87,15 @@ def _by_wall_clock(c: Record) -> tuple[str, str, str]:
 def _one_seed(found: object) -> str:
     """One seed's speed-up: a number, or a bound with its kind."""
     if not isinstance(found, Mapping):
-        return shown(found, 3)
-    kind, value = escape(found.get("kind") or ""), shown(found.get("value"), 3)
+        return format_value(found, 3)
+    kind, value = escape(found.get("kind") or ""), format_value(found.get("value"), 3)
     return value if kind == "exact" else f"{kind} {value}"
 
 
 def _gained(run: Run) -> tuple[str, str, str]:
     """A run's own estimate of the steps it gained."""
     ledger = table_of(run.summary.get("ledger"))
-    steps = shown(ledger.get("steps_gained"), 3)
+    steps = format_value(ledger.get("steps_gained"), 3)
     return f"Steps gained, {escape(run.name, 40)}", steps, interval(ledger.get("steps_gained_ci95"), " steps")
 
 
@@ -116,17 +116,17 @@ def arms_table(report: Report) -> str:
     rows = [
         [
             escape(a.get("name", "unnamed"), 60),
-            shown(a.get("n")),
+            format_value(a.get("n")),
             mean_std(a.get("final_val_loss"), a.get("final_val_loss_std")),
-            *(shown(a.get(k)) for k in keys),
-            f"{shown(a.get('num_jumps_accepted'))} of {shown(a.get('num_jumps_proposed'))}",
+            *(format_value(a.get(k)) for k in keys),
+            f"{format_value(a.get('num_jumps_accepted'))} of {format_value(a.get('num_jumps_proposed'))}",
         ]
         for a in report.arms
     ]
     if not rows:
         return "<h2>Arms</h2><p>No arms were recorded.</p>"
     return (
-        f"<h2>Arms</h2>{table(head, rows)}<p><small>Losses: mean &plusmn; standard deviation over seeds; "
+        f"<h2>Arms</h2>{html_table(head, rows)}<p><small>Losses: mean &plusmn; standard deviation over seeds; "
         "the other columns: mean over seeds.</small></p>"
     )
 
@@ -274,15 +274,15 @@ def ledger_figure(report: Report) -> str:
     head = ["Run", "Steps gained", "text:95&nbsp;% interval", "Loss a jump takes off", "text:95&nbsp;% interval",
             "Persistence", "Treated", "Controls", "text:State"]  # fmt: skip
     rows = [
-        [escape(r.name, 60), shown(g.get("steps_gained")),
+        [escape(r.name, 60), format_value(g.get("steps_gained")),
          f"text:{_ends(g.get('steps_gained_ci95')) or escape(g.get('reason') or '') or UNKNOWN}",
          _share(g.get("effect_per_jump")), f"text:{_share_ends(g.get('effect_per_jump_ci95')) or UNKNOWN}",
-         shown(g.get("persistence"), 3), shown(g.get("num_treated")), shown(g.get("num_controls")),
+         format_value(g.get("persistence"), 3), format_value(g.get("num_treated")), format_value(g.get("num_controls")),
          f"text:{escape(g['state']) if g.get('state') is not None else UNKNOWN}"]
         for r, g in kept
     ]  # fmt: skip
     plot = f'<div class="pair">{chart}{side}</div>' if any(marks.values()) else side
-    return title + (keys if any(marks.values()) else "") + plot + (table(head, rows) if rows else "")
+    return title + (keys if any(marks.values()) else "") + plot + (html_table(head, rows) if rows else "")
 
 
 def _ends(found: object) -> str:
@@ -321,10 +321,12 @@ def divergence_table(report: Report) -> str:
         at = [v for e in events if (v := number(e.get("step"))) is not None]
         top = max((v for e in events if (v := number(e.get("value"))) is not None), default=None)
         names = [escape(key[0], 60), *(f"text:{escape(k, 60)}" for k in key[1:])]
-        ends = [shown(min(at, default=None)), shown(max(at, default=None))]
-        rows.append([*names, shown(len(events)), *ends, shown(top), shown(events[0].get("threshold"))])
+        ends = [format_value(min(at, default=None)), format_value(max(at, default=None))]
+        rows.append(
+            [*names, format_value(len(events)), *ends, format_value(top), format_value(events[0].get("threshold"))]
+        )
     more = f"<p>{len(rows) - 60} more rows are not shown.</p>" if len(rows) > 60 else ""
-    return f"<h2>Divergence</h2>{table(head, rows[:60])}{more}"
+    return f"<h2>Divergence</h2>{html_table(head, rows[:60])}{more}"
 
 
 def words(_: Report) -> str:
@@ -349,7 +351,7 @@ def environment(report: Report) -> str:
 
     def keys(value: object) -> str:
         rows = [[escape(name, 80), escape(text)] for name, text in flat(value)[:120]]
-        return table([], rows, "keys") if rows else "<p>Not recorded.</p>"
+        return html_table([], rows, "keys") if rows else "<p>Not recorded.</p>"
 
     c = report.compare or {}
     out = f"<h2>Environment</h2>{keys(c.get('environment'))}<h2>Settings</h2>{keys(c.get('settings'))}"

@@ -41,7 +41,7 @@ WORDS = (
 )  # fmt: skip
 
 
-def shown(value: object, digits: int = 4) -> str:
+def format_value(value: object, digits: int = 4) -> str:
     """A number as HTML, thousands set apart; "not measured" if there is none."""
     found = number(value)
     if found is None:
@@ -55,7 +55,7 @@ def mean_std(mean: object, std: object) -> str:
     """Mean and standard deviation to the deviation's second digit."""
     middle, spread = number(mean), number(std)
     if middle is None or not spread or spread < 0:
-        return shown(middle, 5)
+        return format_value(middle, 5)
     decimals = min(max(1 - math.floor(math.log10(spread)), 0), 6)
     return f"{middle:.{decimals}f} &plusmn; {spread:.{decimals}f}".replace("-", "&minus;")
 
@@ -72,11 +72,15 @@ def interval(value: object, unit: str = "") -> str:
     if len(ends) != 2 or ends == [None, None]:
         return ""
     low, high = ends
-    words = f"{shown(low)} to {shown(high)}" if low is not None and high is not None else f"up to {shown(high)}"
-    return f"95&nbsp;% confidence interval {f'from {shown(low)} on' if high is None else words}{unit}"
+    words = (
+        f"{format_value(low)} to {format_value(high)}"
+        if low is not None and high is not None
+        else f"up to {format_value(high)}"
+    )
+    return f"95&nbsp;% confidence interval {f'from {format_value(low)} on' if high is None else words}{unit}"
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], class_: str = "") -> str:
+def html_table(head: Sequence[str], rows: Iterable[Sequence[str]], class_: str = "") -> str:
     """A table of ready HTML cells; a cell that starts with ``text:`` is set flush left."""
 
     def cell(content: str) -> tuple[bool, str]:
@@ -98,7 +102,7 @@ def legend(entries: Iterable[tuple[str, str, str]]) -> str:
 def bar_list(title: str, items: Sequence[tuple[str, float, str]]) -> str:
     """Labelled bars on one scale; an item is (label, value >= 0, colour class)."""
     top = max((v for _, v, _ in items), default=0.0) or 1.0
-    bars = [(name, shown(v), f"{100 * max(v, 0.0) / top:.1f}", style) for name, v, style in items]
+    bars = [(name, format_value(v), f"{100 * max(v, 0.0) / top:.1f}", style) for name, v, style in items]
     return macro("bar_list", title, bars)
 
 

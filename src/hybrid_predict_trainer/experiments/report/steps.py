@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .charts import escape
 from .data import Report, number, table_of
-from .parts import UNKNOWN, shown, table
+from .parts import UNKNOWN, format_value, html_table
 
 #: Counts that the section shows, as ``statistics()`` names them.
 COUNTS = ("learned_scale", "num_raises_taken_back", "num_early_cuts", "lookahead_effect", "lookahead_switched_off")
@@ -22,7 +22,7 @@ def steps_table(report: Report) -> str:
         state = UNKNOWN if not isinstance(off, bool) else "switched off by its trial" if off else "in use"
         rows.append([
             escape(run.name, 60), UNKNOWN if factor is None else f"{factor:.3g}&times;",
-            shown(counts.get("num_raises_taken_back")), shown(counts.get("num_early_cuts")),
+            format_value(counts.get("num_raises_taken_back")), format_value(counts.get("num_early_cuts")),
             UNKNOWN if effect is None else f"{effect:+.2g}".replace("-", "&minus;"), f"text:{state}",
         ])  # fmt: skip
     if not rows:
@@ -31,4 +31,4 @@ def steps_table(report: Report) -> str:
             "Extrapolation and damping: effect on the loss", "text:Lookahead"]  # fmt: skip
     told = "What needs no jump: longer steps, slower first steps of groups, and the low-pass between steps. "
     told += "An effect that its holdout has not shown is not measured."
-    return f"<h2>Steps of the optimizer</h2>{table(head, rows)}<p><small>{told}</small></p>"
+    return f"<h2>Steps of the optimizer</h2>{html_table(head, rows)}<p><small>{told}</small></p>"

@@ -17,7 +17,7 @@ from ..validation import program
 from . import charts as svg
 from .charts import escape
 from .confidence import Point, reliability_chart
-from .parts import bar_list, figure, legend, shown, table
+from .parts import bar_list, figure, format_value, html_table, legend
 from .templates import whole_page
 
 #: Shares of a run from which its rest is foretold.
@@ -55,7 +55,7 @@ def _hypotheses(found: Found) -> str:
     rows = [[f"text:{escape(h['name'])}: {escape(h['statement'])}", f"text:<b>{escape(h['verdict'])}</b>",
              f"text:{escape(h['why'], 600)}"] for h in found["hypotheses"]]  # fmt: skip
     told = f"Scale {escape(found['scale'])}, {found['seeds']} seeds. What its control passes too shows nothing."
-    return f"<h2>Hypotheses</h2><p>{told}</p>{table(['Hypothesis', 'Verdict', 'Why'], rows)}"
+    return f"<h2>Hypotheses</h2><p>{told}</p>{html_table(['Hypothesis', 'Verdict', 'Why'], rows)}"
 
 
 def _criteria(found: Found) -> str:
@@ -64,15 +64,16 @@ def _criteria(found: Found) -> str:
         rows = []
         for bar in result["criteria"]:
             ends = bar["interval"]
-            interval = "" if ends is None else f"{shown(ends[0], 3)} to {shown(ends[1], 3)}"
+            interval = "" if ends is None else f"{format_value(ends[0], 3)} to {format_value(ends[1], 3)}"
             rows.append([
-                f"text:{escape(bar['name'])}", shown(bar["value"], 3), interval,
-                f"{bar['sense']} {shown(bar['bar'], 3)}", f"text:{escape(program.control_words(bar))}",
+                f"text:{escape(bar['name'])}", format_value(bar["value"], 3), interval,
+                f"{bar['sense']} {format_value(bar['bar'], 3)}", f"text:{escape(program.control_words(bar))}",
                 f"text:{escape(bar['verdict'])}",
             ])  # fmt: skip
         head = ["Criterion", "Measured", "95&nbsp;% interval", "Bar", "Control", "Verdict"]
         decided = escape(", ".join(result["decisions"]))
-        out += f"<h2>Experiment {number}: {escape(result['name'])}</h2>{table(head, rows)}<p>Stop rule: {decided}.</p>"
+        out += f"<h2>Experiment {number}: {escape(result['name'])}</h2>{html_table(head, rows)}"
+        out += f"<p>Stop rule: {decided}.</p>"
     return out
 
 

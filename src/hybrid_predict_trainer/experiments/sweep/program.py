@@ -165,7 +165,7 @@ def _verdict_lines(found: Mapping[str, Any]) -> list[tuple[str, bool]]:
     ]
 
 
-def text(found: Mapping[str, Any]) -> str:
+def format_text(found: Mapping[str, Any]) -> str:
     """What a person reads."""
     lines = aligned(HEAD, _rows(found))
     lines += [

@@ -13,7 +13,7 @@ from ...records import ConfigError
 from ...safe_files import read_json_object, write_text
 from ...tell.sinks import jsonable
 from ..statistics import t_interval
-from .forced import Plan, forced, plain, zero_of
+from .forced import ForcedRun, forced, plain, zero_of
 from .hybrid import gap
 from .loop import FORECASTERS, WINDOW, task_of
 from .plain import SCALES
@@ -76,7 +76,7 @@ def _runs(name: str, scale_name: str, seed: int, tell: Callable[[str], None]) ->
     scale = SCALES[scale_name]
     task = task_of(scale)
     baseline = plain(scale, seed, task)[1].to_json()
-    base = Plan(share=SHARE, horizon=dict(scale.jump_steps)[50], predictor=scale.forced)
+    base = ForcedRun(share=SHARE, horizon=dict(scale.jump_steps)[50], predictor=scale.forced)
     rows, zeros = [], {}
     for value in VALUES[name]:
         plan = replace(base, **{FIELDS[name]: value})
@@ -95,7 +95,7 @@ def _runs(name: str, scale_name: str, seed: int, tell: Callable[[str], None]) ->
 HEAD = ("loss above the baseline's", "95 % interval", "jumps of zero", "predicted share", "jumps")
 
 
-def table(found: Mapping[str, Any]) -> list[list[str]]:
+def format_table(found: Mapping[str, Any]) -> list[list[str]]:
     """Rows for a person."""
     rows = []
     for r in found["rows"]:
@@ -105,15 +105,15 @@ def table(found: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-def text(found: Mapping[str, Any]) -> str:
+def format_text(found: Mapping[str, Any]) -> str:
     """What a person reads."""
     from ..report.text import aligned
 
-    return "\n".join(aligned((found["ablation"], *HEAD), table(found)))
+    return "\n".join(aligned((found["ablation"], *HEAD), format_table(found)))
 
 
 def markdown(found: Mapping[str, Any]) -> str:
     """A table of docs/validation.md."""
     head = (found["ablation"], *HEAD)
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in table(found))]) + "\n"
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in format_table(found))]) + "\n"

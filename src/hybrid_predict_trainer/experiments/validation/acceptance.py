@@ -232,7 +232,7 @@ def _decisions(f: _Figures) -> list[Row]:
     return rows
 
 
-def text(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+def format_text(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """What a person reads."""
     lines = []
     for name, rows in found.items():

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ...records import ConfigError
 from ...safe_files import read_json_object, write_text
 from ...tell.sinks import jsonable
-from .forced import Outcome, Plan, forced, plain
+from .forced import ForcedRun, Outcome, forced, plain
 from .loop import Loop, task_of
 from .plain import SCALES, Scale
 
@@ -128,7 +128,7 @@ def measure(scale: Scale, seed: int, tell: Callable[[str], None], grid_factor: f
     task = task_of(scale)
     sized = replace(scale, steps=max(MIN_STEPS, round(SHARE * scale.steps)))
     flops = step_flops(Loop(sized, seed, task=task))
-    plan = Plan(share=0.5, horizon=dict(scale.jump_steps)[50], predictor=scale.forced)
+    plan = ForcedRun(share=0.5, horizon=dict(scale.jump_steps)[50], predictor=scale.forced)
     rows = {}
     runs: dict[str, Callable[[], tuple[Loop, Outcome]]] = {
         "plain": lambda: plain(sized, seed, task), "50 % predicted": lambda: forced(sized, seed, task, plan)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...records import Hindsight
 from .criteria import Criterion
-from .forced import Forecasts, Plan, forced, plain
+from .forced import ForcedRun, Forecasts, forced, plain
 from .loop import Loop, task_of
 from .plain import Scale
 
@@ -63,8 +63,8 @@ def measure(scale: Scale, seed: int, tell: Callable[[str], None]) -> dict[str, A
     """One run with half of its steps predicted, watched; the same without residuals; forecasts along a plain run."""
     task = task_of(scale)
     horizon = dict(scale.jump_steps)[50]
-    plan = Plan(share=0.5, horizon=horizon, predictor=scale.forced)
-    uncorrected = Plan(share=0.5, horizon=horizon, predictor=scale.forced, kind="uncorrected")
+    plan = ForcedRun(share=0.5, horizon=horizon, predictor=scale.forced)
+    uncorrected = ForcedRun(share=0.5, horizon=horizon, predictor=scale.forced, kind="uncorrected")
     baseline = plain(scale, seed, task)[1]
     probes = Loop(scale, seed, task=task, steps=1).probe_batches(NUM_PROBES)
     watch = _Watch(probes, scale.correct_steps, [])

@@ -20,7 +20,7 @@ Kind = Literal["hybrid", "uncorrected", "jump of zero"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class ForcedRun:
     """A run with forced jumps.
 
     Attributes:
@@ -111,7 +111,7 @@ def plain(scale: Scale, seed: int, task: Task, steps: int | None = None) -> tupl
 
 
 def forced(
-    scale: Scale, seed: int, task: Task, plan: Plan, after_jump: Callable[[Loop, int], None] | None = None,
+    scale: Scale, seed: int, task: Task, plan: ForcedRun, after_jump: Callable[[Loop, int], None] | None = None,
     before_jump: Callable[[Loop], None] | None = None,
 ) -> tuple[Loop, Outcome]:  # fmt: skip
     """A run whose jumps are all made.
@@ -154,7 +154,7 @@ def forced(
     return loop, Outcome(loss, loop.num_real, loop.num_claimed, time.process_time() - began, jumps)
 
 
-def _due(loop: Loop, scale: Scale, plan: Plan) -> bool:
+def _due(loop: Loop, scale: Scale, plan: ForcedRun) -> bool:
     if loop.position < scale.warmup * loop.total or loop.position + plan.horizon > loop.total:
         return False
     return loop.num_claimed + plan.horizon <= plan.share * (loop.position + plan.horizon)
@@ -164,6 +164,6 @@ def _finite(loss: float) -> float:
     return loss if math.isfinite(loss) else math.nan
 
 
-def zero_of(plan: Plan) -> Plan:
+def zero_of(plan: ForcedRun) -> ForcedRun:
     """The same jumps, going nowhere: the schedule alone moves."""
     return replace(plan, kind="jump of zero")

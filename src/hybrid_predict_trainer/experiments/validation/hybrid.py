@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from ..arms.options import Options, build_setup
+from ..arms.options import Options, build_experiment
 from ..downstream import minimal_pairs
 from ..run_arm import Arm, run_arm
 from .criteria import Criterion
-from .forced import Outcome, Plan, forced, plain, zero_of
+from .forced import ForcedRun, Outcome, forced, plain, zero_of
 from .loop import Loop, task_of
 from .plain import Scale
 
@@ -47,7 +47,7 @@ def measure(scale: Scale, seed: int, tell: Callable[[str], None]) -> dict[str, A
 
     note("baseline", plain(scale, seed, task))
     for percent, horizon in scale.jump_steps:
-        plan = Plan(share=percent / 100, horizon=horizon, predictor=scale.forced)
+        plan = ForcedRun(share=percent / 100, horizon=horizon, predictor=scale.forced)
         note(f"{percent} % predicted", forced(scale, seed, task, plan))
         note(f"{percent} % jump of zero", forced(scale, seed, task, zero_of(plan)))
         note(f"{percent} % equal backward", plain(scale, seed, task, runs[f"{percent} % predicted"]["real_steps"]))
@@ -59,7 +59,7 @@ def measure(scale: Scale, seed: int, tell: Callable[[str], None]) -> dict[str, A
 
 def _judged(scale: Scale, seed: int) -> dict[str, Any]:
     """The trainer with clock "claimed" and nothing but jumps: no multiplier, group warm-up or lookahead."""
-    setup = build_setup(Options(
+    setup = build_experiment(Options(
         task=scale.task, preset=scale.preset, batch_size=scale.batch_size, context=scale.context, data=scale.data,
         steps=scale.steps, threads=torch.get_num_threads(), predictor=scale.forced, set=JUMPS_ONLY,
     ))  # fmt: skip

@@ -174,7 +174,7 @@ def _judged(number: int, logs: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def text(found: dict[str, Any]) -> str:
+def format_text(found: dict[str, Any]) -> str:
     """What a person reads."""
     lines = []
     for number, result in found["experiments"].items():
