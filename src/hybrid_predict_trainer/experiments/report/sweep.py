@@ -15,7 +15,7 @@ from ..sweep.space import RATE_NAMES
 from ..sweep.worker import FORECASTS, HOST, SECONDS, WHY, curve_of
 from . import charts as svg
 from .charts import escape
-from .parts import figure, legend, shown, table
+from .parts import figure, format_value, html_table, legend
 from .templates import whole_page
 
 #: Curves that are drawn, and of those the ones with a colour and a name.
@@ -195,14 +195,14 @@ def _headline(name: str, found: Account) -> str:
     told = "No trial is complete yet."
     if best is not None:
         told = (
-            f"Best: trial {best.number} ({escape(params_text(best.params))}), loss {shown(best.value, 5)}. "
+            f"Best: trial {best.number} ({escape(params_text(best.params))}), loss {format_value(best.value, 5)}. "
             f"The probability that no other trial would end below it is {100 * best.chance:.0f}&nbsp;%."
         )
     return (
         f"<h1>Search {escape(name)}</h1><p>{told}</p><p>{len(found.rows)} trials: {found.complete} complete, "
         f"{found.alive} waiting or in training, {found.stopped} stopped, {found.failed} failed. Compute: "
-        f"{shown(found.spent, 4)} whole runs; {100 * found.saved:.0f}&nbsp;% of what these trials would have cost "
-        "together was not spent.</p>"
+        f"{format_value(found.spent, 4)} whole runs; {100 * found.saved:.0f}&nbsp;% of what these trials would have "
+        "cost together was not spent.</p>"
     )
 
 
@@ -217,7 +217,7 @@ def _ranking(found: Account) -> str:
         "“Best of all” is the probability that a trial has the lowest end, errors of the forecasts taken as "
         "independent; that of stopped trials counts."
     )
-    return f"<h2>Ranking</h2>{table(head, rows)}<p>{note}</p>"
+    return f"<h2>Ranking</h2>{html_table(head, rows)}<p>{note}</p>"
 
 
 def _curves(found: Account) -> str:
@@ -260,7 +260,7 @@ def _forecasts(found: Account) -> str:
 def _failed(found: Account) -> str:
     rows = [[str(r.number), f"text:{escape(params_text(r.params))}", f"text:{escape(r.why)}"]
             for r in found.rows if r.state == "failed"]  # fmt: skip
-    return f"<h2>Failed</h2>{table(['Trial', 'text:Parameters', 'text:Why'], rows)}" if rows else ""
+    return f"<h2>Failed</h2>{html_table(['Trial', 'text:Parameters', 'text:Why'], rows)}" if rows else ""
 
 
 __all__ = ["Account", "Row", "account", "cells", "page", "params_text"]

@@ -15,8 +15,8 @@ from ...safe_files import read_json_object
 from ...tasks.base import with_steps
 from ...tell.sinks import jsonable
 from ..arms.drive import write_json
-from ..arms.options import InputError, Options, as_input_error, build_setup, config_of, recipe_of
-from ..run_arm import Setup
+from ..arms.options import InputError, Options, as_input_error, build_experiment, config_of, recipe_of
+from ..run_arm import Experiment
 from ..run_folder import absolute, agree_plan
 from .space import extremes, with_params
 
@@ -75,13 +75,13 @@ class Allowance:
     patience: float = 60.0
 
 
-def checked(plan: Plan) -> Setup:
+def checked(plan: Plan) -> Experiment:
     """Build what every trial needs, and hold the ends of every range against it.
 
     Raises:
         InputError: a trial of the search could not be trained; the line names the parameter.
     """
-    setup = build_setup(plan.options)
+    setup = build_experiment(plan.options)
     for name, value in extremes(plan.space):
         options = with_params(plan.options, {name: value})
         try:
@@ -91,7 +91,7 @@ def checked(plan: Plan) -> Setup:
     return setup
 
 
-def schedule_of(setup: Setup, plan: Plan, params: Mapping[str, Any]) -> tuple[str, int]:
+def schedule_of(setup: Experiment, plan: Plan, params: Mapping[str, Any]) -> tuple[str, int]:
     """A trial's schedule as ``forecast.schedules`` reads it, and its number of steps."""
     recipe = recipe_of(setup.task.defaults, with_params(plan.options, params))
     recipe = with_steps(recipe, recipe.steps)

@@ -22,7 +22,7 @@ from ...sweeps.curves import Array, Scale, TrialCurve
 from ...sweeps.ends import End
 from ...sweeps.looks import optimistic, pessimistic, spent_at_a_look
 from ..arms.options import InputError
-from ..run_arm import Setup
+from ..run_arm import Experiment
 from . import storage as storages
 from . import trials as runs
 from .plan import PLAN, Allowance, Plan, host, sampler_of, schedule_of
@@ -51,7 +51,7 @@ class Worker:
     """Of a search."""
 
     def __init__(
-        self, plan: Plan, setup: Setup, allowance: Allowance, out: Path, *, url: str | None = None,
+        self, plan: Plan, setup: Experiment, allowance: Allowance, out: Path, *, url: str | None = None,
         name: str | None = None,
     ) -> None:  # fmt: skip
         """Open the study, or make it.
