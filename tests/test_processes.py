@@ -107,19 +107,6 @@ def test_a_model_with_a_wrapped_part_is_refused_whatever_the_number_of_processes
 
 @gloo
 @pytest.mark.usefixtures("alone")
-def test_sharded_parameters_are_refused_whatever_the_number_of_processes() -> None:
-    from torch.distributed.fsdp import fully_shard
-
-    model = network()
-    fully_shard(model)
-    with pytest.raises(ConfigError, match="wrapped in FSDPModule"):
-        built(model)
-    epoch = built(model, HybridTrainerConfig(enabled=False)).fit(batches(0))
-    assert epoch.num_real_steps == 6
-
-
-@gloo
-@pytest.mark.usefixtures("alone")
 def test_a_dtensor_is_refused() -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor

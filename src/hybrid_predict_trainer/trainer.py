@@ -403,7 +403,9 @@ class HybridTrainer:
             ValueError: there is no batch.
         """
         subject = self.run.subject
-        return reestimate(subject.model, lambda batch: subject.loss_fn(subject.model, batch), batches)
+        found = reestimate(subject.model, lambda batch: subject.loss_fn(subject.model, batch), batches)
+        subject.reshard()
+        return found
 
     def memory_usage(self) -> dict[str, int]:
         """Bytes held by predictor, basis and snapshots."""

@@ -16,6 +16,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hybrid_predict_trainer import HybridTrainer, attach
+from hybrid_predict_trainer.weights.shards import whole
 
 from .material import CASES, Case, batches, loss_fn, network, optimizer_of, schedule_of, share
 
@@ -24,7 +25,7 @@ Facts = dict[str, Any]
 
 def facts_of(run: Any, result: Any, model: nn.Module) -> Facts:
     """What a step came to: all of it is to be the same on every rank."""
-    weights = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    weights = torch.cat([whole(p).detach().reshape(-1) for p in model.parameters()])
     return {
         "phase": result.phase.value, "reason": result.reason, "skipped": result.skipped, "kept": result.was_predicted,
         "loss": result.loss, "norm": result.gradient_norm,
@@ -59,16 +60,37 @@ def trained(case: Case, driver: str, whole: Sequence[Any], model: nn.Module, eac
     return run
 
 
-def alone(name: str, driver: str, steps: int) -> list[Facts]:
+def spread(model: nn.Module, *, sharded: bool) -> nn.Module:
+    """In what several processes train it: under DDP, or with weights that ``fully_shard`` has spread."""
+    if not sharded:
+        return DistributedDataParallel(model)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    fully_shard(model[0], mesh=mesh)  # type: ignore[index]
+    fully_shard(model, mesh=mesh)  # the root keeps what it has gathered of the others
+    return model
+
+
+def alone(name: str, driver: str, steps: int, hidden: int = 8) -> list[Facts]:
     """The run of one process with the whole batches."""
     case, found = CASES[name], list[Facts]()
     whole = batches(steps, full=case.full, noise=case.noise)
-    trained(case, driver, share(whole, 0, 1), network(), found.append)
+    trained(case, driver, share(whole, 0, 1), network(hidden=hidden), found.append)
     return found
 
 
 def rank_run(
-    name: str, driver: str, steps: int, rank: int, size: int, *, compare: bool = True
+    name: str,
+    driver: str,
+    steps: int,
+    rank: int,
+    size: int,
+    *,
+    compare: bool = True,
+    sharded: bool = False,
+    hidden: int = 8,
 ) -> tuple[list[Facts], Any]:
     """One rank's run of a case, within a process group.
 
@@ -88,7 +110,7 @@ def rank_run(
             others = [theirs[key] for theirs in everywhere]
             assert all(repr(v) == repr(value) for v in others), f"step {len(found) - 1}: {key} is {others}"
 
-    run = trained(case, driver, share(whole, rank, size), DistributedDataParallel(network()), each)
+    run = trained(case, driver, share(whole, rank, size), spread(network(hidden=hidden), sharded=sharded), each)
     return found, run
 
 

@@ -16,9 +16,9 @@ from hybrid_predict_trainer import HybridTrainerConfig, preset_config, with_valu
 WIDTH, SAMPLES = 4, 16
 
 
-def network(seed: int = 0) -> nn.Module:
+def network(seed: int = 0, hidden: int = 8) -> nn.Module:
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(WIDTH, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    return nn.Sequential(nn.Linear(WIDTH, hidden), nn.Tanh(), nn.Linear(hidden, 1)).double()
 
 
 def loss_fn(model: nn.Module, batch: Any) -> Tensor:

@@ -21,6 +21,7 @@ from ..notices import warn
 from ..propose.proposal import combined
 from ..records import Decision, Phase, PhasePrediction, Reason, Verdict
 from ..weights.algebra import Tensors
+from . import outside
 from .motions import end_motions
 from .state import State
 
@@ -92,15 +93,25 @@ def digest(run: State) -> int:
 def bring_together(run: State) -> None:
     """Ranks have parted: all go on from the first one's state.
 
+    Where each holds its own part of the weights these stay as they are, and what remembers others is dropped: of these
+    the first one has no copy.
+
     Raises:
-        RanksDisagree: each holds its own part of the weights, of which the first one has no copy.
+        RanksDisagree: each holds its own part, and some have made more steps than others.
     """
     ranks = run.subject.ranks
     if ranks.sharded:
-        raise RanksDisagree("ranks have parted, and each holds its own part of the weights: load a checkpoint")
-    found = ranks.share(resume.everything(run) if ranks.first else None)
+        if len(set(ranks.gathered(run.meter.num_real_steps))) > 1:
+            raise RanksDisagree(
+                "ranks have parted: each holds its own part of the weights, and their optimizers have made different "
+                "numbers of steps; load a checkpoint"
+            )
+        outside.forget(run)
+        found = ranks.share(resume.decisions(run) if ranks.first else None)
+    else:
+        found = ranks.share(resume.everything(run) if ranks.first else None)
     if not ranks.first:
-        resume.adopt(run, found)
+        (resume.adopt_decisions if ranks.sharded else resume.adopt)(run, found)
     ranks.brought_together()
     run.watch.writes.record()
     if ranks.num_brought_together == 1:

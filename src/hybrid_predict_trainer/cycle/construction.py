@@ -17,6 +17,7 @@ from ..judge.validation import ValFn, Validation
 from ..keep import resume
 from ..keep.subject import LossFn, OutputFn, ResidualFn, Subject
 from ..move.modifier import StepModifier
+from ..observe.window_encoder import NullObserver
 from ..predictors import Predictor
 from ..records import ConfigError
 from ..tell.sinks import NullSink, Sink, Writer, sink_of
@@ -111,7 +112,7 @@ def build_run(model: nn.Module, optimizer: Optimizer, config: HybridTrainerConfi
     Raises:
         ConfigError: something is of the wrong type or does not belong to the rest; the optimizer needs a closure
             (LBFGS) or has an engine already; the schedule needs a metric; nothing can be trained; or prediction is on
-            and ranks cannot agree (several processes without DistributedDataParallel, FSDP, DTensor).
+            and ranks cannot agree (see :func:`.shared_by`).
     """
     check_handed_in(
         model, optimizer, config, loss_fn=handed.loss_fn, lr_scheduler=handed.lr_scheduler,
@@ -151,6 +152,7 @@ def build_run(model: nn.Module, optimizer: Optimizer, config: HybridTrainerConfi
             subject, config, handed.lr_scheduler, predictor=handed.predictor, validation=validation,
             owns_schedule=handed.owns_schedule, modifiers=handed.modifiers,
         )  # fmt: skip
+    _check_sharded(run)
     # one file of records, not one per rank
     run.recorder.write_to(sink_of(config, handed.sinks) if shared.ranks.first else NullSink())
     if config.checkpoint.directory:
@@ -176,6 +178,27 @@ def _check_sources(config: HybridTrainerConfig, handed: Handed, shared: Shared) 
         raise ConfigError(
             f"predictor.quasi_newton.form = {form!r} steps on one process's batch, and there are {shared.ranks.size} "
             'processes: set it to "limited"'
+        )
+
+
+def _check_sharded(run: State) -> None:
+    """What looks at whole matrices or asks a scaler of one process cannot do so with parts.
+
+    Raises:
+        ConfigError: weights are sharded, and settings or a gradient scaler ask for that.
+    """
+    subject = run.subject
+    if not subject.gathering or not run.config.enabled:
+        return
+    if subject.grad_scaler is not None:
+        raise ConfigError(
+            "a gradient scaler with sharded weights (fully_shard) is not supported: train in bfloat16 "
+            "(MixedPrecisionPolicy), or set enabled=False"
+        )
+    if run.windows.observing and not isinstance(run.windows.observer, NullObserver):
+        raise ConfigError(
+            "encoder.health, encoder.low_rank, encoder.kfac and predictors that ask for them look at whole matrices, "
+            "and weights are sharded (fully_shard): choose another predictor, and leave these at their defaults"
         )
 
 

@@ -247,7 +247,9 @@ class Engine:
         """Running statistics of BatchNorm for the weights as they are; see :class:`.HybridTrainer`."""
         subject = self.run.subject
         with self._own.evaluating():
-            return reestimate(subject.model, lambda batch: subject.loss_fn(subject.model, batch), batches)
+            found = reestimate(subject.model, lambda batch: subject.loss_fn(subject.model, batch), batches)
+        subject.reshard()
+        return found
 
     def owed_schedule_steps(self) -> int:
         """Steps that a schedule stepped by the loop is behind the clock, beyond the loop's own one per optimizer step.

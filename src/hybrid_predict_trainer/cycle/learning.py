@@ -168,7 +168,9 @@ def validated(run: State, advice: Advice) -> Advice:
 
 def _ask(run: State, validation: Validation) -> float:
     run.meter.add_forwards(validation.cost)
-    return validation.ask(run.subject.model, run.meter.num_real_steps, run.subject.ranks)
+    found = validation.ask(run.subject.model, run.meter.num_real_steps, run.subject.ranks)
+    run.subject.reshard()
+    return found
 
 
 def judge_lookahead(run: State, outcome: StepOutcome) -> None:

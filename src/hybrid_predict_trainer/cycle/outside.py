@@ -16,6 +16,7 @@ from ..notices import warn
 from ..weights import real_views
 from ..weights.parameters import named_parameters
 from ..weights.real_views import owner
+from ..weights.shards import local
 from ..weights.trained import Write
 from .motions import end_motions
 from .state import State
@@ -27,6 +28,7 @@ MAX_WRITES = 3
 
 def notice(run: State) -> None:
     """Before a step: see whether weights were written to since the last, or are trained no more."""
+    run.subject.reshard()  # the caller may have made a forward
     if run.config.never_predicts or run.failures.exhausted(Place.WEIGHTS):  # nothing is remembered of them
         return
     try:
@@ -58,9 +60,7 @@ def remember(run: State) -> None:
 def note_unseen(run: State, error: Exception) -> None:
     """What was done to the weights cannot be seen: what remembers them begins anew, and ends if that goes on."""
     run.failures.note(Place.WEIGHTS, error)
-    run.overwritten()
-    run.optimizer_step.lookahead.forget()
-    drop_points(run)
+    forget(run)
     if run.failures.exhausted(Place.WEIGHTS):
         end_motions(run)
 
@@ -74,9 +74,7 @@ def note_changed(run: State) -> None:
             f"before is dropped; after {MAX_WRITES} times the lookahead ends, if every step is followed by such a "
             "change (clipped weights, say) lookahead.extrapolation = 0 and lookahead.damping = 0 say so from the start",
         )
-    run.overwritten()
-    run.optimizer_step.lookahead.forget()
-    drop_points(run)
+    forget(run)
     if run.meter.num_outside_writes >= MAX_WRITES:
         run.optimizer_step.switchback.switch_off()
 
@@ -115,6 +113,13 @@ def note_trained(run: State, places: Sequence[int]) -> None:
             _keep_in_place(run, point, places)
 
 
+def forget(run: State) -> None:
+    """Whatever remembers weights, or steps between them, begins anew."""
+    run.overwritten()
+    run.optimizer_step.lookahead.forget()
+    drop_points(run)
+
+
 def drop_points(run: State) -> None:
     """Copies of the weights from before: nobody may go back to them."""
     run.rollback.drop()
@@ -130,4 +135,4 @@ def _keep_in_place(run: State, anchor: Snapshot, places: Sequence[int]) -> None:
         parameter = owner(run.subject.parameters[i])
         name = names.get(id(parameter))
         if name in held:  # not if neither model nor optimizer holds it any more
-            anchor.parameters[held.index(name)].copy_(parameter)
+            anchor.parameters[held.index(name)].copy_(local(parameter))

@@ -19,6 +19,7 @@ from ..cost import PASS_UNITS
 from ..records import Decision, Phase, StepOutcome
 from ..weights import algebra as weights
 from ..weights.parameters import optimizer_parameters
+from ..weights.shards import local_gradients
 from . import outside
 from .motions import after_optimizer, before_optimizer
 from .state import State
@@ -82,10 +83,13 @@ class RealStep:
         run = self.run
         self.loss = loss.detach()
         # with those that are not predicted (complex ones)
-        self.norm = weights.global_norm(weights.gradients(optimizer_parameters(run.subject.optimizer)))
-        if not run.subject.ranks.alone:  # a loss that is not finite on one rank is finite on none
-            both = run.subject.ranks.mean_of(torch.stack([self.loss.double(), self.norm.double()]))
-            self.loss, self.norm = both[0].to(self.loss.dtype), both[1].to(self.norm.dtype)
+        self.norm = weights.global_norm(local_gradients(optimizer_parameters(run.subject.optimizer)))
+        ranks = run.subject.ranks
+        if not ranks.alone:  # a loss that is not finite on one rank is finite on none
+            norm = self.norm.double()
+            both = ranks.mean_of(torch.stack([self.loss.double(), norm.square() if ranks.sharded else norm]))
+            norm = (both[1] * ranks.size).sqrt() if ranks.sharded else both[1]  # of parts: their squares add up
+            self.loss, self.norm = both[0].to(self.loss.dtype), norm.to(self.norm.dtype)
         self.usable = _usable(run, self.loss, self.norm)
         run.windows.observer.after_backward(run.losses.history, usable=self.usable)
         if not self.usable:
@@ -155,10 +159,26 @@ def run_full(run: State, batch: Any, decision: Decision) -> StepOutcome:
         return step.skip()
     if run.config.gradient_clip_norm > 0:
         assert step.norm is not None
-        trained = optimizer_parameters(run.subject.optimizer)
-        torch.nn.utils.clip_grads_with_norm_(trained, run.config.gradient_clip_norm, step.norm)
+        clip(run, run.config.gradient_clip_norm, step.norm)
     step.step_optimizer()
     return step.end()
+
+
+def clip(run: State, limit: float, norm: Tensor) -> None:
+    """Scale gradients down to a norm of ``limit``.
+
+    Args:
+        run: Whose optimizer holds them.
+        limit: Above 0.
+        norm: Of all of them, shape ().
+    """
+    parameters = optimizer_parameters(run.subject.optimizer)
+    if run.subject.gathering:
+        factor = torch.clamp(limit / (norm + 1e-6), max=1.0)  # as torch does for whole ones
+        for gradient in local_gradients(parameters):
+            gradient.mul_(factor.to(gradient))
+    else:
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
 
 
 def checked_loss(loss: Any) -> Tensor:

@@ -22,6 +22,8 @@ from ..keep.failures import Place
 from ..keep.memento import Memento
 from ..records import Decision, Phase, Reason, StepOutcome, Verdict
 from ..weights import algebra as weights
+from ..weights.real_views import owner
+from ..weights.trained import sign
 from .correct_step import conclude, run_correct
 from .predict_step import run_predict
 from .real_step import count_real, run_full
@@ -144,4 +146,4 @@ def interrupted(run: State) -> None:
 
 def versions_of(parameters: Iterable[Tensor]) -> list[int]:
     """Counts of the in-place changes of every parameter."""
-    return [0 if p.is_inference() else p._version for p in parameters]
+    return [0 if p.is_inference() else sign(owner(p))[0] for p in parameters]

@@ -14,6 +14,8 @@ from ..distributed.processes import refuse_other_processes
 from ..records import Phase, StepOutcome, StepResult
 from ..weights.offload import own_defaults
 from ..weights.parameters import optimizer_parameters
+from ..weights.shards import local
+from ..weights.trained import sign
 from . import outside
 from .correct_step import conclude
 from .handover import Intake
@@ -23,7 +25,7 @@ from .loop import Stopwatch, close_step, decide, prepare
 from .overflow import ScaleWatch, unscale
 from .pending import PendingStep
 from .proposals import Proposals
-from .real_step import RealStep, count_real
+from .real_step import RealStep, clip, count_real
 from .said import NO_LOSS, TWICE, SaidOnce
 from .state import State
 from .transaction import interrupted
@@ -149,7 +151,7 @@ class StepUnderWay:
         elif pending.step is not None and pending.usable:
             limit, norm = run.config.gradient_clip_norm, pending.step.norm
             if limit > 0 and norm is not None:
-                torch.nn.utils.clip_grads_with_norm_(optimizer_parameters(run.subject.optimizer), limit, norm)
+                clip(run, limit, norm)
             pending.step.before_step()
         pending.arm()
 
@@ -291,10 +293,12 @@ class StepUnderWay:
         used = self._used is not None and witness is not None and witness[0] is self._used[0]
         if witness is None or (used and self._used is not None and witness[1] == self._used[1]):
             return False
-        return bool((witness[0] != 0).any())
+        used_by_any = bool((local(witness[0]) != 0).any())
+        ranks = self._run.subject.ranks
+        return ranks.any(used_by_any) if ranks.sharded else used_by_any
 
     def _smallest_gradient(self) -> tuple[Tensor, int] | None:
         """One gradient and how often it was written to: enough to see whether there was a backward since."""
         found = [p.grad for p in optimizer_parameters(self._run.subject.optimizer) if p.grad is not None]
         gradient = min(found, key=Tensor.numel, default=None)
-        return None if gradient is None else (gradient, gradient._version)
+        return None if gradient is None else (gradient, sign(gradient)[0])

@@ -18,6 +18,7 @@ from ..move.schedule import scheduled_settings_stay
 from ..notices import warn
 from ..weights import algebra as weights
 from ..weights.parameters import named_parameters
+from ..weights.shards import local
 from .motions import end_motions
 from .state import State
 
@@ -118,7 +119,9 @@ def _loss(run: State, batch: Any) -> float:
 @torch.no_grad()
 def _loss_at(run: State, kept: Snapshot, batch: Any) -> float:
     found = named_parameters(run.subject.model, run.subject.optimizer)
-    pairs = [(found[n], saved) for n, saved in zip(kept.names or (), kept.parameters, strict=False) if n in found]
+    pairs = [
+        (local(found[n]), saved) for n, saved in zip(kept.names or (), kept.parameters, strict=False) if n in found
+    ]
     live, saved = [p for p, _ in pairs], [s for _, s in pairs]
     present = weights.clone(live)
     run.meter.add_passes(SWAP_PASSES)

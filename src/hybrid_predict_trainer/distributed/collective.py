@@ -53,6 +53,7 @@ class _Kind(IntEnum):
     FIRST = 4
     FAILED = 5
     DONE = 6
+    TOTAL = 7
 
 
 class Collective:
@@ -263,8 +264,11 @@ class Ranks(Collective):
     def total(self, values: Tensor) -> Tensor:  # noqa: D102
         if not self.sharded:
             return values
+        if values.device.type == "cpu":
+            sums = self._after(values.detach().double().reshape(-1).tolist, _Kind.TOTAL, lambda found: found)
+            return torch.tensor(sums, dtype=torch.float64).to(values.dtype).reshape(values.shape)
         summed = values.detach().clone().contiguous()
-        distributed.all_reduce(summed, group=self._group if summed.device.type == "cpu" else None)
+        distributed.all_reduce(summed)
         self._count(summed)
         return summed
 

@@ -76,6 +76,9 @@ def judge(run: State, batch: Any, prediction: PhasePrediction, deltas: list[Tens
 def _objection(run: State, batch: Any, pieces: tuple[list[Any], list[Any], bool] | None) -> tuple[Reason | None, float]:
     """Why no rank can judge by pieces, and forwards spent: there are none, on some rank, or not equally many."""
 
+    if run.subject.ranks.sharded and run.subject.ranks.any(pieces is None):
+        return Reason.CANNOT_CUT, 0.0
+
     def found() -> list[float]:
         reason, spent = (Reason.CANNOT_CUT, 0.0) if pieces is None else run.judge.evaluation.objection(batch)
         number = 0 if pieces is None else 64 * len(pieces[1]) + len(pieces[0])

@@ -77,6 +77,23 @@ class Evaluation:
         Raises:
             TypeError: it is not a scalar tensor.
         """
+        try:
+            return self._mean_loss_of(batch) if self._subject.ranks.sharded else self._loss_of(batch)
+        finally:
+            self._subject.reshard()
+
+    def _mean_loss_of(self, batch: Any) -> Tensor:
+        """A forward gathers weights from all ranks: they make equally many, and what one raises all of them raise."""
+        found: list[Tensor] = []
+
+        def value() -> list[float]:
+            found.append(self._loss_of(batch))
+            return [float(found[0])]
+
+        (mean,) = self._subject.ranks.means(value)
+        return torch.full_like(found[0], mean)
+
+    def _loss_of(self, batch: Any) -> Tensor:
         own = batches.copied(batch, tensors_too=self.loss_writes is not False)
         loss = self.loss(own)
         if self.loss_writes is None:
@@ -144,7 +161,10 @@ class Evaluation:
         """Why the pieces of a batch cannot be judged, and forwards spent: it is measured once per layout, with two."""
         layout = batches.layout(batch)
         forwards = 0.0
-        if layout not in self.cuts and len(self.cuts) < MAX_LAYOUTS:
+        unknown = layout not in self.cuts and len(self.cuts) < MAX_LAYOUTS
+        if self._subject.ranks.sharded:
+            unknown = self._subject.ranks.any(unknown)
+        if unknown:
             measured, forwards = self._measure_cut(batch), 2.0
             if measured is None:
                 return Reason.LOSS_NOT_FINITE, forwards

@@ -31,6 +31,7 @@ class Backup:
         self._devices: dict[Place, torch.device] = {}
         self._rng = rng_state()
         self._untouched = run.watch.writes.look() is Write.NONE  # nobody has written to the weights since the last step
+        run.subject.reshard()
         named = named_parameters(run.subject.model, run.subject.optimizer)
         self._parameters = {name: host.copied(p, to_host=True) for name, p in named.items()}
         self._buffers = Buffers.of(run.subject.model, offload=True)
@@ -51,7 +52,13 @@ class Backup:
         ]
         self._walk.stay = frozenset(
             id(v)
-            for v in [*stay, *run.subject.optimizer.param_groups, *run.subject.model.modules(), *run.buffers.modules()]
+            for v in [
+                *stay,
+                *run.subject.views,
+                *run.subject.optimizer.param_groups,
+                *run.subject.model.modules(),
+                *run.buffers.modules(),
+            ]
             if v is not None
         )
         self._own: dict[str, Any] = {}

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from ..records import CheckpointError, StateDict
 from ..weights import offload as host
 from ..weights.parameters import optimizer_parameters
+from ..weights.shards import is_sharded, like_shard
 from .buffers import BufferGuard, Place, places, put
 from .object_state import Capture, Restore
 from .state_tree import Mark, TensorSpec, check_compatible
@@ -43,7 +44,8 @@ class Origin:
     def of(cls, model: nn.Module, optimizer: Optimizer, include_frozen: str) -> Origin:
         """Look at a model; its frozen weights are only read where they may be left out of a checkpoint."""
         frozen = frozen_parameters(model, optimizer)
-        if not _may_be_left_out(model, frozen, include_frozen):
+        # a rank sees its own part: what is left out would have to be compared by all
+        if any(map(is_sharded, frozen.values())) or not _may_be_left_out(model, frozen, include_frozen):
             frozen = {}
         return cls(
             {name: (fingerprint(p), version(p)) for name, p in frozen.items()},
@@ -157,6 +159,10 @@ def check(model: nn.Module, state: StateDict, about: StateDict) -> None:
 
 
 def _spec(value: Any) -> Any:
+    if isinstance(value, Mark) and value.kind == "shard":
+        return TensorSpec(TensorSpec.of(value.body[0]).dtype, tuple(value.body[1]))
+    if is_sharded(value):
+        return TensorSpec.of(value)
     if isinstance(value, Mark) and value.kind == "subclass":
         return value.body[0], tuple(value.body[3])
     if isinstance(value, Tensor) and type(value) not in (Tensor, nn.Parameter):
@@ -187,5 +193,7 @@ def _give(place: Place, value: Tensor | None) -> None:
 
 def _rebuilt(value: Mark, live: Any, name: str) -> Any:
     here: Callable[[Tensor, Any], torch.device] = lambda tensor, path: tensor.device  # noqa: E731
+    if value.kind == "shard":
+        return like_shard(value.body[0], live)
     kinds: Iterable[str] = [type(live).__module__.split(".")[0]]
     return Restore({}, frozenset(kinds), lambda tensor, path: None, here).of(value, host.copied(live), (name,))

@@ -13,6 +13,7 @@ Plain data stays as it is.  Everything else becomes a :class:`.state_tree.Mark`:
 ``object``            class and attributes of an object
 ``items``             a dict or set with keys that are no plain data
 ``subclass``          a tensor subclass, by the tensors it is made of (``__tensor_flatten__``)
+``shard``             this rank's part of a sharded tensor (a DTensor), and the shape of the whole
 ``own``               a tensor with a gradient of its own (``nn.Parameter``) that is no parameter of the model
 ``code``              a function or class, by its name: the live one stays
 ``live``              what is no state (a stream, a lock) or is kept elsewhere (a module of the model): it stays
@@ -50,6 +51,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from ..records import CheckpointError
+from ..weights.shards import is_sharded, like_shard, local
 from .plain_values import encode_value
 from .state_tree import Mark, describe_path
 
@@ -152,6 +154,8 @@ class Capture:
             return self.copy(value, path)
         if isinstance(value, nn.Parameter) and type(value) is nn.Parameter:
             return Mark("own", self.copy(value, path))
+        if is_sharded(value):
+            return Mark("shard", [self.copy(local(value), path), list(value.shape)])
         if not hasattr(value, "__tensor_flatten__"):
             raise OpaqueStateError(
                 f"{describe_path(path)} is a {type_name(type(value))}, a tensor subclass without __tensor_flatten__: "
@@ -220,6 +224,7 @@ class Restore:
     device: Callable[[Tensor, Path], torch.device]
     made: dict[Path, Any] = field(default_factory=dict)
     copies: dict[int, Tensor] = field(default_factory=dict)
+    spread: Callable[[Path], Tensor | None] = lambda path: None  # the parameter whose ranks hold a shard's other parts
     in_place: bool = True  # write over live tensors that fit; no: only over parameters
 
     def of(self, state: Any, live: Any, path: Path) -> Any:
@@ -304,6 +309,8 @@ class Restore:
                 return self._items(state.body, live, path)
             case "subclass":
                 return self._subclass(state.body, live, path)
+            case "shard":
+                return self._shard(state.body, live, path)
             case "enum":
                 kind, member = state.body
                 return self._class(kind, type(live), path, enum.Enum)[member]  # type: ignore[index]
@@ -336,6 +343,17 @@ class Restore:
         return (
             value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=value.is_floating_point())
         )
+
+    def _shard(self, body: list[Any], live: Any, path: Path) -> Tensor:
+        saved, shape = body
+        there = live if is_sharded(live) and list(live.shape) == shape else None
+        pattern = there if there is not None else self.spread(path)
+        if pattern is None or not is_sharded(pattern) or list(pattern.shape) != shape:
+            raise CheckpointError(f"{describe_path(path)} is a part of a sharded tensor, which this run's is not")
+        part = self._tensor(saved, None if there is None else local(there), path)
+        if part.shape != local(pattern).shape:
+            raise CheckpointError(f"{describe_path(path)} is another rank's part of its tensor, or of other ranks")
+        return there if there is not None and part is local(there) else like_shard(part, pattern)
 
     def _items(self, body: list[Any], live: Any, path: Path) -> Any:
         kind, pairs = body

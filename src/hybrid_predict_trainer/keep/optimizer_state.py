@@ -118,6 +118,7 @@ def restore(model: nn.Module, optimizer: Optimizer, saved: StateDict) -> None:
     order = saved.get("names") or [names[id(p)] for p in parameters]
     sizes = [len(group["params"]) for group in optimizer.param_groups]
     walk = Restore(by_name, packages(optimizer), _follows(saved, order, by_name), _device(saved, order, by_name, sizes))
+    walk.spread = lambda path: by_name.get(order[path[1]]) if path[0] == "state" and type(path[1]) is int else None
     if saved.get("own") is not None:
         optimizer.load_state_dict(copy.deepcopy(saved["own"]))
     for i, name in enumerate(order):

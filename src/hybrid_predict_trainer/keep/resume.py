@@ -15,6 +15,7 @@ from ..config.toml import to_toml
 from ..notices import users_line
 from ..records import CheckpointError, StateDict
 from ..weights.parameters import optimizer_parameters
+from ..weights.shards import local
 from . import checkpoint, failures, model_state, optimizer_state, schema
 from .background import Write
 from .backup import Backup
@@ -39,6 +40,7 @@ def parts(run: State, metrics: Metrics) -> dict[str, StateDict]:
     Raises:
         CheckpointError: the optimizer holds something whose state cannot be told; the message names it.
     """
+    run.subject.reshard()
     model, about = model_state.saved_state(run.subject.model, run.subject.optimizer, run.origin, run.buffers)
     saved: dict[str, StateDict] = {
         "model": model,
@@ -278,6 +280,21 @@ def adopt(run: State, found: StateDict) -> None:
     run.batches.load_state_dict(data)
 
 
+def decisions(run: State) -> StateDict:
+    """All that decides what comes next, without what is as large as the weights: nothing may remember these now."""
+    predictor = run.proposer.predictor
+    return {"run": run.state_dict(), "name": predictor.name, "predictor": predictor.state_dict()}
+
+
+def adopt_decisions(run: State, found: StateDict) -> None:
+    """Go on from what :func:`decisions` gave on another rank; weights, records and data stay this one's."""
+    data = run.batches.state_dict()
+    run.adopt(found["name"])
+    run.proposer.predictor.load_state_dict(found["predictor"])
+    run.load_state_dict(found["run"])
+    run.batches.load_state_dict(data)
+
+
 def _check_forms(path: Path, found: dict[str, StateDict]) -> None:
     """Refuse what has been changed in form since it was written."""
     own = {key: value for key, value in found["trainer"].items() if key != "forms"}
@@ -316,7 +333,7 @@ def _apply(run: State, metrics: Metrics, found: dict[str, StateDict]) -> None:
     model_state.load(run.subject.model, found["model"], own["model"])
     with torch.no_grad():
         for live, extra in zip(_unowned(run), optimizer["unowned"], strict=True):
-            live.copy_(extra)
+            local(live).copy_(extra)
     optimizer_state.restore(run.subject.model, run.subject.optimizer, optimizer)
     if run.schedule.scheduler is not None:
         stateful(run.schedule.scheduler).load_state_dict(own["scheduler"])
@@ -349,7 +366,7 @@ def _unowned(run: State) -> list[Tensor]:
 
 def _optimizer_state(run: State) -> StateDict:
     taken = optimizer_state.taken(run.subject.model, run.subject.optimizer, lambda tensor, _: tensor.detach())
-    return {**taken, "unowned": [p.detach() for p in _unowned(run)]}
+    return {**taken, "unowned": [local(p.detach()) for p in _unowned(run)]}
 
 
 def memory_usage(run: State) -> dict[str, int]:

@@ -18,6 +18,7 @@ from ..weights.parameters import (
     named_parameters,
     trained_parameters,
 )
+from ..weights.shards import local
 from . import optimizer_state
 from .buffers import Buffers, places
 from .object_state import HasState
@@ -116,7 +117,7 @@ class Snapshot:
         else:
             found = named_parameters(model, optimizer)
             for name, saved in zip(self.names, self.parameters, strict=True):
-                if name in found and found[name].shape == saved.shape:
+                if name in found and local(found[name]).shape == saved.shape:
                     host.write(found[name], saved)
         self._buffers(model).put_back(model)
         optimizer_state.restore(model, optimizer, self.optimizer)

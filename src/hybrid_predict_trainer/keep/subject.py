@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..distributed.collective import ALONE, Collective
-from ..distributed.processes import NOT_SHARED, Shared
+from ..distributed.processes import NOT_SHARED, Shared, reshard
 from ..weights.parameters import Groups, predicted_parameters
-from ..weights.real_views import RealView
+from ..weights.real_views import ParameterView
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 #: (model, batch) -> residuals, shape (R,) or (R, C), whose mean square is the loss.
@@ -37,6 +37,7 @@ class Subject:
         output_fn: (model, batch) -> outputs and the loss as a function of them, or None.
         ranks: What this process agrees with others on.
         wrapped: The model in what shares its gradients between processes, for real steps; None: it is in nothing.
+        gathering: Modules that gather sharded weights for a forward, and may keep them.
     """
 
     model: nn.Module
@@ -50,6 +51,7 @@ class Subject:
     output_fn: OutputFn | None = None
     ranks: Collective = ALONE
     wrapped: nn.Module | None = None
+    gathering: Sequence[Any] = ()
 
     @classmethod
     def of(
@@ -71,12 +73,13 @@ class Subject:
         Raises:
             ConfigError: nothing can be trained.
         """
-        parameters, groups = predicted_parameters(model, optimizer, roles)
+        reshard(shared.gathering)  # or names would be those of the gathered weights
+        parameters, groups = predicted_parameters(model, optimizer, roles, shared.ranks.total)
         on_cpu = all(p.device.type == "cpu" for p in parameters)
         return cls(
             model=model, optimizer=optimizer, loss_fn=loss_fn, grad_scaler=grad_scaler, parameters=parameters,
             groups=groups, on_cpu=on_cpu, residual_fn=residual_fn, output_fn=output_fn, ranks=shared.ranks,
-            wrapped=shared.wrapped,
+            wrapped=shared.wrapped, gathering=shared.gathering,
         )  # fmt: skip
 
     @property
@@ -85,6 +88,10 @@ class Subject:
         return self.model if self.wrapped is None else self.wrapped
 
     @property
-    def views(self) -> Sequence[RealView]:
-        """Those of the parameters that are views of complex weights."""
-        return [p for p in self.parameters if isinstance(p, RealView)]
+    def views(self) -> Sequence[ParameterView]:
+        """Those of the parameters that are views: of complex weights, of sharded ones."""
+        return [p for p in self.parameters if isinstance(p, ParameterView)]
+
+    def reshard(self) -> None:
+        """Let go of weights that were gathered for a forward: what is written to shards would not be seen."""
+        reshard(self.gathering)

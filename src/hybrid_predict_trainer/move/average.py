@@ -37,7 +37,7 @@ class AverageFollower(StepModifier):
             update: False: the caller updates it after its steps.
 
         Raises:
-            ConfigError: it is the average of another model, or a weight is complex.
+            ConfigError: it is the average of another model, or a weight is complex or sharded.
         """
         self._model, self._average, self._update = model, average, update
         theirs = list(average.module.parameters())
@@ -47,7 +47,9 @@ class AverageFollower(StepModifier):
         pairs = {id(p): q for p, q in zip(mine, theirs, strict=True)}
         order, _ = predicted_parameters(model, optimizer)
         if any(id(p) not in pairs for p in order):
-            raise ConfigError("an average of complex weights, or of weights that are not the model's, is not followed")
+            raise ConfigError(
+                "an average of complex or sharded weights, or of weights that are not the model's, is not followed"
+            )
         self._followed = [pairs[id(p)] for p in order]
 
     def after_step(self, parameters: Sequence[Tensor]) -> int:

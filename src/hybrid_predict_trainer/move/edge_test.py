@@ -23,6 +23,7 @@ from torch import Tensor
 from ..numerics.sequential import Moments, mean_interval
 from ..weights import algebra as weights
 from ..weights.parameters import Groups
+from ..weights.shards import Total, itself
 
 #: |mean| / spread of h from which on the sign shows in single steps.  Measured: 2.5 to 8 at a tenth of the tuned rate
 #: with batches of 64 images or 2,048 tokens, 1.0 to 1.7 with batches of 8 to 16 whatever the rate.
@@ -37,8 +38,9 @@ PRECISION_AT_FIRST, PRECISION_LATER = 0.1, 1.0
 
 @torch.no_grad()
 def step_cosines(
-    gradients: Sequence[Tensor | None], before: Sequence[Tensor], after: Sequence[Tensor], groups: Groups
-) -> Tensor:
+    gradients: Sequence[Tensor | None], before: Sequence[Tensor], after: Sequence[Tensor], groups: Groups,
+    total: Total = itself,
+) -> Tensor:  # fmt: skip
     """cos(g, u) with u = after - before, (1 + G,) on the weights' device: of all weights, then of every group.
 
     0 where either vanishes.
@@ -48,6 +50,7 @@ def step_cosines(
         before: Weights before the step.
         after: Weights after it.
         groups: Of the parameters.
+        total: Adds up over ranks that hold parts of them.
     """
     device = after[0].device
     wide = weights.accumulate_dtype(device)
@@ -58,7 +61,7 @@ def step_cosines(
         u = (a - b.to(a.device)).reshape(-1).float()
         flat = g.reshape(-1).float()
         sums[row].append(torch.stack([torch.dot(flat, u), torch.dot(flat, flat), torch.dot(u, u)]).to(device, wide))
-    of_group = torch.stack([torch.stack(pieces).sum(0) for pieces in sums])
+    of_group = total(torch.stack([torch.stack(pieces).sum(0) for pieces in sums]))
     dot, g_squared, u_squared = torch.cat([of_group.sum(0, keepdim=True), of_group]).unbind(1)
     size = (g_squared * u_squared).sqrt()
     cosines: Tensor = torch.where(size > 0, dot / size, torch.zeros_like(size))

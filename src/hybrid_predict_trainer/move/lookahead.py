@@ -34,6 +34,7 @@ from torch import Tensor
 from ..records import StateDict
 from ..weights import algebra as weights
 from ..weights.algebra import Tensors
+from ..weights.shards import itself, total_over
 from .drift_storage import Narrow, Storage, Stored, fetched, size_of
 
 #: Steps between two applications: per step the same motion would cost three times the passes.
@@ -273,12 +274,13 @@ class DriftLookahead:
     def _summed(self, parameters: Sequence[Tensor], rates: float) -> Tensor:
         """The sums that a is made of, (2,), with this displacement; on the weights' device: nobody waits for them."""
         device = parameters[0].device
-        sums = self._sums.to(device) * GAMMA_CONTINUED
+        before, total = self._sums.to(device) * GAMMA_CONTINUED, total_over(parameters)
+        sums = before if total is itself else torch.zeros_like(before)
         for kept_0, kept, p in zip(self._theta_0, self._b, parameters, strict=True):
             theta_0, b = fetched(kept_0, p.device), fetched(kept, p.device)
             s, flat = (p.detach().to(theta_0.dtype) - theta_0).reshape(-1), b.reshape(-1)
             sums = sums + torch.stack([rates * torch.dot(s, flat), rates**2 * torch.dot(flat, flat)]).to(device)
-        return sums
+        return sums if total is itself else before + total(sums)
 
     def forget(self) -> None:
         """Let both copies go; what comes later begins anew."""

@@ -53,6 +53,7 @@ from ..records import StateDict
 from ..weights import algebra as weights
 from ..weights.algebra import Tensors
 from ..weights.parameters import Groups
+from ..weights.shards import total_over
 from .edge_test import step_cosines
 from .group_warmup import GroupWarmup
 from .multiplier import Advice, Multiplier, Reading
@@ -162,7 +163,7 @@ class LrMultiplier:
         pairs = list(zip(parameters, self._before, strict=True))
         gradients = [g if g is None or g.is_sparse else weights.like_sampled(g, b) for g, b in _gradients(pairs)]
         after = [weights.like_sampled(p.detach(), b) for p, b in pairs]
-        cosines = step_cosines(gradients, self._before, after, self.groups)
+        cosines = step_cosines(gradients, self._before, after, self.groups, total_over(parameters))
         if self._collecting:
             self._cosines.append(cosines[0])
         if self.cuts.watching:

@@ -11,6 +11,8 @@ from torch import Tensor
 from ..keep.subject import Subject
 from ..records import CheckpointError, StateDict
 from ..weights.algebra import Tensors
+from ..weights.real_views import owner
+from ..weights.shards import local_cut, size_of
 from .modifier import StepModifier
 from .recipe import Recipe, decay_of
 
@@ -62,18 +64,19 @@ class RoleRates(StepModifier):
         self.recipe = recipe
         self._parts = {}
         for i, parameter in enumerate(subject.parameters):
-            parts = recipe.parts_of(parameter, subject.groups.roles[subject.groups.index[i]])
+            parts = recipe.parts_of(owner(parameter), subject.groups.roles[subject.groups.index[i]])
             if any(factor != 1.0 for _, factor in parts):
-                self._parts[i] = [part for part in parts if part[1] != 1.0]
+                self._parts[i] = [(local_cut(parameter, at), factor) for at, factor in parts if factor != 1.0]
         self._group_of = self._places()
-        share = sum(subject.parameters[i].numel() for i in self._parts) / max(subject.groups.num_weights, 1)
+        share = sum(size_of(subject.parameters[i]) for i in self._parts) / max(subject.groups.num_weights, 1)
         self._passes = 0 if not self._parts else round(2 * share) if share >= 0.25 else 1
 
     def _places(self) -> dict[int, int]:
         """Number of the optimizer's group of every parameter; the groups themselves are replaced by a load."""
         held = {id(p): g for g, group in enumerate(self._optimizer.param_groups) for p in group["params"]}
         parameters = self._subject.parameters
-        return {i: held[id(parameters[i])] for i in self._parts if id(parameters[i]) in held}
+        owners = {i: id(owner(parameters[i])) for i in self._parts}
+        return {i: held[of] for i, of in owners.items() if of in held}
 
     @torch.no_grad()
     def before_step(self, parameters: Sequence[Tensor]) -> int:

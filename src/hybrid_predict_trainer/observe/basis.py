@@ -39,6 +39,7 @@ from ..weights.algebra import Tensors
 from ..weights.layout import Layout
 from ..weights.parameters import Groups
 from ..weights.products import paired_dots, row_dots, weighted_sum
+from ..weights.shards import size_of, total_over
 
 Array = NDArray[np.float64]
 
@@ -91,7 +92,8 @@ class Basis:
         self._column_dtypes = [named.get(dtype, wide) for wide in self._layout.dtypes]
         self._members = [[i for i, g in enumerate(groups.index) if g == row] for row in range(groups.num_groups)]
         self._rows = [0] if self._layout.flat else list(groups.index)  # group of every vector
-        self._sizes = torch.tensor([max(p.numel(), 1) for p in parameters], dtype=torch.float64)
+        self._sizes = torch.tensor([max(size_of(p), 1) for p in parameters], dtype=torch.float64)
+        self._total = total_over(parameters)  # sums over weights are those of all ranks that hold a part
         self._ages = torch.arange(spec.num_displacements, dtype=torch.int64).flip(0).repeat(2)
 
         G, K = groups.num_groups, spec.num_columns
@@ -179,7 +181,7 @@ class Basis:
         for tensor in itertools.chain(self._sum_theta, self._sum_grad):
             tensor.zero_()
         self._refresh_extras()
-        self._gg = self._by_group(self._layout.squared_norms(self._g))
+        self._gg = self._by_group(self._squared_norms(self._g))
         self.num_steps = 0
         self.jumped = False
         return hindsight
@@ -196,7 +198,7 @@ class Basis:
         hindsight = None
         # products are those of what is stored
         s = [piece.to(column.dtype).to(piece.dtype) for piece, column in zip(s, self._columns, strict=True)]
-        squares = self._layout.squared_norms(s)
+        squares = self._squared_norms(s)
         if self.spec.differences:
             self._advance(s, squares)
             self._insert_difference(s, y, squares)
@@ -212,7 +214,7 @@ class Basis:
             self._BY[:, self._head, :] = self._BY[:, :, self._head] = along
             # g moved by y, so its product with an older column moved by that column's with y
             self._Bg += along
-            dots = paired_dots(s, self._sum_grad)
+            dots = self._total(paired_dots(s, self._sum_grad))
             self._Bg[:, self._head] = dots if self._layout.flat else self._by_group(dots)
         return hindsight
 
@@ -256,11 +258,11 @@ class Basis:
         """(G,) each: s'y of the y before, s'g, y'g, |y|^2."""
         if self._layout.flat:
             rows = torch.stack([y[0], before[0], self._sum_grad[0]])  # one product for all of them
-            s_rows, y_rows = (torch.stack([s[0], y[0]]) @ rows.T).cpu().double().numpy()
+            s_rows, y_rows = self._total((torch.stack([s[0], y[0]]) @ rows.T).cpu().double()).numpy()
             return s_rows[1:2], s_rows[2:], y_rows[2:], y_rows[:1]
-        y_y = self._by_group(self._layout.squared_norms(y)).numpy()
+        y_y = self._by_group(self._squared_norms(y)).numpy()
         pairs = (s, before), (s, self._sum_grad), (y, self._sum_grad)
-        s_before, s_g, y_g = (self._by_group(paired_dots(a, b)).numpy() for a, b in pairs)
+        s_before, s_g, y_g = (self._by_group(self._total(paired_dots(a, b))).numpy() for a, b in pairs)
         return s_before, s_g, y_g, y_y
 
     def _refresh_extras(self) -> None:
@@ -498,7 +500,11 @@ class Basis:
                 [row_dots(column[filled], v.reshape(-1)) for column, v in zip(self._columns, vectors, strict=True)]
             )
             found[:, filled] = dots if self._layout.flat else self._grouped(dots)
-        return found
+        return self._total(found)
+
+    def _squared_norms(self, vectors: Tensors) -> Tensor:
+        """(number of parameters,) in float64 on the CPU, of all ranks' parts."""
+        return self._total(self._layout.squared_norms(vectors))
 
     def _by_group(self, per_tensor: Tensor) -> Tensor:
         """(number of tensors,) -> (G,) sums."""

@@ -8,7 +8,7 @@ from typing import Any
 from ..keep.failures import Failures, Place
 from ..records import StateDict
 from ..weights import real_views
-from ..weights.real_views import RealView
+from ..weights.real_views import ParameterView
 from .recurrence import Recurrence
 from .same_batch import SameBatch
 
@@ -22,7 +22,7 @@ class Batches:
         free: The last step learnt nothing from its batch, which is to be given again.
     """
 
-    def __init__(self, views: Sequence[RealView], failures: Failures) -> None:
+    def __init__(self, views: Sequence[ParameterView], failures: Failures) -> None:
         """Nothing was seen yet.
 
         Args:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ..records import StateDict
 from ..weights import algebra as weights
+from ..weights.shards import total_over
 
 #: Weights that are looked at.
 NUM_SAMPLED = 4096
@@ -71,7 +72,7 @@ class Sketch:
             for p, place in zip(self._parameters, self._places, strict=True)
             if len(place)
         ]
-        sample = torch.cat([piece.to(pieces[0].device) for piece in pieces])
+        sample = torch.cat([piece.to(pieces[0].device) for piece in pieces]) if pieces else torch.zeros(0)
         self._sum = sample if self._sum is None else self._sum.add_(sample)
 
     @torch.no_grad()
@@ -92,7 +93,8 @@ class Sketch:
         s = mean - before
         if len(self._displacements) == _FIRST:
             drift = torch.stack(list(self._displacements)[:-_LAST]).sum(dim=0)
-            dots = weights.on_host([torch.dot(s, drift), torch.dot(s, s), torch.dot(drift, drift)]).tolist()
+            found = weights.on_host([torch.dot(s, drift), torch.dot(s, s), torch.dot(drift, drift)])
+            dots = total_over(self._parameters)(found).tolist()
             size = math.sqrt(dots[1] * dots[2])
             self.cosines.append(dots[0] / size if size > 0 and math.isfinite(size) else 0.0)
         self._displacements.append(s)

@@ -16,6 +16,7 @@ from ..observe.window import WindowRecorder
 from ..records import PhasePrediction, Reason, Verdict
 from ..weights import algebra as weights
 from ..weights.algebra import Tensors
+from ..weights.shards import itself, rms_over, total_over
 from ..weights.trained import Watch
 from . import corrector
 from .proposer import Proposer
@@ -57,7 +58,7 @@ def propose(
         proposer.note_failure(error)
         return None, [], Verdict(accepted=False, reason=Reason.PREDICTOR_FAILED)
     meter.add_passes(len(candidates) * windows.basis.num_filled)
-    lengths = [weights.per_tensor_rms(d) for d in deltas]
+    lengths = [_lengths(windows.basis.parameters, d) for d in deltas]
     if not all(map(math.isfinite, itertools.chain.from_iterable(lengths))):  # one such number makes its length one
         return prediction, [], Verdict(accepted=False, reason=Reason.NOT_FINITE)
     if not any(lengths[0]):
@@ -96,6 +97,13 @@ def propose_move(
     if not any(weights.per_tensor_rms(move.delta)):
         return move.prediction, [], Verdict(accepted=False, reason=Reason.NO_DESCENT)
     return move.prediction, [move.delta], None
+
+
+def _lengths(parameters: Sequence[Tensor], delta: Tensors) -> list[float]:
+    """Root mean square of a move per parameter, over all ranks that hold a part of it."""
+    if total_over(parameters) is itself:
+        return weights.per_tensor_rms(delta)
+    return rms_over(parameters, delta)
 
 
 def combined(

@@ -12,6 +12,8 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
+from .shards import local
+
 CPU = torch.device("cpu")
 
 
@@ -69,13 +71,14 @@ _users: list[tuple[torch.dtype, torch.device]] = []
 
 
 def copied(tensor: Tensor, old: object = None, *, to_host: bool = False) -> Tensor:
-    """A detached copy of a tensor.
+    """A detached copy of a tensor; of a sharded one, of this rank's part.
 
     Args:
         tensor: What to copy.
         old: A copy that is needed no more: its memory is written over if it fits.
         to_host: Keep the copy in host memory.  From CUDA it is there once :func:`wait` has returned.
     """
+    tensor = local(tensor)
     if type(tensor) not in (Tensor, nn.Parameter) and hasattr(tensor, "__tensor_flatten__"):
         return _copied_by_parts(tensor, old, to_host)
     device = CPU if to_host else tensor.device
@@ -104,7 +107,8 @@ def _copied_by_parts(tensor: Tensor, old: object, to_host: bool) -> Tensor:
 
 
 def write(live: Tensor, saved: Tensor) -> None:
-    """Write a saved tensor of the same kind and shape over a live one, in place."""
+    """Write a saved tensor of the same kind and shape over a live one, in place; of a sharded one over its part."""
+    live = local(live)
     if type(live) in (Tensor, nn.Parameter) or not hasattr(live, "__tensor_flatten__"):
         live.copy_(saved)
         return

@@ -15,6 +15,7 @@ from ..notices import users_line
 from ..records import ConfigError
 from .algebra import Tensors, on_host
 from .real_views import RealView
+from .shards import LocalShard, Total, is_sharded, itself, size_of, whole
 
 #: Roles in the order of the coefficient rows; ``other`` takes what no rule names.
 ROLES = (
@@ -77,18 +78,19 @@ def role_of(name: str, parameter: Tensor, module: nn.Module) -> str:
 
 
 def predicted_parameters(
-    model: nn.Module, optimizer: Optimizer, roles: dict[str, str] | None = None
+    model: nn.Module, optimizer: Optimizer, roles: dict[str, str] | None = None, total: Total = itself
 ) -> tuple[Tensors, Groups]:
     """Parameters the optimizer moves that can be predicted, with their groups.
 
     Taken from ``optimizer.param_groups``, not from the model: that is what really moves (frozen,
     tied and sharded parameters fall out right).  Integer parameters are left alone, complex ones are given as their
-    real views.
+    real views, sharded ones as this rank's part.
 
     Args:
         model: Supplies the names.
         optimizer: Supplies the parameters.
         roles: Overrides, qualified parameter name -> role name of the user's choice.
+        total: Adds up over the ranks that hold the other parts of sharded parameters.
 
     Raises:
         ConfigError: nothing to train, or an override names an unknown parameter.
@@ -114,7 +116,7 @@ def predicted_parameters(
         if not (parameter.is_floating_point() or parameter.is_complex()):
             warnings.warn(f"parameter {name} has dtype {parameter.dtype} and is not predicted", stacklevel=users_line())
             continue
-        parameters.append(RealView.of(parameter) if parameter.is_complex() else parameter)
+        parameters.append(_seen(parameter, total))
         names.append(name)
         found.append(overrides.get(name) or role_of(name, parameter, module))
     if not parameters:
@@ -123,8 +125,14 @@ def predicted_parameters(
     index = tuple(present.index(role) for role in found)
     sizes = [0] * len(present)
     for g, parameter in zip(index, parameters, strict=True):
-        sizes[g] += parameter.numel()
+        sizes[g] += size_of(parameter)
     return parameters, Groups(tuple(names), index, tuple(present), tuple(sizes))
+
+
+def _seen(parameter: Tensor, total: Total) -> Tensor:
+    if is_sharded(parameter):
+        return LocalShard.of(parameter, total)
+    return RealView.of(parameter) if parameter.is_complex() else parameter
 
 
 def untrained(parameters: Sequence[Tensor], names: Sequence[str]) -> bool:
@@ -138,7 +146,7 @@ def untrained(parameters: Sequence[Tensor], names: Sequence[str]) -> bool:
         parameters: That are trained.
         names: Qualified, one per parameter.
     """
-    gains = [p.detach() for p, name in zip(parameters, names, strict=True) if _is_gain(p, name)]
+    gains = [whole(p).detach() for p, name in zip(parameters, names, strict=True) if _is_gain(p, name)]
     if not gains or any(g.dtype in (torch.bfloat16, torch.float16) for g in gains):
         return False
     return bool(on_host([(g == g[0]).all() for g in gains]).all())
@@ -150,12 +158,12 @@ def pretrained(model: nn.Module) -> bool:
     They are all one (or zero) as drawn, and no optimizer moves them alike.  A network without gains, or with gains in
     half precision that no step has moved, is not *known* to be.
     """
-    gains = [p.detach() for name, p in model.named_parameters() if _is_gain(p, name)]
+    gains = [whole(p).detach() for name, p in model.named_parameters() if _is_gain(p, name)]
     return bool(gains) and bool(on_host([(g != g[0]).any() for g in gains]).any())
 
 
 def _is_gain(parameter: Tensor, name: str) -> bool:
-    return parameter.dim() == 1 and parameter.numel() > 1 and "bias" not in name.rpartition(".")[2]
+    return parameter.dim() == 1 and size_of(parameter) > 1 and "bias" not in name.rpartition(".")[2]
 
 
 def optimizer_parameters(optimizer: Optimizer) -> list[Tensor]:

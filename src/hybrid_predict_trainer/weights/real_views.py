@@ -14,28 +14,25 @@ import torch
 from torch import Tensor
 
 
-class RealView(Tensor):
-    """(..., 2) real view of a complex parameter; operations on it give plain tensors.
+class ParameterView(Tensor):
+    """A plain view of a parameter that itself cannot be calculated with; operations on it give plain tensors.
 
     Attributes:
-        base: The complex parameter.
+        base: The parameter.
     """
 
     base: Tensor
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
-    @staticmethod
-    def of(parameter: Tensor) -> RealView:
-        """The view of ``parameter``."""
-        view: RealView = torch.view_as_real(parameter.detach()).as_subclass(RealView)
-        view.base = parameter
-        return view
+    def _seen(self, tensor: Tensor) -> Tensor:
+        """How the parameter, or its gradient, is seen; shares its memory."""
+        raise NotImplementedError
 
     @property
     def grad(self) -> Tensor | None:  # type: ignore[override]
-        """The parameter's gradient, real."""
+        """The parameter's gradient, seen in the same way."""
         grad = self.base.grad
-        return None if grad is None else torch.view_as_real(grad.detach().resolve_conj())
+        return None if grad is None else self._seen(grad.detach())
 
     @property
     def requires_grad(self) -> bool:  # type: ignore[override]
@@ -44,8 +41,9 @@ class RealView(Tensor):
 
     def follow(self) -> None:
         """Look at the parameter's storage where that was replaced (``parameter.data = ...``)."""
-        if self.data_ptr() != self.base.data_ptr():
-            self.data = torch.view_as_real(self.base.detach())
+        now = self._seen(self.base.detach())
+        if self.data_ptr() != now.data_ptr():
+            self.data = now
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         """A plain tensor of its own."""
@@ -56,13 +54,27 @@ class RealView(Tensor):
         return self.detach().clone().__reduce_ex__(protocol)
 
 
+class RealView(ParameterView):
+    """(..., 2) real view of a complex parameter."""
+
+    @staticmethod
+    def of(parameter: Tensor) -> RealView:
+        """The view of ``parameter``."""
+        view: RealView = torch.view_as_real(parameter.detach()).as_subclass(RealView)
+        view.base = parameter
+        return view
+
+    def _seen(self, tensor: Tensor) -> Tensor:
+        return torch.view_as_real(tensor.resolve_conj())
+
+
 def owner(tensor: Tensor) -> Tensor:
-    """The parameter that a predicted tensor belongs to: itself, or the complex one that it is a view of."""
-    return tensor.base if isinstance(tensor, RealView) else tensor
+    """The parameter that a predicted tensor belongs to: itself, or the one that it is a view of."""
+    return tensor.base if isinstance(tensor, ParameterView) else tensor
 
 
 def follow(tensors: Iterable[Tensor]) -> None:
-    """:meth:`RealView.follow` for all views among ``tensors``."""
+    """:meth:`ParameterView.follow` for all views among ``tensors``."""
     for tensor in tensors:
-        if isinstance(tensor, RealView):
+        if isinstance(tensor, ParameterView):
             tensor.follow()

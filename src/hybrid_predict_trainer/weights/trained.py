@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from ..records import StateDict
 from .algebra import Tensors
 from .real_views import owner
+from .shards import local
 
 #: Times that a parameter may stop being trained and come back with a fresh memory: one that comes and goes (an expert
 #: that few batches reach) would never have any, and is left to the optimizer alone.
@@ -169,7 +170,7 @@ class Writes:
             every: Looks per comparison of values where neither version nor address has changed: on an accelerator
                 the comparison waits for the device.
         """
-        self._parameters, self._every = [owner(p) for p in parameters], every
+        self._owners, self._every = [owner(p) for p in parameters], every
         self._signs: list[tuple[int, int]] | None = None  # version and address
         self._views: list[list[Tensor]] = []  # samples that share the weights' memory, by dtype and device
         self._sample: list[Tensor | bytes] = []
@@ -178,9 +179,9 @@ class Writes:
     @torch.no_grad()
     def record(self) -> None:
         """The weights are as the run left them."""
-        signs = [(p._version, p.data_ptr()) for p in self._parameters]
+        signs = [sign(p) for p in self._owners]
         if self._signs is None or any(a[1] != b[1] for a, b in zip(signs, self._signs, strict=True)):
-            self._views = _views(self._parameters)
+            self._views = _views([local(p) for p in self._owners])
         self._signs, self._sample = signs, [_values(views) for views in self._views]
 
     def digest(self) -> int:
@@ -197,18 +198,27 @@ class Writes:
         if self._signs is None:
             return Write.NONE
         num_touched, moved = 0, False
-        for p, (version, address) in zip(self._parameters, self._signs, strict=True):
-            elsewhere = p.data_ptr() != address
-            num_touched += elsewhere or p._version != version
+        for p, (version, address) in zip(self._owners, self._signs, strict=True):
+            now = sign(p)
+            elsewhere = now[1] != address
+            num_touched += elsewhere or now[0] != version
             moved = moved or elsewhere
         if not num_touched and self._num_looks % self._every:
             return Write.NONE
-        views = _views(self._parameters) if moved else self._views
+        views = _views([local(p) for p in self._owners]) if moved else self._views
         if any(not _same(_values(now), old) for now, old in zip(views, self._sample, strict=True)):
             return Write.CHANGED
-        if num_touched == len(self._parameters):
+        if num_touched == len(self._owners):
             return Write.SWAPPED
         return Write.TOUCHED if num_touched else Write.NONE
+
+
+def sign(parameter: Tensor) -> tuple[int, int]:
+    """Version and address; of a sharded parameter, which counts what goes through it alone, its part's as well."""
+    part = local(parameter)
+    if part is parameter:
+        return parameter._version, parameter.data_ptr()
+    return parameter._version + part._version, part.data_ptr()
 
 
 def _views(parameters: Sequence[Tensor]) -> list[list[Tensor]]:

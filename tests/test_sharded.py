@@ -1,0 +1,259 @@
+"""Weights that ``fully_shard`` (FSDP2) has spread: the same run as with whole ones, on one rank and on several."""
+
+from __future__ import annotations
+
+import socket
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from hybrid_predict_trainer import ConfigError, HybridTrainer, HybridTrainerConfig, with_values
+from hybrid_predict_trainer.distributed.collective import RanksDisagree
+from hybrid_predict_trainer.distributed.processes import SHARDED, reshard, wrapper_of
+from hybrid_predict_trainer.keep.failures import Place
+from hybrid_predict_trainer.weights.shards import LocalShard, local, whole
+from ranks.drive import alone, apart, rank_run, spread, trained, with_ranks
+from ranks.material import CASES, batches, loss_fn, network, optimizer_of, schedule_of, share
+
+pytestmark = pytest.mark.skipif(
+    not (distributed.is_available() and distributed.is_gloo_available()) or sys.platform == "win32",
+    reason="needs the gloo backend",
+)
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    """A process group of one."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port: int = s.getsockname()[1]
+    distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+def trainer_of(model: nn.Module, name: str = "full", **more: Any) -> HybridTrainer:
+    case = CASES[name]
+    optimizer = optimizer_of(model, case.lr)
+    config = with_values(case.settings(), more.pop("values", {}))
+    found = more.pop("loss_fn", loss_fn)
+    return HybridTrainer(model, optimizer, config, found, schedule_of(optimizer, 100), **more)
+
+
+def data(rank: int, size: int, steps: int, name: str = "full") -> list[Any]:
+    case = CASES[name]
+    return share(batches(steps, full=case.full, noise=case.noise), rank, size)
+
+
+def weights_of(model: nn.Module) -> list[float]:
+    found: list[float] = torch.cat([whole(p).detach().reshape(-1) for p in model.parameters()]).tolist()
+    return found
+
+
+# ---- one rank ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize(("name", "driver"), [("full", "trainer"), ("eager", "attach")])
+def test_weights_sharded_over_one_rank_are_the_whole_ones(name: str, driver: str) -> None:
+    case, found = CASES[name], list[Any]()
+    run = trained(case, driver, data(0, 1, 25, name), spread(network(), sharded=True), found.append)
+    assert all(isinstance(p, LocalShard) for p in run.subject.parameters)
+    assert apart(found, alone(name, driver, 25), 0.0) is None, "bit for bit"
+    assert "predict" in {f["phase"] for f in found}
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_jump_changes_the_next_loss() -> None:
+    model, twin = spread(network(), sharded=True), network()
+    batch = data(0, 1, 1)[0]
+    # the trap: the root keeps what it has gathered, so that a forward does not see what is written to the shards
+    with torch.no_grad():
+        last = local(list(model.parameters())[2])
+        before = float(loss_fn(model, batch))
+        last.add_(1.0)
+        assert float(loss_fn(model, batch)) == before
+        reshard([module for module in model.modules() if wrapper_of(module) == SHARDED])
+        assert float(loss_fn(model, batch)) != before
+        reshard([model])
+        last.sub_(1.0)
+
+    trainer = trainer_of(model)
+    jumps = 0
+    for _ in range(20):
+        with torch.no_grad():
+            loss_fn(model, batch)  # of the caller's own: a validation
+        result = trainer.step(batch)
+        jumps += result.was_predicted
+        with torch.no_grad():
+            reshard([model])
+            for mine, theirs in zip(twin.parameters(), trainer.run.subject.parameters, strict=True):
+                mine.copy_(theirs)
+            seen = float(loss_fn(model, batch))
+            assert seen == float(loss_fn(twin, batch)), f"step {trainer.current_step}: a forward saw other weights"
+    assert jumps > 3
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_compute_in_bfloat16_leaves_the_shards_as_wide_as_they_are() -> None:
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    model = network().float()
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    fully_shard(model, mp_policy=policy)
+    whole_batches = [(x.float(), y.float()) for x, y in data(0, 1, 30)]
+    trainer = trainer_of(model, values={"gate.exact": "always"})
+    losses = [trainer.step(whole_batches[0]).loss for _ in range(30)]
+    assert {p.dtype for p in trainer.run.subject.parameters} == {torch.float32}
+    assert losses[-1] < losses[0]
+    assert trainer.run.meter.num_jumps_proposed > 0
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_what_cannot_be_agreed_on_is_refused() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    wide = network()
+    fully_shard(wide, mesh=init_device_mesh("cpu", (1, 1), mesh_dim_names=("replicate", "shard")))
+    with pytest.raises(ConfigError, match=r"is spread as .*not in one dimension"):
+        trainer_of(wide)
+    half = network()
+    fully_shard(half[0])  # type: ignore[index]
+    with pytest.raises(ConfigError, match=r"2\.weight is not sharded, and others are"):
+        trainer_of(half)
+    mixed = network()
+    fully_shard(mixed[0])  # type: ignore[index]
+    mixed[2] = DistributedDataParallel(mixed[2])  # type: ignore[index, operator]
+    with pytest.raises(ConfigError, match=r"part '2' is wrapped in DistributedDataParallel"):
+        trainer_of(mixed)
+    with pytest.raises(ConfigError, match=r"gradient scaler with sharded weights"):
+        trainer_of(spread(network(), sharded=True), grad_scaler=torch.amp.GradScaler("cpu"))
+    with pytest.raises(ConfigError, match=r"look at whole matrices"):
+        trainer_of(spread(network(), sharded=True), "eager", values={"encoder.health": 1})
+    plain = HybridTrainerConfig(enabled=False)
+    for model in (wide, half):
+        optimizer = optimizer_of(model, 0.1)
+        assert HybridTrainer(model, optimizer, plain, loss_fn).fit(data(0, 1, 4)).num_real_steps == 4
+
+
+# ---- several ranks ---------------------------------------------------------------------------------------------
+
+
+def _facts(name: str, driver: str, steps: int, hidden: int, rank: int, size: int) -> Any:
+    found, run = rank_run(name, driver, steps, rank, size, compare=False, sharded=True, hidden=hidden)
+    parts = [p.numel() for p in run.subject.parameters]
+    return found, parts, {place.value: n for place, n in run.failures.counts.items() if n}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "name", "driver", "steps"),
+    [(2, "eager", "trainer", 40), (2, "full", "attach", 20), (4, "full", "trainer", 14)],
+)
+def test_ranks_with_parts_are_one_process_with_the_whole_batch(
+    ranks: int, name: str, driver: str, steps: int, tmp_path: Path
+) -> None:
+    found = with_ranks(ranks, tmp_path, _facts, name, driver, steps, 7)  # parts of unequal size, and without numbers
+    (first, parts, failures), *others = found
+    assert [sum(n) for n in zip(parts, *(p for _, p, _ in others), strict=True)] == [28, 7, 7, 1]
+    assert others[-1][1][2:] == [0, 0]
+    assert all(repr(facts) == repr(first) for facts, _, _ in others), "the ranks have parted"
+    assert not failures
+    assert apart(first, alone(name, driver, steps, 7), 1e-6) is None
+    assert "predict" in {f["phase"] for f in first}
+    assert name != "full" or sum(f["kept"] for f in first) > 1, "no jump was made"
+
+
+# ---- what befalls one rank -----------------------------------------------------------------------------------
+
+
+class FailsBehindTheForward:
+    """A loss that raises on one rank whenever nothing is differentiated, once weights have been gathered."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        loss = loss_fn(model, batch)
+        if self.rank == 1 and not torch.is_grad_enabled():
+            raise RuntimeError("no memory")
+        return loss
+
+
+def _one_fails(kind: str, rank: int, size: int) -> dict[str, Any]:
+    model = spread(network(hidden=7), sharded=True)
+    if kind == "frozen":
+        model.get_parameter("0.bias").requires_grad_(False)
+    at_first = whole(model.get_parameter("0.bias")).tolist()
+    name, steps = ("full", 20) if kind in ("gate", "frozen") else ("eager", 50)
+    trainer = trainer_of(model, name, **({"loss_fn": FailsBehindTheForward(rank)} if kind == "gate" else {}))
+    run = trainer.run
+    if rank == 1 and kind == "snapshot":
+        run.take_snapshot = _no_memory  # type: ignore[method-assign]
+    if rank == 1 and kind == "lookahead":
+        run.optimizer_step.look_ahead = _no_memory  # type: ignore[method-assign]
+    said = ""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            for i, batch in enumerate(data(rank, 2, steps, name)):
+                if kind == "outside" and rank == 1 and i == 20:
+                    run.judge.ledger.spend(1.0)  # ranks part
+                if kind == "steps" and rank == 1 and i == 20:
+                    run.meter.real_step()
+                bad = kind == "not finite" and rank == 1 and i in (12, 13)
+                trainer.step((batch[0] * float("nan"), batch[1]) if bad else batch)
+        except RanksDisagree as error:
+            said = str(error)
+    return {
+        "weights": weights_of(model), "failures": {place: n for place, n in run.failures.counts.items() if n},
+        "proposed": run.meter.num_jumps_proposed, "accepted": run.meter.num_jumps_accepted, "said": said,
+        "skipped": run.meter.num_attempted_steps - run.meter.num_real_steps, "step": trainer.current_step,
+        "together": run.subject.ranks.num_brought_together, "lookahead": run.optimizer_step.lookahead.num_steps,
+        "bias": at_first == whole(model.get_parameter("0.bias")).tolist(),
+    }  # fmt: skip
+
+
+def _no_memory(*args: Any, **kwargs: Any) -> Any:
+    raise MemoryError("none left")
+
+
+KINDS = ("gate", "snapshot", "lookahead", "not finite", "frozen", "outside", "steps")
+
+
+def _all_kinds(rank: int, size: int) -> dict[str, Any]:
+    return {kind: _one_fails(kind, rank, size) for kind in KINDS}  # starting processes takes longer than the runs
+
+
+@pytest.fixture(scope="module")
+def befallen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """By rank, what became of every kind of run."""
+    return with_ranks(2, tmp_path_factory.mktemp("ranks"), _all_kinds)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_befalls_one_rank_befalls_all(kind: str, befallen: list[dict[str, Any]]) -> None:
+    first, second = (found[kind] for found in befallen)
+    assert first == second, "the ranks have parted"
+    assert first["step"] == (20 if kind in ("gate", "frozen", "steps") else 50)
+    assert ("different numbers of steps" in first["said"]) == (kind == "steps")
+    assert first["together"] == {"outside": 1, "lookahead": 3}.get(kind, 0)
+    assert first["skipped"] == (2 if kind == "not finite" else 0)
+    assert first["bias"] == (kind == "frozen")
+    if kind in ("gate", "snapshot"):
+        assert first["failures"][Place.GATE] >= 1
+        assert first["accepted"] == 0
+    elif kind == "lookahead":
+        assert first["failures"] == {Place.MOTION: 3}
+        assert first["lookahead"] == 0
+    else:
+        assert not first["failures"]
+    if kind == "frozen":
+        assert first["accepted"] > 1
