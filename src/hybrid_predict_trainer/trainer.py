@@ -99,8 +99,8 @@ class HybridTrainer:
 
         Raises:
             ConfigError: the optimizer needs a closure (LBFGS), the schedule a metric, nothing can be trained, or
-                prediction is on and ranks cannot agree (several processes without DistributedDataParallel, FSDP,
-                DTensor).
+                prediction is on and ranks cannot agree (several processes without DistributedDataParallel or
+                ``fully_shard``, FSDP of the first kind).
         """
         handed = Handed(
             loss_fn=loss_fn, lr_scheduler=lr_scheduler, grad_scaler=grad_scaler, predictor=predictor, roles=roles,

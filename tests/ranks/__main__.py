@@ -18,8 +18,8 @@ from .material import CASES
 TOLERANCE = 1e-6
 
 
-def _play(name: str, driver: str, steps: int, rank: int, size: int) -> object:
-    found, run = rank_run(name, driver, steps, rank, size)
+def _play(name: str, driver: str, steps: int, sharded: bool, rank: int, size: int) -> object:
+    found, run = rank_run(name, driver, steps, rank, size, sharded=sharded)
     exchanged, number = run.subject.ranks.exchanged, run.subject.ranks.num_brought_together
     return found, exchanged, number
 
@@ -30,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=1000, metavar="N", help="steps of each run (default 1000)")
     parser.add_argument("--ranks", type=int, default=2, metavar="N", help="processes (default 2)")
     parser.add_argument("--only", metavar="A,B", help="these cases alone: " + ", ".join(CASES))
+    parser.add_argument("--sharded", action="store_true", help="weights spread by fully_shard, instead of DDP")
     parser.add_argument("--lr", type=float, metavar="X", help="learning rate, instead of the case's own")
     chosen = parser.parse_args(arguments)
     if chosen.lr is not None:
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             began = time.perf_counter()
             with tempfile.TemporaryDirectory() as folder:
                 try:
-                    ranks = with_ranks(chosen.ranks, Path(folder), _play, name, driver, chosen.steps)
+                    ranks = with_ranks(chosen.ranks, Path(folder), _play, name, driver, chosen.steps, chosen.sharded)
                 except AssertionError as error:
                     print(f"{name:8} {driver:8} PARTED  {str(error).strip().splitlines()[-1]}")
                     failed = True

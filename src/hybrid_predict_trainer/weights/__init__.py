@@ -1,6 +1,6 @@
 """Parameters as lists of tensors.
 
-Reading order: `algebra` (copy, move, norms, finite), `real_views` (complex ones), `trained` (which may move),
+Reading order: `algebra` (copy, move, norms, finite), `real_views` (complex ones), `shards` (parts), `trained` (which may move),
 `products` (inner products and weighted sums), `offload` (host copies).
 """
 
