@@ -196,7 +196,7 @@ def test_storage_types(dtype: str, tolerance: float, offload: bool) -> None:
     assert {t.dtype for t in columns} == {
         {"param": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
     }
-    assert {t.dtype for t in bench.basis.state_dict()["sum_theta"]} == {torch.float64}
+    assert {t.dtype for t in bench.basis.state_dict()["x"]} == {torch.float64}
 
 
 def test_half_precision_products_keep_the_small_eigenvalue() -> None:

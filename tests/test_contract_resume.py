@@ -224,10 +224,19 @@ def test_resume_without_the_predictor(tmp_path: Path) -> None:
     path = trainer.save_checkpoint(tmp_path)
     again = setup("mlp", "adam", seed=4)
     resumed = again.trainer(settings)
-    resumed.load_checkpoint(path)
+    for batch in batches:  # it has observed windows of its own
+        resumed.step(batch)
+    assert resumed.run.windows.basis.ready
+    with pytest.warns(UserWarning, match="a new window begins"):
+        resumed.load_checkpoint(path)
     assert_same(again.everything(), made.everything())
+    windows = resumed.run.windows
+    assert (windows.basis.ready, windows.basis.num_steps, windows.just_closed, windows.lr_integral) == (
+        False, 0, False, 0.0,
+    )  # fmt: skip
     for batch in batches:
         resumed.step(batch)
+    assert windows.basis.ready
 
 
 def test_metrics_go_on(tmp_path: Path) -> None:

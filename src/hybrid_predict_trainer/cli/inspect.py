@@ -30,11 +30,20 @@ def run(args: argparse.Namespace) -> int:
 
     def text() -> str:
         rows = [(k, f"{v:,}" if isinstance(v, int) and not isinstance(v, bool) else v) for k, v in found.items()]
-        flat = [(k, v) for k, v in rows if not isinstance(v, dict)]
+        flat = [(k, v) for k, v in rows if not isinstance(v, dict | list)]
         sizes = found["file_bytes"]
         assert isinstance(sizes, Mapping)
         files = [(f"  {k}", f"{v:,} bytes") for k, v in sizes.items()]
-        return "\n".join(f"{k:<32} {v}" for k, v in [*flat, ("files", ""), *files]).rstrip()
+        held = found["held"]
+        assert isinstance(held, list)
+        lines = [f"{k:<32} {v}" for k, v in [*flat, ("files", ""), *files]]
+        total = sum(item["bytes"] for item in held)
+        weights = sum(item["bytes"] for item in held if item["part"] == "model")
+        lines += ["tensors, in multiples of the weights"] if weights else ["tensors, bytes"]
+        for item in [*held, {"part": "all", "purpose": "", "bytes": total}]:
+            size = f"{item['bytes'] / weights:8.2f}" if weights else f"{item['bytes']:12,}"
+            lines.append(f"  {size}  {item['part']:<10} {item['purpose']}")
+        return "\n".join(line.rstrip() for line in lines)
 
     show(args, found, text)
     return OK

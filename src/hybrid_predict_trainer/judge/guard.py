@@ -40,6 +40,8 @@ ANCHOR_STEPS, ANCHOR_SHARE = 64, 1 / 16
 MAX_PAIRS, LEVEL = 16, 0.05
 #: Times that a run with exact losses gets a second try.
 MAX_RETRIES = 1
+#: For real steps at the anchor: there is none.
+NO_ANCHOR = -1
 
 
 class Request(StrEnum):
@@ -67,7 +69,7 @@ class Guard:
         self.num_alarms = 0
         self.num_restored = 0
         self.num_retries = 0
-        self.anchor_step = -1  # real steps at the anchor; -1: there is none
+        self.anchor_step = NO_ANCHOR  # real steps at the anchor
         self._losses: list[float] = []  # of the open block
         self._blocks: deque[float] = deque(maxlen=WINDOW_BLOCKS)
         self._noise = deque[float](maxlen=8 * WINDOW_BLOCKS)  # variance of one loss, block by block
@@ -130,7 +132,7 @@ class Guard:
 
     def forget_anchor(self) -> None:
         """The anchor is void; a comparison under way ends without a verdict."""
-        self.anchor_step, self.comparing = -1, False
+        self.anchor_step, self.comparing = NO_ANCHOR, False
 
     def compare(self, present: float, anchor: float) -> Request:
         """Take a pair of losses on one batch; not finite: the worst there is.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..keep.snapshot import Snapshot, snapshot_from, snapshot_state
 from ..records import StateDict
-from .guard import Guard
+from .guard import NO_ANCHOR, Guard
 from .validation import Validation
 
 
@@ -58,6 +58,18 @@ class Safety:
             "raise_point": snapshot_state(self.raise_point),
             "safe_point": snapshot_state(self.safe_point),
         }
+
+    def state_without_copies(self) -> StateDict:
+        """The same for a run that goes on without copies that nobody is about to come back to.
+
+        A raise on trial and a comparison under way keep theirs.  Otherwise the guard takes a new one when the loss is
+        at its best again.
+        """
+        state = self.state_dict()
+        if not self.guard.comparing:
+            state["safe_point"] = None
+            state["guard"]["anchor_step"] = NO_ANCHOR
+        return state
 
     def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""

@@ -37,6 +37,7 @@ from ..notices import warn
 from ..records import StateDict
 from ..recovery import CheckpointFailed
 from .housekeeping import _discard, _is_intact, _quarantine, _rotate, _sweep, _temporary
+from .inventory import inventory
 from .manifest import (
     CHECKPOINT_NAME,
     CONFIG,
@@ -57,6 +58,7 @@ from .manifest import (
     unreadable,
 )
 from .manifest import verify as verify
+from .merged import merged
 from .state_tree import Json, decode, encode, read_tensors, write_tensors
 from .state_tree import TensorSpec as TensorSpec
 from .state_tree import check_compatible as check_compatible
@@ -122,7 +124,8 @@ def draft(
         raise ValueError(f"step must be an int in 0..10**18, got {step!r}")
     if keep_last_n is not None and keep_last_n < 1:
         raise ValueError(f"keep_last_n must be at least 1 or None, got {keep_last_n}")
-    encoded = {part: encode(state) for part, state in parts.items()}
+    # the part ``model`` is a plain file of weights for others to read: every name is in it
+    encoded = {part: encode(state) if part == "model" else merged(*encode(state)) for part, state in parts.items()}
     contents = _text_files(step, encoded, config_toml, summary or {}, texts or {})
     if copy:
         encoded = {
@@ -245,6 +248,7 @@ def describe(path: str | Path) -> dict[str, Json]:
         "num_parameters": sum(math.prod(spec.shape) for spec in manifest.tensors.get("model", {}).values()),
         "total_bytes": sum(record.bytes for record in manifest.files.values()),
         "part_bytes": {part: manifest.files[tensor_file(part)].bytes for part in manifest.tensors},
+        "held": [asdict(held) for held in inventory(manifest.tensors)],
         "file_bytes": {name: record.bytes for name, record in manifest.files.items()},
         "format_version": manifest.format_version,
         "library_version": manifest.library_version,

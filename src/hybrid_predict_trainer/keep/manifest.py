@@ -18,7 +18,7 @@ from pathlib import Path
 from ..records import CheckpointError, DamagedCheckpointError
 from .state_tree import Json, TensorSpec
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 #: The oldest format that is still read; what it lacks is filled in from the live run (``migration``).
 OLDEST_VERSION = 2
 MANIFEST = "MANIFEST.json"

@@ -1,6 +1,7 @@
 """Checkpoints of older formats, brought to the present one before they are checked.
 
-Format 3 kept what the library remembers of a run by what it is, the present one by who owns it.  Format 2 knew neither
+Format 4 stored equal tensors and empty columns in full.  Format 3 kept what the library remembers of a run by what it
+is, the present one by who owns it.  Format 2 knew neither
 names of the optimizer's parameters nor what hangs on it besides, and library state that came later.  What is missing is
 taken from the live run, which then begins anew in that respect; what has another form today, too.
 """
@@ -9,6 +10,9 @@ from __future__ import annotations
 
 import copy
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from ..records import CheckpointError, StateDict
 from . import schema
@@ -98,7 +102,8 @@ def upgraded(parts: dict[str, StateDict], live: dict[str, StateDict], format_ver
 def with_later(run: StateDict, live: StateDict) -> StateDict:
     """The library's state with what format 4 did not have from its beginning.
 
-    That is the run's whole loss curve, what settings put around the optimizer's step, and the guard's second try.
+    That is the run's whole loss curve, what settings put around the optimizer's step, the guard's second try, and narrow
+    drifts.
     """
     losses, around, safety = run.get("losses"), run.get("optimizer_step"), run.get("safety")
     if isinstance(losses, dict) and "curve" not in losses:
@@ -107,7 +112,30 @@ def with_later(run: StateDict, live: StateDict) -> StateDict:
         run = {**run, "optimizer_step": {**around, "of_settings": {}}}
     if isinstance(safety, dict) and isinstance(safety.get("guard"), dict):
         run = {**run, "safety": {**safety, "guard": {"num_retries": 0, "exact": False, **safety["guard"]}}}
-    return run
+    drift = live["optimizer_step"]["lookahead"].get("b")
+    return _with_drift_like(run, drift[0]) if drift else run
+
+
+def _with_drift_like(state: Any, live: Any) -> Any:
+    """Drifts in the form of the live one, wherever they are: format 4 has them wide, also of large models.
+
+    A narrow one is told apart from the rest of a state by its two tensors (:class:`..move.drift_storage.Narrow`).
+    """
+    if isinstance(state, dict):
+        found = {key: _with_drift_like(value, live) for key, value in state.items()}
+        if "theta_0" in found and isinstance(found.get("b"), list):
+            found["b"] = [_drift_like(b, live) for b in found["b"]]
+        return found
+    return [_with_drift_like(item, live) for item in state] if type(state) is list else state
+
+
+def _drift_like(drift: Any, live: Any) -> Any:
+    if isinstance(drift, Tensor) and isinstance(live, dict):
+        unit = drift.abs().amax() if drift.numel() else drift.new_zeros(())
+        return {"numbers": (drift / unit.clamp(min=torch.finfo(torch.float32).tiny)).half(), "unit": unit}
+    if isinstance(drift, dict) and isinstance(live, Tensor):
+        return drift["numbers"].float() * drift["unit"]
+    return drift
 
 
 def by_owner(run: StateDict) -> StateDict:

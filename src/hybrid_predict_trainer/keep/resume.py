@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..config.settings import EXACT, NOISY
 from ..config.toml import to_toml
-from ..notices import users_line
+from ..notices import users_line, warn
 from ..records import CheckpointError, StateDict
 from ..weights.parameters import optimizer_parameters
 from ..weights.shards import local
@@ -21,6 +21,7 @@ from .background import Write
 from .backup import Backup
 from .identity import check_identity, check_parts, identity
 from .manifest import MALFORMED, refusal
+from .merged import merged
 from .migration import upgraded, with_later
 from .object_state import stateful
 from .rng import rng_state, set_rng_state
@@ -33,9 +34,20 @@ if TYPE_CHECKING:
 #: Tables of the library's own state that hold what a run happened to have: failures, and what its settings asked for.
 OPEN = (*failures.TABLES, "of_settings")
 
+#: Said at a resume that is not bitwise.
+WITHOUT_PREDICTOR = (
+    "the checkpoint was written with checkpoint.include_predictor = false: a new window begins, with nothing observed "
+    "and no earlier state for the guard to come back to; weights, optimizer, schedule and random states are exact"
+)
 
-def parts(run: State, metrics: Metrics) -> dict[str, StateDict]:
+
+def parts(run: State, metrics: Metrics, *, full: bool = False) -> dict[str, StateDict]:
     """Everything a bitwise resume needs, by part.
+
+    Args:
+        run: Between two steps.
+        metrics: Of that run.
+        full: Whatever ``checkpoint.include_predictor`` says.
 
     Raises:
         CheckpointError: the optimizer holds something whose state cannot be told; the message names it.
@@ -55,12 +67,15 @@ def parts(run: State, metrics: Metrics) -> dict[str, StateDict]:
             "identity": identity(run),
         },
     }
-    if run.config.checkpoint.include_predictor:
+    if full or run.config.checkpoint.include_predictor:
         saved["predictor"] = {
             "name": run.proposer.predictor.name, "predictor": run.proposer.predictor.state_dict(),
             "basis": run.windows.basis.state_dict(),
             "observer": run.windows.observer.state_dict(),
         }  # fmt: skip
+    else:
+        saved["trainer"]["run"]["safety"] = run.safety.state_without_copies()
+        saved["trainer"]["run"]["windows"]["last"] = None  # its products are those of the basis
     saved["trainer"]["forms"] = {part: schema.form(state) for part, state in saved.items()}
     return saved
 
@@ -192,6 +207,8 @@ def load(run: State, metrics: Metrics, path: Path) -> dict[str, StateDict]:
     except BaseException:  # an interrupt
         backup.put_back()
         raise
+    if "predictor" not in loaded.parts:
+        warn(WITHOUT_PREDICTOR)
     return loaded.parts
 
 
@@ -215,7 +232,7 @@ def own_state(run: State) -> StateDict:
         "observer": run.windows.observer.state_dict(),
     }  # fmt: skip
     try:
-        tree, tensors = encode(state)
+        tree, tensors = merged(*encode(state))
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"the state cannot be saved: {error}") from error
     return {"tree": json.dumps(tree), "tensors": tensors}
@@ -264,12 +281,7 @@ def _apply_own(run: State, found: StateDict) -> None:
 
 def everything(run: State) -> StateDict:
     """All that decides what comes next, and the weights: what ranks that have parted go on from."""
-    state = parts(run, run.recorder)
-    predictor = {
-        "name": run.proposer.predictor.name, "predictor": run.proposer.predictor.state_dict(),
-        "basis": run.windows.basis.state_dict(), "observer": run.windows.observer.state_dict(),
-    }  # fmt: skip
-    return {**state, "predictor": predictor}
+    return parts(run, run.recorder, full=True)
 
 
 def adopt(run: State, found: StateDict) -> None:
@@ -345,6 +357,8 @@ def _apply(run: State, metrics: Metrics, found: dict[str, StateDict]) -> None:
         run.windows.basis.load_state_dict(predictor["basis"])
         run.windows.observer.load_state_dict(predictor.get("observer", {}))
     run.load_state_dict(own["run"])
+    if predictor is None:
+        run.windows.begin_without_basis()
     metrics.load_state_dict(own["metrics"])
     set_rng_state(own["rng"])
 

@@ -6,6 +6,7 @@ object with one key that starts with ``$``::
 
     {"$tensor": "layer.weight"}           a tensor, by its name in the safetensors file
     {"$complex": "layer.phase"}           the same, stored as pairs of reals
+    {"$equal": ["stored", "own"]}         a tensor of its own with the contents of one that is stored (``merged``)
     {"$strided": [tensor, [1, 4]]}        a dense tensor whose memory is in another order, by its strides
     {"$array": [tensor, "<f4", [2, 3]]}   a numpy array: its bytes, its dtype and its shape
     {"$tuple": [...]}                     a tuple; likewise $set, $frozenset
@@ -38,6 +39,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..records import CheckpointError
+from .merged import check_growth
 from .plain_values import NUMPY_KINDS, TYPES, decode_value, encode_value, numpy_dtype
 
 #: What ``json.dumps(..., allow_nan=False)`` takes.
@@ -100,8 +102,9 @@ def decode(tree: Json, tensors: Mapping[str, Tensor]) -> Any:
     """
     used: dict[str, Tensor] = {}
     try:
+        check_growth(tree, tensors)
         state = _decode(tree, tensors, used, 0)
-    except (TypeError, KeyError, OverflowError, RuntimeError, struct.error) as error:
+    except (TypeError, LookupError, OverflowError, RuntimeError, struct.error) as error:
         raise ValueError(f"malformed state tree: {error}") from error
     if left_over := sorted(tensors.keys() - used.keys()):
         raise ValueError(f"tensors that the state tree does not mention: {', '.join(left_over[:5])}")
@@ -377,6 +380,13 @@ def _decode(tree: Json, tensors: Mapping[str, Tensor], used: dict[str, Tensor], 
                 stored = tensors[body]
                 used[body] = torch.view_as_complex(stored) if tag == "$complex" else stored
             return used[body]
+        case "$equal":
+            stored_as, own = body
+            if own in tensors:
+                raise ValueError(f"malformed state tree: {own!r} is stored and equal to another one")
+            if own not in used:  # a tied one comes back as one object
+                used[own] = tensors[stored_as].clone()
+            return used[own]
         case "$strided":
             name = json.dumps(tree)  # a tied one comes back as one object, too
             if name not in used:

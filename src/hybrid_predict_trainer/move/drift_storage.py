@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..records import StateDict
 from ..weights import offload as host
 
 
@@ -21,6 +22,10 @@ class Narrow:
 
     numbers: Tensor
     unit: Tensor  # shape ()
+
+    def state_dict(self) -> StateDict:
+        """As plain tensors."""
+        return {"numbers": self.numbers, "unit": self.unit}
 
     def wide(self) -> Tensor:
         """In float32."""
@@ -45,6 +50,13 @@ class Storage:
     def put(self, tensor: Tensor, old: object = None) -> Tensor:
         """Store a tensor as it is; where it goes to the host, in the memory of one that is needed no more."""
         return host.copied(tensor, old, to_host=True) if self.to_host else tensor
+
+    def put_state(self, state: Tensor | StateDict) -> Stored:
+        """Store a drift from a state, as a copy: wide, as of a small model or of format 4, or narrow."""
+        if isinstance(state, Tensor):
+            return self.put_drift(state.detach().clone())
+        narrow = Narrow(*(self.put(state[name].detach().clone()) for name in ("numbers", "unit")))
+        return narrow if self.narrow else self.put(narrow.wide())
 
     def put_drift(self, drift: Tensor, old: object = None) -> Stored:
         """Store a drift; a wide one that was narrow before becomes the same again, bit for bit."""

@@ -304,7 +304,7 @@ class DriftLookahead:
         """Step count, learning rates since the last application, weights after it, drift."""
         return {
             "num_steps": self.num_steps, "rates": self._rates, "sums": self._sums,
-            "theta_0": list(self._theta_0), "b": [b.wide() if isinstance(b, Narrow) else b for b in self._b],
+            "theta_0": list(self._theta_0), "b": [b.state_dict() if isinstance(b, Narrow) else b for b in self._b],
         }  # fmt: skip
 
     def load_state_dict(self, state: StateDict) -> None:
@@ -312,7 +312,7 @@ class DriftLookahead:
         self.num_steps, self._rates = state["num_steps"], state["rates"]
         self._sums = state["sums"].clone() if "sums" in state else torch.zeros(2)  # none in format 2
         self._theta_0 = [self.storage.put(t) for t in weights.clone(state["theta_0"])]
-        self._b = [self.storage.put_drift(t) for t in weights.clone(state["b"])]
+        self._b = [self.storage.put_state(b) for b in state["b"]]
 
 
 def went_on(sums: Tensor) -> Tensor:

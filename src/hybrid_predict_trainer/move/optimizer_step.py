@@ -395,6 +395,11 @@ def _placed(state: StateDict, parameters: Sequence[Tensor]) -> StateDict:
 
     def moved(value: Any) -> Any:
         per_parameter = isinstance(value, list) and len(value) == len(parameters)
-        return [t.to(p.device) for t, p in zip(value, parameters, strict=True)] if per_parameter else value
+        if not per_parameter:
+            return value
+        return [
+            {name: part.to(p.device) for name, part in t.items()} if isinstance(t, dict) else t.to(p.device)
+            for t, p in zip(value, parameters, strict=True)
+        ]
 
     return {name: moved(value) for name, value in state.items()}

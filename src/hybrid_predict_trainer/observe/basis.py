@@ -298,6 +298,10 @@ class Basis:
             BB=self._ordered(self._BB), BY=self._ordered(self._BY), Bg=self._ordered(self._Bg), gg=self._gg.clone()
         )
 
+    def owns(self, products: Products) -> bool:
+        """Whether these are the basis's own, not a copy of them."""
+        return products.BB is self._BB
+
     @torch.no_grad()
     def combine(self, coefficients: Tensor, like: tuple[Tensor, Tensors] | None = None) -> Tensors:
         """``sum_k c[g, k] b_k``, one tensor per parameter, shaped like it, on its device.
@@ -364,6 +368,20 @@ class Basis:
             return [slice(None)]
         rings = [slice(start, start + n) for start in ((0, num_ring) if self.spec.differences else (0,))]
         return [*rings, slice(self.spec.first_extra, None)] if self.spec.extras else rings
+
+    @property
+    def _held(self) -> Tensor | slice:
+        """The same as one index: the other slots are zero, and in no checkpoint."""
+        slots = self._filled
+        return slots[0] if len(slots) == 1 else torch.cat([torch.arange(self.spec.num_columns)[s] for s in slots])
+
+    def _with_empty(self, held: Tensor) -> Tensor:
+        """(K, P) from the slots that hold data; from all of them (format 4) as they are."""
+        if len(held) == self.spec.num_columns:
+            return held
+        columns = held.new_zeros(self.spec.num_columns, held.shape[1])
+        columns[self._held] = held
+        return columns
 
     def average(self) -> Tensors:
         """x: the mean weights of the last closed window, one tensor per parameter."""
@@ -453,9 +471,12 @@ class Basis:
         split = self._layout.split
         return {
             "num_steps": self.num_steps, "num_columns": self.num_columns, "jumped": self.jumped, "head": self._head,
-            "sum_theta": list(split(self._sum_theta)), "sum_grad": list(split(self._sum_grad)),
+            # at the beginning of a window they are zero
+            "sum_theta": list(split(self._sum_theta)) if self.num_steps else [],
+            "sum_grad": list(split(self._sum_grad)) if self.num_steps else [],
             "x": list(split(self._x)), "g": list(split(self._g)),
-            "columns": self._layout.split_rows(self._columns), "before": list(self._before),
+            "columns": self._layout.split_rows([column[self._held] for column in self._columns]),
+            "before": list(self._before),
             "BB": self._BB, "BY": self._BY, "Bg": self._Bg, "gg": self._gg, "squared": self._squared,
         }  # fmt: skip
 
@@ -470,7 +491,7 @@ class Basis:
         self.jumped, self._head = state["jumped"], state["head"]
         self._sum_theta, self._sum_grad = placed("sum_theta"), placed("sum_grad")
         self._x, self._g = placed("x"), placed("g")
-        self._columns = self._layout.joined_rows(state["columns"], self._column_dtypes)
+        self._columns = [self._with_empty(c) for c in self._layout.joined_rows(state["columns"], self._column_dtypes)]
         self._before = [t.to(p.device, copy=True) for t, p in zip(state["before"], self.parameters, strict=False)]
         self._BB, self._BY = state["BB"].clone(), state["BY"].clone()
         self._Bg, self._gg = state["Bg"].clone(), state["gg"].clone()

@@ -95,6 +95,12 @@ class WindowRecorder:
         self.last, self.just_closed = None, False
         self.num_rest_steps, self.lr_integral = 0, 0.0
 
+    def begin_without_basis(self) -> None:
+        """A run goes on whose basis was not kept: the next step opens a window, nothing is proposed from the last."""
+        self.basis.restart()
+        self.restart_window()
+        self.just_closed = False
+
     # ---- steps --------------------------------------------------------------------------------------
 
     def begin_step(self) -> None:
@@ -293,14 +299,17 @@ class WindowRecorder:
 
     def state_dict(self) -> StateDict:
         """Plain containers; the basis and the observer are saved with the predictor."""
+        last = window_state(self.last)
+        if last is not None and self.last is not None and self.basis.owns(self.last.products):
+            last["products"]["BB"] = None  # saved with the basis, and as large as it on small models
         return {
-            "last": window_state(self.last), **{name: getattr(self, name) for name in self._NUMBERS},
+            "last": last, **{name: getattr(self, name) for name in self._NUMBERS},
             "keeping": self.keeping, "sketch": None if self.sketch is None else self.sketch.state_dict(),
         }  # fmt: skip
 
     def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
-        self.last = window_from_state(state["last"])
+        self.last = window_from_state(state["last"], self.basis)
         for name in self._NUMBERS:
             setattr(self, name, state[name])
         self.keeping = state.get("keeping", True)  # of an older checkpoint: there was no choice
@@ -323,12 +332,15 @@ def window_state(window: Window | None) -> StateDict | None:
     return state
 
 
-def window_from_state(state: StateDict | None) -> Window | None:
-    """Inverse of :func:`window_state`."""
+def window_from_state(state: StateDict | None, basis: Basis | None = None) -> Window | None:
+    """Inverse of :func:`window_state`; products that are those of the basis itself are taken from there."""
     if state is None:
         return None
     values = dict(state)
-    values["products"] = Products(**values["products"])
+    products = dict(values["products"])
+    if products["BB"] is None and basis is not None:
+        products["BB"] = basis.products().BB
+    values["products"] = Products(**products)
     values["group_sizes"] = tuple(values["group_sizes"])
     if values["hindsight"] is not None:
         values["hindsight"] = Hindsight(**values["hindsight"])
