@@ -464,6 +464,7 @@ class HybridTrainerConfig:
     max_lr_multiplier: float = 100.0  # bound on the learned multiplier of the optimizer's own steps; 1: off
     min_group_factor: float = 0.01  # smallest factor on a group's first steps (group warm-up); 1: off
     recipe: str = "auto"  # step sizes per role: auto, off, prior (untrained networks of blocks), or a recipe's file
+    step: Literal["optimizer", "muon", "soap"] = "optimizer"  # who steps hidden matrices: the user's Adam, or a package
     explore_outcomes: int = 3  # proposals made whatever the confidence, to learn what it is worth
     seed: int = 0  # of the trainer's own random generator (control group)
 
@@ -496,6 +497,7 @@ class HybridTrainerConfig:
             raise ConfigError(
                 f'training.recipe = {self.recipe!r} must be "auto", "off", "prior" or the path of a recipe'
             )
+        _choice("training.step", self.step, ("optimizer", "muon", "soap"))
         _whole("training.explore_outcomes", self.explore_outcomes, 0)
         _whole("training.seed", self.seed, 0, 2**63 - 1)
         _number("predictor.memory_budget_mb", self.predictor_memory_mb, 0.0, open_low=True)

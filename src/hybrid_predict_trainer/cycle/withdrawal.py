@@ -31,14 +31,14 @@ def keep(run: State, into: Snapshot | None = None) -> Snapshot:
     run.meter.add_passes(COPY_PASSES)
     offload = run.parks_copies
     return Snapshot.take(
-        run.subject.model, run.subject.optimizer, [run.optimizer_step.lookahead], offload=offload, into=into
+        run.subject.model, run.subject.optimizer, run.optimizer_step.with_weights, offload=offload, into=into
     )
 
 
 def put_back(run: State, kept: Snapshot) -> None:
     """Weights, buffers and optimizer as they were; rates, schedule and clock as they are."""
     with scheduled_settings_stay(run.subject.optimizer):
-        kept.restore(run.subject.model, run.subject.optimizer, [run.optimizer_step.lookahead], rng=False)
+        kept.restore(run.subject.model, run.subject.optimizer, run.optimizer_step.with_weights, rng=False)
     run.meter.add_passes(COPY_PASSES)
     run.overwritten()
     run.rollback.drop()  # it holds the weights that did harm

@@ -39,6 +39,9 @@ class StepModifier:
         """Right after the optimizer's step; returns passes, as :meth:`before_step`."""
         return 0
 
+    def on_skip(self) -> None:
+        """The step is left out after :meth:`before_step`, and :meth:`after_step` does not come."""
+
     def on_jump(self, delta: Tensors, scale: float) -> None:
         """The weights have moved by ``scale * delta`` without a step: copies of weights move along."""
 

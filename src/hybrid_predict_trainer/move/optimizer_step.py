@@ -20,6 +20,7 @@ from torch import Generator, Tensor
 from ..config.settings import HybridTrainerConfig
 from ..judge.switchback import NUM_LOSSES, Switchback
 from ..keep.failures import Failures, Place
+from ..keep.object_state import HasState
 from ..keep.subject import Subject
 from ..observe.history import Losses
 from ..records import CheckpointError, StateDict
@@ -30,6 +31,7 @@ from .drift_storage import Storage
 from .group_warmup import is_inside_a_block
 from .lookahead import DriftLookahead, Lookahead, NoLookahead
 from .lr_multiplier import CHECK_STEPS, LrMultiplier
+from .matrix_step import MatrixStep
 from .modifier import StepModifier
 from .multiplier import orthogonalizes
 from .overflow import ScaleSearch
@@ -223,6 +225,8 @@ class OptimizerStep:
 
     def on_skip(self) -> None:
         """The step is left out."""
+        for modifier in self._awaited:
+            modifier.on_skip()
         self._awaited = []
         self.scale.forget()
 
@@ -252,6 +256,11 @@ class OptimizerStep:
         self.scale.end_cuts()
         self.lookahead.forget()
         self.switchback.switch_off()
+
+    @property
+    def with_weights(self) -> list[HasState]:
+        """What a copy of weights and optimizer state is not whole without."""
+        return [self.lookahead, *(m for m in self._of_settings.values() if m.remembers)]
 
     @property
     def recipe(self) -> Recipe:
@@ -326,7 +335,8 @@ def recipe_for(subject: Subject, watch: Watch, config: HybridTrainerConfig) -> R
     Raises:
         ConfigError: ``training.recipe`` names a file that cannot be read, or that is not of this network.
     """
-    nothing_of_ours = config.never_predicts and config.recipe == "auto"
+    # the prior was measured with Adam's own step
+    nothing_of_ours = (config.never_predicts or config.step != "optimizer") and config.recipe == "auto"
     if not config.enabled or watch.hands_off is not None or config.recipe == "off" or nothing_of_ours:
         return None
     return for_run(config.recipe, subject.optimizer, subject.parameters, subject.groups)
@@ -346,10 +356,13 @@ def modifiers_for(
         scale: The multiplier of all steps.
         schedule: Whose rates recovery may have lowered.
     """
-    if recipe is None:
-        return []
-    chosen = config.recipe == "auto"
-    return [RoleRates(subject, recipe, lambda: scale.value * schedule.factor, adopts=chosen)]
+    found: list[StepModifier] = []
+    if recipe is not None:
+        chosen = config.recipe == "auto"
+        found.append(RoleRates(subject, recipe, lambda: scale.value * schedule.factor, adopts=chosen))
+    if config.enabled and config.step != "optimizer":
+        found.append(MatrixStep(subject, config.step, lambda: scale.value * schedule.factor))
+    return found
 
 
 def multiplier_for(
@@ -371,8 +384,9 @@ def multiplier_for(
         return UnitMultiplier()
     # on an accelerator a check waits for the device: as often as losses are read, no more
     steps = CHECK_STEPS if subject.on_cpu else max(CHECK_STEPS, config.divergence.check_interval_steps)
+    equally_long = config.step == "muon" or orthogonalizes(subject.optimizer)
     return LrMultiplier(
-        subject.groups, 1.0 if orthogonalizes(subject.optimizer) else config.max_lr_multiplier, least, steps,
+        subject.groups, 1.0 if equally_long else config.max_lr_multiplier, least, steps,
         untrained=untrained(subject.parameters, subject.groups.names), pretrained=pretrained(subject.model),
         holdout_fraction=config.block_holdout, generator=generator,
     )  # fmt: skip
