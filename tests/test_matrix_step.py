@@ -124,6 +124,15 @@ def test_it_rides_along_with_a_loop_of_ones_own(kind: str) -> None:
     assert_equal(model, expected)
 
 
+@pytest.mark.parametrize(("kind", "grows"), [("optimizer", True), ("muon", False), ("soap", True)])
+def test_steps_that_are_equally_long_everywhere_are_never_lengthened(kind: str, grows: bool) -> None:
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    config = with_values(HybridTrainerConfig(), {"training.step": kind})
+    trainer = HybridTrainer(model, optimizer, config, loss_fn=loss_fn, lr_scheduler=falling(optimizer))
+    assert trainer.run.optimizer_step.scale.may_grow is grows
+
+
 def test_switched_off_it_is_the_optimizer_alone() -> None:
     model, plain = network(), network()
     optimizer, its = (torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (model, plain))
