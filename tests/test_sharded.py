@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hybrid_predict_trainer import ConfigError, HybridTrainer, HybridTrainerConfig, with_values
+from hybrid_predict_trainer import CheckpointError, ConfigError, HybridTrainer, HybridTrainerConfig, with_values
 from hybrid_predict_trainer.distributed.collective import RanksDisagree
 from hybrid_predict_trainer.distributed.processes import SHARDED, reshard, wrapper_of
 from hybrid_predict_trainer.keep.failures import Place
@@ -257,3 +257,101 @@ def test_what_befalls_one_rank_befalls_all(kind: str, befallen: list[dict[str, A
         assert not first["failures"]
     if kind == "frozen":
         assert first["accepted"] > 1
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------------------
+
+
+def _saved_and_gone_on(folder: str, rank: int, size: int) -> dict[str, Any]:
+    """Two ranks save in mid-run; a fresh pair goes on from there, bit for bit."""
+    steps = data(rank, size, 24, "eager")
+    trainer = trainer_of(spread(network(hidden=7), sharded=True), "eager", values={"checkpoint.async_save": True})
+    for batch in steps[:14]:
+        trainer.step(batch)
+    saved = weights_of(trainer.run.subject.model)
+    path = trainer.save_checkpoint(folder)
+    for batch in steps[14:]:
+        trainer.step(batch)
+    again = trainer_of(spread(network(1, hidden=7), sharded=True), "eager")
+    again.load_latest(folder)
+    results = [again.step(batch).loss for batch in steps[14:]]
+    left, right = trainer.run.state_dict(), again.run.state_dict()
+    parted = [name for name in left if name != "batches" and repr(left[name]) != repr(right[name])]
+
+    broken = trainer_of(spread(network(1, hidden=7), sharded=True), "eager")
+    if rank == 0:
+        with (Path(folder) / path.name / "rank_1.tensors").open("r+b") as file:
+            file.write(b"\0")
+    distributed.barrier()
+    with pytest.raises(CheckpointError, match="damaged"):
+        broken.load_checkpoint(Path(folder) / path.name)
+    (Path(folder) / "in the way").touch()
+    with pytest.raises(CheckpointError):
+        trainer.save_checkpoint(Path(folder) / "in the way")
+    return {
+        "same": weights_of(trainer.run.subject.model) == weights_of(again.run.subject.model), "losses": results[-1],
+        "files": sorted(p.name for p in path.iterdir()), "saved": saved, "parted": parted,
+    }  # fmt: skip
+
+
+def test_ranks_go_on_from_what_each_has_written(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    first, second = with_ranks(2, tmp_path, _saved_and_gone_on, str(tmp_path / "run"))
+    assert first == second
+    assert first["same"], "bit for bit"
+    assert not first["parted"]
+    assert {"MANIFEST.json", "rank_0.tensors", "rank_1.tensors"} < set(first["files"])
+    assert not [name for name in first["files"] if name.startswith(".") or name.endswith(".pkl")]
+
+
+def _written(folder: str, rank: int, size: int) -> Any:
+    trainer = trainer_of(spread(network(hidden=7), sharded=True))
+    for batch in data(rank, size, 12):
+        trainer.step(batch)
+    trainer.save_checkpoint(folder)
+    return weights_of(trainer.run.subject.model), _moments(trainer)
+
+
+def _read(folder: str, rank: int, size: int) -> Any:
+    trainer = trainer_of(spread(network(1, hidden=7), sharded=True))
+    trainer.load_latest(folder)
+    found = weights_of(trainer.run.subject.model), _moments(trainer), trainer.current_step
+    losses = [trainer.step(batch).loss for batch in data(rank, size, 12)]
+    return found, losses
+
+
+def _moments(trainer: HybridTrainer) -> list[float]:
+    state = trainer.run.subject.optimizer.state
+    found: list[float] = torch.cat([whole(s["exp_avg"]).reshape(-1) for s in state.values()]).tolist()
+    return found
+
+
+def test_two_ranks_become_one_and_one_becomes_two(tmp_path: Path) -> None:
+    for name in ("two", "one", "plain"):
+        (tmp_path / name).mkdir()
+    (saved, moments), _ = with_ranks(2, tmp_path, _written, str(tmp_path / "two"))
+    plain = trainer_of(network(1, hidden=7))
+    plain.load_latest(tmp_path / "two")
+    assert (weights_of(plain.run.subject.model), _moments(plain), plain.current_step) == (saved, moments, 12)
+    more = [plain.step(batch).loss for batch in data(0, 1, 12)]
+    assert more[-1] < more[0]
+    plain.save_checkpoint(tmp_path / "plain")
+    for found, losses in with_ranks(2, tmp_path, _read, str(tmp_path / "plain")):
+        assert found == (weights_of(plain.run.subject.model), _moments(plain), 24)
+        assert losses[-1] < losses[0]
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_one_rank_that_was_sharded_becomes_two_and_a_plain_process(tmp_path: Path) -> None:
+    for name in ("run", "other"):
+        (tmp_path / name).mkdir()
+    saved, moments = _written(str(tmp_path / "run"), 0, 1)
+    (found, losses) = _read(str(tmp_path / "run"), 0, 1)
+    assert found == (saved, moments, 12)
+    assert losses[-1] < losses[0]
+    plain = trainer_of(network(1, hidden=7))
+    plain.load_latest(tmp_path / "run")
+    assert (weights_of(plain.run.subject.model), _moments(plain)) == (saved, moments)
+    other = trainer_of(network(1, hidden=5))
+    with pytest.raises(CheckpointError, match="shape"):
+        other.load_latest(tmp_path / "run")

@@ -72,6 +72,8 @@ class EngineKeeper:
 
     def save_state(self, directory: str | Path) -> Path:
         """See :meth:`.Engine.save_state`."""
+        if self._run.subject.ranks.sharded:
+            raise CheckpointError("weights are sharded: every rank has a state of its own; use save_checkpoint()")
         try:
             state = self.state_dict()
             return self._run.subject.ranks.alone_does(lambda: checkpoint.save(directory, ONLY, {"riding": state}))

@@ -64,6 +64,7 @@ class Collective:
         rank: Of this process, from 0.
         sharded: Every rank holds a part of the weights.
         exchanged: Blocks so far, and bytes of tensors.
+        group: Process group in host memory; None: there is none.
         num_brought_together: Times that ranks had parted and went on from the first one's state.
     """
 
@@ -72,6 +73,7 @@ class Collective:
     sharded = False
     exchanged = (0, 0)
     num_brought_together = 0
+    group: Any = None
 
     @property
     def alone(self) -> bool:
@@ -183,7 +185,7 @@ class Ranks(Collective):
         if self.size > MAX_RANKS:
             raise RanksDisagree(f"{self.size} processes: at most {MAX_RANKS} can agree")
         self.sharded = sharded
-        self._group = _host_group()
+        self.group = _host_group()
         self.exchanged = (0, 0)
 
     def means(self, work: Callable[[], Sequence[float]]) -> list[float]:  # noqa: D102
@@ -253,12 +255,12 @@ class Ranks(Collective):
 
     def share(self, value: Any) -> Any:  # noqa: D102
         held = [value if self.first else None]
-        distributed.broadcast_object_list(held, src=0, group=self._group)
+        distributed.broadcast_object_list(held, src=0, group=self.group)
         return held[0]
 
     def gathered(self, value: Any) -> list[Any]:  # noqa: D102
         held: list[Any] = [None] * self.size
-        distributed.all_gather_object(held, value, group=self._group)
+        distributed.all_gather_object(held, value, group=self.group)
         return held
 
     def total(self, values: Tensor) -> Tensor:  # noqa: D102
@@ -291,7 +293,7 @@ class Ranks(Collective):
         if values:
             head = torch.tensor(values[:room], dtype=torch.float64, device="cpu")
             block[HEAD : HEAD + len(head)] = head
-        distributed.all_reduce(block, group=self._group)
+        distributed.all_reduce(block, group=self.group)
         self._count(block)
         total, squares, *found = block.tolist()
         if squares * self.size != total * total:
@@ -300,7 +302,7 @@ class Ranks(Collective):
             return None
         if len(values) > room:
             rest = torch.tensor(values[room:], dtype=torch.float64, device="cpu")
-            distributed.all_reduce(rest, group=self._group)
+            distributed.all_reduce(rest, group=self.group)
             self._count(rest)
             return [*found, *rest.tolist()]
         return found[: len(values)]

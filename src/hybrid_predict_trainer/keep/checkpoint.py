@@ -104,6 +104,7 @@ def draft(
     texts: Mapping[str, str] | None = None,
     keep_last_n: int | None = None,
     copy: bool = False,
+    trees: Mapping[str, tuple[Json, dict[str, Tensor]]] | None = None,
 ) -> Draft:
     """Put together what :func:`write` is to write; nothing is written yet.
 
@@ -114,6 +115,7 @@ def draft(
         summary: loss, phase, phase_step, confidence and the like, for people and ``describe``.
         texts: more text files, file name -> contents, such as ``metrics_history.jsonl``.
         keep_last_n: how many intact checkpoints to keep, None for all.
+        trees: instead of ``parts``, encoded already.
         copy: tensors share no memory with the live ones, which may change before it is written.
 
     Raises:
@@ -125,7 +127,11 @@ def draft(
     if keep_last_n is not None and keep_last_n < 1:
         raise ValueError(f"keep_last_n must be at least 1 or None, got {keep_last_n}")
     # the part ``model`` is a plain file of weights for others to read: every name is in it
-    encoded = {part: encode(state) if part == "model" else merged(*encode(state)) for part, state in parts.items()}
+    encoded = (
+        {part: encode(state) if part == "model" else merged(*encode(state)) for part, state in parts.items()}
+        if trees is None
+        else dict(trees)
+    )
     contents = _text_files(step, encoded, config_toml, summary or {}, texts or {})
     if copy:
         encoded = {
@@ -135,22 +141,46 @@ def draft(
     return Draft(step, encoded, contents, keep_last_n)
 
 
-def write(directory: str | Path, drafted: Draft) -> Path:
+def begin(directory: str | Path, step: int) -> Path:
+    """A new folder beside the place of a checkpoint, for several ranks to write into.
+
+    Raises:
+        CheckpointError: the disk refused.
+    """
+    target = Path(directory) / f"checkpoint_step_{step}"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(target.parent)
+        temporary = _temporary(target)
+        temporary.mkdir()
+    except OSError as error:
+        raise CheckpointFailed(str(target), str(error)) from error
+    return temporary
+
+
+def give_up(temporary: Path) -> None:
+    """Remove what :func:`begin` has made, if it was not committed."""
+    _discard(temporary)
+
+
+def write(directory: str | Path, drafted: Draft, begun: Path | None = None) -> Path:
     """Commit a draft as ``directory/checkpoint_step_{step}``, point ``latest`` at it, drop the oldest.
 
     Args:
         directory: holds the checkpoints of one run; created when missing.
         drafted: from :func:`draft`.
+        begun: from :func:`begin`, with files that belong to it.
 
     Raises:
         CheckpointError: the disk refused; what was written is removed, older checkpoints stand.
     """
     target = Path(directory) / f"checkpoint_step_{drafted.step}"
-    temporary = _temporary(target)
+    temporary = _temporary(target) if begun is None else begun
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(target.parent)
-        temporary.mkdir()
+        if begun is None:
+            _sweep(target.parent)
+            temporary.mkdir()
         _fill(temporary, drafted.step, drafted.encoded, drafted.contents)
         _commit(temporary, target)
     except (OSError, SafetensorError) as error:

@@ -76,6 +76,8 @@ def newest_good(ranks: Collective, directory: str | Path, take: Callable[[Path],
     """As :func:`first_good`, on every rank: the first one finds it, and the others take the same."""
     if ranks.alone:
         return first_good(directory, take)
+    if ranks.sharded:  # all of them read it together
+        return take(ranks.alone_does(lambda: latest(directory, quarantine=True)))
     taken: list[T] = []
 
     def found(path: Path) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from ..notices import users_line, warn
 from ..records import CheckpointError, StateDict
 from ..weights.parameters import optimizer_parameters
 from ..weights.shards import local
-from . import checkpoint, failures, model_state, optimizer_state, schema
+from . import checkpoint, failures, model_state, optimizer_state, schema, sharded
 from .background import Write
 from .backup import Backup
 from .identity import check_identity, check_parts, identity
@@ -92,6 +92,8 @@ def save(run: State, metrics: Metrics, directory: Path, extra: dict[str, StateDi
     Raises:
         CheckpointError: it could not be written, or holds something that could not be read back.
     """
+    if run.subject.gathering:
+        return _save_sharded(run, metrics, directory, extra)
     drafted = _drafted(run, metrics, extra)
     return run.subject.ranks.alone_does(lambda: checkpoint.write(directory, drafted))
 
@@ -108,10 +110,21 @@ def captured(run: State, metrics: Metrics, directory: Path, extra: dict[str, Sta
     Raises:
         CheckpointError: it holds something that could not be read back.
     """
+    if run.subject.gathering:  # ranks write together, and not while they train
+        written = _save_sharded(run, metrics, directory, extra)
+        return lambda: written
     drafted = _drafted(run, metrics, extra, copy=True)
     if not run.subject.ranks.first:
         return lambda: directory
     return lambda: checkpoint.write(directory, drafted)
+
+
+def _save_sharded(run: State, metrics: Metrics, directory: Path, extra: dict[str, StateDict] | None) -> Path:
+    try:
+        saved = {**parts(run, metrics), **of_ranks(run), **(extra or {})}
+        return sharded.save(run, saved, directory, lambda trees: _draft(run, {}, False, trees))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"cannot save a checkpoint: {error}") from error
 
 
 def of_ranks(run: State) -> dict[str, StateDict]:
@@ -152,11 +165,12 @@ def _drafted(
         raise CheckpointError(f"cannot save a checkpoint: {error}") from error
 
 
-def _draft(run: State, saved: dict[str, StateDict], copy: bool) -> checkpoint.Draft:
+def _draft(run: State, saved: dict[str, StateDict], copy: bool, trees: Any = None) -> checkpoint.Draft:
     return checkpoint.draft(
         run.meter.num_steps,
         saved,
         copy=copy,
+        trees=trees,
         config_toml=to_toml(run.proposer.settings),
         summary={
             "loss": run.losses.history.loss_ema.mean, "phase": run.phases.current.value,
@@ -181,8 +195,12 @@ def load(run: State, metrics: Metrics, path: Path) -> dict[str, StateDict]:
     Raises:
         CheckpointError: missing, damaged, or of another model, optimizer or predictor.  Nothing has been changed.
     """
-    loaded = checkpoint.load(path)
+    run.subject.reshard()
+    loaded, exact = sharded.load(run, path)
     check_parts(path, loaded.parts)
+    if not exact:
+        _load_anew(run, metrics, loaded)
+        return loaded.parts
     if loaded.manifest.format_version >= 3:
         _check_forms(path, loaded.parts)
     try:
@@ -210,6 +228,41 @@ def load(run: State, metrics: Metrics, path: Path) -> dict[str, StateDict]:
     if "predictor" not in loaded.parts:
         warn(WITHOUT_PREDICTOR)
     return loaded.parts
+
+
+#: Of a run that goes on sharded in another way: what counts, and no memory of weights.
+KEPT = ("meter", "losses", "monitor", "schedule", "failures")
+
+
+def _load_anew(run: State, metrics: Metrics, loaded: checkpoint.LoadedCheckpoint) -> None:
+    """Take weights, optimizer, schedule and counts of a run with parts of other sizes; the rest begins anew."""
+    path, found = loaded.path, loaded.parts
+    own, optimizer = found["trainer"], found["optimizer"]
+    try:
+        check_identity(
+            run, {part: found[part] for part in (*sharded.SPREAD, "trainer")}, parts(run, metrics), loaded.config_toml
+        )
+        model_state.check(run.subject.model, found["model"], own["model"])
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    backup = Backup(run, metrics)
+    try:
+        model_state.load(run.subject.model, found["model"], own["model"])
+        optimizer_state.restore(run.subject.model, run.subject.optimizer, optimizer)
+        if run.schedule.scheduler is not None:
+            stateful(run.schedule.scheduler).load_state_dict(own["scheduler"])
+        for name in KEPT:
+            getattr(run, name).load_state_dict(own["run"][name])
+        run.judge.ledger.load_state_dict(own["run"]["judge"]["ledger"])
+        metrics.load_state_dict(own["metrics"])
+        run.overwritten()
+        run.watch.writes.record()
+    except Exception as error:
+        backup.put_back()
+        raise _unfit(path, f"does not fit this run ({type(error).__name__}: {error}); nothing was changed") from error
+    except BaseException:
+        backup.put_back()
+        raise
 
 
 def _unfit(path: Path, why: str) -> CheckpointError:

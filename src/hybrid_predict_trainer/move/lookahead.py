@@ -303,14 +303,16 @@ class DriftLookahead:
     def state_dict(self) -> StateDict:
         """Step count, learning rates since the last application, weights after it, drift."""
         return {
-            "num_steps": self.num_steps, "rates": self._rates, "sums": self._sums,
+            "num_steps": self.num_steps, "rates": self._rates,
+            "sums": self._sums if self._theta_0 else None,  # they become as wide as the weights
             "theta_0": list(self._theta_0), "b": [b.state_dict() if isinstance(b, Narrow) else b for b in self._b],
         }  # fmt: skip
 
     def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`, with copies."""
         self.num_steps, self._rates = state["num_steps"], state["rates"]
-        self._sums = state["sums"].clone() if "sums" in state else torch.zeros(2)  # none in format 2
+        sums = state.get("sums")  # none in format 2
+        self._sums = torch.zeros(2) if sums is None else sums.clone()
         self._theta_0 = [self.storage.put(t) for t in weights.clone(state["theta_0"])]
         self._b = [self.storage.put_state(b) for b in state["b"]]
 

@@ -132,7 +132,7 @@ def local_cut(parameter: Tensor, cut: Any) -> Any:
     placements: Any = parameter.base.placements  # type: ignore[attr-defined]
     (placement,) = placements
     at, size = int(placement.dim), parameter.base.shape[placement.dim]
-    first = _offset(parameter)
+    first = _first_row(parameter.base)
     slices = [*(cut if isinstance(cut, tuple) else (cut,))]
     if at >= len(slices) or slices[at] == slice(None):
         return cut
@@ -142,10 +142,16 @@ def local_cut(parameter: Tensor, cut: Any) -> Any:
     return tuple(slices)
 
 
-def _offset(parameter: LocalShard) -> int:
-    """Where this rank's rows begin: as torch cuts, in chunks of equal size and what is left."""
-    base: Any = parameter.base
+def local_rows(tensor: Tensor, pattern: Tensor) -> Tensor:
+    """This rank's part of a whole tensor, as ``pattern``, a DTensor of the same shape, is spread."""
+    spec: Any = pattern
+    (placement,) = spec.placements
+    count = local(pattern).shape[placement.dim]
+    return tensor.narrow(placement.dim, min(_first_row(pattern), tensor.shape[placement.dim] - count), count).clone()
+
+
+def _first_row(base: Any) -> int:
+    """Where this rank's rows begin: torch cuts chunks of equal size, and the last ones have what is left."""
     (placement,) = base.placements
-    mesh = base.device_mesh
-    chunk = -(-base.shape[placement.dim] // mesh.size())
-    return int(min(mesh.get_local_rank() * chunk, base.shape[placement.dim]))
+    chunk = -(-base.shape[placement.dim] // base.device_mesh.size())
+    return int(min(base.device_mesh.get_local_rank() * chunk, base.shape[placement.dim]))
