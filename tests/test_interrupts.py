@@ -256,7 +256,7 @@ def test_an_outcome_is_learnt_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
         raise KeyboardInterrupt
 
     confidence.observe(evidence, True)
-    monkeypatch.setattr(confidence, "predict", interrupted)
+    monkeypatch.setattr(confidence, "_stated_of", interrupted)
     with pytest.raises(KeyboardInterrupt):
         confidence.observe(evidence, True)
     state = confidence.state_dict()

@@ -180,12 +180,12 @@ def test_an_accelerator_is_rarely_asked(monkeypatch: pytest.MonkeyPatch) -> None
     asked = []
     original = same_batch.Fingerprint
 
-    def counting(batch: Any, *, values: bool = True) -> Fingerprint:
+    def counting(batch: Any, *, values: bool = True, found: list[Any] | None = None) -> Fingerprint:
         asked.append(values)
-        return original(batch, values=values)
+        return original(batch, values=values, found=found)
 
     monkeypatch.setattr(same_batch, "Fingerprint", counting)
-    monkeypatch.setattr(same_batch, "_on_host", lambda batch: False)
+    monkeypatch.setattr(same_batch, "_on_host", lambda found: False)
     seen([torch.rand(4) for _ in range(100)])
     assert asked[:4] == [True] * 4
     assert not any(asked[4:])

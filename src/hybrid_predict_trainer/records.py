@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -141,6 +142,13 @@ class Decision:
     fallback_threshold: float = math.inf  # loss above which a predicted phase is abandoned
 
 
+@cache
+def _wanted(lag: bool, optimizer: bool, gradient: bool) -> tuple[str, ...]:
+    """Names of the extra columns; asked for a dozen times a step."""
+    named = (("lag", lag), ("optimizer", optimizer), ("gradient", gradient))
+    return tuple(name for name, wanted in named if wanted)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BasisSpec:
     """Which directions a predictor needs kept.
@@ -162,8 +170,7 @@ class BasisSpec:
     @property
     def extras(self) -> tuple[str, ...]:
         """Names of the columns behind the displacements."""
-        named = (("lag", self.lag), ("optimizer", self.optimizer), ("gradient", self.gradient))
-        return tuple(name for name, wanted in named if wanted)
+        return _wanted(self.lag, self.optimizer, self.gradient)
 
     @property
     def num_columns(self) -> int:

@@ -13,7 +13,6 @@ from ..keep.finiteness import whereabouts
 from ..move.multiplier import Advice
 from ..move.multiplier import Reading as ScaleReading
 from ..observe.history import Reading
-from ..predictors import Paced
 from ..propose.proposal import fits
 from ..records import Action, Alarm, Decision, Level, Phase, StepOutcome, StepResult, Window
 from ..recovery import NumericalInstability
@@ -231,8 +230,8 @@ def learn(run: State, window: Window) -> None:
         return
     window_seconds = run.windows.take_seconds()
     try:
-        if isinstance(run.proposer.predictor, Paced):
-            run.proposer.predictor.pace(window_seconds)
+        if run.proposer.paced is not None:
+            run.proposer.paced.pace(window_seconds)
         with run.proposer.time.call():
             run.proposer.predictor.observe(window)
         if run.proposer.source is None and run.proposer.feedback.forecasts and run.proposer.predictor.ready:

@@ -56,7 +56,7 @@ def transact(run: State, batch: Any, decision: Decision, accept: Accept) -> tupl
                     exact=run.full_batch,
                 ))  # fmt: skip
         if verdict is None and prediction is not None:
-            saved = weights.clone(run.subject.parameters)
+            saved = weights.copied_together(run.subject.parameters)
             run.judge.hold(saved)
             verdict = judge(run, batch, prediction, deltas, saved)
             weights.copy_(run.subject.parameters, saved)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..keep.failures import Failures, Place
-from ..keep.isolation import Isolation, Mode, is_compiled, isolated, uses_batch_statistics
+from ..keep.isolation import Isolation, Mode, isolated, uses_batch_statistics
 from ..keep.loss_modules import modules_beside
 from ..keep.subject import Subject
 from ..observe import batches
@@ -128,10 +128,9 @@ class Evaluation:
     def _isolated(self, mode: Mode) -> Iterator[Isolation]:
         """A block without a trace, in what the loss uses beside a compiled model as well: no hook sees that."""
         with isolated(self._subject.model, mode) as isolation:
-            for module in (
-                modules_beside(self._subject.loss_fn, self._subject.model) if is_compiled(self._subject.model) else ()
-            ):
-                isolation.met(module, ())
+            if isolation.compiled:
+                for module in modules_beside(self._subject.loss_fn, self._subject.model):
+                    isolation.met(module, ())
             yield isolation
 
     def attempt(self, work: Callable[[Isolation], T], *, exact: bool) -> T:

@@ -12,7 +12,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, cast
 
 from torch import nn
 
@@ -57,14 +58,22 @@ def measure(evaluate: Callable[[], float], rewind: Callable[[], None], *, on_cpu
 
 def conditions(model: nn.Module) -> int:
     """What two evaluations depend on besides weights and batch: modes and dropout rates, as one number."""
-    rates = ((m.training, _rate(m)) for m in model.modules())
-    return hash(tuple((training, p if isinstance(p, float | int) else None) for training, p in rates))
+    return hash(tuple([(m.training, _rate(m)) for m in model.modules()]))
 
 
-def _rate(module: nn.Module) -> Any:
-    own = vars(module)
-    if "p" in own or not hasattr(type(module), "p"):  # asking a module for what it has not takes as long as an addition
-        return own.get("p")
+def _rate(module: nn.Module) -> float | None:
+    own, kind = vars(module), cast(Any, type(module))
+    # asking a module for what it has not takes as long as an addition
+    p = own.get("p") if "p" in own or not _of_class(kind) else _asked(module)
+    return p if isinstance(p, float | int) else None
+
+
+@lru_cache(maxsize=256)
+def _of_class(module_type: Any) -> bool:
+    return hasattr(module_type, "p")
+
+
+def _asked(module: nn.Module) -> Any:
     try:
         return module.p
     except Exception:  # a property of the user's own

@@ -206,8 +206,8 @@ class Ledger:
         drift = sum(controls) / len(controls) if len(controls) >= 3 else 0.0
         mean, std = PRIOR_EXACT if self.exact else PRIOR_NOISY
         weight = 1 / self.usual_spread**2
-        precision = 1 / std**2 + weight * sum(a.gain * a.gain for a in jumps)
-        value = (mean / std**2 + weight * sum(a.gain * (a.left - drift) for a in jumps)) / precision
+        precision = 1 / std**2 + weight * sum([a.gain * a.gain for a in jumps])
+        value = (mean / std**2 + weight * sum([a.gain * (a.left - drift) for a in jumps])) / precision
         return min(max(value, 0.0), 1.0)
 
     @property
@@ -220,10 +220,10 @@ class Ledger:
 
         Jumps against the control group; None with fewer than three settled accounts in either.
         """
+        if len(self._jumps) < 3 or len(self._controls) < 3:
+            return None
         jumps = [a.left for a in self._jumps]
         controls = [a.left for a in self._controls]
-        if len(jumps) < 3 or len(controls) < 3:
-            return None
         (m1, v1), (m0, v0) = _moments(jumps), _moments(controls)
         error = math.sqrt(v1 / len(jumps) + v0 / len(controls))
         half = t_quantile(0.025, min(len(jumps), len(controls)) - 1) * error
@@ -302,4 +302,4 @@ class Ledger:
 
 def _moments(values: list[float]) -> tuple[float, float]:
     mean = sum(values) / len(values)
-    return mean, sum((v - mean) * (v - mean) for v in values) / max(len(values) - 1, 1)  # ** 2 raises where * is inf
+    return mean, sum([(v - mean) * (v - mean) for v in values]) / max(len(values) - 1, 1)  # ** 2 raises where * is inf

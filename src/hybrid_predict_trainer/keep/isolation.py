@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils.hooks import RemovableHandle
 
 from ..weights import offload as host
+from ..weights.algebra import without_graph
 from .buffers import has_extra_state, same
 from .rng import RandomStates
 
@@ -30,7 +31,9 @@ Mode = Literal["quiet", "training", "evaluation"]
 
 #: Attributes of a module that are kept apart from the rest, or that hold nothing of a forward's.
 _OWN = frozenset({"_parameters", "_buffers", "_modules", "training"})
-_CONTAINERS = (list, dict, set, deque)
+_CONTAINERS = frozenset({list, dict, set, deque})
+#: Most of a module's attributes: nothing that could be written in place.
+_PLAIN = frozenset({bool, int, float, str, type(None), OrderedDict})
 
 
 def uses_batch_statistics(model: nn.Module) -> bool:
@@ -38,12 +41,9 @@ def uses_batch_statistics(model: nn.Module) -> bool:
     return any(isinstance(m, _BatchNorm) and (m.training or m.running_mean is None) for m in model.modules())
 
 
-def is_compiled(model: nn.Module) -> bool:
-    """Whether calls of the model are traced by ``torch.compile``."""
-    return any(
-        type(m).__name__ == "OptimizedModule" or getattr(m, "_compiled_call_impl", None) is not None
-        for m in model.modules()
-    )
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether calls of the module itself are traced by ``torch.compile``."""
+    return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
 
 
 class _Kept:
@@ -55,8 +55,9 @@ class _Kept:
         self.values = {k: host.copied(b.detach()) for k, b in self.buffers.items() if b is not None}
         self.all = vars(module).copy()
         self.attributes = {k: v for k, v in self.all.items() if k not in _OWN}
-        self.contents = {k: v.copy() for k, v in self.attributes.items() if type(v) in _CONTAINERS}
-        self.tensors = {k: host.copied(v.detach()) for k, v in self.attributes.items() if isinstance(v, Tensor)}
+        others = [(k, v) for k, v in self.attributes.items() if type(v) not in _PLAIN]
+        self.contents = {k: v.copy() for k, v in others if type(v) in _CONTAINERS}
+        self.tensors = {k: host.copied(v.detach()) for k, v in others if isinstance(v, Tensor)}
         self.modules = dict(module._modules)
 
     def put_back(self, *, values: bool) -> None:
@@ -115,11 +116,16 @@ def _rebind(live: dict[str, Any], old: dict[str, Any]) -> None:
 
 
 class Isolation:
-    """One block of evaluations; made by :func:`isolated`."""
+    """One block of evaluations; made by :func:`isolated`.
+
+    Attributes:
+        compiled: Calls of the model are traced by ``torch.compile``.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         """Keep what a forward of ``model`` may change."""
         self._kept = {m: _Kept(m) for m in model.modules()}
+        self.compiled = any(map(_is_compiled, self._kept))
         self._gradients: list[tuple[Tensor, Tensor | None]] = [
             (p, p.grad) for p in self._parameters() if p.grad is not None
         ]
@@ -156,7 +162,7 @@ class Isolation:
         else:
             self.rewind()
 
-    @torch.no_grad()
+    @without_graph
     def rewind(self) -> None:
         """After an evaluation: random states and carried state as they were before the first one."""
         self._random.put_back()
@@ -170,7 +176,7 @@ class Isolation:
         for kept in self._carries:
             kept.put_back_changed()
 
-    @torch.no_grad()
+    @without_graph
     def leave(self) -> None:
         """Everything as it was."""
         for module, kept in self._kept.items():
@@ -195,7 +201,7 @@ def isolated(model: nn.Module, mode: Mode = "quiet") -> Iterator[Isolation]:
     try:  # twice: where leaving is interrupted it is done again
         try:
             isolation.enter(mode)
-            if not is_compiled(model):  # a hook on all modules would have everything compiled anew
+            if not isolation.compiled:  # a hook on all modules would have everything compiled anew
                 hook = nn.modules.module.register_module_forward_pre_hook(isolation.met)
             yield isolation
         finally:

@@ -29,7 +29,7 @@ class Narrow:
 
     def wide(self) -> Tensor:
         """In float32."""
-        return self.numbers.float() * self.unit
+        return self.numbers.float().mul_(self.unit)
 
 
 Stored = Tensor | Narrow

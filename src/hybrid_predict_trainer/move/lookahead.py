@@ -205,9 +205,10 @@ class DriftLookahead:
         kappa = self.kappa * pull if rates > 0 or not self._b else 0.0
         share = (self.delta * kappa + self.beta * strength) * rates
         # built first, then written from what was built: where that is interrupted it can be done again
-        sums = self._summed(parameters, rates) if share and self._b else self._sums
+        s: Tensors = []
+        sums = self._summed(parameters, rates, s) if share and self._b else self._sums
         moved, theta_0, drift = self._moved(
-            parameters, movable or [True] * len(parameters), kappa, share * went_on(sums) if share else 0.0, rates
+            parameters, movable or [True] * len(parameters), kappa, share * went_on(sums) if share else 0.0, rates, s
         )
         earlier = []
         if along and moved:
@@ -217,19 +218,32 @@ class DriftLookahead:
         return self._land(parameters, along)
 
     def _moved(
-        self, parameters: Sequence[Tensor], movable: Sequence[bool], kappa: float, share: Tensor | float, rates: float
-    ) -> tuple[Tensors, Tensors, list[Stored]]:
-        """The weights where they are moved, theta_0 and b after an application; nothing is written."""
+        self, parameters: Sequence[Tensor], movable: Sequence[bool], kappa: float, share: Tensor | float,
+        rates: float, displacements: Tensors,
+    ) -> tuple[Tensors, Tensors, list[Stored]]:  # fmt: skip
+        """The weights where they are moved, theta_0 and b after an application; nothing that is held is written.
+
+        Args:
+            parameters: theta.
+            movable: Which of them are moved.
+            kappa: Of this application.
+            share: a (delta kappa + beta_t) Lambda.
+            rates: Lambda.
+            displacements: s where it is known already, to be used up: its memory becomes that of the moved weights.
+        """
         kept = self.gamma**self.every
         moved, new_theta_0 = [], []
         drift: list[Stored] = []
         moves_on = isinstance(share, Tensor) or share != 0
+        displacements.reverse()
         for i, (kept_0, p) in enumerate(zip(self._theta_0, parameters, strict=True)):
             theta_0 = fetched(kept_0, p.device)
-            s = p.detach().to(theta_0.dtype) - theta_0
+            s = displacements.pop() if displacements else p.detach().to(theta_0.dtype) - theta_0
             b = fetched(self._b[i], p.device) if self._b else None
             if b is not None and rates > 0:
-                b = b.lerp(s / rates, 1 - kept)
+                towards = s / rates
+                # widened, it is nobody else's
+                b = b.lerp_(towards, 1 - kept) if isinstance(self._b[i], Narrow) else b.lerp(towards, 1 - kept)
             target = p.detach()
             if kappa or (b is not None and moves_on):
                 if not movable[i]:
@@ -237,7 +251,7 @@ class DriftLookahead:
                 elif b is None:
                     target = theta_0.lerp(p.detach().to(theta_0.dtype), 1 - kappa).to(p.dtype)
                 else:
-                    target = theta_0.add(s, alpha=1 - kappa).add_(_times(b, share)).to(p.dtype)
+                    target = torch.add(theta_0, s, alpha=1 - kappa, out=s).add_(_times(b, share)).to(p.dtype)
                 moved.append(target)
             new_theta_0.append(self.storage.put(target.to(theta_0.dtype, copy=not moved)))  # as rounded
             if b is not None:
@@ -271,14 +285,22 @@ class DriftLookahead:
         for theta_0, p in zip(self._theta_0, parameters, strict=False):
             theta_0.copy_(p)
 
-    def _summed(self, parameters: Sequence[Tensor], rates: float) -> Tensor:
-        """The sums that a is made of, (2,), with this displacement; on the weights' device: nobody waits for them."""
+    def _summed(self, parameters: Sequence[Tensor], rates: float, displacements: Tensors) -> Tensor:
+        """The sums that a is made of, (2,), with this displacement; on the weights' device: nobody waits for them.
+
+        Args:
+            parameters: theta.
+            rates: Lambda.
+            displacements: Takes s.
+        """
         device = parameters[0].device
         before, total = self._sums.to(device) * GAMMA_CONTINUED, total_over(parameters)
         sums = before if total is itself else torch.zeros_like(before)
         for kept_0, kept, p in zip(self._theta_0, self._b, parameters, strict=True):
             theta_0, b = fetched(kept_0, p.device), fetched(kept, p.device)
-            s, flat = (p.detach().to(theta_0.dtype) - theta_0).reshape(-1), b.reshape(-1)
+            displacement = p.detach().to(theta_0.dtype) - theta_0
+            displacements.append(displacement)
+            s, flat = displacement.reshape(-1), b.reshape(-1)
             sums = sums + torch.stack([rates * torch.dot(s, flat), rates**2 * torch.dot(flat, flat)]).to(device)
         return sums if total is itself else before + total(sums)
 

@@ -100,12 +100,13 @@ class RoleRates(StepModifier):
             new = parameters[i]
             pull = self._pull.get(i, 0.0)
             for at, factor in self._parts[i]:
-                step = new[at] - old[at]
+                kept = old[at]
+                step = new[at] - kept
                 if pull:
-                    step = step.add_(old[at], alpha=pull).mul_(factor).add_(old[at], alpha=-pull)
+                    step.add_(kept, alpha=pull).mul_(factor).add_(kept, alpha=-pull)
                 else:
-                    step = step.mul_(factor)
-                new[at] = old[at] + step
+                    step.mul_(factor)
+                torch.add(kept, step, out=new[at])  # in one operation: an interruption finds a part moved or not
         return self._passes + 1 if before else 0
 
     def on_jump(self, delta: Tensors, scale: float) -> None:

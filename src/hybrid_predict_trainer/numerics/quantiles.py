@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 # One-sided 95 % quantiles of Student's t for 1 .. 30 degrees of freedom (NIST/SEMATECH e-Handbook
 # of Statistical Methods, section 1.3.6.7.2); other levels are scaled from the normal quantile.
@@ -34,6 +35,7 @@ def t_quantile(level: float, freedom: int) -> float:
     return z + g1 / freedom + g2 / freedom**2 + g3 / freedom**3
 
 
+@lru_cache(maxsize=64)
 def normal_quantile(level: float) -> float:
     """Upper one-sided quantile of the standard normal by bisection on erfc.
 

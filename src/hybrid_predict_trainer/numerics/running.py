@@ -85,7 +85,8 @@ def slope(points: Iterable[tuple[float, float]]) -> float:
     pairs = [(x, y) for x, y in points if math.isfinite(y)]
     if len(pairs) < 2:
         return 0.0
-    mean_x = sum(x for x, _ in pairs) / len(pairs)
-    mean_y = sum(y for _, y in pairs) / len(pairs)
-    spread = sum((x - mean_x) ** 2 for x, _ in pairs)
-    return sum((x - mean_x) * (y - mean_y) for x, y in pairs) / spread if spread else 0.0
+    xs, ys = zip(*pairs, strict=True)
+    mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
+    away = [x - mean_x for x in xs]
+    spread = sum([d**2 for d in away])
+    return sum([d * (y - mean_y) for d, y in zip(away, ys, strict=True)]) / spread if spread else 0.0

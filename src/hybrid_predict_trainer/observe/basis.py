@@ -35,7 +35,7 @@ from torch import Tensor
 from ..records import BasisSpec, Hindsight, Products, StateDict
 from ..weights import algebra as weights
 from ..weights import offload as host
-from ..weights.algebra import Tensors
+from ..weights.algebra import Tensors, without_graph
 from ..weights.layout import Layout
 from ..weights.parameters import Groups
 from ..weights.products import paired_dots, row_dots, weighted_sum
@@ -94,7 +94,6 @@ class Basis:
         self._rows = [0] if self._layout.flat else list(groups.index)  # group of every vector
         self._sizes = torch.tensor([max(size_of(p), 1) for p in parameters], dtype=torch.float64)
         self._total = total_over(parameters)  # sums over weights are those of all ranks that hold a part
-        self._ages = torch.arange(spec.num_displacements, dtype=torch.int64).flip(0).repeat(2)
 
         G, K = groups.num_groups, spec.num_columns
         self.num_steps = 0  # in the open window
@@ -115,12 +114,18 @@ class Basis:
 
     # ---- observing real steps ----------------------------------------------------------------
 
-    @torch.no_grad()
+    @without_graph
     def accumulate(self) -> None:
         """Add the weights and gradients of one real step: after backward, before the optimizer."""
         if not self._sum_theta:
             self._sum_theta, self._sum_grad = self._layout.zeros(), self._layout.zeros()
         self.num_steps += 1
+        if self._layout.flat and not self._offloaded:
+            gradients = [g for p in self.parameters if (g := p.grad) is not None and not g.is_sparse]
+            if len(gradients) == len(self.parameters):
+                self._sum_theta[0].add_(self._layout.gathered(self.parameters))
+                self._sum_grad[0].add_(self._layout.gathered(gradients))
+                return
         totals = [*self._layout.views(self._sum_theta), *self._layout.views(self._sum_grad)]
         terms: dict[int, Tensor] = dict(enumerate(p.detach() for p in self.parameters))
         for i, p in enumerate(self.parameters, start=len(terms)):
@@ -150,14 +155,14 @@ class Basis:
         assert self.num_steps > 0, "an empty window cannot be closed"
         self.num_steps, self.jumped = 0, False
 
-    @torch.no_grad()
+    @without_graph
     def before_step(self, *, last: bool) -> None:
         """Remember the weights before the last step of a window, if the optimizer column is wanted."""
         if last and self.spec.optimizer:
             self._before = self._before or weights.clone(self.parameters)
             torch._foreach_copy_(self._before, [p.detach() for p in self.parameters])
 
-    @torch.no_grad()
+    @without_graph
     def close_window(self) -> Hindsight | None:
         """Turn the sums into means and a new column.
 
@@ -302,7 +307,7 @@ class Basis:
         """Whether these are the basis's own, not a copy of them."""
         return products.BB is self._BB
 
-    @torch.no_grad()
+    @without_graph
     def combine(self, coefficients: Tensor, like: tuple[Tensor, Tensors] | None = None) -> Tensors:
         """``sum_k c[g, k] b_k``, one tensor per parameter, shaped like it, on its device.
 
@@ -322,7 +327,8 @@ class Basis:
         if like is not None and self._layout.flat:
             times = multiple(coefficients[0, : self.spec.first_extra], like[0][0, : self.spec.first_extra])
             if times is not None:
-                return self._shifted(like[1], times, coefficients - times * like[0])
+                extras = slice(self.spec.first_extra, None)
+                return self._shifted(like[1], times, coefficients[:, extras] - times * like[0][:, extras])
         by_slot = self._by_slot(coefficients)
         slots = self._filled
         # once per device: every copy from the host waits for it
@@ -335,12 +341,12 @@ class Basis:
         return self._per_parameter(sums)
 
     def _shifted(self, deltas: Tensors, times: float, rest: Tensor) -> Tensors:
-        """``times * deltas`` and the extra columns at coefficients ``rest`` (1, K), of whose others nothing is left."""
+        """``times * deltas`` and the extra columns at coefficients ``rest`` (1, number of extras)."""
         column, extras = self._columns[0], slice(self.spec.first_extra, None)
         (vector,) = self._layout.joined(deltas)
         total = times * vector
         if self.spec.extras:
-            row = rest[0, extras].to(column.device, weights.accumulate_dtype(column.device))
+            row = rest[0].to(column.device, weights.accumulate_dtype(column.device))
             total += weighted_sum(row.cpu() if column.dtype is torch.bfloat16 else row, column[extras])
         return self._per_parameter([total])
 
@@ -353,12 +359,14 @@ class Basis:
 
     def _by_slot(self, coefficients: Tensor) -> Tensor:
         """(G, K) from the order of :class:`.records.BasisSpec` to that of the slots, float64."""
-        num_ring, first_extra = self.spec.num_displacements, self.spec.first_extra
-        start = num_ring - 1 - self._head
-        ages = self._ages[start : start + num_ring]  # of every slot of the ring
-        wide = coefficients.double()
-        rings = [wide[:, first : first + num_ring][:, ages] for first in range(0, first_extra, num_ring)]
-        return torch.cat([*rings, wide[:, first_extra:]], dim=1)
+        num_ring, first_extra, newest = self.spec.num_displacements, self.spec.first_extra, self._head
+        by_age = coefficients.detach().double().cpu().numpy()
+        by_slot = by_age.copy()
+        for first in range(0, first_extra, num_ring):
+            ring, sorted_ring = by_age[:, first : first + num_ring], by_slot[:, first : first + num_ring]
+            # from the newest down to the first slot, then from the last slot down to the one after the newest
+            sorted_ring[:, : newest + 1], sorted_ring[:, newest + 1 :] = ring[:, newest::-1], ring[:, :newest:-1]
+        return torch.from_numpy(by_slot)
 
     @property
     def _filled(self) -> list[slice]:
@@ -416,7 +424,7 @@ class Basis:
 
     # ---- jumps ----------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @without_graph
     def translate(self, deltas: Sequence[Tensor], scale: float) -> None:
         """Tell the basis that the weights were moved by a jump.
 
@@ -516,7 +524,13 @@ class Basis:
             return torch.zeros(self.groups.num_groups, self.spec.num_columns, dtype=torch.float64)
         found = torch.zeros(self.groups.num_groups, self.spec.num_columns, dtype=torch.float64)
         # with differences nobody asks for products of the extras
-        for filled in self._filled[:2] if self.spec.differences else self._filled:
+        slots = self._filled[:2] if self.spec.differences else self._filled
+        column = self._columns[0]
+        if self._layout.flat and column.dtype is torch.float64 and column.device.type == "cpu":
+            for filled in slots:
+                torch.mv(column[filled], vectors[0].to(torch.float64), out=found[0, filled])
+            return self._total(found)
+        for filled in slots:
             dots = weights.on_host(
                 [row_dots(column[filled], v.reshape(-1)) for column, v in zip(self._columns, vectors, strict=True)]
             )

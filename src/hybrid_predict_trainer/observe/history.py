@@ -87,6 +87,9 @@ class History:
         self.norm_baseline = Baseline()
         self.loss_baseline = Baseline()
         self._window_losses: deque[tuple[int, float]] = deque(maxlen=256)  # (step, mean)
+        self._window_logs: deque[tuple[int, float]] = deque(
+            maxlen=256
+        )  # (step, its logarithm), asked for again and again
 
     def push(self, reading: Reading, *, warming_up: bool) -> None:
         """Add a finite reading; warm-up readings also make the baselines."""
@@ -117,6 +120,7 @@ class History:
         kept = recent[cut : len(recent) - cut]
         mean = sum(kept) / len(kept) if kept else math.nan
         self._window_losses.append((step, mean))
+        self._window_logs.append((step, _log(mean)))
         return mean
 
     def mean_norm(self, num_steps: int) -> float:
@@ -135,12 +139,14 @@ class History:
         smaller: the careful side.
         """
         points = list(self._window_losses)
-        points = points[-max(4, len(points) // 2) :]
+        num_latter = max(4, len(points) // 2)
+        points = points[-num_latter:]
         if len(points) < 3:
             return 0.0
-        if min(loss for _, loss in points) > 0:
-            recent = [math.log(loss) for _, loss in points[-4:]]
-            return slope((s, math.log(v)) for s, v in points) * math.exp(sum(recent) / len(recent))
+        if min([loss for _, loss in points]) > 0:
+            logs = list(self._window_logs)[-num_latter:]
+            recent = [log for _, log in logs[-4:]]
+            return slope(logs) * math.exp(sum(recent) / len(recent))
         return slope(points)
 
     def state_dict(self) -> StateDict:
@@ -159,6 +165,11 @@ class History:
         self.norm_baseline.load_state_dict(state["norm_baseline"])
         self.loss_baseline.load_state_dict(state["loss_baseline"])
         self._window_losses = deque(((int(s), float(v)) for s, v in state["window_losses"]), maxlen=256)
+        self._window_logs = deque(((s, _log(v)) for s, v in self._window_losses), maxlen=256)
+
+
+def _log(loss: float) -> float:
+    return math.log(loss) if loss > 0 else math.nan
 
 
 class Losses:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,7 +52,10 @@ def leaves(batch: Any, depth: int = 0, seen: set[int] | None = None) -> Iterator
             yield batch
             return
         for value in batch:
-            yield from leaves(value, depth + 1, seen)
+            if isinstance(value, Tensor):
+                yield value
+            else:
+                yield from leaves(value, depth + 1, seen)
     elif not callable(batch) and not isinstance(batch, weakref.ref) and vars_of(batch):
         yield type(batch).__qualname__
         for value in vars_of(batch).values():
@@ -105,12 +108,13 @@ class Fingerprint:
 
     __slots__ = ("_marks", "_others", "_refs", "_seen_whole", "digest", "num_bytes", "num_tensors")
 
-    def __init__(self, batch: Any, *, values: bool = True) -> None:
+    def __init__(self, batch: Any, *, values: bool = True, found: Sequence[Any] | None = None) -> None:
         """Remember what identifies ``batch``.
 
         Args:
             batch: Any.
             values: Look at some numbers; without, only the very same tensors match.
+            found: Its :func:`leaves`, where they are known.
         """
         self.digest: str | None = None
         self._refs: list[tuple[Any, int]] = []
@@ -118,7 +122,7 @@ class Fingerprint:
         marks: list[str] = []
         self.num_bytes = self.num_tensors = 0
         self._seen_whole = True  # no list is longer than what is looked at
-        for leaf in leaves(batch):
+        for leaf in leaves(batch) if found is None else found:
             if isinstance(leaf, np.ndarray) and leaf.dtype != object:
                 leaf = torch.from_numpy(leaf) if leaf.dtype.kind in "biufc" else str(leaf.tolist())
             if isinstance(leaf, Tensor):
@@ -204,9 +208,9 @@ def digest_of(batch: Any) -> str | None:
     return digest.hexdigest()
 
 
-def _on_host(batch: Any) -> bool:
-    """Whether the numbers of a batch can be read without waiting for a device."""
-    return all(t.device.type == "cpu" for t in leaves(batch) if isinstance(t, Tensor))
+def _on_host(found: Sequence[Any]) -> bool:
+    """Whether the numbers of a batch, given by its leaves, can be read without waiting for a device."""
+    return all(t.device.type == "cpu" for t in found if isinstance(t, Tensor))
 
 
 class SameBatch:
@@ -233,8 +237,9 @@ class SameBatch:
         """
         if again and self._last is not None:
             return
-        values = _on_host(batch) or self.same or self.num_seen % LOOK_EVERY < LOOK_STEPS
-        current, last = Fingerprint(batch, values=values), self._last
+        found = list(leaves(batch))
+        values = _on_host(found) or self.same or self.num_seen % LOOK_EVERY < LOOK_STEPS
+        current, last = Fingerprint(batch, values=values, found=found), self._last
         self.num_seen += 1
         if last is None:
             current.digest = digest_of(batch)  # so that the second batch can be told for a copy at once

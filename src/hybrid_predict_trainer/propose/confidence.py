@@ -43,6 +43,7 @@ from ..records import StateDict
 MANY = 64
 #: Numbers that :meth:`Evidence.features` gives.
 NUM_FEATURES = 5
+_LARGEST = logit(1 - EPSILON)
 
 
 @dataclass(slots=True)
@@ -149,11 +150,14 @@ class Confidence:
         self._num_new = 0  # outcomes since the last fit
 
     def _logit(self, features: Array) -> float:
-        return float(np.clip(features @ self._weights, -logit(1 - EPSILON), logit(1 - EPSILON)))
+        return min(max(float(features @ self._weights), -_LARGEST), _LARGEST)
 
     def predict(self, evidence: Evidence) -> float:
         """Probability in (0, 1) that the jump will be kept and pay."""
-        return float(scaled(np.array(self._logit(evidence.features())), self.temperature))
+        return self._stated_of(self._logit(evidence.features()))
+
+    def _stated_of(self, logit_of_it: float) -> float:
+        return float(scaled(np.array(logit_of_it), self.temperature))
 
     def observe(self, evidence: Evidence, kept: bool) -> None:
         """Score what would have been said, then learn the outcome.
@@ -164,7 +168,8 @@ class Confidence:
         n = min(len(self._outcomes) + 1, self.capacity)
         outcomes = np.empty((n, NUM_FEATURES + 3))
         outcomes[:-1] = self._outcomes[len(self._outcomes) - n + 1 :]
-        outcomes[-1] = (*features, float(kept), self._logit(features), self.predict(evidence))
+        known_before = self._logit(features)
+        outcomes[-1] = (*features, float(kept), known_before, self._stated_of(known_before))
         self._outcomes, self._num_new = outcomes, self._num_new + 1
         if self._num_new < n // MANY:
             return

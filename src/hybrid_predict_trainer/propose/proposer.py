@@ -6,7 +6,7 @@ from typing import Any
 
 from ..config.settings import HybridTrainerConfig
 from ..keep.failures import Failures, Place, name_of
-from ..predictors import Predictor
+from ..predictors import Paced, Predictor
 from ..records import StateDict, Verdict
 from .corrector import Correction
 from .feedback import Feedback
@@ -22,6 +22,7 @@ class Proposer:
         settings: The user's, from which the predictor is chosen.
         chooses: The choice of the predictor is ours.
         predictor: Asked for proposals.
+        paced: The same, if it can keep to a share of the run's time.
         time: What it takes of the wall clock.
         feedback: What its predictions have got wrong, and which horizon pays.
         horizon: Steps that the next proposal is for.
@@ -37,6 +38,7 @@ class Proposer:
         self.settings, self.chooses = settings, chooses
         self._failures = failures
         self.predictor: Predictor
+        self.paced: Paced | None = None
         self.time: TimeBudget
         self.feedback: Feedback
         self.horizon = 1
@@ -58,6 +60,7 @@ class Proposer:
             feedback: What is learnt about it.
         """
         self.predictor, self.time, self.feedback = predictor, time, feedback
+        self.paced = predictor if isinstance(predictor, Paced) else None  # an answer of ten microseconds
         self._least, self._most = config.min_predict_steps, max(config.max_predict_steps, 1)
         self.horizon = min(max(config.min_predict_steps, 4 * config.predictor.window), self._most)
 

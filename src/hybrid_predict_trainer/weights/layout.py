@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .algebra import Tensors
+from .algebra import Tensors, Together
 from .products import squared_norms
 
 
@@ -58,7 +58,7 @@ class Layout:
         """One view per parameter, shaped like it."""
         if not self.flat or not vectors:
             return vectors
-        return list(torch._C._nn.unflatten_dense_tensors(vectors[0], self._like))
+        return Together(vectors[0], self._like)
 
     def views(self, vectors: Tensors) -> Tensors:
         """As :meth:`split`, of a few vectors that are asked for again and again."""
@@ -75,8 +75,7 @@ class Layout:
     def joined(self, tensors: Sequence[Tensor]) -> Tensors:
         """One tensor per parameter -> vectors of the layout's dtype, on its devices; copies where they differ."""
         if self.flat:
-            vector: Tensor = torch._C._nn.flatten_dense_tensors([t.detach() for t in tensors])
-            return [vector.to(self.devices[0], self.dtypes[0])]
+            return [self.gathered(tensors).to(self.devices[0], self.dtypes[0])]
         return [
             t.detach().to(device=device, dtype=dtype)
             for t, dtype, device in zip(tensors, self.dtypes, self.devices, strict=True)
@@ -88,6 +87,13 @@ class Layout:
             return squared_norms(vectors)
         found = torch.segment_reduce(vectors[0].square(), "sum", lengths=self._lengths_there, unsafe=True)
         return found.cpu().double()
+
+    def gathered(self, tensors: Sequence[Tensor]) -> Tensor:
+        """One vector of the tensors' own dtype: a copy unless they lie in one."""
+        if isinstance(tensors, Together):
+            return tensors.vector
+        vector: Tensor = torch._C._nn.flatten_dense_tensors([t.detach() for t in tensors])
+        return vector
 
     def joined_rows(self, matrices: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> Tensors:
         """One (K, P) matrix per parameter -> one per vector, as copies."""

@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 
 from . import algebra as weights
+from .algebra import without_graph
 
 
-@torch.no_grad()
+@without_graph
 def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
     """(number of tensors,) squared Euclidean norms in float64 on the CPU, read in one transfer."""
     return weights.on_host(weights.norms(tensors)).square()
 
 
-@torch.no_grad()
+@without_graph
 def paired_dots(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     """(number of tensors,) inner products a_i . b_i in float64 on the CPU, read in one transfer."""
     return weights.on_host([torch.dot(u.reshape(-1), v.reshape(-1)) for u, v in zip(a, b, strict=True)])
