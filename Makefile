@@ -7,7 +7,7 @@ OUT ?= demo-results
 
 REGIMES := pinn epochs finetune lm lm-lowlr lm-muon
 
-.PHONY: site options installed presets coverage demo test frameworks test-oldest golden check audit bench regimes harm harm-quick faults scenarios clean help
+.PHONY: site options screenshots installed presets coverage demo test frameworks test-oldest golden check audit bench regimes harm harm-quick faults scenarios clean help
 
 help:
 	@echo "make demo   train a language model and a physics-informed network plainly and with predicted phases"
@@ -19,6 +19,7 @@ help:
 	@echo "make audit  known faults of what is installed, and secrets; needs the network"
 	@echo "make site   the documents as a site, in build/site"
 	@echo "make options  write docs/options.md from the settings' classes"
+	@echo "make screenshots  pictures of the page and of hpt watch for the docs; needs Chromium"
 	@echo "make installed  build wheel and sdist, try the wheel in an environment of its own"
 	@echo "make presets  write the preset files with the settings and defaults of today"
 	@echo "make coverage  how much of encoder, monitor, gate, phases, dynamics and bandit their tests run"
@@ -89,6 +90,10 @@ site: $(STAMP)
 
 options: $(STAMP)
 	$(BIN)/python docs/site/options.py
+
+# Pictures of the page and of `hpt watch`; needs Chromium.
+screenshots: $(STAMP)
+	$(BIN)/python docs/site/screenshots.py
 
 # Wheel and sdist build; the wheel works in an environment that has torch and nothing else of ours.
 installed: $(STAMP)

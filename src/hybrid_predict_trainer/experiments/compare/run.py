@@ -241,6 +241,13 @@ def in_percent(share: float) -> str:
     return f"{size:.2g} %" if size < 10 else f"{size:.3g} %" if size < 999 else f"{size:.0f} %"
 
 
+def _gap_words(gap: float) -> str:
+    """A loss against another, from a difference in percent: nearly all of it is told as a factor."""
+    if -100 < gap < -90:
+        return f"a loss {1 / (1 + gap / 100):.3g} times lower"
+    return f"{in_percent(gap)} {'lower' if gap < 0 else 'higher'} loss"
+
+
 def _in_time(wall: Speedup | None) -> str:
     """The same figure by wall-clock, to stand beside it."""
     if wall is None or wall.value is None:
@@ -258,7 +265,7 @@ def verdict(
     accepted = sum(r.counts["num_jumps_accepted"] for r in hybrid)
     bound = f"{cost.kind} " if cost.kind in ("at least", "at most") else ""
     figure = f"{bound}{cost.value:.2f}x"
-    gap_words = f"{in_percent(gap)} {'lower' if gap < 0 else 'higher'} loss at equal cost{_in_time(wall)}"
+    gap_words = f"{_gap_words(gap)} at equal cost{_in_time(wall)}"
     if not accepted and all(h == z for h, z in _pairs(hybrid, zero)):
         return f"No jump was accepted: hybrid is plain training plus the price of asking ({figure}; {gap_words})."
     if not accepted:  # the weights went elsewhere without a jump

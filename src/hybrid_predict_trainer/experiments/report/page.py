@@ -66,22 +66,33 @@ def _speedup(c: Record) -> tuple[str, str, str]:
         why = reason or "No reason was recorded."
         return "Equal-loss speed-up", "unknown", f"{why[:1].upper()}{why[1:]}"
     ends = list_of(c.get("speedup_ci95"))
-    parts = [interval(ends) or "no confidence interval: too few seeds, all at a bound, or not computed"]
+    told = "no confidence interval" in reason  # it says why, then
+    parts = [] if told else [interval(ends) or "no confidence interval: too few seeds, or not computed"]
     low, high = (number(v) for v in ends) if len(ends) == 2 else (None, None)
     if interval(ends) and (low is None or low <= 1) and (high is None or high >= 1):
         parts.append("the interval includes 1, so no speed-up has been shown")
     per_seed = ", ".join(_one_seed(s) for s in list_of(c.get("speedup_bounds") or c.get("speedup_per_seed")))
     parts += [f"per seed {per_seed}"] if per_seed else []
-    parts += [reason] if reason else []
+    parts += [reason.removeprefix("at least: ")] if reason else []
     text = "; ".join(parts)
-    return "Equal-loss speed-up", f"{speed:.2f}&times;", f"{text[:1].upper()}{text[1:]}."
+    return "Equal-loss speed-up", _times(speed, c.get("speedup_reason")), f"{text[:1].upper()}{text[1:]}."
 
 
 def _by_wall_clock(c: Record) -> tuple[str, str, str]:
     """The same by time: equal cost is not equal time."""
     speed = number(c.get("speedup_wall"))
-    told = interval(c.get("speedup_wall_ci95")) or escape(c.get("speedup_wall_reason") or "")
-    return "The same by wall-clock", UNKNOWN if speed is None else f"{speed:.2f}&times;", told
+    told = interval(c.get("speedup_wall_ci95")) or escape(c.get("speedup_wall_reason") or "").removeprefix("at least: ")
+    figure = UNKNOWN if speed is None else _times(speed, c.get("speedup_wall_reason"))
+    return "The same by wall-clock", figure, f"{told[:1].upper()}{told[1:]}{'.' if told else ''}"
+
+
+def _times(speed: float, reason: object) -> str:
+    """A factor, with the sign of a bound where seeds stand at one."""
+    text = str(reason or "")
+    sign = next(
+        (s for kind, s in (("at least", "&ge;&thinsp;"), ("at most", "&le;&thinsp;")) if text.startswith(kind)), ""
+    )
+    return f"{sign}{speed:.2f}&times;"
 
 
 def _one_seed(found: object) -> str:
