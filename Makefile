@@ -7,13 +7,14 @@ OUT ?= demo-results
 
 REGIMES := pinn epochs finetune lm lm-lowlr lm-muon
 
-.PHONY: site options screenshots installed presets coverage demo test frameworks test-oldest golden check audit bench regimes harm harm-quick faults scenarios clean help
+.PHONY: test-storage site options screenshots installed presets coverage demo test frameworks test-oldest golden check audit bench regimes harm harm-quick faults scenarios clean help
 
 help:
 	@echo "make demo   train a language model and a physics-informed network plainly and with predicted phases"
 	@echo "make test   run the tests"
 	@echo "make frameworks  the tests of adapters and trackers that need more than the development environment"
 	@echo "make test-oldest  the same with the oldest versions that are supported"
+	@echo "make test-storage  a search over PostgreSQL 15: a worker is killed, the server restarted"
 	@echo "make golden AGAINST=path  short runs with the checkout there and with this one: the same to the last bit?"
 	@echo "make check  ruff (its security rules too), mypy, import order, no secrets, the site, the wheel"
 	@echo "make audit  known faults of what is installed, and secrets; needs the network"
@@ -58,6 +59,11 @@ test-oldest:
 	$(VENV)-oldest/bin/python -m pip install --quiet "torch==2.10.*" "transformers==5.0.*" "accelerate==1.10.*" \
 		"lightning==2.5.*" "peft==0.15.*" pytest pytest-timeout hypothesis scipy scikit-learn --editable .
 	$(VENV)-oldest/bin/python -m pytest tests/test_adapter*.py tests/test_engine.py
+
+# Four workers over a PostgreSQL server of its own, on loopback; needs Debian's postgresql-15 (or its programs in PATH).
+test-storage: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[postgresql]"
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.storage
 
 presets: $(STAMP)
 	$(BIN)/python -m tests.presets

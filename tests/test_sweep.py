@@ -16,6 +16,8 @@ import torch
 
 optuna = pytest.importorskip("optuna")
 
+from tests.storage import KILLED, nothing_is_lost  # noqa: E402
+
 from hybrid_predict_trainer.cli import main, names  # noqa: E402
 from hybrid_predict_trainer.experiments.arms.options import InputError, Options  # noqa: E402
 from hybrid_predict_trainer.experiments.report import sweep as page  # noqa: E402
@@ -28,6 +30,7 @@ from hybrid_predict_trainer.experiments.sweep.worker import Turn, Worker  # noqa
 from hybrid_predict_trainer.experiments.train import train  # noqa: E402
 from hybrid_predict_trainer.records import ConfigError  # noqa: E402
 from hybrid_predict_trainer.sweeps.allocate import wants_new  # noqa: E402
+from hybrid_predict_trainer.sweeps.curves import LOOKS  # noqa: E402
 from hybrid_predict_trainer.sweeps.ends import UNKNOWN, End  # noqa: E402
 
 STEPS = 40
@@ -116,6 +119,16 @@ def test_an_interrupted_search_goes_on_and_trains_nothing_twice(
 
 def _away(*args: Any, **kwargs: Any) -> None:
     raise optuna.exceptions.StorageInternalError("the server has closed the connection")
+
+
+def test_every_turn_goes_on_whatever_the_steps_between_validations(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, plain=True, options=Options(task="pinn-poisson", steps=61, threads=1))
+    worker, last = worker_of(tmp_path, plan, trials=1), 0
+    for look in LOOKS[:3]:
+        assert worker.turn() is Turn.WORKED
+        step = worker.standing()[0].last_step
+        assert step >= look * 61 > last
+        last = step
 
 
 def test_the_budget_holds_and_a_larger_one_goes_on(tmp_path: Path) -> None:
@@ -233,19 +246,6 @@ def test_a_new_trial_goes_before_one_that_is_expected_to_end_above_a_quarter() -
 
 # ---- several workers -------------------------------------------------------------------------------------------
 
-KILLED = """
-import os, signal, sys
-from hybrid_predict_trainer.cli import main
-from hybrid_predict_trainer.experiments.sweep import trials
-trained = trials.train
-def killing(request, out, **kwargs):
-    def watch(label, trainer, steps):
-        return lambda result: os.kill(os.getpid(), signal.SIGKILL) if trainer.run.position == int(sys.argv[1]) else None
-    return trained(request, out, watch=watch, **kwargs)
-trials.train = killing
-main(sys.argv[2:])
-"""
-
 
 def test_two_workers_and_one_is_killed_in_mid_trial(tmp_path: Path) -> None:
     command = [*ask(tmp_path, "--budget", "9", "--trials", "2", "--first", "2", "--set", "checkpoint.save_interval=3")]
@@ -255,18 +255,7 @@ def test_two_workers_and_one_is_killed_in_mid_trial(tmp_path: Path) -> None:
     killed.communicate(timeout=120)
     assert killed.returncode == -signal.SIGKILL
     assert other.wait(timeout=240) == 0
-    study = optuna.load_study(study_name="out", storage=storages.opened(None, tmp_path / "out"))
-    found = study.get_trials(deepcopy=False)
-    assert len(found) == 2
-    assert {t.state.name for t in found} <= {"COMPLETE", "PRUNED"}, "nothing is left behind"
-    assert any(t.state.name == "COMPLETE" for t in found)
-    repeated = 0
-    for t in found:
-        lines = (runs.folder_of(tmp_path / "out", t.number) / "metrics.jsonl").read_text().splitlines()
-        steps = [e["step"] for e in map(json.loads, lines) if e["event"] == "step"]
-        assert sorted(set(steps)) == list(range(min(steps), max(steps) + 1))
-        repeated += len(steps) - len(set(steps))
-    assert repeated <= 3, "no more than since the last checkpoint"
+    nothing_is_lost(storages.opened(None, tmp_path / "out"), tmp_path / "out", num_trials=2, saved_every=3)
 
 
 # ---- bad input ---------------------------------------------------------------------------------------------------
@@ -346,6 +335,7 @@ def ask(tmp_path: Path, *more: str, space: str = SPACE) -> list[str]:
         (["--budget", "1", "--workers", "0"], SPACE, "must be a whole number >= 1"),
         (["--budget", "1", "--sampler", "grid"], SPACE, "invalid choice"),
         (["--budget", "1"], "predictor.window = { low = -3, high = 5 }", "space: predictor.window = -3"),
+        (["--budget", "1", "--set", "training.clock=claimed"], SPACE, "training.clock must be 'cost'"),
         (["--budget", "1"], 'schedule = ["liner"]', "space: schedule = liner"),
         (["--budget", "1"], 'preset = ["huge", 1]', "must be a text"),
         (["--budget", "1", "--storage", "nonsense"], SPACE, "--storage nonsense"),

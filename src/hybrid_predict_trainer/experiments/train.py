@@ -52,7 +52,7 @@ IN_USE = "add --resume to continue it, or choose another --out"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """A part of a run: it is paused behind it, and resumed bit for bit.
+    """A part of a run: it is paused behind it, validated there, and resumed bit for bit.
 
     Attributes:
         until: position at which it is paused, on the configured clock.
@@ -171,6 +171,8 @@ def _train(
         failed = saver.attempt()
         ended = _ended(trainer, setup.steps)
         val_loss = validation.final() if ended else None
+        if not ended and trainer.run.position >= part.until:
+            validation.final()  # whoever chooses what is trained next knows how it stands here
         result = _result(setup, request, trainer, wall_s, val_loss, ended=ended)
         if ended and validation.error is not None:
             result["solution_error"] = validation.error

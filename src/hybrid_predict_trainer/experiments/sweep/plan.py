@@ -82,6 +82,8 @@ def checked(plan: Plan) -> Experiment:
         InputError: a trial of the search could not be trained; the line names the parameter.
     """
     setup = build_experiment(plan.options)
+    if setup.config.clock != "cost" or "training.clock" in plan.space:
+        raise InputError("hpt sweep spends cost: training.clock must be 'cost'")
     for name, value in extremes(plan.space):
         options = with_params(plan.options, {name: value})
         try:

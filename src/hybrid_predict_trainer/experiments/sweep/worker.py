@@ -36,7 +36,7 @@ ORPHANED_S = 120.0
 #: Trials that have ended and are still learnt from: the newest.  More would cost time and say little.
 MOST_ENDED = 64
 #: Seconds between two looks where others have all the trials, and between two tries of a storage.
-PAUSE_S = 0.5
+PAUSE_S, MOST_PAUSE_S = 0.5, 10.0
 
 
 class Turn(enum.Enum):
@@ -149,6 +149,7 @@ class Worker:
             InputError: the storage has not answered for longer than may be, or no trial can be trained.
         """
         away: float | None = None
+        pause = PAUSE_S
         while self.status == 0:
             try:
                 turn = self.turn()
@@ -166,7 +167,8 @@ class Worker:
             if turn is Turn.DONE:
                 break
             if turn is Turn.WAITING:
-                time.sleep(PAUSE_S)
+                time.sleep(pause)
+            pause = min(2 * pause, MOST_PAUSE_S) if turn is Turn.WAITING else PAUSE_S
         return self.status
 
     def turn(self) -> Turn:
