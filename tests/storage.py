@@ -133,8 +133,8 @@ def main() -> None:
         (folder / "space.toml").write_text(SPACE)
         out = folder / "search"
         command = ["sweep", "--task", "pinn-poisson", "--steps", str(STEPS), "--plain", "--budget", "99",
-                   "--first", "4", "--trials", str(NUM_TRIALS), "--set", f"checkpoint.save_interval={SAVED_EVERY}", "--out", str(out),
-                   "--space", str(folder / "space.toml"), "--storage", found.url, "--patience", "120"]  # fmt: skip
+                   "--first", "4", "--trials", str(NUM_TRIALS), "--out", str(out), "--set",
+                   f"checkpoint.save_interval={SAVED_EVERY}", "--space", str(folder / "space.toml"), "--storage", found.url, "--patience", "120"]  # fmt: skip
         env = {**os.environ, "HPT_SWEEP_WORKER": "1", "OMP_NUM_THREADS": "1"}
         plain = [sys.executable, "-m", "hybrid_predict_trainer.cli", *command]
         workers = [subprocess.Popen(plain, env=env) for _ in range(NUM_WORKERS - 1)]

@@ -201,7 +201,7 @@ def test_nothing_is_unpickled_or_executed(name: str) -> None:
 
 
 #: Package -> module, where they differ.
-MODULE_OF = {"scikit-learn": "sklearn", "lm-eval": "lm_eval"}
+MODULE_OF = {"scikit-learn": "sklearn", "lm-eval": "lm_eval", "psycopg[binary]": "psycopg"}
 
 
 def test_an_extra_that_nothing_imports_goes() -> None:

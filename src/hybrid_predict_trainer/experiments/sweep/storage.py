@@ -56,7 +56,10 @@ def opened(url: str | None, out: Path) -> Any:
         try:
             # a connection that the server has closed meanwhile is made anew
             return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
-        except (ImportError, ValueError, optuna.exceptions.OptunaError) as error:
+        except ImportError as error:
+            hint = '; run: pip install "hybrid-predict-trainer[postgresql]"' if "psycopg" in f"{url} {error}" else ""
+            raise InputError(f"--storage {without_secrets(url)}: {_line(error)}{hint}") from None
+        except (ValueError, optuna.exceptions.OptunaError) as error:
             raise InputError(f"--storage {without_secrets(url)}: {_line(error)}") from None
         except Exception as error:
             if type(error).__module__.startswith("sqlalchemy.exc"):
