@@ -132,9 +132,9 @@ def main() -> None:
         folder = Path(name)
         (folder / "space.toml").write_text(SPACE)
         out = folder / "search"
-        command = ["sweep", "--task", "pinn-poisson", "--steps", str(STEPS), "--plain", "--budget", "99",
-                   "--first", "4", "--trials", str(NUM_TRIALS), "--out", str(out), "--set",
-                   f"checkpoint.save_interval={SAVED_EVERY}", "--space", str(folder / "space.toml"), "--storage", found.url, "--patience", "120"]  # fmt: skip
+        command = ["sweep", "--task", "pinn-poisson", "--steps", str(STEPS), "--plain", "--budget", "99", "--first", "4",
+                   "--trials", str(NUM_TRIALS), "--set", f"checkpoint.save_interval={SAVED_EVERY}", "--patience", "120",
+                   "--space", str(folder / "space.toml"), "--out", str(out), "--storage", found.url]  # fmt: skip
         env = {**os.environ, "HPT_SWEEP_WORKER": "1", "OMP_NUM_THREADS": "1"}
         plain = [sys.executable, "-m", "hybrid_predict_trainer.cli", *command]
         workers = [subprocess.Popen(plain, env=env) for _ in range(NUM_WORKERS - 1)]
