@@ -246,3 +246,46 @@ def test_a_run_that_ended_with_an_error_is_forgotten(out: Path) -> None:
 def test_only_a_trainer_may_call_it(out: Path) -> None:
     with pytest.raises(ConfigError, match="callbacks="):
         HybridCallback().on_train_begin(None, None, None)
+
+
+# ---------------------------------------------------------------- two processes
+
+
+def _of_two(folder: str, rank: int, size: int) -> Any:
+    import os
+
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT="0", ACCELERATE_USE_CPU="true",
+    )  # fmt: skip
+    plain = trainer_of(Path(folder), max_steps=6)
+    plain.train()
+    off = trainer_of(Path(folder), HybridCallback(HybridTrainerConfig(enabled=False), say=False), max_steps=6)
+    off.train()
+    callback = HybridCallback(willing(), say=False)
+    trainer = trainer_of(Path(folder), callback, model=gpt2(), save_strategy="steps", save_steps=10)
+    assert trainer.args.world_size == 2
+    trainer.train()
+    resumed = HybridCallback(willing(), say=False)
+    again = trainer_of(Path(folder), resumed, model=gpt2(seed=1), max_steps=11)
+    again.train(resume_from_checkpoint=str(Path(folder) / "checkpoint-10"))
+    report = callback.report
+    assert report is not None
+    return {
+        "off": difference(state_of(off), state_of(plain)), "proposed": report["num_jumps_proposed"],
+        "weights": [w.tolist() for w in weights_of(trainer.model).values()], "steps": trainer.state.global_step,
+        "again": [w.tolist() for w in weights_of(again.model).values()],
+    }  # fmt: skip
+
+
+def test_two_processes_stay_alike_and_without_a_jump_they_are_the_plain_trainers(tmp_path: Path) -> None:
+    from ranks.drive import with_ranks
+
+    first, second = with_ranks(2, tmp_path, _of_two, str(tmp_path / "out"))
+    assert first["off"] is None
+    assert second["off"] is None
+    assert first["weights"] == second["weights"]
+    assert first["again"] == second["again"]
+    assert first["steps"] == second["steps"]
+    assert first["proposed"] == second["proposed"] > 0
+    assert (tmp_path / "out" / "checkpoint-10" / "hybrid_predict_trainer").is_dir()

@@ -279,3 +279,45 @@ def test_fabric_in_bfloat16() -> None:
     run = Fabricated(willing(), precision="bf16-mixed").train()
     assert run.engine is not None
     assert run.engine.statistics()["num_jumps_proposed"] > 0
+
+
+# ---- two processes -------------------------------------------------------------------------------------------
+
+
+def _of_two(folder: str, rank: int, size: int) -> Any:
+    import os
+
+    from lightning.pytorch.strategies import DDPStrategy
+
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), NODE_RANK="0",
+        MASTER_ADDR="127.0.0.1", MASTER_PORT="0",
+    )  # fmt: skip
+
+    def trained(callback: Any = None, **changes: Any) -> Any:
+        torch.manual_seed(3)
+        strategy = DDPStrategy(process_group_backend="gloo")
+        return fit(Module(), callback, devices=size, strategy=strategy, **changes)
+
+    plain = trained(max_steps=6)
+    off = trained(HybridCallback(HybridTrainerConfig(enabled=False), say=False), max_steps=6)
+    callback = HybridCallback(willing(), say=False)
+    trainer = trained(callback)
+    trainer.save_checkpoint(Path(folder) / "at.ckpt")
+    assert callback.report is not None
+    return {
+        "world": trainer.world_size, "off": difference(state_of(off), state_of(plain)),
+        "weights": [w.tolist() for w in weights_of(trainer.lightning_module).values()], "steps": trainer.global_step,
+        "proposed": callback.report["num_jumps_proposed"],
+    }  # fmt: skip
+
+
+def test_two_processes_stay_alike_and_without_a_jump_they_are_the_plain_trainers(tmp_path: Path) -> None:
+    from ranks.drive import with_ranks
+
+    first, second = with_ranks(2, tmp_path, _of_two, str(tmp_path))
+    assert first == second
+    assert first["world"] == 2
+    assert first["off"] is None
+    assert first["proposed"] > 0
+    assert (tmp_path / "at.ckpt").is_file()

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from ..config.settings import HybridTrainerConfig
 from ..cycle.engine import Engine, attach
 from ..cycle.handover import MicroBatches, StepLoss
+from ..distributed.processes import wrapper_of
 from ..notices import warn
 from ..predictors import Predictor
 from ..records import ConfigError
@@ -114,7 +115,7 @@ class HybridCallback(TrainerCallback):  # type: ignore[misc]
         self._trainer, self.report = trainer, None
         scaler = getattr(trainer.accelerator, "scaler", None)
         self.engine = attach(
-            trainer.model, trainer.optimizer, self.config, loss_fn=TrainerLoss(trainer),
+            _trained(trainer), trainer.optimizer, self.config, loss_fn=TrainerLoss(trainer),
             lr_scheduler=trainer.lr_scheduler, auto=False, schedule="shared", total_steps=state.max_steps,
             grad_scaler=scaler, **self._handed,
         )  # fmt: skip
@@ -141,7 +142,10 @@ class HybridCallback(TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """What is ours goes into the checkpoint that was just written."""
         folder = _checkpoint_folder(args, state)
-        if self.engine is not None and args.should_save and not args.save_only_model and folder.is_dir():
+        if self.engine is None or args.save_only_model:
+            return
+        # several processes write together, one of them to the disk
+        if not self.engine.run.subject.ranks.alone or (args.should_save and folder.is_dir()):
             self.engine.save_state(folder / FOLDER)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -157,7 +161,7 @@ class HybridCallback(TrainerCallback):  # type: ignore[misc]
                 path.write_text(json.dumps(jsonable(self.report), indent=2), encoding="utf-8")
             except OSError as error:
                 warn(f"{path} was not written: {error.strerror}")
-        if self.config.enabled and self._say:
+        if self.config.enabled and self._say and state.is_world_process_zero:
             print(format_text(self.report))
         self._leave()
 
@@ -247,7 +251,7 @@ class TrainerLoss(StepLoss):
     def _of_step(self, batches: list[Any]) -> Tensor:
         """As the trainer adds it up: shares of one count of items, or a mean over micro-batches."""
         trainer = self._trainer
-        with untouched(trainer):
+        with untouched(trainer), _by_itself(trainer):
             return self._total(batches)
 
     def _total(self, batches: list[Any]) -> Tensor:
@@ -261,7 +265,7 @@ class TrainerLoss(StepLoss):
 
     def _share(self, batch: Mapping[str, Any], num_items: Any) -> Tensor:
         trainer = self._trainer
-        model = trainer.model_wrapped
+        model = trainer.model if _is_ddp(trainer) else trainer.model_wrapped
         inputs = trainer._prepare_inputs(dict(batch))
         with trainer.compute_loss_context_manager():
             loss = trainer.compute_loss(model, inputs, num_items_in_batch=num_items)
@@ -276,6 +280,30 @@ class TrainerLoss(StepLoss):
             return bool(told)
         counted = getattr(trainer, "model_accepts_loss_kwargs", False) and num_items is not None
         return bool(counted or trainer.compute_loss_func is not None)
+
+
+def _is_ddp(trainer: Any) -> bool:
+    return wrapper_of(trainer.model_wrapped) == "DistributedDataParallel"
+
+
+def _trained(trainer: Any) -> nn.Module:
+    """The model in what several processes train it in."""
+    found: nn.Module = trainer.model_wrapped if _is_ddp(trainer) else trainer.model
+    return found
+
+
+@contextmanager
+def _by_itself(trainer: Any) -> Iterator[None]:
+    """A block in which a process counts its own items: the ranks' mean is taken behind it, where all of them are."""
+    if not _is_ddp(trainer):
+        yield
+        return
+    before = trainer.args.average_tokens_across_devices
+    trainer.args.average_tokens_across_devices = False
+    try:
+        yield
+    finally:
+        trainer.args.average_tokens_across_devices = before
 
 
 def _is_paired(trainer: Any) -> bool:

@@ -27,6 +27,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ..config.settings import HybridTrainerConfig
 from ..cycle.engine import Engine, attach
+from ..distributed.processes import wrapper_of
 from ..keep.subject import LossFn
 from ..notices import warn
 from ..predictors import Predictor
@@ -111,7 +112,8 @@ class HybridCallback(Callback):  # type: ignore[misc]
         self._accumulate = trainer.accumulate_grad_batches if automatic else 1
         planned = trainer.estimated_stepping_batches if automatic else trainer.max_steps
         self.engine = attach(
-            pl_module, trainer.optimizers[0], self.config, loss_fn=self._loss_fn or ModuleLoss(trainer, pl_module),
+            trainer.strategy.model if _is_ddp(trainer) else pl_module, trainer.optimizers[0], self.config,
+            loss_fn=self._loss_fn or ModuleLoss(trainer, pl_module),
             lr_scheduler=scheduler, lr_interval=interval, auto=False,
             schedule="owned" if scheduler is None else "shared",
             total_steps=int(planned) if 0 < planned < float("inf") else None,
@@ -215,11 +217,21 @@ class ModuleLoss:
         """Loss of a batch."""
         with untouched(model):
             trainer: Any = self._known()
-            output = trainer.strategy.training_step(*(batch, 0)[: self._num_arguments])
+            arguments = (batch, 0)[: self._num_arguments]
+            if _is_ddp(trainer):  # what wraps the module exchanges, and ranks may evaluate unequally often
+                with trainer.precision_plugin.train_step_context():
+                    output = trainer.lightning_module.training_step(*arguments)
+            else:
+                output = trainer.strategy.training_step(*arguments)
         loss = output["loss"] if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor):
             raise TypeError("training_step returned no loss for this batch")
         return loss
+
+
+def _is_ddp(trainer: Any) -> bool:
+    model = trainer.strategy.model
+    return isinstance(model, nn.Module) and wrapper_of(model) == "DistributedDataParallel"
 
 
 @contextmanager
