@@ -1,6 +1,7 @@
 """A search over PostgreSQL: four workers, one is killed in mid-trial, and the server is restarted meanwhile.
 
-``make test-storage``, or ``python -m tests.storage``; needs the server's programs (Debian: ``postgresql-15``) and
+``make test-storage``, or ``python -m tests.storage``; ``--measure N`` prints what N trials ask of journal and server.
+Needs the server's programs (Debian: ``postgresql-15``) and
 ``psycopg``.  The server is one of its own, on loopback, in a temporary folder.
 """
 
@@ -127,14 +128,86 @@ def reported(storage: Any, name: str) -> int:
     return 0
 
 
+def price(storage: Any, num_trials: int, num_reports: int = 40) -> dict[str, float]:
+    """What a search of that many trials asks of a storage: milliseconds of this process, and of the clock."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(storage=storage, sampler=optuna.samplers.RandomSampler(seed=0), study_name="price")
+    spent = dict.fromkeys(("begin", "report", "tell"), 0.0)
+    began = time.perf_counter()
+
+    def timed(what: str, do: Any) -> Any:
+        started = time.process_time()
+        found = do()
+        spent[what] += time.process_time() - started
+        return found
+
+    def begin() -> optuna.Trial:
+        trial = study.ask(fixed_distributions={"lr": optuna.distributions.FloatDistribution(1e-4, 1e-1, log=True)})
+        for name, value in (("schedule", "wsd:decay=0.25"), ("total_steps", 1000), ("host", "here")):
+            trial.set_user_attr(name, value)
+        return trial
+
+    for _ in range(num_trials):
+        trial = timed("begin", begin)
+        for step in range(1, num_reports + 1):
+            timed("report", lambda trial=trial, step=step: trial.report(1.0 / step, step))
+        timed("tell", lambda trial=trial: study.tell(trial, 1.0 / num_reports))
+    wall = 1000 * (time.perf_counter() - began) / num_trials
+    started = time.process_time()
+    study.get_trials(deepcopy=False)
+    again = time.process_time()
+    optuna.load_study(study_name="price", storage=storage).get_trials(deepcopy=False)
+    return {
+        "begin_ms": 1000 * spent["begin"] / num_trials,
+        "report_ms": 1000 * spent["report"] / num_trials / num_reports,
+        "tell_ms": 1000 * spent["tell"] / num_trials,
+        "read_again_ms_per_1000": 1e6 * (again - started) / num_trials,
+        "wall_ms_per_trial": wall,
+    }
+
+
+def measure(num_trials: int) -> None:
+    """The coefficients of docs/scale.md."""
+    with tempfile.TemporaryDirectory(prefix="hpt-storage-") as name:
+        folder = Path(name)
+        journal = price(storages.opened(None, folder), num_trials)
+        journal["bytes_per_trial"] = (folder / storages.JOURNAL).stat().st_size / num_trials
+        started = time.process_time()
+        fresh = storages.opened(None, folder)
+        fresh.get_all_trials(fresh.get_study_id_from_name("price"), deepcopy=False)
+        journal["open_ms_per_1000"] = 1e6 * (time.process_time() - started) / num_trials
+        print("journal", json.dumps({k: round(v, 3) for k, v in journal.items()}), flush=True)
+        with server(folder / "server") as found:
+            import psycopg
+
+            url = found.url.replace("+psycopg", "")
+
+            def size() -> int:
+                with psycopg.connect(url) as connection:
+                    return int(connection.execute("select pg_database_size('postgres')").fetchone()[0])
+
+            storage = storages.opened(found.url, folder)
+            before = size()
+            postgresql = price(storage, num_trials)
+            postgresql["bytes_per_trial"] = (size() - before) / num_trials
+            started = time.process_time()
+            fresh = storages.opened(found.url, folder)
+            fresh.get_all_trials(fresh.get_study_id_from_name("price"), deepcopy=False)
+            postgresql["open_ms_per_1000"] = 1e6 * (time.process_time() - started) / num_trials
+            print("PostgreSQL", json.dumps({k: round(v, 3) for k, v in postgresql.items()}), flush=True)
+
+
 def main() -> None:
     with tempfile.TemporaryDirectory(prefix="hpt-storage-") as name, server(Path(name) / "server") as found:
         folder = Path(name)
         (folder / "space.toml").write_text(SPACE)
         out = folder / "search"
-        command = ["sweep", "--task", "pinn-poisson", "--steps", str(STEPS), "--plain", "--budget", "99", "--first", "4",
-                   "--trials", str(NUM_TRIALS), "--set", f"checkpoint.save_interval={SAVED_EVERY}", "--patience", "120",
-                   "--space", str(folder / "space.toml"), "--out", str(out), "--storage", found.url]  # fmt: skip
+        command = ["sweep", "--task", "pinn-poisson", "--steps", str(STEPS), "--plain", "--budget", "99"]
+        command += ["--first", "4", "--trials", str(NUM_TRIALS), "--patience", "120", "--out", str(out)]
+        command += ["--set", f"checkpoint.save_interval={SAVED_EVERY}", "--space", str(folder / "space.toml")]
+        command += ["--storage", found.url]
         env = {**os.environ, "HPT_SWEEP_WORKER": "1", "OMP_NUM_THREADS": "1"}
         plain = [sys.executable, "-m", "hybrid_predict_trainer.cli", *command]
         workers = [subprocess.Popen(plain, env=env) for _ in range(NUM_WORKERS - 1)]
@@ -156,4 +229,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--measure"]:
+        measure(int(sys.argv[2]))
+    else:
+        main()

@@ -32,7 +32,7 @@ LADDER = [trial(k) for k in range(6)]
 
 
 def test_running_all_costs_all_and_finds_the_best() -> None:
-    assert replay.run_all(LADDER) == replay.Outcome(pytest.approx(1.0), 0.0, False, pytest.approx(1 / 21))
+    assert replay.run_all(LADDER) == replay.Outcome(pytest.approx(1.0), 0.0, False, pytest.approx(1 / 21), 0.0)
 
 
 def test_random_search_spends_what_it_may() -> None:
@@ -48,6 +48,18 @@ def test_ours_find_the_best_and_spend_less(way: program.Way) -> None:
     found = way(LADDER)
     assert (found.regret, found.winner_stopped) == (0.0, False)
     assert found.spent < 0.7
+
+
+def test_lowest_first_finds_the_best_after_the_first_looks() -> None:
+    found = replay.lowest_first(LADDER)
+    assert found.regret == 0.0
+    assert 1 / 21 < found.found_after < 0.25
+    assert found.quarter == 0.0
+
+
+def test_regret_at_a_quarter_counts_what_was_complete_by_then() -> None:
+    assert replay.run_all(LADDER[::-1]).quarter == math.inf, "the first costs 6 of 21"
+    assert replay.run_all(LADDER[1:]).quarter == 0.0
 
 
 def test_one_by_one_is_what_the_pruner_does_in_a_study() -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ...sweeps.allocate import Rules, first_look, next_slice
-from ...sweeps.curves import LOOKS, TrialCurve
+from ...sweeps.curves import LATE, LOOKS, TrialCurve
 from ...sweeps.decide import bar_of, cannot_win
 from ...sweeps.ends import ends_of
 from ...sweeps.looks import spent_at_a_look
@@ -27,6 +27,7 @@ from .grids import Trial
 REGRET = 0.002
 RATE_NAMES = ("lr", "schedule")
 KEPT = 0.75
+QUARTER = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +39,14 @@ class Outcome:
         regret: relative; infinite where no trial was completed.
         winner_stopped: the best trial of the problem was stopped.
         found_after: share of the compute at which the first trial within :data:`REGRET` was complete; 1 where none was.
+        quarter: the regret if the search had ended at a quarter of the compute.
     """
 
     spent: float
     regret: float
     winner_stopped: bool
     found_after: float
+    quarter: float
 
 
 class Book:
@@ -55,7 +58,7 @@ class Book:
         self._total = sum(trial.cost for trial in trials)
         self._best = min(trial.final for trial in trials)
         self.rows = [0] * len(trials)
-        self.spent, self.found, self.found_after = 0.0, math.inf, 1.0
+        self.spent, self.found, self.found_after, self.quarter = 0.0, math.inf, 1.0, math.inf
 
     def read(self, i: int, rows: int) -> None:
         """A trial has trained until a row."""
@@ -67,6 +70,8 @@ class Book:
         self.rows[i] = rows
         if math.isfinite(trial.final) and rows == len(trial.at):
             self.found = min(self.found, trial.final)
+            if self.spent <= QUARTER * self._total:
+                self.quarter = self.found
             if trial.final <= self._best * (1 + REGRET):
                 self.found_after = min(self.found_after, self.spent / self._total)
 
@@ -75,7 +80,7 @@ class Book:
         winner = min(range(len(self._trials)), key=lambda i: self._trials[i].final)
         return Outcome(
             self.spent / self._total, self.found / self._best - 1, self.rows[winner] < len(self._trials[winner].at),
-            self.found_after,
+            self.found_after, self.quarter / self._best - 1,
         )  # fmt: skip
 
 
@@ -153,6 +158,26 @@ def freeze_thaw(trials: Sequence[Trial], *, confidence: float = 0.95, min_gain: 
         _read(book, curves, alive, step.index, trials[step.index], step.until)
 
 
+def lowest_first(trials: Sequence[Trial]) -> Outcome:
+    """As :func:`freeze_thaw` without forecasts: whichever trial shows the lowest loss goes on, and none is stopped.
+
+    It ends where the first trial within :data:`REGRET` is complete, which a search would not know: only
+    ``found_after`` and ``quarter`` say something.
+    """
+    book = Book(trials)
+    curves = [curve_of(i, trial, 0) for i, trial in enumerate(trials)]
+    alive = [True] * len(trials)
+    for i, trial in enumerate(trials):
+        _read(book, curves, alive, i, trial, LOOKS[first_look(curves[i])] * trial.steps)
+    while any(alive) and (book.found_after == 1.0 or not math.isfinite(book.quarter)):
+        going = [i for i, a in enumerate(alive) if a]
+        chosen = min(going, key=lambda i: float(curves[i].values[-1]) if len(curves[i].values) else -math.inf)
+        share = curves[chosen].share
+        until = next(look for look in LOOKS if look > share + LATE) if share < 1 - LATE else 1.0
+        _read(book, curves, alive, chosen, trials[chosen], until * trials[chosen].steps)
+    return book.outcome()
+
+
 def _read(book: Book, curves: list[TrialCurve], alive: list[bool], i: int, trial: Trial, until: float) -> None:
     rows = min(int(np.searchsorted(trial.at, until - 1e-6)) + 1, len(trial.at))
     book.read(i, rows)
@@ -194,6 +219,8 @@ def summary(outcomes: Sequence[Outcome]) -> dict[str, float]:
         "regret_95": float(np.quantile([min(o.regret, 10.0) for o in outcomes], 0.95)),
         "winner_stopped": float(np.mean([o.winner_stopped for o in outcomes])),
         "found_after": float(np.mean([o.found_after for o in outcomes])),
+        "found_after_95": float(np.quantile([o.found_after for o in outcomes], 0.95)),
+        "quarter": float(np.median([min(o.quarter, 10.0) for o in outcomes])),
     }  # fmt: skip
 
 
