@@ -231,7 +231,8 @@ class World:
         """Another process: fresh objects, to which the user does again what was done to the old ones."""
         frozen, self.frozen = list(self.frozen), {}
         was_altered = self.altered
-        self.build(self.seed + 100)
+        # a base that was frozen from the start is no part of a checkpoint: whoever resumes loads the same one
+        self.build(self.seed + (0 if self.recipe.model == "frozen" else 100))
         for name, p in self.made.model.named_parameters():
             if name in frozen:
                 p.requires_grad_(False)

@@ -61,8 +61,8 @@ def _nothing(*args: Any) -> None:
 def with_hooks(optimizer: Any) -> Optimizer | None:
     """The optimizer whose step fires hooks: itself, or the one that a wrapper holds; None where there is none.
 
-    Some wrappers are optimizers by class whose ``register_step_..._hook`` raises ``AttributeError``; others hand over
-    the table of hooks of the one inside, which is the one that fires them.
+    Some wrappers are optimizers by class whose ``register_step_..._hook`` raises (they have no table of hooks, or one
+    that no handle can refer to); others hand over the table of the one inside, which is the one that fires them.
     """
     for _ in range(MAX_DEPTH):
         inner = getattr(optimizer, "optimizer", None)
@@ -73,7 +73,7 @@ def with_hooks(optimizer: Any) -> Optimizer | None:
         try:
             optimizer.register_step_pre_hook(_nothing).remove()
             optimizer.register_step_post_hook(_nothing).remove()
-        except AttributeError:
+        except (AttributeError, TypeError):
             optimizer = getattr(optimizer, "optimizer", None)
         else:
             found: Optimizer = optimizer

@@ -180,10 +180,14 @@ def load(model: nn.Module, state: StateDict, about: StateDict) -> None:
     for name, value in about["hidden"].items():
         _give(found[name], value)
     live = dict(model.state_dict())
-    whole = {name: live[name] for name in about["frozen"] if name in live}
+    whole: StateDict = {}
     for name, value in state.items():
         whole[name] = _rebuilt(value, live.get(name), name) if isinstance(value, Mark) else value
-    model.load_state_dict(whole)
+    # a frozen weight that was left out is not written to, not even with itself: it would count as changed from here on
+    told = model.load_state_dict(whole, strict=not about["frozen"])
+    if about["frozen"] and (told.unexpected_keys or set(told.missing_keys) - about["frozen"].keys()):
+        odd = [*told.unexpected_keys, *sorted(set(told.missing_keys) - about["frozen"].keys())]
+        raise CheckpointError(f"the model did not take {odd[0]} as it gives it in state_dict")
 
 
 def _give(place: Place, value: Tensor | None) -> None:
