@@ -142,6 +142,21 @@ def test_no_slope_yet_or_none_at_all(curve: list[float]) -> None:
     assert run_windows(curve).loss_slope() == pytest.approx(0.0, abs=1e-12)
 
 
+def test_slope_after_a_resume() -> None:
+    """Logarithms are kept beside the losses, and are no part of a checkpoint."""
+    history, again = History(), History()
+    for step, loss in enumerate([3.0, 2.0, 0.0, 1.5, 1.0, 0.7, 0.6, 0.5], start=1):
+        history.push(Reading(step, loss, None), warming_up=False)
+        history.close_window(step, 1)
+    assert history.loss_slope() < 0
+    again.load_state_dict(history.state_dict())
+    assert again.loss_slope() == history.loss_slope()
+    for other in (history, again):
+        other.push(Reading(9, 0.4, None), warming_up=False)
+        other.close_window(9, 1)
+    assert again.loss_slope() == history.loss_slope()
+
+
 def test_steep_beginning_is_forgotten() -> None:
     flat = [1.0] * 30
     assert abs(run_windows([100 / (i + 1) for i in range(25)] + flat).loss_slope()) < 1e-3

@@ -128,6 +128,75 @@ def test_move_by_nothing_is_exact() -> None:
     assert all(torch.equal(a, b) for a, b in zip(target, origin, strict=True))
 
 
+def several(dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    return [torch.randn(shape, dtype=dtype) for shape in ((5, 7), (5,), (3, 2, 4), ())]
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.37, 0.0])
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64])
+def test_a_move_in_one_vector_has_the_same_bits(scale: float, wide: torch.dtype) -> None:
+    parameters = [nn.Parameter(t) for t in several()]
+    saved, delta = weights.copied_together(parameters), several(wide)
+    assert isinstance(saved, weights.Together)
+    together = weights.Together(torch.cat([d.reshape(-1) for d in delta]), delta)
+    weights.move_(parameters, weights.clone(saved), delta, scale)
+    expected = weights.clone(parameters)
+    for _ in range(2):  # the second time in memory that is there already
+        weights.copy_(parameters, saved)
+        weights.move_(parameters, saved, together, scale)
+        assert all(torch.equal(p, e) for p, e in zip(parameters, expected, strict=True))
+
+
+def test_copies_in_one_vector_are_copies() -> None:
+    tensors = [torch.randn(4, 6).T, torch.randn(3)]  # one of them is no stretch of memory
+    before = weights.clone(tensors)
+    copies = weights.copied_together(tensors)
+    for t in tensors:
+        t.zero_()
+    assert all(torch.equal(c, b) for c, b in zip(copies, before, strict=True))
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        [torch.ones(3), torch.ones(3, dtype=torch.float64)],
+        [torch.ones(3, dtype=torch.bfloat16), torch.ones(2, dtype=torch.bfloat16)],
+        [torch.ones(weights.SMALL), torch.ones(1)],
+        [torch.ones(3)],
+    ],
+    ids=["two kinds", "half", "many", "one"],
+)
+def test_what_does_not_lie_in_one_vector(tensors: list[torch.Tensor]) -> None:
+    copies = weights.copied_together(tensors)
+    assert not isinstance(copies, weights.Together)
+    assert all(torch.equal(c, t) and c is not t for c, t in zip(copies, tensors, strict=True))
+
+
+def test_rms_in_one_vector() -> None:
+    delta = several(torch.float64)
+    delta[1][0] = float("inf")
+    together = weights.Together(torch.cat([d.reshape(-1) for d in delta]), delta)
+    assert weights.per_tensor_rms(together) == pytest.approx(weights.per_tensor_rms(delta))
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_without_graph(enabled: bool) -> None:
+    seen = []
+
+    @weights.without_graph
+    def work(error: bool) -> None:
+        seen.append(torch.is_grad_enabled())
+        if error:
+            raise KeyError
+
+    with torch.set_grad_enabled(enabled):
+        work(False)
+        with pytest.raises(KeyError):
+            work(True)
+        assert torch.is_grad_enabled() is enabled
+    assert seen == [False, False]
+
+
 def test_small_deltas_of_half_precision_weights_are_not_lost() -> None:
     """Half a step of the format, 2^-8 at 1: each weight goes to one of its neighbours, and the mean is the delta's."""
     delta, count = 2.0**-8 + 2.0**-10, 4096
