@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,16 @@ def test_what_grows_with_weights_and_ranks() -> None:
     assert found["proposal_passes_s"] == pytest.approx(20 * 1e-9 * 7e10)
     assert found["held_bytes"] == pytest.approx(6 * 4 * 7e10)
     assert estimate(FOUND, 1e7, 1024)["proposal_bytes"] == found["proposal_bytes"], "it does not grow with weights"
+
+
+def test_parts_of_weights_are_gathered_for_every_forward() -> None:
+    parts = replace(FOUND, sharded=True, proposal_calls=5.0)
+    found = estimate(parts, 7e10, 1024)
+    assert found["gradient_bytes"] == pytest.approx(3 * 4 * 7e10 * 1023 / 1024)
+    assert found["proposal_bytes"] == pytest.approx(4000 + 5 * 4 * 7e10 * 1023 / 1024)
+    assert found["held_bytes"] == pytest.approx(6 * 4 * 7e10 / 1024)
+    assert found["proposal_passes_s"] == pytest.approx(20 * 1e-9 * 7e10 / 1024)
+    assert estimate(parts, 1e7, 1)["proposal_bytes"] == 0
 
 
 def test_one_process_exchanges_nothing() -> None:

@@ -112,9 +112,9 @@ def run_scale(args: argparse.Namespace) -> Shown:
     from ..experiments.bench import scale
 
     with as_input_error():
-        found = scale.measure(preset=args.preset or "0.3M", num_steps=args.steps, note=note)
+        found = scale.measure(preset=args.preset or "0.3M", num_steps=args.steps, note=note, sharded=args.sharded)
         if args.markdown is not None:
-            write_between(args.markdown, "scale", scale.markdown(found) + "\n")
+            write_between(args.markdown, "scale-sharded" if args.sharded else "scale", scale.markdown(found) + "\n")
     return found, lambda: scale.format_text(found)
 
 

@@ -353,9 +353,10 @@ def _add_scale(benchmarks: Benchmarks) -> None:
         "scale", "what several processes cost: bytes moved, memory, time per jump",
         "Runs a small model on two processes of this machine, counts what they exchange, and computes\n"
         "from that a table up to 70 B weights and 1,024 ranks.",
-        "hpt bench scale --markdown docs/scale.md",
+        "hpt bench scale --markdown docs/scale.md", "hpt bench scale --sharded --markdown docs/scale.md",
     )  # fmt: skip
     _preset(parser, "0.3M")
+    parser.add_argument("--sharded", action="store_true", help="weights spread by fully_shard, instead of copied")
     parser.add_argument("--steps", type=whole, default=60, metavar="K", help="steps that are counted (default 60)")
     parser.add_argument(
         "--markdown", type=Path, metavar="FILE", help="write the table here as well, between its marks if it has them"

@@ -58,6 +58,8 @@ class Coefficients:
         pass_s: Seconds of one pass over one weight, read and written.
         copies: Of the weights that are held beside model and optimizer.
         num_proposals: That the means are over.
+        proposal_calls: Forwards of batches or pieces of them: with sharded weights each gathers all of them.
+        sharded: Weights are spread over the ranks (``fully_shard``), instead of copied (DDP).
     """
 
     num_weights: int
@@ -72,11 +74,13 @@ class Coefficients:
     pass_s: float
     copies: float
     num_proposals: int
+    proposal_calls: float = 0.0
+    sharded: bool = False
 
 
 def measure(
     *, preset: str = "0.3M", num_steps: int = 60, processes: Sequence[int] = (2, 4),
-    note: Callable[[str], None] = lambda line: None,
+    note: Callable[[str], None] = lambda line: None, sharded: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Coefficients, and the table that follows from them.
 
@@ -85,6 +89,7 @@ def measure(
         num_steps: Steps of the run that is counted, proposals included.
         processes: Numbers of processes whose exchanges are timed; the run is one of the first number.
         note: Takes lines for a person who waits.
+        sharded: Spread the weights by ``fully_shard``, instead of a copy on each rank.
 
     Raises:
         RuntimeError: there is no gloo here, or nothing was proposed.
@@ -93,7 +98,7 @@ def measure(
         raise RuntimeError("torch was built without gloo: several processes cannot be run here")
     exchange = {n: float(_run(n, _timed)) for n in processes}
     note("exchange of a block: " + ", ".join(f"{1e6 * s:.0f} us with {n} processes" for n, s in exchange.items()))
-    counted = _run(processes[0], _counted, preset, num_steps)
+    counted = _run(processes[0], _counted, preset, num_steps, sharded)
     if not counted["num_proposals"]:
         raise RuntimeError(f"nothing was proposed in {num_steps} steps: take more")
     note(f"{counted['num_proposals']} proposals in {num_steps} steps")
@@ -108,24 +113,28 @@ def estimate(found: Coefficients, num_weights: float, num_ranks: int) -> dict[st
     Args:
         found: As measured.
         num_weights: P.
-        num_ranks: n; each has a copy of the weights (data parallel).
+        num_ranks: n; each has a copy of the weights, or a part of them where they are sharded.
 
     Returns:
         ``gradient_bytes``: that the gradients' ring all-reduce sends per rank and step, 2 P (n - 1) / n floats, which
-        plain training does, too; ``step_bytes``, ``proposal_bytes``: that ours send; ``step_exchange_s``,
-        ``proposal_exchange_s``: time in which ranks wait for one another; ``proposal_passes_s``: time of the passes
-        over the weights, with ``proposal_forwards`` forwards beside it; ``held_bytes``: held per rank beside model and
-        optimizer.
+        plain training does, too; with sharded weights it is gathering them twice and scattering gradients,
+        3 P (n - 1) / n, and every forward of a proposal gathers them once more; ``step_bytes``, ``proposal_bytes``:
+        that ours send; ``step_exchange_s``, ``proposal_exchange_s``: time in which ranks wait for one another;
+        ``proposal_passes_s``: time of the passes over the weights, with ``proposal_forwards`` forwards beside it;
+        ``held_bytes``: held per rank beside model and optimizer.
     """
     several = num_ranks > 1
+    there = (num_ranks - 1) / num_ranks
+    held = num_weights / num_ranks if found.sharded else num_weights
+    gathered = found.proposal_calls * WIDE * num_weights * there if found.sharded else 0.0
     latency = found.exchange_s[min(found.exchange_s)] * math.log2(num_ranks) if several else 0.0
     return {
         "num_weights": num_weights, "num_ranks": num_ranks,
-        "gradient_bytes": 2 * WIDE * num_weights * (num_ranks - 1) / num_ranks,
-        "step_bytes": found.step_bytes * several, "proposal_bytes": found.proposal_bytes * several,
+        "gradient_bytes": (3 if found.sharded else 2) * WIDE * num_weights * there,
+        "step_bytes": found.step_bytes * several, "proposal_bytes": found.proposal_bytes * several + gathered,
         "step_exchange_s": found.step_blocks * latency, "proposal_exchange_s": found.proposal_blocks * latency,
-        "proposal_passes_s": found.proposal_passes * found.pass_s * num_weights,
-        "proposal_forwards": found.proposal_forwards, "held_bytes": found.copies * WIDE * num_weights,
+        "proposal_passes_s": found.proposal_passes * found.pass_s * held,
+        "proposal_forwards": found.proposal_forwards, "held_bytes": found.copies * WIDE * held,
     }  # fmt: skip
 
 
@@ -154,31 +163,43 @@ def _timed() -> float:
     return statistics.quantiles(taken, n=10)[0]  # of a busy machine the exchanges that nothing came between
 
 
-def _counted(preset: str, num_steps: int) -> dict[str, Any]:
+def _counted(preset: str, num_steps: int, sharded: bool) -> dict[str, Any]:
     task = make_task("gpt", TaskSettings(preset=preset, batch_size=4, context=32))
     model = task.build_model(0)
+    if sharded:
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(model)
+    calls = [0]
+
+    def loss_fn(model: torch.nn.Module, batch: Any) -> torch.Tensor:
+        calls[0] += not torch.is_grad_enabled()
+        return task.loss_fn(model, batch)
+
     optimizer = build_optimizer(model, task.defaults)
     schedule = build_scheduler(optimizer, task.defaults.schedule, 10 * num_steps)
     config = with_values(HybridTrainerConfig(), SETTINGS)
-    trainer = HybridTrainer(DistributedDataParallel(model), optimizer, config, task.loss_fn, schedule)
+    wrapped = model if sharded else DistributedDataParallel(model)
+    trainer = HybridTrainer(wrapped, optimizer, config, loss_fn, schedule)
     meter, ranks = trainer.run.meter, trainer.run.subject.ranks
-    sums = {True: [0.0] * 5, False: [0.0] * 5}  # of proposals and of real steps
+    sums = {True: [0.0] * 6, False: [0.0] * 6}  # of proposals and of real steps
     held = 0
     for _, batch in zip(range(num_steps), task.batches(0), strict=False):
-        before = (*ranks.exchanged, meter.num_passes, meter.num_forward - meter.num_attempted_steps)
+        before = (*ranks.exchanged, meter.num_passes, meter.num_forward - meter.num_attempted_steps, calls[0])
         result = trainer.step(batch)
-        after = (*ranks.exchanged, meter.num_passes, meter.num_forward - meter.num_attempted_steps)
+        after = (*ranks.exchanged, meter.num_passes, meter.num_forward - meter.num_attempted_steps, calls[0])
         into = sums[result.phase is Phase.PREDICT]
         into[:] = [s + b - a for s, a, b in zip(into, (*before, 0), (*after, 1), strict=True)]
         held = max(held, sum(trainer.memory_usage().values()))
-    number = sum(p.numel() for p in trainer.run.subject.parameters)
+    number, here = trainer.run.subject.groups.num_weights, sum(p.numel() for p in trainer.run.subject.parameters)
     proposals, steps = sums[True], sums[False]
-    asked, real = max(proposals[4], 1), max(steps[4], 1)
+    asked, real = max(proposals[5], 1), max(steps[5], 1)
     return {
         "num_weights": number, "step_blocks": steps[0] / real, "step_bytes": steps[1] / real,
         "proposal_blocks": proposals[0] / asked, "proposal_bytes": proposals[1] / asked,
         "step_passes": steps[2] / real, "proposal_passes": proposals[2] / asked,
-        "proposal_forwards": proposals[3] / asked, "copies": held / (WIDE * number), "num_proposals": int(proposals[4]),
+        "proposal_forwards": proposals[3] / asked, "copies": held / (WIDE * here), "num_proposals": int(proposals[5]),
+        "proposal_calls": proposals[4] / asked, "sharded": sharded,
     }  # fmt: skip
 
 
@@ -229,11 +250,12 @@ def format_text(found: Mapping[str, Any]) -> str:
     c = found["coefficients"]
     exchange = ", ".join(f"{1e6 * s:.0f} us with {n} processes" for n, s in c["exchange_s"].items())
     return "\n".join([
-        f"measured on {found['preset']} ({c['num_weights']:,} weights, {c['num_proposals']} proposals):",
+        f"measured on {found['preset']} ({c['num_weights']:,} weights{', sharded' if c['sharded'] else ''}, "
+        f"{c['num_proposals']} proposals):",
         f"  exchange of a block: {exchange}",
         f"  real step: {c['step_blocks']:.1f} blocks, {c['step_bytes']:.0f} bytes, {c['step_passes']:.1f} passes",
         f"  proposal: {c['proposal_blocks']:.1f} blocks, {c['proposal_bytes']:.0f} bytes, {c['proposal_passes']:.1f} "
-        f"passes, {c['proposal_forwards']:.1f} forwards",
+        f"passes, {c['proposal_forwards']:.1f} forwards in {c['proposal_calls']:.1f} calls",
         f"  pass over a weight: {1e9 * c['pass_s']:.2f} ns; copies of the weights held: {c['copies']:.1f}", "",
         *aligned(_HEAD, cells(found["table"])),
     ])  # fmt: skip
