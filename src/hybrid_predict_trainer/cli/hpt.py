@@ -36,13 +36,13 @@ from .arguments import (
     what_is_missing,
     whole,
 )
-from .names import ABLATIONS, PRIORS, SAMPLERS
+from .names import ABLATIONS, PRIORS, SAMPLERS, TASKS
 
 #: Command -> the module beside this one whose ``run`` it calls.
 COMMANDS = {
     "train": ".train", "compare": ".compare", "inspect": ".inspect", "report": ".report", "forecast": ".forecast",
     "recipe": ".recipe", "validate": ".validate", "doctor": ".doctor", "watch": ".watch", "probe": ".probe",
-    "sweep": ".sweep", "bench": ".bench",
+    "plan": ".plan", "sweep": ".sweep", "bench": ".bench",
 }  # fmt: skip
 
 DESCRIPTION = """\
@@ -158,6 +158,13 @@ def build_parser() -> argparse.ArgumentParser:
         "there, with an interval, what kind of training it is, and which settings suit it.",
         "hpt probe --task gpt --preset 0.3M --steps 2000", "hpt probe --task regression --minutes 1 --toml probe.toml",
     ))  # fmt: skip
+    _add_plan(command(
+        "plan", "which settings a model fits a card's memory with",
+        "Estimates what a training step holds at its peak, by a step with tensors that have no contents,\n"
+        "and switches on what needs less memory until it fits.  --check holds the estimates against the\n"
+        "allocations of real runs of small models on the CPU.",
+        "hpt plan --params 1B --gpu 16GB", "hpt plan --task gpt --preset 10M --gpu 12GB", "hpt plan --check",
+    ))  # fmt: skip
     _add_sweep(command(
         "sweep", "a hyper-parameter search whose trials are paused and go on",
         "Searches a space of parameters.  Trials are trained in slices: the one that is forecast to end\n"
@@ -175,6 +182,17 @@ def build_parser() -> argparse.ArgumentParser:
         usage="%(prog)s BENCHMARK [OPTIONS]",
     ))  # fmt: skip
     return parser
+
+
+def _add_plan(plan: argparse.ArgumentParser) -> None:
+    plan.add_argument("--params", metavar="N", help="weights of a GPT, such as 350M or 1B")
+    plan.add_argument("--task", type=name_of("task", TASKS), metavar="NAME", help="the model of a task instead")
+    plan.add_argument("--preset", metavar="NAME", help="size or variant of the task's model")
+    plan.add_argument("--gpu", default="16GB", metavar="SIZE", help="memory of the card (default 16GB)")
+    plan.add_argument("--batch-size", type=whole, default=8, metavar="N", help="sequences per step (default 8)")
+    plan.add_argument("--context", type=whole, metavar="N", help="tokens of each (default 1024, or the task's)")
+    plan.add_argument("--check", action="store_true", help="estimates beside measured peaks; exits 1 beyond 10 percent")
+    plan.add_argument("--table", action="store_true", help="the largest model per card, as a table in Markdown")
 
 
 def _add_train(train: argparse.ArgumentParser) -> None:

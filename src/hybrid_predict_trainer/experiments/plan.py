@@ -1,0 +1,332 @@
+"""What a training run holds in memory at its peak, found without the memory: ``hpt plan``.
+
+One step is taken with tensors that have a shape and no contents (``FakeTensorMode``), while torch's ``MemTracker``
+counts what would be allocated: weights, gradients, optimizer state, activations, temporaries.  Nothing of the size of
+the model is ever allocated, and no formula for activations can go out of date.  What this library holds besides is
+added from its own rules: lookahead, copies to come back to, basis.  ``hpt plan --check`` holds the sum against the peak
+of real runs (:mod:`.plan_check`).
+
+Shape letters: ``P`` trained weights, ``B`` sequences, ``T`` tokens of each, ``K`` columns of the basis.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ..config.settings import HybridTrainerConfig
+from ..observe.basis import FLOAT64_BELOW
+from ..predictors import build
+from ..tasks import TaskSettings, make_task
+from ..tasks.language.gpt import Gpt, GptConfig
+from ..weights.algebra import LARGE
+
+#: Bytes of a state of AdamW in 8 bits: a code, and its share of one float32 per block of 256 (torchao).
+STATE_8BIT = 1 + 4 / 256
+#: Share of a card that the driver, cuBLAS and fragmentation leave for tensors; an allowance, not a measurement.
+USABLE = 0.92
+#: Weights of a block's width to its number, as of GPT-2 (768 / 12) to GPT-3's sizes (2048 / 24).
+WIDTH_PER_LAYER = 80
+VOCABULARY = 50_257
+#: Blocks up to which a model is walked through as it is.
+DEEP = 6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """How a model is trained.
+
+    Attributes:
+        batch_size: Sequences per step.
+        bf16: Forward and backward under bfloat16 autocast; weights stay float32.
+        checkpointing: Activations of blocks are computed again in the backward pass.
+        eight_bit: Both moments of AdamW in 8 bits.
+        offload: ``predictor.offload``: what this library remembers lies in host memory.
+        ours: With this library; no: the plain loop.
+    """
+
+    batch_size: int = 8
+    bf16: bool = False
+    checkpointing: bool = False
+    eight_bit: bool = False
+    offload: bool = False
+    ours: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """Bytes at the peak of a step.
+
+    Attributes:
+        setup: Of this estimate.
+        num_parameters: Trained weights, P.
+        parts: Name -> bytes on the training device.
+        host: Bytes that lie in host memory.
+    """
+
+    setup: Setup
+    num_parameters: int
+    parts: dict[str, int]
+    host: int
+
+    @property
+    def total(self) -> int:
+        """Bytes on the training device."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is planned: how its model is made and its loss is computed.
+
+    Attributes:
+        name: For people.
+        build: Whether activations are computed again -> the model.
+        batch: Batch size -> a batch, small and real.
+        loss: Model and batch -> loss.
+        shallow: The same with fewer blocks, twice, and the number of steps of that length beyond the second: what is
+            held grows by the same amount with every block, so that deep models need not be walked through.
+        built_empty: The model can be made without contents from the beginning.
+    """
+
+    name: str
+    build: Callable[[bool], nn.Module]
+    batch: Callable[[int], Any]
+    loss: Callable[[nn.Module, Any], Tensor]
+    shallow: tuple[Subject, Subject, float] | None = None
+    built_empty: bool = False
+
+
+def gpt_of(num_parameters: int, *, context: int, vocabulary: int = VOCABULARY) -> GptConfig:
+    """The GPT whose number of weights is nearest, with tied embeddings and ``WIDTH_PER_LAYER``.
+
+    Args:
+        num_parameters: Wanted, P.
+        context: T.
+        vocabulary: Tokens that it knows.
+    """
+
+    def shaped(heads: int) -> GptConfig:
+        width = 64 * heads
+        return GptConfig(
+            num_layers=max(round(width / WIDTH_PER_LAYER), 1), width=width, num_heads=heads, context=context, lr=1e-4,
+            vocab_size=vocabulary, tied=True,
+        )  # fmt: skip
+
+    return min(map(shaped, range(1, 257)), key=lambda c: abs(num_weights(c) - num_parameters))
+
+
+def num_weights(config: GptConfig) -> int:
+    """Weights of a tied GPT: two embeddings, and 12 W^2 + 2 W of each block."""
+    per_block = 12 * config.width**2 + 2 * config.width
+    return (config.vocab_size + config.context + 1) * config.width + config.num_layers * per_block
+
+
+def of_size(num_parameters: int, *, context: int, vocabulary: int = VOCABULARY) -> Subject:
+    """A GPT of about so many weights, for text in sequences of ``context`` tokens."""
+    config = gpt_of(num_parameters, context=context, vocabulary=vocabulary)
+    found = _of_shape(config)
+    if config.num_layers <= DEEP:
+        return found
+    two, four = (_of_shape(replace(config, num_layers=n)) for n in (2, 4))
+    return replace(found, shallow=(two, four, (config.num_layers - 4) / 2))
+
+
+def _of_shape(config: GptConfig) -> Subject:
+    context = config.context
+
+    def loss(model: nn.Module, tokens: Tensor) -> Tensor:
+        logits: Tensor = model(tokens[:, :-1])
+        return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+    return Subject(
+        f"GPT of {num_weights(config):,} weights: {config.num_layers} blocks of width {config.width}, context "
+        f"{context}",
+        lambda checkpointing: Gpt(config, gradient_checkpointing=checkpointing),
+        lambda size: torch.zeros(size, context + 1, dtype=torch.long),
+        loss,
+        built_empty=True,
+    )
+
+
+def of_task(name: str, *, preset: str | None = None, context: int | None = None) -> Subject:
+    """The model of a task as ``hpt train`` would build it.
+
+    Raises:
+        ConfigError: no such task, preset or setting.
+    """
+
+    def made(*, size: int | None = None, checkpointing: bool = False) -> Any:
+        return make_task(
+            name,
+            TaskSettings(preset=preset, context=context, batch_size=size, gradient_checkpointing=checkpointing),
+        )
+
+    return Subject(
+        f"task {name}" + (f", preset {preset}" if preset else ""),
+        lambda checkpointing: made(checkpointing=checkpointing).build_model(0),
+        lambda size: next(iter(made(size=size).batches(0))),
+        made().loss_fn,
+    )
+
+
+def estimate(subject: Subject, setup: Setup) -> Estimate:
+    """Bytes at the peak of a step with AdamW.
+
+    Args:
+        subject: What is trained.
+        setup: How.
+    """
+    peak, largest, num_parameters = _peak(subject, setup)
+    weights, moments = peak["weights"], peak["optimizer state"]
+    parts = dict(peak)
+    if setup.eight_bit:
+        parts["optimizer state"] = moments = round(2 * STATE_8BIT * num_parameters)
+    if not setup.ours:
+        return Estimate(setup=setup, num_parameters=num_parameters, parts=parts, host=0)
+    held, host = _held(num_parameters, weights, moments, setup)
+    parts |= held
+    # activations are gone by the time the lookahead writes, gradients are not: only what is above them counts
+    moments_of_one = 8 * largest if setup.eight_bit else 0  # in float32, while its weights are stepped
+    over = max(_landing(num_parameters), moments_of_one) - parts["activations"] - parts["temporary"]
+    parts["temporary"] += max(over, 0)
+    return Estimate(setup=setup, num_parameters=num_parameters, parts=parts, host=host)
+
+
+def _peak(subject: Subject, setup: Setup) -> tuple[dict[str, int], int, int]:
+    if subject.shallow is None:
+        return _step(subject, setup, subject.batch(setup.batch_size))
+    two, four, times = subject.shallow
+    (a, _, n), (b, largest, m) = _peak(two, setup), _peak(four, setup)
+    return {key: round(b[key] + times * (b[key] - a[key])) for key in b}, largest, round(m + times * (m - n))
+
+
+def _step(subject: Subject, setup: Setup, batch: Any) -> tuple[dict[str, int], int, int]:
+    """Peak of the second step by kind, bytes/4 of the largest weight tensor, and P."""
+    from torch.distributed._tools.mem_tracker import MemTracker  # half a second
+
+    made = None if subject.built_empty else subject.build(setup.checkpointing)
+    with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        warnings.simplefilter("ignore")
+        model = subject.build(setup.checkpointing) if made is None else _emptied(made, mode)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+        batch = _converted(batch, mode)
+        tracker = MemTracker()
+        tracker.track_external(model, optimizer)
+        with tracker:
+            for i in range(2):
+                if i:
+                    tracker.reset_mod_stats()
+                optimizer.zero_grad()
+                with torch.autocast("cpu", torch.bfloat16, enabled=setup.bf16):
+                    loss = subject.loss(model, batch)
+                loss.backward()
+                optimizer.step()
+        trained = [p.numel() for p in model.parameters() if p.requires_grad]
+    (found,) = tracker.get_tracker_snapshot("peak").values()
+    by_kind = {str(getattr(kind, "value", kind)): size for kind, size in found.items()}
+    names = {
+        "Parameter": "weights", "Buffer": "weights", "Gradient": "gradients", "Optstate": "optimizer state",
+        "Activation": "activations", "Temp": "temporary", "Other": "temporary",
+    }  # fmt: skip
+    parts = dict.fromkeys(names.values(), 0)
+    for kind, name in names.items():
+        parts[name] += by_kind.get(kind, 0)
+    return parts, max(trained), sum(trained)
+
+
+def _emptied(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """A model whose weights have no contents any more; tied ones stay tied."""
+    known: dict[int, Tensor] = {}
+
+    def empty(tensor: Tensor) -> Tensor:
+        if id(tensor) not in known:
+            found = mode.from_tensor(tensor.detach())
+            is_weight = isinstance(tensor, nn.Parameter)
+            known[id(tensor)] = nn.Parameter(found, tensor.requires_grad) if is_weight else found
+        return known[id(tensor)]
+
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is not None:
+                    held[name] = empty(tensor)  # type: ignore[assignment]
+    return model
+
+
+def _converted(value: Any, mode: FakeTensorMode) -> Any:
+    if isinstance(value, Tensor):
+        return mode.from_tensor(value)
+    if isinstance(value, dict):
+        return {key: _converted(item, mode) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_converted(item, mode) for item in value)
+    return value
+
+
+def _held(num_parameters: int, weights: int, moments: int, setup: Setup) -> tuple[dict[str, int], int]:
+    """What the library holds with default settings on text, on the device by part, and in host memory."""
+    P, large = num_parameters, num_parameters > LARGE
+    lookahead = (6 if large else 8) * P  # weights at the last application, drift (narrow)
+    snapshot = weights + moments + lookahead
+    parked = setup.offload or large
+    found = {"lookahead": 0 if setup.offload else lookahead, "copy to come back to": 0 if parked else snapshot}
+    host = (lookahead if setup.offload else 0) + (snapshot if parked else 0)
+    if not large:
+        trial = snapshot + weights  # a jump or a raise of the rate on trial: the state before it, and the way there
+        found["copy before a trial"], host = (weights, host + snapshot) if setup.offload else (trial, host)
+        spec = build(HybridTrainerConfig(), 1, P).spec
+        wide = 8 if P < FLOAT64_BELOW else 4
+        basis = (spec.num_columns + 4) * wide * P  # columns; two sums and two means
+        found["basis"], host = (0, host + basis) if setup.offload else (basis, host)
+    return {name: size for name, size in found.items() if size}, host
+
+
+def _landing(num_parameters: int) -> int:
+    """Bytes that an application of the lookahead builds before it writes: weights, and a drift."""
+    return (6 if num_parameters > LARGE else 8) * num_parameters
+
+
+#: Ways to need less, the cheapest in time first: what is switched on beside what came before.
+REMEDIES: tuple[dict[str, Any], ...] = ({"bf16": True}, {"offload": True}, {"checkpointing": True}, {"eight_bit": True})
+
+
+def options(subject: Subject, setup: Setup) -> Iterator[Estimate]:
+    """Estimates with one remedy more at a time, then with half the batch each time; what needs no less is left out."""
+    least = estimate(subject, setup)
+    yield least
+    for remedy in REMEDIES:
+        found = estimate(subject, replace(setup, **remedy))
+        if found.total < least.total:
+            setup, least = found.setup, found
+            yield found
+    while setup.batch_size > 1:
+        setup = replace(setup, batch_size=setup.batch_size // 2)
+        yield estimate(subject, setup)
+
+
+def first_that_fits(found: Iterator[Estimate], usable: float, most: int = 16) -> tuple[list[Estimate], bool]:
+    """Estimates up to the first whose total is at most ``usable`` bytes, and whether there was one."""
+    tried = []
+    for one in islice(found, most):
+        tried.append(one)
+        if one.total <= usable:
+            return tried, True
+    return tried, False
+
+
+def largest_that_fits(usable: float, setup: Setup, *, context: int) -> int:
+    """Weights of the largest GPT whose peak is at most ``usable`` bytes; by halving, to 2 %."""
+    low, high = 1e6, 1e11
+    while high / low > 1.02:
+        middle = (low * high) ** 0.5
+        fits = estimate(of_size(round(middle), context=context), setup).total <= usable
+        low, high = (middle, high) if fits else (low, middle)
+    return round(low)
