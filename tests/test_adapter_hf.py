@@ -12,6 +12,7 @@ import torch
 from cases import assert_same, difference
 from frameworks import Sequences, framework, gpt2, weights_of, willing
 from hybrid_predict_trainer import ConfigError, HybridTrainerConfig
+from hybrid_predict_trainer.forecast.stopping import StopWhen
 
 transformers = framework("transformers")
 framework("accelerate")
@@ -107,6 +108,16 @@ def test_jumps_are_made_and_the_run_ends_on_its_clock_with_a_checkpoint(out: Pat
     last = figures[-1]
     phases = sum(last[f"hpt/{phase}_steps"] for phase in ("warmup", "full", "correct"))
     assert phases == last["step"]  # every step of the optimizer is of one phase
+
+
+def test_a_run_that_is_not_worth_going_on_with_stops_and_saves(out: Path) -> None:
+    callback = HybridCallback(HybridTrainerConfig(warmup_steps=10), say=False, stop_when=StopWhen(target=1e-9))
+    trainer = trainer_of(out, callback, save_strategy="steps", save_steps=1000)
+    trainer.train()
+    assert STEPS / 4 <= trainer.state.global_step < STEPS
+    assert (out / f"checkpoint-{trainer.state.global_step}").is_dir()
+    kept = HybridCallback(HybridTrainerConfig(warmup_steps=10), say=False, stop_when=StopWhen(target=1e9))
+    assert trainer_of(out, kept).train().global_step == STEPS
 
 
 @pytest.mark.parametrize("ragged", [False, True], ids=["full", "ragged"])

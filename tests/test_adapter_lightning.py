@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from cases import assert_same, difference
 from frameworks import framework, weights_of, willing
 from hybrid_predict_trainer import ConfigError, Engine, HybridTrainerConfig
+from hybrid_predict_trainer.forecast.stopping import StopWhen
 
 lightning = framework("lightning")
 
@@ -121,6 +122,13 @@ def test_jumps_are_made_and_the_run_ends_on_its_clock_with_a_checkpoint(tmp_path
     assert (tmp_path / f"ended-step={trainer.global_step}.ckpt").is_file()
     assert "steps gained by jumps" in capsys.readouterr().out
     assert trainer.callback_metrics["hpt/full_steps"] > 0
+
+
+def test_a_run_that_is_not_worth_going_on_with_stops() -> None:
+    callback = HybridCallback(HybridTrainerConfig(warmup_steps=10), say=False, stop_when=StopWhen(target=1e-9))
+    assert STEPS / 4 <= fit(Module(), callback).global_step < STEPS
+    kept = HybridCallback(HybridTrainerConfig(warmup_steps=10), say=False, stop_when=StopWhen(target=1e9))
+    assert fit(Module(), kept).global_step == STEPS
 
 
 def test_the_comparison_can_fail() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from hybrid_predict_trainer import HybridTrainer, HybridTrainerConfig
+from hybrid_predict_trainer import HybridTrainer, HybridTrainerConfig, attach
 from hybrid_predict_trainer.forecast.final_loss import Forecast
 from hybrid_predict_trainer.forecast.schedules import planned_rates
 from hybrid_predict_trainer.forecast.stopping import FIRST_SHARE, NUM_LOOKS, StopWhen, fall_done
@@ -129,6 +129,45 @@ def test_a_run_with_a_target_out_of_reach_ends_early_and_in_a_consistent_state()
         assert "will not be met" in rule.advice.reason
         whole = trainer().fit(batches(), total_steps=120, stop_when=StopWhen(target=100.0))
     assert not whole.stopped_early
+
+
+def test_an_engine_is_asked_between_steps() -> None:
+    pytest.importorskip("scipy")
+
+    def stopped_at(rule: StopWhen) -> int:
+        torch.manual_seed(0)
+        model = nn.Linear(4, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: max(0.0, 1 - n / 120))
+        config = HybridTrainerConfig(warmup_steps=10)
+        engine = attach(model, optimizer, config, loss_fn=nn.MSELoss(), lr_scheduler=schedule, total_steps=120)
+        for step, (x, y) in enumerate(batches()):
+            if step == 120 or engine.finished or engine.should_stop(rule):
+                engine.detach()
+                return step
+            optimizer.zero_grad()
+            loss = nn.functional.mse_loss(model(x), y)
+            engine.note(loss.detach(), batch=(x, y))
+            loss.backward()
+            optimizer.step()
+        raise AssertionError
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        early, late = stopped_at(StopWhen(target=1e-6)), stopped_at(StopWhen(target=100.0))
+    assert 20 <= early < late
+
+
+def test_an_engine_needs_an_end_and_losses() -> None:
+    for enabled, match in ((True, "needs the end of the run"), (False, "none are kept")):
+        model = nn.Linear(4, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            engine = attach(model, optimizer, HybridTrainerConfig(enabled=enabled), loss_fn=nn.MSELoss())
+        with pytest.raises(ConfigError, match=match):
+            engine.should_stop(StopWhen(target=1.0))
+        engine.detach()
 
 
 def test_a_rule_needs_an_end_and_losses() -> None:

@@ -37,6 +37,7 @@ from ..config.settings import HybridTrainerConfig
 from ..cycle.engine import Engine, attach
 from ..cycle.handover import MicroBatches, StepLoss
 from ..distributed.processes import wrapper_of
+from ..forecast.stopping import StopWhen
 from ..notices import warn
 from ..predictors import Predictor
 from ..records import ConfigError
@@ -81,6 +82,7 @@ class HybridCallback(TrainerCallback):  # type: ignore[misc]
         roles: dict[str, str] | None = None,
         sinks: tuple[Sink | Writer, ...] = (),
         say: bool = True,
+        stop_when: StopWhen | None = None,
     ) -> None:
         """Nothing is looked at before training begins.
 
@@ -90,10 +92,12 @@ class HybridCallback(TrainerCallback):  # type: ignore[misc]
             roles: Overrides of parameter roles, qualified name -> role.
             sinks: Objects of your own that get every record.
             say: Print the report at the end of training.
+            stop_when: Ends the run when the forecast of its final loss says that going on is not worth it.
         """
         self.config = HybridTrainerConfig() if config is None else config
         self.engine: Engine | None = None
         self.report: dict[str, Any] | None = None
+        self._stop_when = stop_when
         self._handed: dict[str, Any] = {"predictor": predictor, "roles": roles, "sinks": sinks}
         self._say = say
         self._trainer: Any = None
@@ -133,7 +137,8 @@ class HybridCallback(TrainerCallback):  # type: ignore[misc]
         engine = self.engine
         if engine is None or not self.config.enabled:
             return control
-        if engine.finished and state.global_step < state.max_steps:
+        given_up = self._stop_when is not None and engine.should_stop(self._stop_when)
+        if (engine.finished or given_up) and state.global_step < state.max_steps:
             control.should_training_stop = True
             control.should_evaluate = control.should_evaluate or args.eval_strategy != "no"
             control.should_save = control.should_save or args.save_strategy in ("steps", "epoch")

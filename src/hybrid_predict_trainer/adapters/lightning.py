@@ -28,6 +28,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from ..config.settings import HybridTrainerConfig
 from ..cycle.engine import Engine, attach
 from ..distributed.processes import wrapper_of
+from ..forecast.stopping import StopWhen
 from ..keep.subject import LossFn
 from ..notices import warn
 from ..predictors import Predictor
@@ -67,6 +68,7 @@ class HybridCallback(Callback):  # type: ignore[misc]
         roles: dict[str, str] | None = None,
         sinks: tuple[Sink | Writer, ...] = (),
         say: bool = True,
+        stop_when: StopWhen | None = None,
     ) -> None:
         """Nothing is looked at before training begins.
 
@@ -78,10 +80,12 @@ class HybridCallback(Callback):  # type: ignore[misc]
             roles: Overrides of parameter roles, qualified name -> role.
             sinks: Objects of your own that get every record.
             say: Print the report at the end of training.
+            stop_when: Ends the run when the forecast of its final loss says that going on is not worth it.
         """
         self.config = HybridTrainerConfig() if config is None else config
         self.engine: Engine | None = None
         self.report: dict[str, Any] | None = None
+        self._stop_when = stop_when
         self._loss_fn, self._say = loss_fn, say
         self._handed: dict[str, Any] = {"predictor": predictor, "roles": roles, "sinks": sinks}
         self._loaded: StateDict | None = None  # before there was an engine
@@ -151,7 +155,8 @@ class HybridCallback(Callback):  # type: ignore[misc]
             return
         self.log_dict(figures(engine), on_step=True, on_epoch=False)
         self._notice_a_raw_optimizer(trainer, engine)
-        if engine.finished and not self._ended and not 0 <= trainer.max_steps <= trainer.global_step:
+        given_up = self._stop_when is not None and engine.should_stop(self._stop_when)
+        if (engine.finished or given_up) and not self._ended and not 0 <= trainer.max_steps <= trainer.global_step:
             trainer.should_stop = self._ended = True
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:

@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 
 from ..config.settings import HybridTrainerConfig
 from ..forecast.final_loss import Forecast
+from ..forecast.stopping import StopWhen
 from ..judge.validation import ValFn
 from ..keep.batch_norm import reestimate
 from ..keep.subject import LossFn, OutputFn, ResidualFn
@@ -39,7 +40,7 @@ from ..tell.figures import statistics
 from ..tell.sinks import Sink, Writer
 from . import outside
 from .construction import Handed, build_run
-from .foretell import foretell
+from .foretell import foretell, planned
 from .forward_watch import ForwardWatch
 from .handed_in import check_handed_in
 from .handover import Intake, StepLoss, StepResiduals
@@ -358,6 +359,23 @@ class Engine:
         """
         settle_readings(self.run, self.run.recorder)
         return foretell(self.run, total_steps, level)
+
+    def should_stop(self, rule: StopWhen) -> bool:
+        """Whether the forecast of the final loss says that going on is not worth it; ask between steps.
+
+        Args:
+            rule: What the run has to bring; a new one for every run.
+
+        Raises:
+            ConfigError: ``attach`` was not told ``total_steps``, or prediction is off: no losses are kept then.
+        """
+        run = self.run
+        if not run.config.enabled:
+            raise ConfigError("StopWhen needs losses, and with enabled = False none are kept")
+        end = run.schedule.end
+        if end is None:
+            raise ConfigError("StopWhen needs the end of the run: attach(..., total_steps=...)")
+        return rule.ask(run.position, end, lambda level: self.forecast(end, level=level), lambda: planned(run, end))
 
     # ---- state ---------------------------------------------------------------------------------------
 
