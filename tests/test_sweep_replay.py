@@ -93,6 +93,17 @@ def test_the_recorded_grids_are_whole() -> None:
     assert size < 1_000_000
 
 
+def test_how_many_are_before_the_later_winner() -> None:
+    assert program.behind(LADDER) == 0
+    late = Trial(
+        **{
+            **{f: getattr(LADDER[0], f) for f in LADDER[0].__slots__},
+            "valid": LADDER[0].valid + 9.0 * (LADDER[0].at < 300),
+        }
+    )
+    assert program.behind([late, *LADDER[1:]]) == 5
+
+
 def test_unknown_grid() -> None:
     with pytest.raises(ConfigError, match="unknown grid 'gpt'"):
         program.measure(["gpt"], 1, print)

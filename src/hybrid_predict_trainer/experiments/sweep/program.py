@@ -112,7 +112,13 @@ def measure(wanted: Sequence[str], shuffles: int, tell: Callable[[str], None]) -
                  f"best found in {100 * rows[way]['regret_met']:.0f} %, "
                  f"after {100 * rows[way]['found_after']:.0f} % (95 %: {100 * rows[way]['found_after_95']:.0f} %), "
                  f"regret at a quarter {100 * rows[way]['quarter']:.1f} %")  # fmt: skip
-        found["grids"][name] = {"trials": len(trials), "crossings": crossings(trials), "ways": rows, **verdicts(rows)}
+        found["grids"][name] = {
+            "trials": len(trials),
+            "crossings": crossings(trials),
+            "behind": behind(trials),
+            "ways": rows,
+            **verdicts(rows),
+        }
     found["passed"] = all(all(grid["verdicts"].values()) for grid in found["grids"].values())
     return found
 
@@ -126,6 +132,14 @@ def crossings(trials: Sequence[Trial], share: float = 0.25) -> float:
         ends.append(trial.final)
     pairs = [(i, j) for i in range(len(ends)) for j in range(i)]
     return sum((early[i] < early[j]) != (ends[i] < ends[j]) for i, j in pairs) / max(len(pairs), 1)
+
+
+def behind(trials: Sequence[Trial], share: float = 0.13) -> int:
+    """Number of trials that show a lower loss than the later winner at a share of their runs."""
+    shown = [float(t.valid[max(int((t.at <= share * t.steps).sum()) - 1, 0)]) if len(t.valid) else math.inf
+             for t in trials]  # fmt: skip
+    winner = min(range(len(trials)), key=lambda i: trials[i].final)
+    return sum(value < shown[winner] for value in shown)
 
 
 def verdicts(rows: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
@@ -177,7 +191,9 @@ def format_text(found: Mapping[str, Any]) -> str:
     """What a person reads."""
     lines = aligned(HEAD, _rows(found))
     lines += [
-        f"{n}: {g['trials']} trials, {100 * g['crossings']:.0f} % of pairs cross" for n, g in found["grids"].items()
+        f"{n}: {g['trials']} trials, {100 * g['crossings']:.0f} % of pairs cross, at 13 % of their runs "
+        f"{g['behind']} show less than the winner"
+        for n, g in found["grids"].items()
     ]
     return "\n".join([*lines, *(f"{'PASS' if met else 'FAIL'}  {what}" for what, met in _verdict_lines(found))])
 
