@@ -93,7 +93,6 @@ def test_a_jump_changes_the_next_loss() -> None:
         result = trainer.step(batch)
         jumps += result.was_predicted
         with torch.no_grad():
-            reshard([model])
             for mine, theirs in zip(twin.parameters(), trainer.run.subject.parameters, strict=True):
                 mine.copy_(theirs)
             seen = float(loss_fn(model, batch))
