@@ -195,7 +195,8 @@ def estimate(subject: Subject, setup: Setup) -> Estimate:
     parts |= held
     # activations are gone by the time the lookahead writes, gradients are not: only what is above them counts
     moments_of_one = 8 * largest if setup.eight_bit else 0  # in float32, while its weights are stepped
-    over = max(_landing(num_parameters), moments_of_one) - parts["activations"] - parts["temporary"]
+    written = max(_landing(num_parameters, setup), moments_of_one) + 4 * num_parameters - parts["gradients"]
+    over = written - parts["activations"] - parts["temporary"]
     parts["temporary"] += max(over, 0)
     return Estimate(setup=setup, num_parameters=num_parameters, parts=parts, host=host)
 
@@ -289,8 +290,10 @@ def _held(num_parameters: int, weights: int, moments: int, setup: Setup) -> tupl
     return {name: size for name, size in found.items() if size}, host
 
 
-def _landing(num_parameters: int) -> int:
-    """Bytes that an application of the lookahead builds before it writes: weights, and a drift."""
+def _landing(num_parameters: int, setup: Setup) -> int:
+    """Bytes that an application of the lookahead builds before it writes: weights, and a drift unless it is parked."""
+    if setup.offload:
+        return 4 * num_parameters
     return (6 if num_parameters > LARGE else 8) * num_parameters
 
 
