@@ -71,13 +71,21 @@ class Subject:
 
 
 def fingerprint(state: object) -> str:
-    """SHA-256 of a nested state, to the last bit."""
+    """SHA-256 of a nested state, to the last bit; whether two places hold one tensor or equal ones makes no odds."""
     tree, tensors = encode(state)
-    found = hashlib.sha256(json.dumps(tree, sort_keys=True).encode())
-    for name in sorted(tensors):
-        found.update(name.encode())
-        found.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+    bits = {name: _bits_of(tensor) for name, tensor in tensors.items()}
+
+    def by_content(item: Any) -> Any:
+        if isinstance(item, dict):
+            return {k: bits[v] if k == "$tensor" and v in bits else by_content(v) for k, v in item.items()}
+        return [by_content(v) for v in item] if isinstance(item, list) else item
+
+    return hashlib.sha256(json.dumps(by_content(tree), sort_keys=True).encode()).hexdigest()
+
+
+def _bits_of(tensor: Tensor) -> str:
+    raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return f"{tensor.dtype} {list(tensor.shape)} {hashlib.sha256(raw).hexdigest()}"
 
 
 def bits_of(trainer: HybridTrainer) -> str:
