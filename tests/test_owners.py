@@ -43,6 +43,7 @@ ALLOWED = {
     "object.__setattr__(value, name, new)": "a checkpoint is read into an object of the user's",
     "setattr(home, name, value)": "a former module sets a name where it is today",
     "norm.momentum": "torch's own, while batch statistics are estimated anew, and put back",
+    "trainer.args.average_tokens_across_devices": "transformers' own, put back behind the block",
     "trainer.should_stop": "Lightning's, which stops its own loop by it",
     "stand_in.param_groups": "of the stand-in that a schedule is asked ahead with, where it is made",
     "setattr(cls, former, ": "a class of settings is given its former names where it is decorated",
