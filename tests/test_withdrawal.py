@@ -87,6 +87,19 @@ def kept_states(monkeypatch: pytest.MonkeyPatch, made: Setup) -> list[dict[str, 
     return found
 
 
+def states_put_back(monkeypatch: pytest.MonkeyPatch, made: Setup) -> list[dict[str, Any]]:
+    """Everything, behind each return to an anchor."""
+    found: list[dict[str, Any]] = []
+    put_back = withdrawal.put_back
+
+    def watched(run: Any, snapshot: Snapshot) -> None:
+        put_back(run, snapshot)
+        found.append(made.everything())
+
+    monkeypatch.setattr(withdrawal, "put_back", watched)
+    return found
+
+
 STATE = ("parameters", "buffers", "optimizer")
 MODELS = ["mlp", "batchnorm", "dropout", "norm_dropout", "frozen"]
 
@@ -99,14 +112,7 @@ def test_a_ruined_run_gets_its_best_state_back_and_goes_on_as_the_plain_loop(
     model: str, optimizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, trainer = runner(model, optimizer)
-    kept, back = kept_states(monkeypatch, made), []
-    put_back = withdrawal.put_back
-
-    def watched(run: Any, snapshot: Snapshot) -> None:
-        put_back(run, snapshot)
-        back.append(made.everything())
-
-    monkeypatch.setattr(withdrawal, "put_back", watched)
+    kept, back = kept_states(monkeypatch, made), states_put_back(monkeypatch, made)
     batches = make_batches(450)
     with pytest.warns(UserWarning, match=SAID) as said:
         num = ruin(
@@ -143,14 +149,7 @@ def test_a_ruined_run_gets_its_best_state_back_and_goes_on_as_the_plain_loop(
 def test_a_ruined_full_batch_run_goes_on_with_smaller_steps_and_its_jumps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exact losses have judged every jump; the optimizer's own steps take the blame, once."""
     made, trainer = runner("mlp", "adam", gate__exact="always")
-    kept, back = kept_states(monkeypatch, made), []
-    put_back = withdrawal.put_back
-
-    def watched(run: Any, snapshot: Snapshot) -> None:
-        put_back(run, snapshot)
-        back.append(made.everything())
-
-    monkeypatch.setattr(withdrawal, "put_back", watched)
+    kept, back = kept_states(monkeypatch, made), states_put_back(monkeypatch, made)
     batch = make_batches(1)[0]
     with pytest.warns(UserWarning, match="prediction goes on"):
         ruin(trainer, [batch] * 450, until=lambda: trainer.run.safety.guard.num_retries == 1, value=600.0)
