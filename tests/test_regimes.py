@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 
-from hybrid_predict_trainer.cost import STEP_UNITS
+from hybrid_predict_trainer.cost import PASS_UNITS, STEP_UNITS, UPDATE_UNITS, CostMeter
 from hybrid_predict_trainer.experiments.arms import countdown
 from hybrid_predict_trainer.experiments.arms.options import InputError, Options
 from hybrid_predict_trainer.experiments.baselines import BASELINES
 from hybrid_predict_trainer.experiments.regimes import cache as regime_cache
 from hybrid_predict_trainer.experiments.regimes import cases as regime_cases
 from hybrid_predict_trainer.experiments.regimes import catalogue as regimes
+from hybrid_predict_trainer.experiments.regimes import report as regime_report
 from hybrid_predict_trainer.experiments.regimes import runs as regime_runs
 from hybrid_predict_trainer.experiments.regimes import summary as regime_summary
 from hybrid_predict_trainer.experiments.regimes.cache import RunStore, TimedRun, digest, identity
@@ -26,6 +27,7 @@ from hybrid_predict_trainer.experiments.run_arm import COUNTS, Arm, ArmRun, Expe
 from hybrid_predict_trainer.experiments.statistics import paired_p
 from hybrid_predict_trainer.predictors import PREDICTORS
 from hybrid_predict_trainer.tasks import TASKS
+from hybrid_predict_trainer.tell.sinks import jsonable
 
 # ---- what the regimes are ------------------------------------------------------------------------
 
@@ -79,11 +81,21 @@ def planted(
 ) -> TimedRun:
     """A run of so many steps' cost that came to that loss; fifty steps take a second."""
     counts = dict.fromkeys(COUNTS, 0.0)
-    counts |= {"cost_units": cost * STEP_UNITS, "num_backward": cost, "num_real_steps": cost, **more}
+    units = cost * STEP_UNITS
+    counts |= {"cost_units": units, "fair_cost_units": units, "num_backward": cost, "num_real_steps": cost, **more}
     arm = Arm(name=name, kind=kind, lr=lr, budget=cost / 100)
     curve = ((cost * STEP_UNITS / 2, 2 * loss), (cost * STEP_UNITS, loss))
     return TimedRun(
-        run=ArmRun(arm=arm, seed=seed, steps=100, final_val_loss=loss, wall_s=cost / 50, counts=counts, curve=curve)
+        run=ArmRun(
+            arm=arm,
+            seed=seed,
+            steps=100,
+            final_val_loss=loss,
+            wall_s=cost / 50,
+            cpu_s=cost / 40,
+            counts=counts,
+            curve=curve,
+        )
     )
 
 
@@ -152,6 +164,56 @@ def test_what_is_only_a_bound_says_so(losses: list[float], kind: str, value: flo
     row = row_of(regime_summary.summarize("made-up", [*baseline(), entry("snoo", 100, losses, kind="peer")]), "snoo")
     assert row["kind"] == kind
     assert row["S"] == (None if value is None else pytest.approx(value))
+
+
+def test_s_over_a_stronger_recipe_is_read_off_that_recipe_s_own_budgets() -> None:
+    """The base needs two thirds of plain's cost, the hybrid three quarters: nine eighths of the base's."""
+    base = [replace(e, name=e.name.replace("plain", "two-rates"), kind="peer") for e in baseline(scale=2 / 3)]
+    hybrid = entry("hybrid", 100, [1 / 120, 1 / 160, (3 / 400) ** 3 * 120 * 160], kind="hybrid")
+    found = regime_summary.summarize("made-up", [*baseline(), *base, hybrid])
+    row = row_of(found, "hybrid")
+    assert row["S"] == pytest.approx(4 / 3)
+    assert row["S_over"]["two-rates"]["S"] == pytest.approx(8 / 9)
+    assert row["S_over"]["two-rates"]["n"] == 3
+    assert row_of(found, "two-rates")["S_over"] == {}
+    assert "S_over" not in row_of(found, "plain")
+    head = regime_report.head_of(found)
+    assert head[-1] == "S over two-rates"
+    assert regime_report.line_of(jsonable(row), head)[-1] == "0.889 [0.6, 1.32]"
+
+
+def test_a_base_is_run_at_every_budget_at_its_own_rate(tmp_path: Path) -> None:
+    case = replace(case_of("tuned"), peers=("ema",), quick_peers=("ema",), bases=("ema",))
+    p = prepare(asked(tmp_path), case)
+    rates = {
+        arm.name: (arm.lr, arm.budget) for arm, _, kind in arms_of(p, {"plain": 0.1, "ema": 0.3}) if kind == "peer"
+    }
+    assert rates == {"ema": (0.3, 1.0), "ema@0.5": (0.3, 0.5), "ema@2": (0.3, 2.0)}
+
+
+def test_passes_are_judged_at_the_price_of_the_optimizers_own() -> None:
+    meter = CostMeter()
+    meter.real_step()
+    meter.add_passes(14)
+    meter.add_priced(0.5)
+    assert meter.cost_units == pytest.approx(STEP_UNITS + 14 * PASS_UNITS + 0.5)
+    assert meter.fair_cost_units == pytest.approx(STEP_UNITS + 2 * UPDATE_UNITS + 0.5)
+    other = CostMeter()
+    other.load_state_dict(meter.state_dict())
+    assert other.fair_cost_units == meter.fair_cost_units
+    old = {k: v for k, v in meter.state_dict().items() if k != "num_priced_passes"}
+    other.load_state_dict(old)
+    assert other.cost_units == meter.cost_units
+
+
+def test_rows_divide_by_the_fair_cost() -> None:
+    """Three tenths of a step dearer than what the run counted, on a curve of 1 / cost: S falls by as much."""
+    hybrid = entry("hybrid", 100, [1 / 150] * 3, kind="hybrid", fair_cost_units=130 * STEP_UNITS)
+    row = row_of(regime_summary.summarize("x", [*baseline(), hybrid]), "hybrid")
+    assert row["S"] == pytest.approx(1.5 / 1.3)
+    assert row["cost_units"] == pytest.approx(130 * STEP_UNITS)
+    assert row["cost_units_counted"] == pytest.approx(100 * STEP_UNITS)
+    assert row["S_cpu"] == pytest.approx(1.5)
 
 
 def test_a_fixed_rate_is_judged_at_that_rate_and_against_the_tuned_one() -> None:
@@ -448,11 +510,14 @@ def test_a_case_may_need_more_sweep_seeds_and_the_command_line_has_the_last_word
 
 
 def test_judged_seeds_are_none_of_the_sweep_s(tmp_path: Path) -> None:
-    assert regime_cases.seeds_of(asked(tmp_path, seeds=3, first_seed=5)) == (5, 6, 7)
     case = case_of("tuned")
+    assert regime_cases.seeds_of(asked(tmp_path, seeds=3, first_seed=5), case) == (5, 6, 7)
     assert regime_cases.sweep_seeds_of(asked(tmp_path, sweep_seeds=2, first_seed=5), case) == (1000, 1001)
     with pytest.raises(InputError, match="must be below 1000"):
-        regime_cases.seeds_of(asked(tmp_path, seeds=3, first_seed=998))
+        regime_cases.seeds_of(asked(tmp_path, seeds=3, first_seed=998), case)
+    later = replace(case, first_seed=100)
+    assert regime_cases.seeds_of(asked(tmp_path, seeds=2), later) == (100, 101)
+    assert regime_cases.seeds_of(asked(tmp_path, seeds=2, first_seed=0), later) == (0, 1)
 
 
 # ---- what is left --------------------------------------------------------------------------------

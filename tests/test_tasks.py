@@ -76,7 +76,7 @@ def settings(
         return name, TaskSettings(preset="stdlib-lora", data="manual", context=32, batch_size=4)
     if name == "bert":
         return name, TaskSettings(batch_size=400, context=8)
-    if name == "gpt":
+    if name in ("gpt", "gpt-modern"):
         return name, TaskSettings(preset="0.3M", context=32, batch_size=4)
     if name in ("digits", "digits-mlp"):
         pytest.importorskip("sklearn")

@@ -221,7 +221,9 @@ def _add_regimes(benchmarks: Benchmarks) -> None:
     parser.add_argument(
         "--seeds", type=number(int, 1, 1000), metavar="N", help="judged runs per arm (default 3; quick: 2)"
     )
-    parser.add_argument("--seed", type=number(int, 0, 999), default=0, metavar="S", help="first seed (default 0)")
+    parser.add_argument(
+        "--seed", type=number(int, 0, 999), metavar="S", help="first seed (default 0, or the case's own)"
+    )
     parser.add_argument("--sweep-seeds", type=number(int, 1, 100), metavar="N", help="trials per rate (default 2)")
     parser.add_argument("--case", action="append", default=[], metavar="NAME", help="only this one; may be repeated")
     parser.add_argument(

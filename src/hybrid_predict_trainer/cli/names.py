@@ -8,8 +8,8 @@ from __future__ import annotations
 
 #: Keys of ``tasks.TASKS``.
 TASKS = (
-    "gpt", "finetune", "bert", "digits", "digits-mlp", "cifar", "regression", "pinn-poisson", "pinn-burgers",
-    "oscillator", "pinn-allen-cahn", "pinn-klein-gordon", "pinn-inverse",
+    "gpt", "gpt-modern", "finetune", "bert", "digits", "digits-mlp", "cifar", "regression", "pinn-poisson",
+    "pinn-burgers", "oscillator", "pinn-allen-cahn", "pinn-klein-gordon", "pinn-inverse",
 )  # fmt: skip
 
 #: ``experiments.sweep.plan.SAMPLERS``.

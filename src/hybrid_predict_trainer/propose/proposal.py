@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..config.settings import HybridTrainerConfig
-from ..cost import BACKWARD_UNITS, FORWARD_UNITS, PASS_UNITS, CostMeter
+from ..cost import BACKWARD_UNITS, FORWARD_UNITS, CostMeter
 from ..observe.window import WindowRecorder
 from ..records import PhasePrediction, Reason, Verdict
 from ..weights import algebra as weights
@@ -91,7 +91,7 @@ def propose_move(
         proposer.note_failure(error)
         return None, [], Verdict(accepted=False, reason=Reason.PREDICTOR_FAILED)
     meter.add_forwards(move.num_forward)
-    meter.add_passes((move.num_backward * BACKWARD_UNITS + move.num_matrix_forwards * FORWARD_UNITS) / PASS_UNITS)
+    meter.add_priced(move.num_backward * BACKWARD_UNITS + move.num_matrix_forwards * FORWARD_UNITS)
     if not weights.all_finite(move.delta):
         return move.prediction, [], Verdict(accepted=False, reason=Reason.NOT_FINITE)
     if not any(weights.per_tensor_rms(move.delta)):

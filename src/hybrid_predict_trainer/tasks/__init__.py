@@ -1,8 +1,8 @@
 """Models and data for `hpt train`, `compare`, `validate` and `bench`, by name.
 
 Reading order: `base` (what a task is), `optim` (optimizers and schedules by name); language: `text`, `tokens`,
-`language` and `gpt`, then `llama`, `lora`, `pretrained` and `finetune`, then `sentences`, `wordpieces` and `bert`;
-images: `images`, `networks` and `vision`; equations: `mlp`, `regression`, `equations` and `pinn`. A leaf of the
+`language`, `gpt` and `modern`, then `llama`, `lora`, `pretrained` and `finetune`, then `sentences`, `wordpieces` and
+`bert`; images: `images`, `networks` and `vision`; equations: `mlp`, `regression`, `equations` and `pinn`. A leaf of the
 package: it imports nothing from the rest of the library.
 """
 
@@ -18,11 +18,13 @@ from .equations.regression import RegressionTask
 from .images.task import RECIPES, ImageTask
 from .language.finetune import FinetuneTask
 from .language.gpt import GptTask
+from .language.modern import ModernGptTask
 from .recipes import build_optimizer, build_scheduler, lr_factor
 from .sentences.bert import BertTask
 
 TASKS: dict[str, Callable[[TaskSettings], Task]] = {
     "gpt": GptTask,
+    "gpt-modern": ModernGptTask,
     "finetune": FinetuneTask,
     "bert": BertTask,
     **{name: functools.partial(ImageTask, name) for name in RECIPES},

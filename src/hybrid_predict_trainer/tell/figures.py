@@ -41,7 +41,8 @@ def statistics(run: State) -> dict[str, Any]:
         "withdrawn": run.safety.guard.withdrawn, "num_early_cuts": run.optimizer_step.scale.num_cuts,
         "lookahead_effect": run.optimizer_step.switchback.effect,
         "lookahead_switched_off": run.optimizer_step.switchback.switched_off,
-        "cost_units": c.cost_units, "backward_reduction_pct": c.backward_reduction_pct,
+        "cost_units": c.cost_units, "fair_cost_units": c.fair_cost_units,
+        "backward_reduction_pct": c.backward_reduction_pct,
         **_steps_gained(run),
     }  # fmt: skip
 

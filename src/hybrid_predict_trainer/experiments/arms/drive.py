@@ -34,8 +34,8 @@ Watch = Callable[[str, HybridTrainer, int], Callable[[StepResult], None]]
 
 #: Counts of ``trainer.statistics()`` that a comparison reports.
 COUNTS = (
-    "cost_units", "num_forward", "num_backward", "num_real_steps", "num_claimed_steps", "num_credited_steps",
-    "num_jumps_proposed", "num_jumps_accepted", "num_rollbacks", "backward_reduction_pct",
+    "cost_units", "fair_cost_units", "num_forward", "num_backward", "num_real_steps", "num_claimed_steps",
+    "num_credited_steps", "num_jumps_proposed", "num_jumps_accepted", "num_rollbacks", "backward_reduction_pct",
 )  # fmt: skip
 
 
@@ -75,11 +75,17 @@ class ArmRun:
     counts: dict[str, float]
     curve: tuple[tuple[float, float], ...]  # (cost units, validation loss)
     error: str = ""
+    cpu_s: float = math.nan  # processor time of all threads, without validation
 
     @property
     def cost_units(self) -> float:
-        """Everything the run has spent, in forwards."""
+        """Everything the run has spent, in forwards, at the prices it decides by."""
         return self.counts["cost_units"]
+
+    @property
+    def fair_cost_units(self) -> float:
+        """The same with every pass over the weights at the price of the optimizer's own."""
+        return self.counts["fair_cost_units"]
 
 
 def steps_of(setup: Experiment, budget: float) -> int:
@@ -130,14 +136,18 @@ class Validation:
         self._next = self._every
         while self.due():  # a resumed run has been there
             self._next += self._every
-        self._started = time.perf_counter() - before_s
-        self.outside_s = 0.0
+        self._started, self._started_cpu = time.perf_counter() - before_s, time.process_time()
+        self.outside_s = self.outside_cpu_s = 0.0
         self.curve: list[tuple[float, float]] = []
         self.error: float | None = None  # relative L2 error against the true solution, where the task knows one
 
     def wall_s(self) -> float:
         """Seconds of training so far."""
         return time.perf_counter() - self._started - self.outside_s
+
+    def cpu_s(self) -> float:
+        """Seconds of processor time of training since this object was made."""
+        return time.process_time() - self._started_cpu - self.outside_cpu_s
 
     def due(self) -> bool:
         """Whether the cost has passed the next mark."""
@@ -146,7 +156,7 @@ class Validation:
     def measure(self) -> float:
         """Validate now and record it."""
         wait_for_device(self._trainer)
-        wall_s, started = self.wall_s(), time.perf_counter()
+        wall_s, started, started_cpu = self.wall_s(), time.perf_counter(), time.process_time()
         run = self._trainer.run
         with self._at():
             loss = self._task.evaluate(run.subject.model)
@@ -157,6 +167,7 @@ class Validation:
         while self.due():
             self._next += self._every
         self.outside_s += time.perf_counter() - started
+        self.outside_cpu_s += time.process_time() - started_cpu
         return loss
 
     def final(self) -> float:
@@ -222,12 +233,13 @@ def drive(
 
     def after_step(result: StepResult) -> None:
         hooks.after_step()
-        started = time.perf_counter()
+        started, started_cpu = time.perf_counter(), time.process_time()
         if undo is not None:
             undo(result)
         if note is not None:
             note(result)
         validation.outside_s += time.perf_counter() - started
+        validation.outside_cpu_s += time.process_time() - started_cpu
         if validation.due():
             validation.measure()
 
@@ -237,7 +249,7 @@ def drive(
     except DivergenceError as diverged:
         error = str(diverged)
     wait_for_device(trainer)
-    wall_s = validation.wall_s()
+    wall_s, cpu_s = validation.wall_s(), validation.cpu_s()
     final = math.nan if error else validation.final()
     if not error and not math.isfinite(final):  # the plain loop looks at no loss
         error, final = "the run diverged: its validation loss is not finite", math.nan
@@ -245,6 +257,7 @@ def drive(
     run = ArmRun(
         arm=arm, seed=seed, steps=steps, final_val_loss=final, wall_s=wall_s,
         counts={name: float(statistics[name]) for name in COUNTS}, curve=tuple(validation.curve), error=error,
+        cpu_s=cpu_s,
     )  # fmt: skip
     if folder is not None:
         write_run(folder, trainer, run)
@@ -263,7 +276,7 @@ def summary_of(run: ArmRun) -> dict[str, Any]:
     """What a summary says of the run itself."""
     return {
         "arm": run.arm.name, "seed": run.seed, "lr": run.arm.lr, "budget": run.arm.budget, "steps": run.steps,
-        "final_val_loss": run.final_val_loss, "wall_s": run.wall_s, "error": run.error,
+        "final_val_loss": run.final_val_loss, "wall_s": run.wall_s, "cpu_s": run.cpu_s, "error": run.error,
     }  # fmt: skip
 
 

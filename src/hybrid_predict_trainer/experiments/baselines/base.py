@@ -16,7 +16,7 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ...cost import FORWARD_UNITS, PASS_UNITS
+from ...cost import FORWARD_UNITS
 from ...cycle.state import State as TrainerState
 from ...tasks import TaskDefaults, TaskSettings
 from ...trainer import HybridTrainer
@@ -106,7 +106,7 @@ class BaselineRun:
 
     def charge_forwards(self, num_forwards: float) -> None:
         """Book work that is not a forward at the price of so many forwards."""
-        self.run.meter.add_passes(num_forwards * FORWARD_UNITS / PASS_UNITS)
+        self.run.meter.add_priced(num_forwards * FORWARD_UNITS)
 
     @contextmanager
     def swapped(self, other: list[Tensor]) -> Iterator[None]:

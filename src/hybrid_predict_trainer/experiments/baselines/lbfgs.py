@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS
 
-from ...cost import BACKWARD_UNITS, FORWARD_UNITS, PASS_UNITS, STEP_UNITS, UPDATE_UNITS
+from ...cost import BACKWARD_UNITS, FAIR_PASS_UNITS, FORWARD_UNITS, PASS_UNITS, STEP_UNITS, UPDATE_UNITS
 from ...tasks import TaskDefaults
 from ...weights import algebra as weights
 from ..arms.drive import COUNTS, NUM_VALIDATIONS, ArmRun, seeded_model, steps_of, summary_of, write_json
@@ -60,6 +60,7 @@ class Meter:
     num_evaluations: int = 0
     num_iterations: int = 0
     iteration_units: float = 0.0
+    num_passes: float = 0.0
 
     @property
     def cost_units(self) -> float:
@@ -75,6 +76,7 @@ class Meter:
         price = UPDATE_UNITS + PASS_UNITS * two_loop_passes(num_pairs)
         self.check(price + EVALUATION_UNITS)
         self.iteration_units += price
+        self.num_passes += two_loop_passes(num_pairs)
 
     def pay_evaluation(self) -> None:
         """Book one evaluation.
@@ -223,14 +225,15 @@ def train(order: BaselineJob) -> ArmRun:
     objective = Objective(lambda: setup.task.loss_fn(model, batch), parameters, meter)
     curve: list[tuple[float, float]] = []
     every = budget / NUM_VALIDATIONS
-    outside_s, started = 0.0, time.perf_counter()
+    outside_s, outside_cpu_s, started, started_cpu = 0.0, 0.0, time.perf_counter(), time.process_time()
 
     def validate() -> float:
-        nonlocal outside_s
-        began = time.perf_counter()
+        nonlocal outside_s, outside_cpu_s
+        began, began_cpu = time.perf_counter(), time.process_time()
         loss = setup.task.evaluate(model)
         curve.append((meter.cost_units, loss))
         outside_s += time.perf_counter() - began
+        outside_cpu_s += time.process_time() - began_cpu
         return loss
 
     def after_iteration(loss: float) -> None:
@@ -239,17 +242,19 @@ def train(order: BaselineJob) -> ArmRun:
 
     error = minimize(objective, history=history, lr=arm.lr, after_iteration=after_iteration)
     wall_s = time.perf_counter() - started - outside_s
+    cpu_s = time.process_time() - started_cpu - outside_cpu_s
     measured = bool(curve) and curve[-1][0] == meter.cost_units
     final = math.nan if error else curve[-1][1] if measured else validate()
     counts = dict.fromkeys(COUNTS, 0.0) | {
         "cost_units": meter.cost_units,
+        "fair_cost_units": meter.cost_units + (FAIR_PASS_UNITS - PASS_UNITS) * meter.num_passes,
         "num_forward": float(meter.num_evaluations),
         "num_backward": float(meter.num_evaluations),
         "num_real_steps": float(meter.num_iterations),
     }
     run = ArmRun(
         arm=arm, seed=order.seed, steps=steps, final_val_loss=final, wall_s=wall_s, counts=counts,
-        curve=tuple(curve), error=error,
+        curve=tuple(curve), error=error, cpu_s=cpu_s,
     )  # fmt: skip
     if order.folder is not None:
         _write(order.folder, run)

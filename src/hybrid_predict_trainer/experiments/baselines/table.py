@@ -17,6 +17,7 @@ from .optimizers import (
     soap_optimizer,
 )
 from .outer import ema_nesterov, snoo
+from .roles import muon, mup, newton_schulz, normuon, role_rates
 from .warmup import block_warmup, long_warmup
 from .wnn import wnn_plus
 
@@ -133,6 +134,51 @@ BASELINES: dict[str, Baseline] = {
         values={"beta1": 0.95, "beta2": 0.95, "every": 10, "max_dim": 10_000},
         grid=recipe_grid,
         train=in_loop(soap, optimizer=soap_optimizer),
+    ),
+    "two-rates": Baseline(
+        about="the plain recipe, embedding and head at four times the blocks' rate",
+        source="arXiv 2502.19002",
+        family="schedule",
+        weights_only=False,
+        values={"embedding": 4.0, "head": 4.0},
+        grid=recipe_grid,
+        train=in_loop(optimizer=role_rates),
+    ),
+    "four-rates": Baseline(
+        about="the plain recipe, head at eight, embedding at four, queries and keys at three times the others' rate",
+        source="-",
+        family="schedule",
+        weights_only=False,
+        values={"head": 8.0, "embedding": 4.0, "attention_q": 3.0, "attention_k": 3.0},
+        grid=recipe_grid,
+        train=in_loop(optimizer=role_rates),
+    ),
+    "mup": Baseline(
+        about="the plain recipe, embedding and vectors faster by the width over a base width of 32",
+        source="arXiv 2203.03466",
+        family="schedule",
+        weights_only=False,
+        values={"base_width": 32.0},
+        grid=recipe_grid,
+        train=in_loop(optimizer=mup),
+    ),
+    "muon": Baseline(
+        about="Muon for hidden matrices, AdamW for the rest, one rate for both",
+        source="Jordan et al. 2024, arXiv 2502.16982; torch.optim.Muon",
+        family="optimizer",
+        weights_only=False,
+        values={"iterations": 5},
+        grid=recipe_grid,
+        train=in_loop(newton_schulz, optimizer=muon),
+    ),
+    "normuon": Baseline(
+        about="Muon with a second moment per row of its step, AdamW for the rest, one rate for both",
+        source="arXiv 2510.05491; pytorch_optimizer",
+        family="optimizer",
+        weights_only=False,
+        values={"iterations": 5},
+        grid=recipe_grid,
+        train=in_loop(newton_schulz, optimizer=normuon),
     ),
     "lbfgs-20": _lbfgs(20),
     "lbfgs-100": _lbfgs(100),

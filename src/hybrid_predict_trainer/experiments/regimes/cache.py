@@ -25,7 +25,7 @@ from ..arms.environment import cpu_model
 from ..run_arm import Arm, ArmRun, Experiment
 
 #: Bump where the meaning of a stored run changes.
-FORMAT = 2
+FORMAT = 3
 
 PACKAGE = Path(__file__).resolve().parents[2]
 
@@ -144,6 +144,7 @@ def measured_of(value: Mapping[str, Any]) -> TimedRun:
             "arm": Arm(**told["arm"]),
             "final_val_loss": _number(told["final_val_loss"]),
             "wall_s": _number(told["wall_s"]),
+            "cpu_s": _number(told["cpu_s"]),
             "counts": {k: _number(v) for k, v in told["counts"].items()},
             "curve": tuple(_pairs(told["curve"])),
         }

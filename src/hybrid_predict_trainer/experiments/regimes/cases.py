@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -35,7 +36,7 @@ class Request:
     out: Path
     quick: bool = False
     seeds: int | None = None
-    first_seed: int = 0
+    first_seed: int | None = None
     sweep_seeds: int | None = None
     jobs: int | None = None
     fresh: bool = False
@@ -187,19 +188,19 @@ def predictors_of(request: Request, default: str) -> tuple[str, ...]:
     return tuple(n for n in asked if n != default or n in named)
 
 
-def seeds_of(request: Request) -> tuple[int, ...]:
-    """Of the judged runs.
+def seeds_of(request: Request, case: regimes.Case) -> tuple[int, ...]:
+    """Of the judged runs of a case.
 
     Raises:
         InputError: one of them is a sweep's.
     """
     count = request.seeds or (regimes.NUM_SEEDS_QUICK if request.quick else regimes.NUM_SEEDS)
-    if request.first_seed + count > SWEEP_SEED_OFFSET:
+    first = case.first_seed if request.first_seed is None else request.first_seed
+    if first + count > SWEEP_SEED_OFFSET:
         raise InputError(
-            f"seeds {request.first_seed} to {request.first_seed + count - 1}: must be below {SWEEP_SEED_OFFSET}, "
-            "from where sweeps take theirs"
+            f"seeds {first} to {first + count - 1}: must be below {SWEEP_SEED_OFFSET}, from where sweeps take theirs"
         )
-    return tuple(range(request.first_seed, request.first_seed + count))
+    return tuple(range(first, first + count))
 
 
 def sweep_seeds_of(request: Request, case: regimes.Case) -> tuple[int, ...]:
@@ -228,9 +229,11 @@ def arms_of(p: PreparedCase, chosen: Mapping[str, float]) -> list[tuple[Arm, Unt
             if c.kind == "jump-of-zero":
                 lr = chosen.get("hybrid", rate)
             found.append((Arm(name=c.name, kind=c.kind, lr=lr), c, c.kind))
-    for budget in p.budgets:
+    curves = [plain, *(c for c in p.contestants if c.name in p.case.bases)]
+    for c, budget in itertools.product(curves, p.budgets):
         if budget != 1.0:
-            found.append((Arm(name=f"plain@{budget:g}", kind="plain", lr=rate, budget=budget), plain, "plain"))
+            lr = rate if c is plain else chosen.get(c.name, rate)
+            found.append((Arm(name=f"{c.name}@{budget:g}", kind=c.kind, lr=lr, budget=budget), c, c.kind))
     for budget in tuned_budgets(p):
         arm = Arm(name=f"tuned@{budget:g}", kind="plain", lr=chosen["plain"], budget=budget)
         found.append((arm, plain, "tuned"))

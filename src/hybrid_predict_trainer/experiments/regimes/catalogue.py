@@ -33,6 +33,11 @@ LENGTHS: dict[str, Length] = {
     "digits-mlp": Length(full=12, quick=12, unit="epochs"),
     "finetune": Length(full=600, quick=100),
     "lm": Length(full=1000, quick=300),
+    "lm-300": Length(full=300, quick=300),
+    "lm-1000": Length(full=1000, quick=1000),
+    "lm-3000": Length(full=3000, quick=3000),
+    "lm-6000": Length(full=6000, quick=6000),
+    "lm-20000": Length(full=20_000, quick=20_000),
     "lm-lowlr": Length(full=1000, quick=200),
     "lm-muon": Length(full=1000, quick=200),
     "self-test": Length(full=40, quick=24),
@@ -81,6 +86,8 @@ class Case:
         quick_budgets: the same with ``--quick``.
         quick_too: whether ``--quick`` runs the case.
         sweep_seeds: of every sweep's trial, where the usual number is too few to tell rates apart; 0: the usual.
+        bases: peers that are run at all budgets of the plain arm, so that S is known over them, too.
+        first_seed: of the judged runs, where the first ones have been looked at while constants were chosen.
     """
 
     name: str
@@ -97,12 +104,15 @@ class Case:
     quick_budgets: tuple[float, ...] = NOISY_BUDGETS
     quick_too: bool = False
     sweep_seeds: int = 0
+    bases: tuple[str, ...] = ()
+    first_seed: int = 0
 
     def __post_init__(self) -> None:
         """Check what a typing error would break hours later."""
         assert self.length in LENGTHS, self.length
         assert not self.quick_too or LENGTHS[self.length].quick is not None, f"{self.name} has no quick length"
         assert set(self.quick_peers) <= set(self.peers), self.name
+        assert set(self.bases) <= set(self.peers), self.name
         assert 1.0 in self.budgets, f"{self.name}: budget 1 is what gaps are measured against"
         assert 1.0 in self.quick_budgets, f"{self.name}: budget 1 is what gaps are measured against"
         assert set(self.quick_grid) <= set(self.recipe.get("lr_grid", ())), f"{self.name}: not of its grid"
@@ -201,6 +211,40 @@ _LM = tuple(
     for schedule in ("wsd", "linear")
 )  # fmt: skip
 
+#: What a user can have by hand, each with a sweep of as many trials as ours.
+_BASES = ("two-rates", "four-rates")
+_STRONG = (*_BASES, "block-warmup", "mup", "muon", "normuon", "soap", "schedule-free")
+#: Corpora take turns.  Tiny Shakespeare is not among them, so that one is left that no constant was looked at on.
+_CORPORA = ("tinystories", "novels", "wikitext-2")
+
+
+def _modern(length: str, turn: int, preset: str = "0.3M") -> Case:
+    """A case with today's model; corpus and schedule by its turn, so that lengths together see all of both."""
+    data, schedule = _CORPORA[turn % len(_CORPORA)], ("wsd", "linear")[turn % 2]
+    name = f"modern-{LENGTHS[length].full}-{data}-{schedule}{preset.removeprefix('0.3M')}"
+    return Case(
+        name=name if preset.startswith("0.3M") else f"{name}-{preset}", task="gpt-modern", length=length,
+        options={"preset": preset, "schedule": schedule, "data": data},
+        fallback={"preset": preset, "schedule": schedule}, peers=_STRONG, quick_peers=_BASES, bases=_BASES,
+        budgets=(0.5, 1.0, 2.0), quick_budgets=(0.7, 1.0, 1.7),
+        quick_grid=(1.5e-3, 3e-3, 6e-3, 1.2e-2), recipe={"lr_grid": (1.5e-3, 3e-3, 6e-3, 1.2e-2)},
+        first_seed=100,  # seeds 0 to 21 have been looked at while factors were chosen
+    )  # fmt: skip
+
+
+#: 300 steps are one byte per weight, 6,000 are about 20 of them, and so are 20,000 of the larger model.
+_LM_MODERN = (
+    *(_modern("lm-300", turn) for turn in range(3)),
+    *(_modern("lm-1000", turn) for turn in range(3, 6)),
+    *(_modern("lm-3000", turn) for turn in range(1, 4)),
+    _modern("lm-300", 1, "0.3M-drawn"),
+    _modern("lm-300", 2, "0.3M-swiglu"),
+    _modern("lm-1000", 4, "0.3M-drawn"),
+    _modern("lm-1000", 5, "0.3M-swiglu"),
+    _modern("lm-6000", 1),
+    _modern("lm-20000", 2, "0.9M"),
+)
+
 #: As fractions, so that a rate is exactly the tuned one's tenth and thirtieth.
 LOW_RATES = (1 / 10, 1 / 30, 3.0)
 
@@ -260,7 +304,7 @@ REGIMES: dict[str, Regime] = {
         Regime(
             name="finetune", about="fine-tuning, full and LoRA, at the tuned rate and a tenth of it", cases=_FINETUNE
         ),
-        Regime(name="lm", about="one pass over new text at a tuned rate", cases=_LM),
+        Regime(name="lm", about="one pass over new text at a tuned rate", cases=(*_LM, *_LM_MODERN)),
         Regime(
             name="lm-lowlr", about="the same with the rate at 1/10, 1/30 and 3 times the tuned one", cases=_LM_LOWLR
         ),

@@ -56,14 +56,18 @@ def load_results(folder: Path) -> list[Record]:
 # ---- rows ------------------------------------------------------------------------------------------------
 
 
-HEAD = ("arm", "S by cost", "S by wall-clock", "final loss", "at equal cost", "p", "backward saved",
+HEAD = ("arm", "S by cost", "S by wall-clock", "S by CPU time", "final loss", "at equal cost", "p", "backward saved",
         "prediction, cost / time", "jumps", "lr")  # fmt: skip
+
+#: Of the columns of S against another base than plain.
+OVER = "S over "
 
 
 def cells(row: Record) -> tuple[str, ...]:
     """A row of the table of a case."""
     return (
-        str(row.get("arm")), s_cell(row), s_cell(row, "S_wall"), loss_cell(row), percent_cell(row.get("gap_pct")),
+        str(row.get("arm")), s_cell(row), s_cell(row, "S_wall"), s_cell(row, "S_cpu"),
+        loss_cell(row), percent_cell(row.get("gap_pct")),
         plain_cell(row.get("paired_p"), ".2g"), percent_cell(row.get("backward_reduction"), 100.0), share_cell(row),
         jumps_cell(row), plain_cell(row.get("lr")),
     )  # fmt: skip
@@ -84,20 +88,29 @@ def verdicts(found: Sequence[Record]) -> list[str]:
 
 
 def head_of(found: Sequence[Record]) -> tuple[str, ...]:
-    """Column names; one more where the rate is not the tuned one."""
-    return (*HEAD, "cost / tuned run's") if any("cost_vs_tuned" in r for r in found) else HEAD
+    """Column names; more where the rate is not the tuned one, and where stronger recipes were run at all budgets."""
+    tuned = ("cost / tuned run's",) if any("cost_vs_tuned" in r for r in found) else ()
+    bases = dict.fromkeys(name for r in found for name in table_of(r.get("S_over")))
+    return (*HEAD, *tuned, *(f"{OVER}{name}" for name in bases))
 
 
 def line_of(row: Record, head: Sequence[str]) -> tuple[str, ...]:
     """Cells for the columns of :func:`head_of`."""
-    return (*cells(row), s_cell(row, "cost_vs_tuned")) if len(head) > len(HEAD) else cells(row)
+    more = [
+        s_cell(table_of(table_of(row.get("S_over")).get(name.removeprefix(OVER))))
+        if name.startswith(OVER)
+        else s_cell(row, "cost_vs_tuned")
+        for name in head[len(HEAD) :]
+    ]
+    return (*cells(row), *more)
 
 
 def conditions(result: Record) -> str:
     """Where, when and how many: what a table must carry to be worth anything."""
     where = table_of(result.get("environment"))
+    seeds = next((c["seeds"] for c in list_of(result.get("cases")) if table_of(c).get("seeds")), result.get("seeds"))
     told = [
-        f"{len(list_of(result.get('seeds')))} seeds", str(where.get("cpu", "unknown processor")),
+        f"{len(list_of(seeds))} seeds", str(where.get("cpu", "unknown processor")),
         f"{where.get('num_threads', '?')} threads", f"torch {where.get('torch', '?')}",
         f"commit {result.get('commit') or 'unknown'}",
     ]  # fmt: skip

@@ -92,16 +92,24 @@ class Bench:
     def __init__(self, request: Request, prepared: Sequence[PreparedCase], tell: Tell) -> None:
         """Args: request: what was asked for.  prepared: its cases.  tell: prints a line of progress."""
         self.request, self.tell = request, tell
-        self.seeds = seeds_of(request)
+        self.seeds = {p.case.name: seeds_of(request, p.case) for p in prepared}
         self.jobs = request.jobs or (min(2, os.cpu_count() or 1) if request.quick else 1)
         self.store = RunStore(request.out / "runs", fresh=request.fresh)
         left, runs = {}, 0
         for p in prepared:
             num_trials = sum(len(c.grid) for c in p.contestants) * len(p.sweep_seeds)
-            budgets = [*(1.0 for c in p.contestants if c.kind != "plain"), *p.budgets, *tuned_budgets(p)]
-            left[p.case.name] = p.setup.steps * (num_trials / self.jobs + len(self.seeds) * sum(budgets))
-            runs += num_trials + len(self.seeds) * len(budgets)
+            at_one = [c for c in p.contestants if c.kind != "plain" and c.name not in p.case.bases]
+            num_curves = 1 + sum(c.name in p.case.bases for c in p.contestants)
+            budgets = [*(1.0 for _ in at_one), *num_curves * p.budgets, *tuned_budgets(p)]
+            num_seeds = len(self.seeds[p.case.name])
+            left[p.case.name] = p.setup.steps * (num_trials / self.jobs + num_seeds * sum(budgets))
+            runs += num_trials + num_seeds * len(budgets)
         self.countdown = Countdown(left, runs, tell)
+
+    @property
+    def all_seeds(self) -> list[int]:
+        """Judged ones, of any case."""
+        return sorted({seed for of in self.seeds.values() for seed in of})
 
     def probe(self, p: PreparedCase) -> None:
         """A few steps of every peer: one that cannot run here is left out now, not after hours."""
@@ -194,7 +202,7 @@ class Bench:
         arms = arms_of(p, chosen)
         found: dict[str, list[TimedRun]] = {arm.name: [] for arm, _, _ in arms}
         warm = False
-        for number, seed in enumerate(self.seeds):
+        for number, seed in enumerate(self.seeds[p.case.name]):
             # the order turns round with every seed, so that a machine that slows down slows all arms
             for arm, c, _ in arms if number % 2 == 0 else reversed(arms):
                 key = identity(build(c.blueprint), arm, seed, timed_threads=p.threads)
@@ -261,7 +269,7 @@ def run_regime(request: Request, tell: Tell = lambda line: None) -> dict[str, An
         bench = Bench(request, prepared, tell)
         result: dict[str, Any] = {
             "schema": SCHEMA, "benchmark": "regimes", "regime": regime.name, "about": regime.about,
-            "quick": request.quick, "complete": False, "seeds": list(bench.seeds), "skipped": skipped,
+            "quick": request.quick, "complete": False, "seeds": bench.all_seeds, "skipped": skipped,
             "settings": settings_of(request, bench),
             "environment": environment(str(request.options.get("device") or "cpu")), "cases": [], "arms": [],
         }  # fmt: skip
@@ -272,7 +280,7 @@ def run_regime(request: Request, tell: Tell = lambda line: None) -> dict[str, An
             sweep = bench.sweep(p)
             found = summarize(p.case.name, bench.judge(p, sweep["chosen"]))
             result["arms"] += jsonable(found)
-            result["cases"].append(jsonable(about(p, sweep, found)))
+            result["cases"].append(jsonable(about(p, sweep, found, list(bench.seeds[p.case.name]))))
             for note in p.notes:
                 tell(note)
             write_json(path, result)
@@ -281,11 +289,14 @@ def run_regime(request: Request, tell: Tell = lambda line: None) -> dict[str, An
     return result
 
 
-def about(p: PreparedCase, sweep: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def about(
+    p: PreparedCase, sweep: Mapping[str, Any], found: Sequence[Mapping[str, Any]], seeds: list[int]
+) -> dict[str, Any]:
     """What the result says of a case beside its rows."""
     tuned = sweep["chosen"]["plain"]
     return {
-        "case": p.case.name, "task": p.setup.task.describe(), "deterministic": p.setup.task.deterministic,
+        "case": p.case.name, "seeds": seeds, "task": p.setup.task.describe(),
+        "deterministic": p.setup.task.deterministic,
         "steps": p.setup.steps, "budgets": list(p.budgets), "rate": p.case.rate, "lr_tuned": tuned,
         "lr": tuned * (p.case.rate or 1.0), "threads": p.threads, "recipe": asdict(p.setup.recipe),
         "trainer": asdict(p.setup.config), "sweep": dict(sweep), "best_weights_only_peer": best_weights_only(found),
@@ -296,5 +307,5 @@ def about(p: PreparedCase, sweep: Mapping[str, Any], found: Sequence[Mapping[str
 def settings_of(request: Request, bench: Bench) -> dict[str, Any]:
     """What was asked for, without the names of folders."""
     asked = {f.name: getattr(request, f.name) for f in fields(Request) if f.name != "out"}
-    told: dict[str, Any] = jsonable({**asked, "seeds": list(bench.seeds)})
+    told: dict[str, Any] = jsonable({**asked, "seeds": bench.all_seeds})
     return {**told, "jobs": bench.jobs}

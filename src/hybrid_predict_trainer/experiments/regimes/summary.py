@@ -65,8 +65,8 @@ def speedup(entry: ArmRuns, plain: Sequence[ArmRuns], cost: Callable[[ArmRun], f
 
 
 def units(run: ArmRun) -> float:
-    """Cost of a run in forwards."""
-    return run.cost_units
+    """Cost of a run in forwards, a pass over the weights at the price of the optimizer's own."""
+    return run.fair_cost_units
 
 
 def seconds(run: ArmRun) -> float:
@@ -74,16 +74,38 @@ def seconds(run: ArmRun) -> float:
     return run.wall_s
 
 
+def cpu_seconds(run: ArmRun) -> float:
+    """Cost of a run by processor time, validation left out."""
+    return run.cpu_s
+
+
 def summarize(case: str, entries: Sequence[ArmRuns]) -> list[dict[str, Any]]:
     """One row per arm of a case, in the order given.
 
     ``S``, gaps and tests are against the plain arms at the rate of the case; where that rate is a
-    multiple of the tuned one, ``cost_vs_tuned`` is against the plain arms at the tuned rate.
+    multiple of the tuned one, ``cost_vs_tuned`` is against the plain arms at the tuned rate.  ``S_over`` is against
+    each base of the case: a stronger recipe that is run at all budgets, too.
     """
     plain = [e for e in entries if e.kind == "plain"]
     tuned = [e for e in entries if e.kind == "tuned"]
     base = next(e for e in plain if e.runs[0].run.arm.budget == 1.0)
-    return [row(case, entry, base, plain, tuned) for entry in entries]
+    rows = [row(case, entry, base, plain, tuned) for entry in entries]
+    bases = _bases(entries)
+    for found, entry in zip(rows, entries, strict=True):
+        if bases and entry.kind not in ("plain", "tuned"):
+            found["S_over"] = {
+                name: _figures(speedup(entry, runs, units), False) for name, runs in bases.items() if name != entry.name
+            }
+    return rows
+
+
+def _bases(entries: Sequence[ArmRuns]) -> dict[str, list[ArmRuns]]:
+    """Peers that were run at several budgets, by name."""
+    found: dict[str, list[ArmRuns]] = {}
+    for entry in entries:
+        if entry.kind == "peer":
+            found.setdefault(entry.name.partition("@")[0], []).append(entry)
+    return {name: of for name, of in found.items() if len(of) > 1}
 
 
 def row(case: str, entry: ArmRuns, base: ArmRuns, plain: Sequence[ArmRuns], tuned: Sequence[ArmRuns]) -> dict[str, Any]:
@@ -91,6 +113,7 @@ def row(case: str, entry: ArmRuns, base: ArmRuns, plain: Sequence[ArmRuns], tune
     runs = [m.run for m in entry.runs]
     is_baseline = entry.kind in ("plain", "tuned")
     by_cost, by_wall = speedup(entry, plain, units), speedup(entry, plain, seconds)
+    by_cpu = speedup(entry, plain, cpu_seconds)
     losses = [entry.of(seed).final_val_loss for seed in entry.seeds]
     pairs = [(base.of(s).final_val_loss, entry.of(s).final_val_loss) for s in entry.seeds if s in base.seeds]
     gap = gap_pct(pairs)
@@ -101,12 +124,13 @@ def row(case: str, entry: ArmRuns, base: ArmRuns, plain: Sequence[ArmRuns], tune
         "weights_only": entry.weights_only,
         "budget": runs[0].arm.budget,
         **_figures(by_cost, is_baseline),
-        "S_wall": None if is_baseline else by_wall.value,
-        "S_wall_ci95": None if is_baseline else by_wall.ci95,
-        "S_wall_kind": None if is_baseline else by_wall.kind,
+        **_timed("S_wall", by_wall, is_baseline),
+        **_timed("S_cpu", by_cpu, is_baseline),
         "final_loss": {"mean": _mean(losses), "std": _std(losses), "per_seed": losses},
-        "cost_units": _mean([r.cost_units for r in runs]),
+        "cost_units": _mean([units(r) for r in runs]),
+        "cost_units_counted": _mean([r.cost_units for r in runs]),
         "wall_s": _mean([r.wall_s for r in runs]),
+        "cpu_s": _mean([r.cpu_s for r in runs]),
         "gap_pct": gap if entry is not base else None,
         "backward_reduction": None if is_baseline else backward_reduction(by_cost, runs, [m.run for m in base.runs]),
         "prediction_share": prediction_share(entry),
@@ -140,6 +164,12 @@ def _figures(s: Speedup, is_baseline: bool) -> dict[str, Any]:
     }
 
 
+def _timed(name: str, s: Speedup, is_baseline: bool) -> dict[str, Any]:
+    """S by a clock."""
+    value, ends, kind = (None, None, None) if is_baseline else (s.value, s.ci95, s.kind)
+    return {name: value, f"{name}_ci95": ends, f"{name}_kind": kind}
+
+
 def reason(s: Speedup) -> str:
     """Why S is a bound or unknown; the equal-loss figure calls every arm that it judges hybrid."""
     return s.reason.replace("the hybrid run's", "this arm's").replace("the hybrid run", "this arm")
@@ -154,8 +184,8 @@ def backward_reduction(s: Speedup, runs: Sequence[ArmRun], plain: Sequence[ArmRu
     """Share of the backward passes saved against the plain run of equal loss; below 0: more were made."""
     if s.value is None:
         return None
-    backward, cost = (_mean([r.counts.get(k, math.nan) for r in runs]) for k in ("num_backward", "cost_units"))
-    per_unit = _mean([r.counts["num_backward"] for r in plain]) / _mean([r.cost_units for r in plain])
+    backward, cost = (_mean([r.counts.get(k, math.nan) for r in runs]) for k in ("num_backward", "fair_cost_units"))
+    per_unit = _mean([r.counts["num_backward"] for r in plain]) / _mean([units(r) for r in plain])
     needed = s.value * cost * per_unit
     return 1 - backward / needed if needed > 0 and math.isfinite(backward) else None
 
@@ -167,7 +197,7 @@ def prediction_share(entry: ArmRuns) -> dict[str, float | None] | None:
     """
     if entry.kind not in ("hybrid", "jump-of-zero"):
         return None
-    costs = [1 - STEP_UNITS * m.run.counts["num_backward"] / m.run.cost_units for m in entry.runs]
+    costs = [1 - STEP_UNITS * m.run.counts["num_backward"] / units(m.run) for m in entry.runs]
     times = [m.time_share for m in entry.runs if m.time_share is not None]
     return {"cost": _mean(costs), "time": _mean(times) if times else None}
 

@@ -1,0 +1,111 @@
+"""Rates per role set by hand: what a user can have without any trainer, and the steps that treat matrices as such.
+
+Each is the recipe's AdamW with groups that have rates of their own; one base rate is tuned, with as many trials as any
+other arm has.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from ...move.recipe import Recipe
+from ...tasks import TaskDefaults, TaskSettings, build_optimizer
+from ...tasks.recipes import decay_groups
+from ..arms.drive import Hooks
+from .base import BaselineRun, Values
+from .flops import forward_flops
+from .optimizers import library
+
+#: Roles whose inputs do not grow with the width (Yang et al. 2022, arXiv 2203.03466, table 3).
+INPUT_LIKE = ("embedding", "norm_bias")
+
+
+def by_role(model: nn.Module, recipe: TaskDefaults, factors: Mapping[str, float], *, fused: bool = False) -> Optimizer:
+    """AdamW with the recipe's decay and a rate per role; decoupled decay is what it is at the base rate.
+
+    Args:
+        model: Whose parameters are trained.
+        recipe: Base rate, betas and decay.
+        factors: Role -> factor on the base rate; others have 1.
+        fused: Use the fused kernel.
+
+    Raises:
+        ValueError: the recipe is not AdamW's.
+    """
+    if recipe.optimizer != "adamw":
+        raise ValueError(f"rates per role are written for AdamW, and this case trains with {recipe.optimizer}")
+    told = Recipe(factors).param_groups(model, recipe.lr)
+    factor_of = {id(p): float(group["rate_factor"]) for group in told for p in group["params"]}
+    groups = []
+    for group in decay_groups(model, recipe.weight_decay):
+        for factor in sorted({factor_of[id(p)] for p in group["params"]}):
+            held = [p for p in group["params"] if factor_of[id(p)] == factor]
+            decay = group["weight_decay"] / factor
+            groups.append({"params": held, "lr": factor * recipe.lr, "weight_decay": decay})
+    return AdamW(groups, lr=recipe.lr, betas=recipe.betas, fused=fused)
+
+
+def role_rates(model: nn.Module, recipe: TaskDefaults, settings: TaskSettings, values: Values) -> Optimizer:
+    """Rates per role as the peer's values name them."""
+    return by_role(model, recipe, values, fused=settings.fused)
+
+
+def mup(model: nn.Module, recipe: TaskDefaults, settings: TaskSettings, values: Values) -> Optimizer:
+    """Rates as muP scales them from a base width: what does not grow with the width steps width / base faster.
+
+    Raises:
+        ValueError: the model has no embedding, which tells its width.
+    """
+    widths = [m.embedding_dim for m in model.modules() if isinstance(m, nn.Embedding)]
+    if not widths:
+        raise ValueError("mup needs a model with an embedding, which tells its width")
+    factor = widths[0] / values["base_width"]
+    return by_role(model, recipe, dict.fromkeys(INPUT_LIKE, factor), fused=settings.fused)
+
+
+# ---- matrices ------------------------------------------------------------------------------------------------
+
+
+def muon_flops(shapes: Iterable[Sequence[int]], num_iterations: int) -> float:
+    """FLOPs of Newton-Schulz on matrices of m rows and n columns, m the shorter side: 2 m^2 (2 n + m) an iteration."""
+    total = 0.0
+    for shape in shapes:
+        short, long = sorted((shape[0], math.prod(shape[1:])))
+        total += num_iterations * 2.0 * short * short * (2 * long + short)
+    return total
+
+
+def muon(model: nn.Module, recipe: TaskDefaults, settings: TaskSettings, values: Values) -> Optimizer:
+    """Muon for hidden matrices (torch.optim.Muon) and AdamW for the rest, one rate for both."""
+    return build_optimizer(model, replace(recipe, optimizer="muon"), fused=settings.fused)
+
+
+def normuon(model: nn.Module, recipe: TaskDefaults, settings: TaskSettings, values: Values) -> Optimizer:
+    """NorMuon (arXiv 2510.05491) of pytorch_optimizer for hidden matrices and its AdamW for the rest.
+
+    Steps have the size of AdamW's (an RMS of 0.2), so that one rate serves.
+    """
+    split = build_optimizer(model, replace(recipe, optimizer="muon")).param_groups
+    groups = [
+        {"params": g["params"], "lr": recipe.lr, "weight_decay": g["weight_decay"], "use_muon": g["use_muon"]}
+        | ({} if g["use_muon"] else {"betas": recipe.betas})
+        for g in split
+    ]
+    built: Optimizer = library("pytorch_optimizer").NorMuon(
+        groups, lr=recipe.lr, momentum=recipe.momentum, update_scale="match_rms"
+    )
+    return built
+
+
+def newton_schulz(session: BaselineRun) -> Hooks:
+    """Books what making matrices orthogonal takes, by its FLOPs, in forwards of this task."""
+    run, setup = session.run, session.order.setup
+    unit = forward_flops(setup, run.subject.model, session.order.seed)
+    held = [p for g in run.subject.optimizer.param_groups if g["use_muon"] for p in g["params"]]
+    price = muon_flops([tuple(p.shape) for p in held], int(session.values["iterations"])) / unit
+    return Hooks(after_step=lambda: session.charge_forwards(price))
