@@ -25,6 +25,7 @@ from hybrid_predict_trainer.experiments.regimes.cases import Request, arms_of, p
 from hybrid_predict_trainer.experiments.regimes.summary import ArmRuns
 from hybrid_predict_trainer.experiments.run_arm import COUNTS, Arm, ArmRun, Experiment
 from hybrid_predict_trainer.experiments.statistics import paired_p
+from hybrid_predict_trainer.keep.migration import with_later
 from hybrid_predict_trainer.predictors import PREDICTORS
 from hybrid_predict_trainer.tasks import TASKS
 from hybrid_predict_trainer.tell.sinks import jsonable
@@ -202,7 +203,7 @@ def test_passes_are_judged_at_the_price_of_the_optimizers_own() -> None:
     other.load_state_dict(meter.state_dict())
     assert other.fair_cost_units == meter.fair_cost_units
     old = {k: v for k, v in meter.state_dict().items() if k != "num_priced_passes"}
-    other.load_state_dict(old)
+    other.load_state_dict(with_later({"meter": old}, {"optimizer_step": {"lookahead": {}}})["meter"])
     assert other.cost_units == meter.cost_units
 
 

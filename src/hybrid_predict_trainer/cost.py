@@ -168,9 +168,7 @@ class CostMeter:
     def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
         for f in fields(self):
-            if f.name == "num_priced_passes":  # runs of before did not tell it apart
-                self.num_priced_passes = state.get(f.name, 0.0)
-            elif f.name != "steps_by_phase":
+            if f.name != "steps_by_phase":
                 setattr(self, f.name, state[f.name])
         self.steps_by_phase = {phase: state[_key(phase)] for phase in Phase}
 

@@ -102,10 +102,12 @@ def upgraded(parts: dict[str, StateDict], live: dict[str, StateDict], format_ver
 def with_later(run: StateDict, live: StateDict) -> StateDict:
     """The library's state with what format 4 did not have from its beginning.
 
-    That is the run's whole loss curve, what settings put around the optimizer's step, the guard's second try, and
-    narrow drifts.
+    That is the run's whole loss curve, what settings put around the optimizer's step, the guard's second try, which of
+    the passes have a price of their own, and narrow drifts.
     """
     losses, around, safety = run.get("losses"), run.get("optimizer_step"), run.get("safety")
+    if isinstance(run.get("meter"), dict):
+        run = {**run, "meter": {"num_priced_passes": 0.0, **run["meter"]}}
     if isinstance(losses, dict) and "curve" not in losses:
         run = {**run, "losses": {**losses, "curve": copy.deepcopy(live["losses"]["curve"])}}
     if isinstance(around, dict) and "of_settings" not in around:
