@@ -349,7 +349,17 @@ def test_checkpoint_holds_no_pickle(tmp_path: Path) -> None:
 NOT_SAVED: dict[str, set[str]] = {
     "windows": {"basis", "groups", "observer", "observing", "seconds", "_closing", "_kept", "_settings", "_failures"},
     "losses": {"readout"},
-    "proposer": {"settings", "chooses", "time", "correction", "_least", "_most", "_longest_chain", "_failures"},
+    "proposer": {
+        "settings",
+        "chooses",
+        "time",
+        "paced",
+        "correction",
+        "_least",
+        "_most",
+        "_longest_chain",
+        "_failures",
+    },
     "judge": {"held", "_settings", "_subject", "_failures"},
     "judge.evaluation": {"_subject", "_failures"},
     "optimizer_step": {
