@@ -7,6 +7,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,33 @@ def test_what_a_clock_decides_is_the_first_ranks(tmp_path: Path) -> None:
     first, second = with_ranks(2, tmp_path, _facts, "network", "trainer", 50)
     assert [f["weights"] for f in first] == [f["weights"] for f in second]
     assert sum(f["phase"] == "predict" for f in first) > 1
+
+
+class OfAnotherMind(Secant):
+    """Has learnt something else on one rank, as a network that trains for as long as there is time has."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(CASES["full"].settings().predictor.secant)
+        self.rank = rank
+
+    def predict(self, horizon: int) -> Any:
+        own = super().predict(horizon)
+        return replace(own, coefficients=1.3 * own.coefficients) if self.rank else own
+
+
+def _of_two_minds(rank: int, size: int) -> tuple[list[float], int, int]:
+    trainer = trainer_of(rank, "full", predictor=OfAnotherMind(rank))
+    for batch in data(rank, 30, "full"):
+        trainer.step(batch)
+    accepted = trainer.statistics()["num_jumps_accepted"]
+    return _weights(trainer).tolist(), accepted, trainer.run.subject.ranks.num_brought_together
+
+
+def test_where_predictors_say_different_things_the_first_ranks_counts(tmp_path: Path) -> None:
+    first, second = with_ranks(2, tmp_path, _of_two_minds)
+    assert first == second
+    assert first[1] > 2, "no jump was made"
+    assert first[2] == 0, "they never parted"
 
 
 # ---- what befalls one rank -------------------------------------------------------------------------------------
@@ -187,7 +215,9 @@ def _stopped(folder: str, rank: int, size: int) -> Any:
     trainer.fit(whole[:1], 40, progress, lambda: bool(asked))
     signal.signal(signal.SIGTERM, before)
     stopped = trainer.current_step
+    torch.manual_seed(100 + rank)
     written, saved = trainer.save_checkpoint(folder), _weights(trainer).tolist()
+    drawn = torch.rand(3).tolist()
     torch.manual_seed(rank)
     for batch in data(rank, 10, "full"):
         trainer.step(batch)
@@ -195,6 +225,7 @@ def _stopped(folder: str, rank: int, size: int) -> Any:
     again = trainer_of(rank, "full")
     again.load_latest(folder)
     assert again.current_step == stopped
+    assert torch.rand(3).tolist() == drawn, "dice of its own"
     for batch in data(rank, 10, "full"):
         again.step(batch)
     found = _weights(trainer).tolist() == _weights(again).tolist()
