@@ -33,7 +33,7 @@ from .keep.data_position import DataPosition
 from .keep.finiteness import trained_weights_finite, whereabouts
 from .keep.housekeeping import newest_good
 from .keep.periodic import PeriodicSaver
-from .keep.subject import LossFn, OutputFn, ResidualFn
+from .keep.subject import JudgeFn, LossFn, OutputFn, ResidualFn
 from .move.modifier import StepModifier
 from .move.recipe import Recipe
 from .notices import users_line
@@ -74,6 +74,7 @@ class HybridTrainer:
         modifiers: Sequence[StepModifier] = (),
         residual_fn: ResidualFn | None = None,
         output_fn: OutputFn | None = None,
+        judge_fn: JudgeFn | None = None,
     ) -> None:
         """Wrap a model and its optimizer; neither is changed until the first step.
 
@@ -96,6 +97,8 @@ class HybridTrainer:
             residual_fn: (model, batch) -> residuals (R,) or (R, C) whose mean square is the loss, for
                 ``predictor.type = "gauss_newton"``.
             output_fn: Instead, (model, batch) -> outputs (N,) or (N, C) and the loss as a convex function of them.
+            judge_fn: (model, batch) -> score of each sample (N,), higher is better, by which jumps are judged instead
+                of the loss: where that says nothing of how good the model is, as in reinforcement learning.
 
         Raises:
             ConfigError: the optimizer needs a closure (LBFGS), the schedule a metric, nothing can be trained, or
@@ -105,7 +108,7 @@ class HybridTrainer:
         handed = Handed(
             loss_fn=loss_fn, lr_scheduler=lr_scheduler, grad_scaler=grad_scaler, predictor=predictor, roles=roles,
             lr_interval=lr_interval, val_fn=val_fn, val_cost=val_cost, sinks=sinks, modifiers=modifiers,
-            residual_fn=residual_fn, output_fn=output_fn,
+            residual_fn=residual_fn, output_fn=output_fn, judge_fn=judge_fn,
         )  # fmt: skip
         self.run = build_run(model, optimizer, config, handed)
         self.config = self.run.proposer.settings

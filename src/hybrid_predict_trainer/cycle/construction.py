@@ -15,7 +15,7 @@ from ..config.settings import AUTO, EXACT, SOURCES, HybridTrainerConfig
 from ..distributed.processes import Shared, shared_by
 from ..judge.validation import ValFn, Validation
 from ..keep import resume
-from ..keep.subject import LossFn, OutputFn, ResidualFn, Subject
+from ..keep.subject import JudgeFn, LossFn, OutputFn, ResidualFn, Subject
 from ..move.modifier import StepModifier
 from ..observe.window_encoder import NullObserver
 from ..predictors import Predictor
@@ -104,6 +104,7 @@ class Handed:
     owns_schedule: bool = True
     residual_fn: ResidualFn | None = None
     output_fn: OutputFn | None = None
+    judge_fn: JudgeFn | None = None
 
 
 def build_run(model: nn.Module, optimizer: Optimizer, config: HybridTrainerConfig | None, handed: Handed) -> State:
@@ -118,7 +119,8 @@ def build_run(model: nn.Module, optimizer: Optimizer, config: HybridTrainerConfi
         model, optimizer, config, loss_fn=handed.loss_fn, lr_scheduler=handed.lr_scheduler,
         grad_scaler=handed.grad_scaler,
         others={
-            "predictor": handed.predictor, "val_fn": handed.val_fn, "sinks": handed.sinks, "modifiers": handed.modifiers
+            "predictor": handed.predictor, "val_fn": handed.val_fn, "sinks": handed.sinks,
+            "modifiers": handed.modifiers, "judge_fn": handed.judge_fn,
         },
     )  # fmt: skip
     hooked = with_hooks(optimizer)
@@ -146,7 +148,8 @@ def build_run(model: nn.Module, optimizer: Optimizer, config: HybridTrainerConfi
     with own_defaults():
         subject = Subject.of(
             shared.model or model, optimizer, of_model_and_batch(handed.loss_fn) or default_loss,
-            handed.grad_scaler, handed.roles, residual_fn=handed.residual_fn, output_fn=handed.output_fn, shared=shared,
+            handed.grad_scaler, handed.roles, residual_fn=handed.residual_fn, output_fn=handed.output_fn,
+            judge_fn=handed.judge_fn, shared=shared,
         )  # fmt: skip
         run = State(
             subject, config, handed.lr_scheduler, predictor=handed.predictor, validation=validation,

@@ -28,7 +28,7 @@ from ..forecast.final_loss import Forecast
 from ..forecast.stopping import StopWhen
 from ..judge.validation import ValFn
 from ..keep.batch_norm import reestimate
-from ..keep.subject import LossFn, OutputFn, ResidualFn
+from ..keep.subject import JudgeFn, LossFn, OutputFn, ResidualFn
 from ..move.modifier import StepModifier
 from ..move.recipe import Recipe
 from ..move.schedule import count_of
@@ -43,7 +43,7 @@ from .construction import Handed, build_run
 from .foretell import foretell, planned
 from .forward_watch import ForwardWatch
 from .handed_in import check_handed_in
-from .handover import Intake, StepLoss, StepResiduals
+from .handover import Intake, StepLoss, StepResiduals, StepScores
 from .hooks import OwnForwards, on_forward, on_step, with_hooks
 from .inputs import why_ended
 from .keeping import EngineKeeper
@@ -538,7 +538,7 @@ def attach(
     roles: dict[str, str] | None = None, lr_interval: Literal["step", "epoch"] | None = None,
     schedule: Literal["owned", "external", "shared"] = "owned", total_steps: int | None = None,
     sinks: Sequence[Sink | Writer] = (), modifiers: Sequence[StepModifier] = (),
-    residual_fn: ResidualFn | None = None, output_fn: OutputFn | None = None,
+    residual_fn: ResidualFn | None = None, output_fn: OutputFn | None = None, judge_fn: JudgeFn | None = None,
 ) -> Engine:  # fmt: skip
     """Ride along with a loop of your own: it keeps its forward, backward and step, the engine adds the prediction.
 
@@ -574,6 +574,7 @@ def attach(
         modifiers: Of your own, around every step of the optimizer (:class:`.StepModifier`).
         residual_fn: (model, batch) -> residuals, see :class:`.HybridTrainer`.
         output_fn: (model, batch) -> outputs and the loss as a function of them, likewise.
+        judge_fn: (model, batch) -> score of each sample, higher is better, likewise.
 
     Raises:
         ConfigError: as :class:`.HybridTrainer`; or there is an engine on this optimizer already.
@@ -592,6 +593,7 @@ def attach(
         predictor=predictor, roles=roles, lr_interval=lr_interval, val_fn=val_fn, val_cost=val_cost,
         owns_schedule=schedule == "owned", sinks=sinks, modifiers=modifiers,
         residual_fn=None if residual_fn is None else StepResiduals(residual_fn), output_fn=output_fn,
+        judge_fn=StepScores(judge_fn) if callable(judge_fn) else judge_fn,
     )  # fmt: skip
     run = build_run(model, optimizer if hooked is None else hooked, config, handed)
     if total_steps is not None:

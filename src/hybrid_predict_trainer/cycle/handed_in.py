@@ -30,7 +30,7 @@ def check_handed_in(
         loss_fn: To be callable, or None.
         lr_scheduler: To be a schedule of that optimizer, or None.
         grad_scaler: To be a ``torch.amp.GradScaler``, or None.
-        others: predictor, val_fn, sinks, modifiers by name, as far as there are any.
+        others: predictor, val_fn, sinks, modifiers, judge_fn by name, as far as there are any.
 
     Raises:
         ConfigError: it is not.
@@ -80,7 +80,11 @@ def _check_schedule(scheduler: Any, optimizer: Any) -> None:
         raise ConfigError("lr_scheduler belongs to another optimizer: make it for the one that is passed")
 
 
-def _check_others(predictor: Any = None, val_fn: Any = None, sinks: Any = (), modifiers: Any = ()) -> None:
+def _check_others(
+    predictor: Any = None, val_fn: Any = None, sinks: Any = (), modifiers: Any = (), judge_fn: Any = None
+) -> None:
+    if judge_fn is not None and not callable(judge_fn):
+        raise ConfigError(f"judge_fn is {_name(judge_fn)}: pass a function (model, batch) -> score of each sample")
     if isinstance(predictor, str | type):
         named = f', or HybridTrainerConfig(predictor_type="{predictor}")' if isinstance(predictor, str) else ""
         raise ConfigError(f"predictor is {_name(predictor)}: pass an object{named}")

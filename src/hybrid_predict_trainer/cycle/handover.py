@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..keep.subject import LossFn, ResidualFn
+from ..keep.subject import JudgeFn, LossFn, ResidualFn
 from ..observe.batches import tensors
 from ..weights.trained import Write, Writes
 from .construction import default_loss, of_model_and_batch
@@ -74,6 +74,24 @@ class StepResiduals:
         parts = [self.residual_fn(model, each) for each in batch]
         total = sum(r.numel() for r in parts)
         return torch.cat([r * (total / (len(parts) * r.numel())) ** 0.5 for r in parts])
+
+
+class StepScores:
+    """Scores of all samples that one step of the optimizer is trained on."""
+
+    def __init__(self, judge_fn: JudgeFn) -> None:
+        """Bind.
+
+        Args:
+            judge_fn: (model, one batch) -> scores.
+        """
+        self.judge_fn = judge_fn
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        """Of all micro-batches one after the other, or of a single batch."""
+        if not isinstance(batch, MicroBatches):
+            return self.judge_fn(model, batch)
+        return torch.cat([self.judge_fn(model, each) for each in batch])
 
 
 def loss_in(output: Any) -> Tensor | None:

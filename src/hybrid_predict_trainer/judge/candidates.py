@@ -60,11 +60,13 @@ def judge(run: State, batch: Any, prediction: PhasePrediction, deltas: list[Tens
         if exact:
             return _judge_exactly(run, evaluate, prediction, len(deltas))
         settings = run.config.gate
+        scored = run.subject.judge_fn is not None  # what the training loss predicts is of another unit
         return gate.judge_noisy(
             evaluate, max_scale=min(prediction.max_scale, 2.0), level=settings.significance,
-            price=price(run.judge.ledger, run.windows.slope),
+            price=price(run.judge.ledger, 0.0 if scored else run.windows.slope),
             split=split,
-            predicted_reduction=prediction.predicted_reduction, min_ratio=settings.min_reduction_ratio,
+            predicted_reduction=0.0 if scored else prediction.predicted_reduction,
+            min_ratio=settings.min_reduction_ratio,
         )  # fmt: skip
 
     verdict = evaluation.attempt(work, exact=exact)
@@ -93,12 +95,14 @@ def _objection(run: State, batch: Any, pieces: tuple[list[Any], list[Any], bool]
 def _judge_exactly(run: State, evaluate: gate.Evaluate, prediction: PhasePrediction, num_deltas: int) -> Verdict:
     num_candidates = 1 + len(prediction.alternatives) if prediction.first_fit else num_deltas
     # with windows of one step the origin's loss is the one the last real step had at x, under the same conditions
-    measured = run.judge.exactness.agreed is True and run.judge.exactness.noise == 0
+    scored = run.subject.judge_fn is not None  # the last step's loss, and what was predicted of it, say nothing there
+    measured = run.judge.exactness.agreed is True and run.judge.exactness.noise == 0 and not scored
     known = measured and prediction.first_fit and run.windows.last is not None and run.windows.last.num_steps == 1
     verdict = gate.judge_exact(
         evaluate, num_candidates - prediction.way_back, known_before=run.windows.loss if known else None,
         way_back=num_candidates - 1 if known and prediction.way_back else None, max_scale=prediction.max_scale,
-        predicted_reduction=prediction.predicted_reduction, min_ratio=run.config.gate.min_reduction_ratio,
+        predicted_reduction=0.0 if scored else prediction.predicted_reduction,
+        min_ratio=run.config.gate.min_reduction_ratio,
         first_fit=prediction.first_fit,
     )  # fmt: skip
     return gate.beyond_noise(verdict, run.judge.exactness.noise)

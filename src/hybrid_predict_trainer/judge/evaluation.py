@@ -1,4 +1,4 @@
-"""Losses of candidates: measured without a trace, on the whole batch or on pieces that are known to be pieces.
+"""Losses of candidates, or their negated scores: measured without a trace, on the whole batch or on pieces of it.
 
 A batch is cut only after a look whether it may be: the losses of two halves, weighted by what they hold, must give the
 loss of the whole to rounding.  That fails where inputs would be paired with the wrong labels, where time and not the
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from ..keep.failures import Failures, Place
 from ..keep.isolation import Isolation, Mode, isolated, uses_batch_statistics
 from ..keep.loss_modules import modules_beside
-from ..keep.subject import Subject
+from ..keep.subject import LossFn, NegatedScore, Subject
 from ..observe import batches
 from ..records import Reason, StateDict
 from .exactness import Agreement, measure
@@ -47,6 +48,8 @@ class Evaluation:
     def __init__(self, subject: Subject, failures: Failures) -> None:
         """Nothing was evaluated yet; what raises is counted in ``failures``."""
         self._subject, self._failures = subject, failures
+        self._judged: LossFn = subject.loss_fn if subject.judge_fn is None else NegatedScore(subject.judge_fn)
+        self._fn = self._judged
         self.needs_grad_mode = False
         self.quiet_fails = False
         self.loss_writes: bool | None = None
@@ -65,11 +68,11 @@ class Evaluation:
 
     @torch.no_grad()  # not a block: an interruption at its end would leave grad mode off
     def _loss_without_graph(self, batch: Any) -> Tensor:
-        return self._subject.loss_fn(self._subject.model, batch).detach()
+        return self._fn(self._subject.model, batch).detach()
 
     @torch.enable_grad()
     def _loss_with_graph(self, batch: Any) -> Tensor:
-        return self._subject.loss_fn(self._subject.model, batch).detach()
+        return self._fn(self._subject.model, batch).detach()
 
     def loss_of(self, batch: Any) -> Tensor:
         """Loss of a batch, shape (): the function gets containers of its own, and tensors too if it writes into them.
@@ -129,7 +132,7 @@ class Evaluation:
         """A block without a trace, in what the loss uses beside a compiled model as well: no hook sees that."""
         with isolated(self._subject.model, mode) as isolation:
             if isolation.compiled:
-                for module in modules_beside(self._subject.loss_fn, self._subject.model):
+                for module in modules_beside(self._fn, self._subject.model):
                     isolation.met(module, ())
             yield isolation
 
@@ -209,7 +212,26 @@ class Evaluation:
     # ---- what was found out, and state ---------------------------------------------------------------
 
     def agreement(self, batch: Any) -> Agreement:
-        """Evaluate a batch more than once, as the real steps do, and say what the losses have in common."""
+        """Evaluate a batch more than once, as the real steps do, and say what the losses have in common.
+
+        Where jumps are judged by scores, these have to be exact, too.
+        """
+        if self._subject.judge_fn is not None:
+            trained = self._agreement_by(self._subject.loss_fn, batch)
+            if not trained.exact:
+                return trained
+            judged = self._agreement_by(self._judged, batch)
+            return replace(judged, num_forward=trained.num_forward + judged.num_forward)
+        return self._agreement_by(self._judged, batch)
+
+    def _agreement_by(self, fn: LossFn, batch: Any) -> Agreement:
+        self._fn = fn
+        try:
+            return self._agreement(batch)
+        finally:
+            self._fn = self._judged
+
+    def _agreement(self, batch: Any) -> Agreement:
         with self._isolated("training") as isolation:
             evaluate = lambda: float(self.loss_of(batch))  # noqa: E731
             return measure(evaluate, isolation.rewind, on_cpu=self._subject.on_cpu)

@@ -19,6 +19,28 @@ LossFn = Callable[[nn.Module, Any], Tensor]
 ResidualFn = Callable[[nn.Module, Any], Tensor]
 #: (model, batch) -> outputs, shape (N,) or (N, C), and the loss as a convex function of them.
 OutputFn = Callable[[nn.Module, Any], tuple[Tensor, Callable[[Tensor], Tensor]]]
+#: (model, batch) -> scores, shape (N,), one for each sample of the batch; higher is better.
+JudgeFn = Callable[[nn.Module, Any], Tensor]
+
+
+class NegatedScore:
+    """A judge's scores as a loss: minus their mean, so that lower is better."""
+
+    def __init__(self, judge_fn: JudgeFn) -> None:
+        """Bind."""
+        self.judge_fn = judge_fn
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        """Minus the mean score of a batch, shape ().
+
+        Raises:
+            TypeError: there is not one number for each sample.
+        """
+        scores = self.judge_fn(model, batch)
+        shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        if not isinstance(scores, Tensor) or scores.dim() != 1 or scores.numel() == 0:
+            raise TypeError(f"judge_fn must return a score for each sample, a tensor of shape (N,), not {shape}")
+        return -(scores if scores.is_floating_point() else scores.float()).mean()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +57,7 @@ class Subject:
         on_cpu: Losses can be read at once, without a wait for a device.
         residual_fn: (model, batch) -> residuals, or None.
         output_fn: (model, batch) -> outputs and the loss as a function of them, or None.
+        judge_fn: (model, batch) -> score of each sample, higher is better, that judges jumps; None: the loss does.
         ranks: What this process agrees with others on.
         wrapped: The model in what shares its gradients between processes, for real steps; None: it is in nothing.
         gathering: Modules that gather sharded weights for a forward, and may keep them.
@@ -49,6 +72,7 @@ class Subject:
     on_cpu: bool
     residual_fn: ResidualFn | None = None
     output_fn: OutputFn | None = None
+    judge_fn: JudgeFn | None = None
     ranks: Collective = ALONE
     wrapped: nn.Module | None = None
     gathering: Sequence[Any] = ()
@@ -56,7 +80,8 @@ class Subject:
     @classmethod
     def of(
         cls, model: nn.Module, optimizer: Optimizer, loss_fn: LossFn, grad_scaler: Any, roles: dict[str, str] | None,
-        *, residual_fn: ResidualFn | None = None, output_fn: OutputFn | None = None, shared: Shared = NOT_SHARED,
+        *, residual_fn: ResidualFn | None = None, output_fn: OutputFn | None = None, judge_fn: JudgeFn | None = None,
+        shared: Shared = NOT_SHARED,
     ) -> Subject:  # fmt: skip
         """Look at model and optimizer.
 
@@ -68,6 +93,7 @@ class Subject:
             roles: Overrides of parameter roles, qualified name -> role.
             residual_fn: Or None.
             output_fn: Or None.
+            judge_fn: Or None.
             shared: Between which processes, and in what.
 
         Raises:
@@ -78,8 +104,8 @@ class Subject:
         on_cpu = all(p.device.type == "cpu" for p in parameters)
         return cls(
             model=model, optimizer=optimizer, loss_fn=loss_fn, grad_scaler=grad_scaler, parameters=parameters,
-            groups=groups, on_cpu=on_cpu, residual_fn=residual_fn, output_fn=output_fn, ranks=shared.ranks,
-            wrapped=shared.wrapped, gathering=shared.gathering,
+            groups=groups, on_cpu=on_cpu, residual_fn=residual_fn, output_fn=output_fn, judge_fn=judge_fn,
+            ranks=shared.ranks, wrapped=shared.wrapped, gathering=shared.gathering,
         )  # fmt: skip
 
     @property
