@@ -148,9 +148,9 @@ def build_run(model: nn.Module, optimizer: Optimizer, config: HybridTrainerConfi
     with own_defaults():
         subject = Subject.of(
             shared.model or model, optimizer, of_model_and_batch(handed.loss_fn) or default_loss,
-            handed.grad_scaler, handed.roles, residual_fn=handed.residual_fn, output_fn=handed.output_fn,
-            judge_fn=handed.judge_fn, shared=shared,
+            handed.grad_scaler, handed.roles, residual_fn=handed.residual_fn, output_fn=handed.output_fn, shared=shared,
         )  # fmt: skip
+        subject = replace(subject, judge_fn=handed.judge_fn)
         run = State(
             subject, config, handed.lr_scheduler, predictor=handed.predictor, validation=validation,
             owns_schedule=handed.owns_schedule, modifiers=handed.modifiers,

@@ -80,8 +80,7 @@ class Subject:
     @classmethod
     def of(
         cls, model: nn.Module, optimizer: Optimizer, loss_fn: LossFn, grad_scaler: Any, roles: dict[str, str] | None,
-        *, residual_fn: ResidualFn | None = None, output_fn: OutputFn | None = None, judge_fn: JudgeFn | None = None,
-        shared: Shared = NOT_SHARED,
+        *, residual_fn: ResidualFn | None = None, output_fn: OutputFn | None = None, shared: Shared = NOT_SHARED,
     ) -> Subject:  # fmt: skip
         """Look at model and optimizer.
 
@@ -93,7 +92,6 @@ class Subject:
             roles: Overrides of parameter roles, qualified name -> role.
             residual_fn: Or None.
             output_fn: Or None.
-            judge_fn: Or None.
             shared: Between which processes, and in what.
 
         Raises:
@@ -104,8 +102,8 @@ class Subject:
         on_cpu = all(p.device.type == "cpu" for p in parameters)
         return cls(
             model=model, optimizer=optimizer, loss_fn=loss_fn, grad_scaler=grad_scaler, parameters=parameters,
-            groups=groups, on_cpu=on_cpu, residual_fn=residual_fn, output_fn=output_fn, judge_fn=judge_fn,
-            ranks=shared.ranks, wrapped=shared.wrapped, gathering=shared.gathering,
+            groups=groups, on_cpu=on_cpu, residual_fn=residual_fn, output_fn=output_fn, ranks=shared.ranks,
+            wrapped=shared.wrapped, gathering=shared.gathering,
         )  # fmt: skip
 
     @property
