@@ -3,16 +3,50 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from hybrid_predict_trainer import cli
 from hybrid_predict_trainer.cli import plan as cli_plan
 from hybrid_predict_trainer.experiments import plan, plan_check
 from hybrid_predict_trainer.tasks.language.gpt import Gpt, GptConfig
 
-TINY = GptConfig(num_layers=3, width=64, num_heads=1, context=32, lr=1e-4, vocab_size=300, tied=True)
+TINY = GptConfig(num_layers=1, width=64, num_heads=1, context=16, lr=1e-4, vocab_size=300, tied=True)
+WIDTH = 96
+NUM_WEIGHTS = 2 * 4 * WIDTH**2 + 4 * WIDTH
+
+
+@pytest.fixture(scope="module", autouse=True)
+def mem_tracker() -> None:
+    """Seconds that the first test would pay alone."""
+    from torch.distributed._tools import mem_tracker as _  # noqa: F401
+
+
+class Net(nn.Module):
+    """Two wide layers around a narrow one, computed again in the backward pass if so wanted."""
+
+    def __init__(self, checkpointing: bool) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.Tanh(), nn.Linear(4 * WIDTH, WIDTH, bias=False))
+        self.checkpointing = checkpointing
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = checkpoint(self.body, x, use_reentrant=False) if self.checkpointing else self.body(x)
+        return found
+
+
+def net_loss(model: nn.Module, batch: Tensor, bf16: bool) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        found = model(batch)
+    return (found.float() - batch).square().mean()
+
+
+NET = plan.Subject("net", Net, lambda size: torch.randn(size, WIDTH), net_loss)
 
 
 def test_sizes_become_shapes() -> None:
@@ -22,31 +56,95 @@ def test_sizes_become_shapes() -> None:
 
 
 def test_a_deep_model_is_known_from_shallow_ones() -> None:
-    walked = plan._of_shape(TINY)
-    one, two = (plan._of_shape(replace(TINY, num_layers=n)) for n in (1, 2))
+    def deep(num_blocks: int) -> plan.Subject:
+        return replace(NET, build=lambda _: nn.Sequential(*(Net(False) for _ in range(num_blocks))))
+
     setup = plan.Setup(batch_size=2, ours=False)
-    found = plan.estimate(replace(walked, shallow=(one, two, 1.0)), setup)
-    whole = plan.estimate(walked, setup)
-    assert found.num_parameters == whole.num_parameters == plan.num_weights(TINY)
+    found = plan.estimate(replace(deep(4), shallow=(deep(1), deep(2), 2.0)), setup)
+    whole = plan.estimate(deep(4), setup)
+    assert found.num_parameters == whole.num_parameters == 4 * NUM_WEIGHTS
     assert found.total == pytest.approx(whole.total, rel=0.01)
 
 
-def test_what_is_planned_is_what_is_allocated() -> None:
-    row = plan_check.compared("0.3M", plan.of_task("gpt", preset="0.3M"), plan.Setup(batch_size=2, ours=False))
-    assert abs(row["error"]) < 0.02
+def different_batches(size: int) -> list[Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(size, WIDTH) for _ in range(plan_check.NUM_STEPS)]
+
+
+@pytest.mark.parametrize("changes", [{}, {"bf16": True}, {"checkpointing": True}])
+def test_what_is_planned_is_what_is_allocated(changes: dict[str, bool]) -> None:
+    setup = plan.Setup(batch_size=64, ours=False, **changes)
+    row = plan_check.compared(NET, setup, different_batches(64))
+    assert row["num_parameters"] == NUM_WEIGHTS
+    assert abs(row["error"]) < 0.05
+
+
+def test_what_the_library_holds_is_planned_too() -> None:
+    torch.manual_seed(0)
+    batches = [torch.randint(0, 300, (2, TINY.context + 1)) for _ in range(plan_check.NUM_STEPS)]
+    row = plan_check.compared(plan._of_shape(TINY), plan.Setup(batch_size=2), batches)
+    assert abs(row["error"]) < plan_check.TOLERANCE
 
 
 def test_every_remedy_needs_less() -> None:
-    subject = plan.of_size(5_000_000, context=64)
-    setup = plan.Setup(batch_size=2)
-    ours, plain, away, eight, again = (
-        plan.estimate(subject, replace(setup, **changes))
-        for changes in ({}, {"ours": False}, {"offload": True}, {"eight_bit": True}, {"checkpointing": True})
-    )
-    assert plain.total < ours.total > max(away.total, eight.total, again.total)
+    setup = plan.Setup(batch_size=1024)
+    ours, plain, away, eight, again, half = (
+        plan.estimate(NET, replace(setup, **changes))
+        for changes in ({}, {"ours": False}, {"offload": True}, {"eight_bit": True}, {"checkpointing": True},
+                        {"bf16": True})
+    )  # fmt: skip
+    assert plain.total < ours.total > max(away.total, eight.total, again.total, half.total)
     assert "lookahead" not in plain.parts
-    assert away.host == ours.host + ours.parts["lookahead"]
+    for name in ("lookahead", "copy to come back to", "copy before a raise", "basis"):
+        assert name in ours.parts
+        assert name not in away.parts
+    assert away.host - ours.host == sum(ours.parts[name] for name in ours.parts if name not in away.parts)
     assert eight.parts["optimizer state"] == pytest.approx(ours.parts["optimizer state"] / 4, rel=0.02)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_forward_of_a_task_runs_in_bf16(bf16: bool) -> None:
+    subject = plan.of_task("gpt", preset="0.3M", context=8)
+    model = subject.build(False)
+    seen = set()
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(lambda _m, _x, out: seen.add(out.dtype))
+    subject.loss(model, subject.batch(1), bf16)
+    assert seen == {torch.bfloat16 if bf16 else torch.float32}
+
+
+def test_the_largest_that_fits_is_the_largest(monkeypatch: pytest.MonkeyPatch) -> None:
+    def pretended(subject: plan.Subject, setup: plan.Setup) -> plan.Estimate:
+        size = int(subject.name.split()[2].replace(",", ""))
+        return plan.Estimate(setup=setup, num_parameters=size, parts={"weights": 16 * size}, host=0)
+
+    monkeypatch.setattr(plan, "estimate", pretended)
+    found = plan.largest_that_fits(16e9, plan.Setup(), context=1024)
+    wider = min(n for n in (plan.num_weights(plan._shaped(h, 1024)) for h in range(1, 60)) if n > found)
+    assert found <= 1e9 < wider
+    assert plan.largest_that_fits(1e3, plan.Setup(), context=1024) == 0
+
+
+def test_the_check_prints_rows_as_they_come(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {
+        "preset": "0.3M", "ours": True, "bf16": True, "checkpointing": False, "estimated_bytes": 1.1e6,
+        "measured_bytes": 1e6, "error": 0.1, "within": True,
+    }  # fmt: skip
+    shown = []
+
+    def pretended() -> Iterator[plan_check.Row]:
+        yield row
+        shown.append(capsys.readouterr().out)
+        yield row | {"ours": False, "within": False}
+
+    monkeypatch.setattr(plan_check, "rows", pretended)
+    assert cli.main(["plan", "--check"]) == 1
+    assert shown[0].splitlines()[-1].split() == ["0.3M", "ours", "bf16", "1.10", "MB", "1.00", "MB", "+10.0%"]
+    assert cli.main(["plan", "--check", "--json"]) == 1
+    assert len(json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]) == 2
 
 
 def test_the_command_suggests_what_fits(capsys: pytest.CaptureFixture[str]) -> None:

@@ -146,6 +146,7 @@ class HybridTrainer:
             DivergenceError: too many consecutive steps were not finite.
             ConfigError: prediction is on, and since construction more processes have come into play.
             RanksDisagree: several processes have lost each other.
+            RuntimeError: it is called from inside itself, by a loss function say.
         """
         if self._busy:
             raise RuntimeError("step() was called from inside step()")
@@ -186,6 +187,10 @@ class HybridTrainer:
     ) -> EpochResult:
         """One pass over a loader; the batch of a refused proposal is used for the next real step.
 
+        Args:
+            dataloader: Batches.
+            progress_callback: Called with every result.
+
         Raises:
             DivergenceError: too many consecutive steps were not finite, or the weights are not at the end.
         """
@@ -215,6 +220,7 @@ class HybridTrainer:
         Raises:
             DivergenceError: too many consecutive steps were not finite, or the weights are not at the end.
             ConfigError: there is no batch, or prediction is on and more processes have come into play.
+            TypeError: the loader is none.
         """
         if not isinstance(loader, Iterable):
             raise TypeError(
@@ -464,6 +470,9 @@ class HybridTrainer:
         A damaged one is set aside as ``*.corrupt`` with a warning, and the one before it is taken; one that is
         whole and does not fit this run is refused, as by :meth:`load_checkpoint`.
 
+        Args:
+            directory: Folder of checkpoints.
+
         Returns:
             As :meth:`load_checkpoint`.
 
@@ -474,6 +483,9 @@ class HybridTrainer:
 
     def load_checkpoint(self, path: str | Path) -> dict[str, StateDict]:
         """Continue from a checkpoint folder, bit for bit.
+
+        Args:
+            path: Folder of one checkpoint.
 
         Returns:
             All parts, for what was saved beside the trainer's own.

@@ -109,6 +109,10 @@ def _coerce(key: str, value: Any, hint: Any) -> Any:
 def with_values(config: Settings, values: Mapping[str, Any]) -> Settings:
     """Replace settings by dotted TOML key.
 
+    Args:
+        config: Is left as it is.
+        values: Key -> value.
+
     Raises:
         ConfigError: unknown key (with the nearest valid one), wrong type, value out of range, or a
             key and its alias given with different values.

@@ -87,6 +87,9 @@ def loads(text: str, source: str = "<string>") -> HybridTrainerConfig:
 def load(path: str | Path) -> HybridTrainerConfig:
     """Read a TOML file.
 
+    Args:
+        path: Of the file.
+
     Raises:
         ConfigError: missing, too large, not UTF-8 or not a valid configuration.
     """
@@ -116,7 +119,11 @@ def differences(one: HybridTrainerConfig, other: HybridTrainerConfig) -> dict[st
 
 
 def preset_config(name: object) -> HybridTrainerConfig:
-    """:meth:`.HybridTrainerConfig.preset`."""
+    """:meth:`.HybridTrainerConfig.preset` of ``name``.
+
+    Raises:
+        ConfigError: there is no such preset.
+    """
     return HybridTrainerConfig.preset(name)
 
 

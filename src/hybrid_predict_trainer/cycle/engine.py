@@ -70,7 +70,14 @@ class Engine:
     """
 
     def __init__(self, run: State, *, auto: bool, missing: tuple[str, ...] = (), catches_up: bool = False) -> None:
-        """Bind; :func:`attach` sets the hooks."""
+        """Bind; :func:`attach` sets the hooks.
+
+        Args:
+            run: State of the run.
+            auto: Proposals are made by itself, after the optimizer's step.
+            missing: Motions that have been left out, with what they lack.
+            catches_up: The engine takes the steps that a schedule of the loop's is owed.
+        """
         self.run, self.missing = run, missing
         self._auto = auto
         self._catches_up = catches_up  # takes the steps that a schedule of the loop's is owed
@@ -136,6 +143,9 @@ class Engine:
         Loops that clip call it before they do; otherwise it is done right before the optimizer steps, and norms and
         curvature are those of clipped gradients.
 
+        Args:
+            loss: Of this batch, where :meth:`note` was not called.
+
         Returns:
             Whether the step may be taken; if not, the optimizer finds no gradients and moves nothing.
         """
@@ -148,7 +158,7 @@ class Engine:
         return self._step.usable
 
     def before_step(self, loss: Any = None) -> None:
-        """Right before the optimizer's step; its pre-hook calls it where it has one."""
+        """Right before the optimizer's step; its pre-hook calls it where it has one.  ``loss``: a closure's."""
         if not self._attached or self._own.under_way:
             return
         with self.account.timed():
@@ -245,7 +255,14 @@ class Engine:
         self.run.step_scheduler()
 
     def reestimate_batch_norm(self, batches: Iterable[Any]) -> int:
-        """Running statistics of BatchNorm for the weights as they are; see :class:`.HybridTrainer`."""
+        """Running statistics of BatchNorm for the weights as they are; see :class:`.HybridTrainer`.
+
+        Args:
+            batches: What they are estimated from.
+
+        Returns:
+            The number of modules whose statistics are new.
+        """
         subject = self.run.subject
         with self._own.evaluating():
             found = reestimate(subject.model, lambda batch: subject.loss_fn(subject.model, batch), batches)
@@ -275,7 +292,7 @@ class Engine:
             settle_readings(self.run, self.run.recorder)
 
     def on_detach(self, undo: Callable[[], object]) -> None:
-        """Have something called by :meth:`detach`, for drivers that set hooks of their own."""
+        """Have ``undo`` called by :meth:`detach`, for drivers that set hooks of their own."""
         self._at_detach.append(undo)
 
     def __enter__(self) -> Engine:
@@ -393,6 +410,9 @@ class Engine:
     def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`, after model, optimizer, schedule and scaler were loaded.
 
+        Args:
+            state: What it returned.
+
         Raises:
             CheckpointError: it is malformed, or of another run.  Nothing has been changed.
         """
@@ -403,6 +423,9 @@ class Engine:
 
         The folder holds one state: that of an earlier save is replaced.
 
+        Args:
+            directory: The folder; it is made.
+
         Raises:
             CheckpointError: it could not be written; what was there before is untouched.
         """
@@ -411,6 +434,9 @@ class Engine:
 
     def load_state(self, directory: str | Path) -> None:
         """Inverse of :meth:`save_state`, after the rest was loaded.
+
+        Args:
+            directory: The folder that it wrote.
 
         Raises:
             CheckpointError: there is none, or it is damaged or of another run; nothing has been changed then.
@@ -428,6 +454,9 @@ class Engine:
     def load_checkpoint(self, path: str | Path) -> None:
         """Continue from a checkpoint folder, bit for bit.
 
+        Args:
+            path: Folder of one checkpoint.
+
         Raises:
             CheckpointError: missing, damaged, or of another model; nothing has been changed then.
         """
@@ -435,6 +464,9 @@ class Engine:
 
     def load_latest(self, directory: str | Path) -> None:
         """Continue from the newest good checkpoint of a folder; a damaged one is set aside with a warning.
+
+        Args:
+            directory: Folder of checkpoints.
 
         Raises:
             CheckpointError: there is none, or it is of another model; nothing has been changed then.
@@ -459,7 +491,7 @@ class Engine:
         }  # fmt: skip
 
     def restart(self, own: StateDict) -> None:
-        """Inverse of :meth:`own_state`: go on from there."""
+        """Inverse of :meth:`own_state`, which made ``own``: go on from there."""
         self._step.restart()
         self._proposals.load_state_dict(own)
         self._forward.load_state_dict(own)

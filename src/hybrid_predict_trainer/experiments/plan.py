@@ -14,6 +14,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import islice
 from typing import Any
 
@@ -25,6 +26,7 @@ from ..config.settings import HybridTrainerConfig
 from ..observe.basis import FLOAT64_BELOW
 from ..predictors import build
 from ..tasks import TaskSettings, make_task
+from ..tasks.language.batches import token_loss
 from ..tasks.language.gpt import Gpt, GptConfig
 from ..weights.algebra import LARGE
 
@@ -35,6 +37,8 @@ USABLE = 0.92
 #: Weights of a block's width to its number, as of GPT-2 (768 / 12) to GPT-3's sizes (2048 / 24).
 WIDTH_PER_LAYER = 80
 VOCABULARY = 50_257
+#: Most heads of 64 that a planned model has: beyond 100 B weights.
+MOST_HEADS = 256
 #: Blocks up to which a model is walked through as it is.
 DEEP = 6
 
@@ -69,12 +73,14 @@ class Estimate:
         num_parameters: Trained weights, P.
         parts: Name -> bytes on the training device.
         host: Bytes that lie in host memory.
+        copy_before_a_raise: What of both is held only while a raise of the rate is on trial.
     """
 
     setup: Setup
     num_parameters: int
     parts: dict[str, int]
     host: int
+    copy_before_a_raise: int = 0
 
     @property
     def total(self) -> int:
@@ -90,7 +96,7 @@ class Subject:
         name: For people.
         build: Whether activations are computed again -> the model.
         batch: Batch size -> a batch, small and real.
-        loss: Model and batch -> loss.
+        loss: Model, batch and whether the forward runs under bfloat16 autocast -> loss.
         shallow: The same with fewer blocks, twice, and the number of steps of that length beyond the second: what is
             held grows by the same amount with every block, so that deep models need not be walked through.
         built_empty: The model can be made without contents from the beginning.
@@ -99,7 +105,7 @@ class Subject:
     name: str
     build: Callable[[bool], nn.Module]
     batch: Callable[[int], Any]
-    loss: Callable[[nn.Module, Any], Tensor]
+    loss: Callable[[nn.Module, Any, bool], Tensor]
     shallow: tuple[Subject, Subject, float] | None = None
     built_empty: bool = False
 
@@ -112,15 +118,16 @@ def gpt_of(num_parameters: int, *, context: int, vocabulary: int = VOCABULARY) -
         context: T.
         vocabulary: Tokens that it knows.
     """
+    shapes = (_shaped(heads, context, vocabulary) for heads in range(1, MOST_HEADS + 1))
+    return min(shapes, key=lambda c: abs(num_weights(c) - num_parameters))
 
-    def shaped(heads: int) -> GptConfig:
-        width = 64 * heads
-        return GptConfig(
-            num_layers=max(round(width / WIDTH_PER_LAYER), 1), width=width, num_heads=heads, context=context, lr=1e-4,
-            vocab_size=vocabulary, tied=True,
-        )  # fmt: skip
 
-    return min(map(shaped, range(1, 257)), key=lambda c: abs(num_weights(c) - num_parameters))
+def _shaped(heads: int, context: int, vocabulary: int = VOCABULARY) -> GptConfig:
+    width = 64 * heads
+    return GptConfig(
+        num_layers=max(round(width / WIDTH_PER_LAYER), 1), width=width, num_heads=heads, context=context, lr=1e-4,
+        vocab_size=vocabulary, tied=True,
+    )  # fmt: skip
 
 
 def num_weights(config: GptConfig) -> int:
@@ -131,7 +138,10 @@ def num_weights(config: GptConfig) -> int:
 
 def of_size(num_parameters: int, *, context: int, vocabulary: int = VOCABULARY) -> Subject:
     """A GPT of about so many weights, for text in sequences of ``context`` tokens."""
-    config = gpt_of(num_parameters, context=context, vocabulary=vocabulary)
+    return _of(gpt_of(num_parameters, context=context, vocabulary=vocabulary))
+
+
+def _of(config: GptConfig) -> Subject:
     found = _of_shape(config)
     if config.num_layers <= DEEP:
         return found
@@ -139,12 +149,12 @@ def of_size(num_parameters: int, *, context: int, vocabulary: int = VOCABULARY) 
     return replace(found, shallow=(two, four, (config.num_layers - 4) / 2))
 
 
+@cache
 def _of_shape(config: GptConfig) -> Subject:
     context = config.context
 
-    def loss(model: nn.Module, tokens: Tensor) -> Tensor:
-        logits: Tensor = model(tokens[:, :-1])
-        return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    def loss(model: nn.Module, tokens: Tensor, bf16: bool) -> Tensor:
+        return token_loss(model, (tokens[:, :-1], tokens[:, 1:]), autocast_bf16=bf16)
 
     return Subject(
         f"GPT of {num_weights(config):,} weights: {config.num_layers} blocks of width {config.width}, context "
@@ -163,17 +173,24 @@ def of_task(name: str, *, preset: str | None = None, context: int | None = None)
         ConfigError: no such task, preset or setting.
     """
 
-    def made(*, size: int | None = None, checkpointing: bool = False) -> Any:
-        return make_task(
-            name,
-            TaskSettings(preset=preset, context=context, batch_size=size, gradient_checkpointing=checkpointing),
-        )
+    settings = TaskSettings(preset=preset, context=context)
+
+    def made(**changes: Any) -> Any:
+        return make_task(name, replace(settings, **changes))
+
+    losses = {False: made().loss_fn}
+
+    def loss(model: nn.Module, batch: Any, bf16: bool) -> Tensor:
+        if bf16 not in losses:
+            losses[bf16] = made(autocast_bf16=bf16).loss_fn
+        found: Tensor = losses[bf16](model, batch)
+        return found
 
     return Subject(
         f"task {name}" + (f", preset {preset}" if preset else ""),
-        lambda checkpointing: made(checkpointing=checkpointing).build_model(0),
-        lambda size: next(iter(made(size=size).batches(0))),
-        made().loss_fn,
+        lambda checkpointing: made(gradient_checkpointing=checkpointing).build_model(0),
+        lambda size: next(iter(made(batch_size=size).batches(0))),
+        loss,
     )
 
 
@@ -184,39 +201,42 @@ def estimate(subject: Subject, setup: Setup) -> Estimate:
         subject: What is trained.
         setup: How.
     """
-    peak, largest, num_parameters = _peak(subject, setup)
+    peak, largest, num_parameters = _peak(subject, setup.batch_size, setup.bf16, setup.checkpointing)
     weights, moments = peak["weights"], peak["optimizer state"]
     parts = dict(peak)
     if setup.eight_bit:
         parts["optimizer state"] = moments = round(2 * STATE_8BIT * num_parameters)
     if not setup.ours:
         return Estimate(setup=setup, num_parameters=num_parameters, parts=parts, host=0)
-    held, host = _held(num_parameters, weights, moments, setup)
+    held, host, snapshot = _held(num_parameters, weights, moments, setup)
     parts |= held
     # activations are gone by the time the lookahead writes, gradients are not: only what is above them counts
     moments_of_one = 8 * largest if setup.eight_bit else 0  # in float32, while its weights are stepped
     written = max(_landing(num_parameters, setup), moments_of_one) + 4 * num_parameters - parts["gradients"]
     over = written - parts["activations"] - parts["temporary"]
     parts["temporary"] += max(over, 0)
-    return Estimate(setup=setup, num_parameters=num_parameters, parts=parts, host=host)
+    return Estimate(setup=setup, num_parameters=num_parameters, parts=parts, host=host, copy_before_a_raise=snapshot)
 
 
-def _peak(subject: Subject, setup: Setup) -> tuple[dict[str, int], int, int]:
+@cache  # what this library holds and where it lies changes nothing of the step
+def _peak(subject: Subject, batch_size: int, bf16: bool, checkpointing: bool) -> tuple[dict[str, int], int, int]:
+    """Bytes at a step's peak by kind, the largest tensor of trained weights, and P; callers leave the dict as it is."""
     if subject.shallow is None:
-        return _step(subject, setup, subject.batch(setup.batch_size))
+        return _step(subject, batch_size, bf16, checkpointing)
     two, four, times = subject.shallow
-    (a, _, n), (b, largest, m) = _peak(two, setup), _peak(four, setup)
+    (a, _, n), (b, largest, m) = (_peak(one, batch_size, bf16, checkpointing) for one in (two, four))
     return {key: round(b[key] + times * (b[key] - a[key])) for key in b}, largest, round(m + times * (m - n))
 
 
-def _step(subject: Subject, setup: Setup, batch: Any) -> tuple[dict[str, int], int, int]:
-    """Peak of the second step by kind, bytes/4 of the largest weight tensor, and P."""
+def _step(subject: Subject, batch_size: int, bf16: bool, checkpointing: bool) -> tuple[dict[str, int], int, int]:
+    """:func:`_peak` of a second step that is taken."""
     from torch.distributed._tools.mem_tracker import MemTracker  # half a second
 
-    made = None if subject.built_empty else subject.build(setup.checkpointing)
+    batch = subject.batch(batch_size)
+    made = None if subject.built_empty else subject.build(checkpointing)
     with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
         warnings.simplefilter("ignore")
-        model = subject.build(setup.checkpointing) if made is None else _emptied(made, mode)
+        model = subject.build(checkpointing) if made is None else _emptied(made, mode)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
         batch = _converted(batch, mode)
         tracker = MemTracker()
@@ -226,8 +246,7 @@ def _step(subject: Subject, setup: Setup, batch: Any) -> tuple[dict[str, int], i
                 if i:
                     tracker.reset_mod_stats()
                 optimizer.zero_grad()
-                with torch.autocast("cpu", torch.bfloat16, enabled=setup.bf16):
-                    loss = subject.loss(model, batch)
+                loss = subject.loss(model, batch, bf16)
                 loss.backward()
                 optimizer.step()
         trained = [p.numel() for p in model.parameters() if p.requires_grad]
@@ -272,29 +291,43 @@ def _converted(value: Any, mode: FakeTensorMode) -> Any:
     return value
 
 
-def _held(num_parameters: int, weights: int, moments: int, setup: Setup) -> tuple[dict[str, int], int]:
+def _held(num_parameters: int, weights: int, moments: int, setup: Setup) -> tuple[dict[str, int], int, int]:
     """What the library holds with default settings on text, on the device by part, and in host memory."""
     P, large = num_parameters, num_parameters > LARGE
     lookahead = (6 if large else 8) * P  # weights at the last application, drift (narrow)
     snapshot = weights + moments + lookahead
-    parked = setup.offload or large
-    found = {"lookahead": 0 if setup.offload else lookahead, "copy to come back to": 0 if parked else snapshot}
-    host = (lookahead if setup.offload else 0) + (snapshot if parked else 0)
+    # two states are kept (cycle/withdrawal.py): the guard's anchor, and the start of a raise of the rate on trial
+    copies = {"copy to come back to": snapshot, "copy before a raise": snapshot}
+    found, host = {"lookahead": lookahead}, 0
+    if setup.offload:
+        found, host = {}, lookahead
+    if setup.offload or large:
+        host += sum(copies.values())
+    else:
+        found |= copies
     if not large:
-        trial = snapshot + weights  # a jump or a raise of the rate on trial: the state before it, and the way there
-        found["copy before a trial"], host = (weights, host + snapshot) if setup.offload else (trial, host)
+        found["weights before a step"] = weights  # of which the learned multiplier takes the step's direction
         spec = build(HybridTrainerConfig(), 1, P).spec
         wide = 8 if P < FLOAT64_BELOW else 4
         basis = (spec.num_columns + 4) * wide * P  # columns; two sums and two means
-        found["basis"], host = (0, host + basis) if setup.offload else (basis, host)
-    return {name: size for name, size in found.items() if size}, host
+        if setup.offload:
+            host += basis
+        else:
+            found["basis"] = basis
+    return found, host, snapshot
 
 
 def _landing(num_parameters: int, setup: Setup) -> int:
-    """Bytes that an application of the lookahead builds before it writes: weights, and a drift unless it is parked."""
+    """Bytes that are built after a step: by the lookahead before it writes, by the multiplier while it measures.
+
+    The lookahead builds weights, and a drift unless it is parked.  Of large models the multiplier keeps all weights
+    before a step only until a sample of them is taken after it; and the group warm-up builds the weights anew then.
+    """
+    if num_parameters > LARGE:
+        return 8 * num_parameters
     if setup.offload:
         return 4 * num_parameters
-    return (6 if num_parameters > LARGE else 8) * num_parameters
+    return 8 * num_parameters
 
 
 #: Ways to need less, the cheapest in time first: what is switched on beside what came before.
@@ -326,10 +359,10 @@ def first_that_fits(found: Iterator[Estimate], usable: float, most: int = 16) ->
 
 
 def largest_that_fits(usable: float, setup: Setup, *, context: int) -> int:
-    """Weights of the largest GPT whose peak is at most ``usable`` bytes; by halving, to 2 %."""
-    low, high = 1e6, 1e11
-    while high / low > 1.02:
-        middle = (low * high) ** 0.5
-        fits = estimate(of_size(round(middle), context=context), setup).total <= usable
+    """Weights of the largest GPT whose peak is at most ``usable`` bytes, 0 where none is; by halving over widths."""
+    low, high = 0, MOST_HEADS + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = estimate(_of(_shaped(middle, context)), setup).total <= usable
         low, high = (middle, high) if fits else (low, middle)
-    return round(low)
+    return num_weights(_shaped(low, context)) if low else 0

@@ -53,7 +53,7 @@ class AverageFollower(StepModifier):
         self._followed = [pairs[id(p)] for p in order]
 
     def after_step(self, parameters: Sequence[Tensor]) -> int:
-        """Take the step into the average."""
+        """Take the step that ``parameters`` have made into the average; returns passes over the weights."""
         if not self._update:
             return 0
         self._average.update_parameters(self._model)
@@ -61,7 +61,7 @@ class AverageFollower(StepModifier):
 
     @torch.no_grad()
     def on_jump(self, delta: Tensors, scale: float) -> None:
-        """Shift it by the jump."""
+        """Shift it by the jump, ``scale * delta``."""
         for average, d in zip(self._followed, delta, strict=True):
             average.add_(d.to(device=average.device, dtype=average.dtype), alpha=scale)
 
@@ -70,7 +70,7 @@ class AverageFollower(StepModifier):
         return dict(self._average.state_dict())
 
     def load_state_dict(self, state: StateDict) -> None:
-        """Inverse of :meth:`state_dict`."""
+        """Inverse of :meth:`state_dict`, which made ``state``."""
         self._average.load_state_dict(state)
 
     def memory_bytes(self) -> int:

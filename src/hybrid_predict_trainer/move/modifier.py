@@ -36,7 +36,7 @@ class StepModifier:
         return 0
 
     def after_step(self, parameters: Sequence[Tensor]) -> int:
-        """Right after the optimizer's step; returns passes, as :meth:`before_step`."""
+        """Right after the optimizer's step on ``parameters``; returns passes, as :meth:`before_step`."""
         return 0
 
     def on_skip(self) -> None:
@@ -56,7 +56,7 @@ class StepModifier:
         return {}
 
     def load_state_dict(self, state: StateDict) -> None:
-        """Inverse of :meth:`state_dict`."""
+        """Inverse of :meth:`state_dict`, which made ``state``."""
 
     def end(self) -> None:
         """All motions of this library are withdrawn; what a user has handed in is his, and is not told."""

@@ -71,7 +71,7 @@ class Recipe:
         return float(self.rates.get(role, 1.0))
 
     def parts_of(self, parameter: Tensor, role: str) -> list[tuple[Any, float]]:
-        """Slices of a parameter and their factors; one slice where the whole has the same.
+        """Slices of a parameter of a role and their factors; one slice where the whole has the same.
 
         A matrix that holds queries, keys and values is cut by thirds of the side that is three times the other.
         """
@@ -95,6 +95,9 @@ class Recipe:
             lr: Rate of factor 1.
             weight_decay: The same for all parameters at factor 1.
             roles: Overrides, as for :class:`.HybridTrainer`.
+
+        Raises:
+            ConfigError: nothing of the model trains.
         """
         found = [p for p in model.parameters() if p.requires_grad]
         if not found:
@@ -117,13 +120,13 @@ class Recipe:
         return "\n".join([*rows, *(f'"{_escaped(role)}" = {rate:.6g}' for role, rate in self.rates.items())]) + "\n"
 
     def save(self, path: str | Path) -> Path:
-        """Write :meth:`lines` to a file; it is whole or not there."""
+        """Write :meth:`lines` to ``path``, which is whole or not there, and is returned."""
         write_text(path, self.lines())
         return Path(path)
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
-        """Read what :meth:`save` wrote.
+        """Read what :meth:`save` wrote to ``path``.
 
         Raises:
             ConfigError: there is no such file, or it holds something else.

@@ -49,4 +49,4 @@ class Predictor(Protocol):
         """Everything learnt, as plain containers, scalars and tensors."""
 
     def load_state_dict(self, state: StateDict) -> None:
-        """Inverse of :meth:`state_dict`."""
+        """Inverse of :meth:`state_dict`, which made ``state``."""
