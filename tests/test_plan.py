@@ -60,9 +60,9 @@ def test_a_deep_model_is_known_from_shallow_ones() -> None:
         return replace(NET, build=lambda _: nn.Sequential(*(Net(False) for _ in range(num_blocks))))
 
     setup = plan.Setup(batch_size=2, ours=False)
-    found = plan.estimate(replace(deep(4), shallow=(deep(1), deep(2), 2.0)), setup)
-    whole = plan.estimate(deep(4), setup)
-    assert found.num_parameters == whole.num_parameters == 4 * NUM_WEIGHTS
+    found = plan.estimate(replace(deep(6), shallow=(deep(2), deep(4), 1.0)), setup)
+    whole = plan.estimate(deep(6), setup)
+    assert found.num_parameters == whole.num_parameters == 6 * NUM_WEIGHTS
     assert found.total == pytest.approx(whole.total, rel=0.01)
 
 
@@ -88,8 +88,9 @@ def test_what_the_library_holds_is_planned_too() -> None:
 
 def test_every_remedy_needs_less() -> None:
     setup = plan.Setup(batch_size=1024)
+    subject = replace(NET, build=lambda checkpointing: nn.Sequential(*(Net(checkpointing) for _ in range(3))))
     ours, plain, away, eight, again, half = (
-        plan.estimate(NET, replace(setup, **changes))
+        plan.estimate(subject, replace(setup, **changes))
         for changes in ({}, {"ours": False}, {"offload": True}, {"eight_bit": True}, {"checkpointing": True},
                         {"bf16": True})
     )  # fmt: skip
