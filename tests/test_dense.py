@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from hybrid_predict_trainer import HybridTrainer, HybridTrainerConfig
 from hybrid_predict_trainer.config.toml import with_values
 from hybrid_predict_trainer.numerics.dense_inverse import DenseInverse, broyden_scaling
 from hybrid_predict_trainer.predictors import QuasiNewton
+from hybrid_predict_trainer.predictors.quasi_newton import MIN_TAU
 from hybrid_predict_trainer.propose.sources import price
-from hybrid_predict_trainer.propose.sources.dense import DenseQuasiNewton
+from hybrid_predict_trainer.propose.sources.dense import DenseQuasiNewton, LimitedQuasiNewton
+from hybrid_predict_trainer.propose.sources.limited_inverse import LimitedInverse
 from hybrid_predict_trainer.records import ConfigError
 
 
@@ -80,17 +83,47 @@ def test_a_pair_without_curvature_changes_nothing() -> None:
     assert torch.equal(inverse.Hg, torch.tensor([0.0, 2.0]))
 
 
+@pytest.mark.parametrize("history", [3, 8, 100])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_the_last_pairs_make_the_matrix_that_their_updates_make(history: int, scaled: bool) -> None:
+    """Against H written out: scaled and updated by the pairs in memory, from gamma times the unit matrix."""
+    torch.manual_seed(1)
+    n = 12
+    M = torch.randn(n, n, dtype=torch.float64)
+    B = M @ M.T + torch.eye(n, dtype=torch.float64)
+    g = torch.randn(n, dtype=torch.float64)
+    inverse, pairs = LimitedInverse(g, history, scaled=scaled), list[tuple[Tensor, Tensor, float]]()
+    for k in range(30):  # the block of products slides, and comes back to its beginning
+        t = 0.5 + 0.01 * k if pairs else 0.01
+        s = -t * inverse.Hg
+        y = B @ s
+        tau = min(1.0, max(float(s @ y) / (-t * float(s @ g)), MIN_TAU)) if pairs and scaled else 1.0
+        inverse.learn(s, y, g, g + y, t)
+        g = g + y
+        pairs = [*pairs, (s, y, tau)][-history:]
+        H = max(float(s @ y) / float(y @ y) for s, y, _ in pairs) * torch.eye(n, dtype=torch.float64)
+        for s, y, tau in pairs:
+            H = expected(H, s, y, tau, 1.0)
+        torch.testing.assert_close(inverse.Hg, H @ g, rtol=1e-6, atol=1e-9)
+        if k == 17:
+            other = LimitedInverse(g, history, scaled=scaled)
+            other.load_state_dict(inverse.state_dict())
+            inverse = other
+    assert inverse.num_pairs == min(history, 30)
+
+
 # ---- in a run --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("update", ["bfgs", "ssbfgs", "ssbroyden"])
-@pytest.mark.parametrize("form", ["dense", "auto"])
+@pytest.mark.parametrize(("form", "update"), [
+    *itertools.product(["dense", "auto"], ["bfgs", "ssbfgs", "ssbroyden"]), ("wolfe", "bfgs"), ("wolfe", "ssbfgs"),
+])  # fmt: skip
 def test_it_ends_far_below_the_optimizer_alone(update: str, form: str) -> None:
     (x, y), *_ = full_batch(1)
     batch = x.double(), y.double()
     model, plain = make_model("mlp").double(), make_model("mlp").double()
     trainer = built(model, predictor__quasi_newton__update=update, predictor__quasi_newton__form=form)
-    assert isinstance(trainer.run.proposer.source, DenseQuasiNewton)
+    assert isinstance(trainer.run.proposer.source, LimitedQuasiNewton if form == "wolfe" else DenseQuasiNewton)
     trainer.fit([batch], total_steps=150)
     plain_loop(plain, torch.optim.Adam(plain.parameters(), lr=0.01), [batch] * 150)
     assert loss_at(model, batch) < 0.05 * loss_at(plain, batch)
@@ -128,10 +161,11 @@ def test_limited_bfgs_is_the_form_without_self_scaling() -> None:
     assert not torch.equal(runs[0], runs[2])
 
 
+@pytest.mark.parametrize("form", ["dense", "wolfe"])
 @pytest.mark.parametrize("at", [4, 12])
-def test_a_resumed_run_is_the_whole_one(at: int, tmp_path: Path) -> None:
+def test_a_resumed_run_is_the_whole_one(at: int, form: str, tmp_path: Path) -> None:
     (batch,) = full_batch(1)
-    whole, other = built(make_model("mlp")), built(make_model("mlp", seed=9))
+    whole, other = (built(make_model("mlp", seed=s), predictor__quasi_newton__form=form) for s in (0, 9))
     for _ in range(at):
         whole.step(batch)
     other.load_checkpoint(whole.save_checkpoint(tmp_path))

@@ -27,7 +27,7 @@ def train(capsys: pytest.CaptureFixture[str], *argv: str | Path) -> tuple[int, s
     return status, captured.out, captured.err
 
 
-@pytest.mark.parametrize("name", ["gauss_newton", "ntk"])
+@pytest.mark.parametrize("name", ["gauss_newton", "ntk", "portfolio"])
 def test_an_equation_is_trained_in_closed_form_and_its_error_is_shown(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -193,7 +193,8 @@ def add_task_flags(parser: argparse.ArgumentParser) -> None:
         "--predictor",
         type=name_of("predictor", (*names.PREDICTORS, *names.SOURCES)),
         metavar="NAME",
-        help=f"{', '.join(names.PREDICTORS)}; {', '.join(names.SOURCES)}: closed form, equations and classifiers",
+        help=f"{', '.join(names.PREDICTORS)}; {', '.join(names.SOURCES)}: closed form, for equations and classifiers; "
+        "portfolio chooses between it and quasi-Newton steps by the clock",
     )
     trainer.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one setting; may be repeated")
     parser.add_argument(

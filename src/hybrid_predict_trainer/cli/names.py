@@ -22,7 +22,7 @@ SCHEDULES = ("wsd", "linear", "cosine", "constant")
 #: Keys of ``predictors.PREDICTORS``, and what ``hpt bench predictors`` measures them against.
 PREDICTORS = ("hold", "heuristic", "linear", "secant", "quasi_newton", "dmd", "mlp", "rssm")
 #: Keys of ``config.settings.SOURCES``: proposals from residuals, for tasks that hand them out.
-SOURCES = ("gauss_newton", "ntk")
+SOURCES = ("gauss_newton", "ntk", "portfolio")
 REFERENCES = ("zero", "optimum")
 
 #: Keys of ``config.presets.PRESETS``.

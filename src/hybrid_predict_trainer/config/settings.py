@@ -80,7 +80,7 @@ class QuasiNewtonConfig:
     memory_mb: float = 256.0  # for the pairs; larger models keep fewer, but no fewer than MIN_HISTORY
     self_scaling: bool = True  # divide the matrix by tau before an update; without, it is L-BFGS
     shrink: tuple[float, ...] = (1.0, 0.3, 0.05)  # multiples of the step tried until the loss falls
-    form: Literal["limited", "dense", "auto"] = "limited"  # dense: a matrix over all weights; auto: where that fits
+    form: Literal["limited", "wolfe", "dense", "auto"] = "limited"  # dense: all weights; auto: where that fits
     update: Literal["bfgs", "ssbfgs", "ssbroyden"] = "ssbfgs"  # ssbroyden: of the dense form only
 
     def __post_init__(self) -> None:
@@ -90,9 +90,9 @@ class QuasiNewtonConfig:
         _check(len(self.shrink) > 0, "predictor.quasi_newton.shrink", self.shrink, "a list of at least one number")
         for value in self.shrink:
             _number("predictor.quasi_newton.shrink", value, 0.0, 10.0, open_low=True)
-        _choice("predictor.quasi_newton.form", self.form, ("limited", "dense", "auto"))
+        _choice("predictor.quasi_newton.form", self.form, ("limited", "wolfe", "dense", "auto"))
         _choice("predictor.quasi_newton.update", self.update, ("bfgs", "ssbfgs", "ssbroyden"))
-        if self.form == "limited" and self.update == "ssbroyden":
+        if self.form in ("limited", "wolfe") and self.update == "ssbroyden":
             raise ConfigError(
                 'predictor.quasi_newton.update = "ssbroyden" needs the whole matrix: set form to "dense" or "auto"'
             )
@@ -551,4 +551,8 @@ class HybridTrainerConfig:
 AUTO, NOISY, EXACT = "auto", "secant", "quasi_newton"
 #: Sources of proposals that look at residuals, by the names that settings may give them.
 CLOSED_FORM = "gauss_newton"
-SOURCES = {CLOSED_FORM: CLOSED_FORM, "ntk": CLOSED_FORM}
+#: A choice between sources by what they bring per second; it takes closed form where residuals are handed in.
+PORTFOLIO = "portfolio"
+SOURCES = {CLOSED_FORM: CLOSED_FORM, "ntk": CLOSED_FORM, PORTFOLIO: PORTFOLIO}
+#: Those that can do nothing without residuals.
+NEED_RESIDUALS = tuple(name for name, kind in SOURCES.items() if kind == CLOSED_FORM)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from ..config.settings import AUTO, EXACT, SOURCES, HybridTrainerConfig
+from ..config.settings import AUTO, EXACT, NEED_RESIDUALS, HybridTrainerConfig
 from ..distributed.processes import Shared, shared_by
 from ..judge.validation import ValFn, Validation
 from ..keep import resume
@@ -171,7 +171,7 @@ def _check_sources(config: HybridTrainerConfig, handed: Handed, shared: Shared) 
     """
     if shared.ranks.alone or config.never_predicts or handed.predictor is not None:
         return
-    if config.predictor_type in SOURCES:
+    if config.predictor_type in NEED_RESIDUALS:
         raise ConfigError(
             f"predictor.type = {config.predictor_type!r} solves for the residuals of one process's batch, and there "
             f"are {shared.ranks.size} processes: choose another predictor, or train in one process"
@@ -217,7 +217,7 @@ def _check_residuals(config: HybridTrainerConfig, handed: Handed) -> None:
             raise ConfigError(f"{name} must be a function (model, batch) -> ..., not {type(value).__name__}")
     if handed.residual_fn is not None and handed.output_fn is not None:
         raise ConfigError("residual_fn and output_fn are two ways to say the same: pass one of them")
-    needs = not config.never_predicts and handed.predictor is None and config.predictor_type in SOURCES
+    needs = not config.never_predicts and handed.predictor is None and config.predictor_type in NEED_RESIDUALS
     if needs and handed.residual_fn is None and handed.output_fn is None:
         raise ConfigError(
             f"predictor.type = {config.predictor_type!r} needs residuals: pass residual_fn=lambda model, batch: ... of "

@@ -8,11 +8,11 @@ batches come for good it goes back.  A run whose losses are noisy all along is b
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..config import presets
-from ..config.settings import AUTO, CLOSED_FORM, EXACT, NOISY, SOURCES, HybridTrainerConfig
+from ..config.settings import AUTO, CLOSED_FORM, EXACT, NEED_RESIDUALS, NOISY, PORTFOLIO, SOURCES, HybridTrainerConfig
 from ..config.toml import valid_keys, with_values
 from ..keep.failures import Failures, Place
 from ..keep.subject import Subject
@@ -22,14 +22,16 @@ from ..observe.window_encoder import NullObserver, Observer, observer_for
 from ..predictors import Hold, Paced, Predictor, build
 from ..propose.feedback import Feedback
 from ..propose.sources.base import Source
-from ..propose.sources.dense import DenseQuasiNewton, fits
+from ..propose.sources.dense import DenseQuasiNewton, LimitedQuasiNewton, fits
 from ..propose.sources.gauss_newton import GaussNewton
 from ..propose.sources.least_squares import Convex, LeastSquares
+from ..propose.sources.portfolio import Portfolio, clock_for
 from ..propose.time_budget import TimeBudget
 from ..records import ConfigError
 from ..version import PACKAGE
 from ..weights.algebra import LARGE
 from ..weights.parameters import Groups
+from ..weights.real_views import RealView
 
 if TYPE_CHECKING:
     from .state import State
@@ -49,7 +51,9 @@ def _value(config: HybridTrainerConfig, path: tuple[str, ...]) -> Any:
 
 
 #: Whose settings come with a predictor, as far as the user left them at their defaults.
-COMES_WITH = {EXACT: presets.PRESETS["full_batch"], CLOSED_FORM: presets.CLOSED_FORM}
+COMES_WITH = {
+    EXACT: presets.PRESETS["full_batch"], PORTFOLIO: presets.PRESETS["full_batch"], CLOSED_FORM: presets.CLOSED_FORM
+}  # fmt: skip
 
 
 def settled(config: HybridTrainerConfig) -> HybridTrainerConfig:
@@ -108,15 +112,20 @@ def parts_for(
         hands_off: Only the optimizer may move weights: nothing is proposed.
     """
     groups = subject.groups
-    if predictor is None and config.predictor_type in SOURCES:
-        predictor = Hold() if config.never_predicts else _source(subject, config)
+    if predictor is None and config.predictor_type in NEED_RESIDUALS:
+        predictor = Hold() if config.never_predicts else _closed_form(subject, config)
+    if predictor is None and config.predictor_type == PORTFOLIO:
+        predictor = Hold() if config.never_predicts else _portfolio(subject, config)
+        config = config if predictor is not None else replace(config, predictor_type=EXACT)
     if predictor is None and config.predictor_type == EXACT and not config.never_predicts:
-        predictor = _dense(subject, config)  # None: the limited form
+        predictor = _own_steps(subject, config)  # None: the limited form
     if predictor is None:
         predictor = build(config, groups.num_groups, groups.num_weights)
     spec = predictor.spec
     own = type(predictor).__module__.startswith(f"{PACKAGE}.")
     time = TimeBudget(own=own, paced=isinstance(predictor, Paced), source=isinstance(predictor, Source))
+    if isinstance(predictor, Portfolio):  # what is compared is measured by one clock
+        time = TimeBudget(own=own, paced=False, source=True, clock=predictor.clock)
     groups = groups.pooled() if spec.pooled else groups
     basis = Basis(
         subject.parameters, groups, spec, dtype=config.predictor.basis_dtype, offload=config.predictor.offload
@@ -133,8 +142,29 @@ def parts_for(
     return Parts(predictor, time, feedback, basis, groups, observer, on_trial and groups.num_weights > LARGE)
 
 
-def _source(subject: Subject, config: HybridTrainerConfig) -> Predictor:
-    """A source of proposals, with what it needs of the subject."""
+def _portfolio(subject: Subject, config: HybridTrainerConfig) -> Portfolio | None:
+    """Closed form where there are residuals, a dense matrix where it fits, and pairs.
+
+    None where sources cannot be had: several processes, of which each has a batch of its own, and complex weights.
+    """
+    if not subject.ranks.alone or any(isinstance(p, RealView) for p in subject.parameters):
+        return None
+    settings, longest = config.predictor.quasi_newton, max(config.max_predict_steps, 1)
+    limited = replace(settings, form="wolfe", update="ssbfgs" if settings.update == "ssbroyden" else settings.update)
+    sources: dict[str, Source] = {}
+    if subject.residual_fn is not None or subject.output_fn is not None:
+        closed = _closed_form(subject, config)
+        closed.searches = True
+        sources["gauss_newton"] = closed
+    sources["wolfe"] = LimitedQuasiNewton(limited, subject.loss_fn, longest=longest)
+    if fits(settings, subject.groups.num_weights, max(p.element_size() for p in subject.parameters)):
+        dense = replace(settings, form="dense", update="ssbroyden")
+        sources["dense"] = DenseQuasiNewton(dense, subject.loss_fn, longest=longest)
+    return Portfolio(sources, clock_for(subject.parameters[0].device))
+
+
+def _closed_form(subject: Subject, config: HybridTrainerConfig) -> GaussNewton:
+    """The source of closed-form moves, with what it needs of the subject."""
     problem: LeastSquares | Convex
     if subject.residual_fn is not None:
         problem = LeastSquares(subject.residual_fn)
@@ -148,8 +178,8 @@ def _source(subject: Subject, config: HybridTrainerConfig) -> Predictor:
     )
 
 
-def _dense(subject: Subject, config: HybridTrainerConfig) -> Predictor | None:
-    """The dense form of ``quasi_newton`` where it is asked for and fits.
+def _own_steps(subject: Subject, config: HybridTrainerConfig) -> Predictor | None:
+    """The form of ``quasi_newton`` that takes steps of its own, where it is asked for and fits.
 
     Raises:
         ConfigError: it is asked for and does not fit.
@@ -157,9 +187,12 @@ def _dense(subject: Subject, config: HybridTrainerConfig) -> Predictor | None:
     settings, num_weights = config.predictor.quasi_newton, subject.groups.num_weights
     if settings.form == "limited":
         return None
+    longest = max(config.max_predict_steps, 1)
+    if settings.form == "wolfe":
+        return LimitedQuasiNewton(settings, subject.loss_fn, longest=longest)
     itemsize = max(p.element_size() for p in subject.parameters)
     if fits(settings, num_weights, itemsize):
-        return DenseQuasiNewton(settings, subject.loss_fn, longest=max(config.max_predict_steps, 1))
+        return DenseQuasiNewton(settings, subject.loss_fn, longest=longest)
     if settings.form == "auto":
         return None
     needed = num_weights**2 * itemsize / 2**20

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..config.settings import SOURCES
+from ..config.settings import NEED_RESIDUALS, SOURCES
 from ..predictors import Predictor, build
 from ..records import ConfigError, StateDict, StepResult
 from ..tasks import Task
@@ -91,11 +91,13 @@ def _residuals_of(task: Task, predictor: str) -> dict[str, Any]:
     """What a source of closed-form moves needs of a task.
 
     Raises:
-        ConfigError: the task has neither residuals nor outputs with a convex loss.
+        ConfigError: the task has neither residuals nor outputs with a convex loss, and the source needs them.
     """
     for name in ("residual_fn", "output_fn"):
         if hasattr(task, name):
             return {name: getattr(task, name)}
+    if predictor not in NEED_RESIDUALS:
+        return {}
     raise ConfigError(
         f"predictor.type = {predictor!r} needs residuals, and task {task.name} has none: take an equation, regression "
         "or a classifier"

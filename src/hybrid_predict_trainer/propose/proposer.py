@@ -154,6 +154,8 @@ class Proposer:
         """A step took so long (None: it was no real one); a predictor that takes too much beside it is dropped."""
         if step_seconds is not None:
             self.time.note_step(step_seconds)
+            if self.source is not None:
+                self.source.note_step_seconds(step_seconds)
         if self.time.objection is not None:
             self._failures.drop(Place.PREDICTOR, self.time.objection, name_of(self.predictor))
 

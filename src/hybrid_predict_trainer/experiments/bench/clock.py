@@ -94,10 +94,12 @@ def _soap(parameters: Any) -> torch.optim.Optimizer:
 
 METHODS: dict[str, Method] = {
     "gauss_newton": _ours("gauss_newton"),
+    "portfolio": _ours("portfolio"),
     "quasi_newton": _ours("quasi_newton"),
     "dense": _ours(
         "quasi_newton", **{"predictor.quasi_newton.form": "dense", "predictor.quasi_newton.update": "ssbroyden"}
     ),
+    "wolfe": _ours("quasi_newton", **{"predictor.quasi_newton.form": "wolfe"}),
     "lm": _flat(lambda task, flat: levenberg_marquardt(flat, task.residual_fn)),
     "ssbroyden": _flat(lambda task, flat: dense(flat, "ssbroyden")),
     "ssbfgs": _flat(lambda task, flat: dense(flat, "ssbfgs")),
@@ -108,7 +110,7 @@ METHODS: dict[str, Method] = {
 
 
 #: Methods that take batches which change.
-TAKE_NEW = ("gauss_newton", "quasi_newton", "dense", "soap", "adam")
+TAKE_NEW = ("portfolio", "gauss_newton", "quasi_newton", "dense", "wolfe", "soap", "adam")
 
 
 def run(task: Any, method: str, seed: int, seconds: float, every: int = 0) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,12 +62,14 @@ class Source:
         spec: As little as there can be: windows tell it nothing.
         chain: Proposals that may follow one another without a real step between them.
         num_in_chain: Proposals since the last real step.
+        allowance: Forwards that a proposal may be worth; the least that it can be is made whatever this says.
     """
 
     name: str
     spec: BasisSpec
     chain: int
     num_in_chain = 0
+    allowance = math.inf
     takes_fresh = False  # it has something to say where every batch is a new one
     _num_asked = 0  # times that a run that might have ended went on for what it owes, since the last proposal
 
@@ -81,6 +84,9 @@ class Source:
     def note_data(self, num_different: int) -> None:
         """The batch of the step that begins, and so many before it in a row, were not the one before."""
 
+    def note_step_seconds(self, seconds: float) -> None:
+        """A real step took so long."""
+
     def note_asked(self) -> None:
         """A run that might have ended goes on for the proposal that it owes."""
         self._num_asked += 1
@@ -92,6 +98,20 @@ class Source:
 
     def propose(self, material: Material) -> Move:
         """A move from the present weights, which are as before when this returns or raises."""
+        raise NotImplementedError
+
+    def least_price(self, material: Material) -> float:
+        """Forwards that the smallest proposal is predicted to be worth."""
+        raise NotImplementedError
+
+    def know(self, best: Tensors, loss: float, *, stale: bool) -> None:
+        """Somebody else has found better weights.
+
+        Args:
+            best: One tensor per parameter that may be moved.
+            loss: There.
+            stale: It is that of another batch.
+        """
         raise NotImplementedError
 
     def note_verdict(self, verdict: Verdict) -> None:

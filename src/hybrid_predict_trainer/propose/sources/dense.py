@@ -1,9 +1,11 @@
-"""``quasi_newton`` with a dense matrix: loss and gradient at every trial point, and no optimizer between.
+"""``quasi_newton`` in steps of its own: loss and gradient at every trial point, and no optimizer between.
 
-The limited form (:mod:`...predictors.quasi_newton`) learns from real steps and proposes one step after each.  Where
-P x P numbers fit, a proposal here is a run of quasi-Newton steps of its own: the gradient that a line search ends with
-is the one that the next step begins with, and no forward is spent twice.  The base optimizer's real steps between two
-proposals are given up where they raise the loss, which on these problems is nearly always.
+The limited form (:mod:`...predictors.quasi_newton`) learns from real steps and proposes one step after each.  Here a
+proposal is a run of quasi-Newton steps: the gradient that a line search ends with is the one that the next step begins
+with, and no forward is spent twice.  The base optimizer's real steps between two proposals are given up where they
+raise the loss, which on these problems is nearly always.
+
+The matrix is dense where P x P numbers fit, else (``form = "wolfe"``) made of the last pairs.
 """
 
 from __future__ import annotations
@@ -21,15 +23,21 @@ from ...keep.isolation import isolated
 from ...keep.subject import LossFn
 from ...numerics.dense_inverse import DenseInverse
 from ...observe.batches import num_samples
+from ...predictors.quasi_newton import history_that_fits
 from ...records import BasisSpec, PhasePrediction, StateDict, Verdict
 from ...weights import algebra as weights
 from ...weights.real_views import RealView
 from . import price
 from .base import Material, Move, Source
 from .flat import displacement, joined, put, split
+from .limited_inverse import LimitedInverse
 
 #: Steps of one proposal, and proposals in a row without a real step between them.
 NUM_STEPS, CHAIN = 16, 8
+#: Steps of the smallest proposal, and forwards that an evaluation of loss and gradient is worth.
+LEAST_STEPS, EVALUATION = 4, 3.0
+#: Steps before which a matrix has not seen enough to be judged.
+TRIAL_STEPS = 50
 #: Evaluations of a line search, at most.
 MAX_LINE_SEARCH = 25
 #: Relative difference between the loss that was promised and the one that the gate sees that passes for rounding.
@@ -43,8 +51,8 @@ def fits(config: QuasiNewtonConfig, num_weights: int, itemsize: int) -> bool:
     return num_weights**2 * itemsize <= config.memory_mb * 2**20
 
 
-class DenseQuasiNewton(Source):
-    """Dense BFGS, self-scaled BFGS or self-scaled Broyden on the run's own loss; see the module."""
+class OwnSteps(Source):
+    """BFGS, self-scaled BFGS or self-scaled Broyden on the run's own loss; see the module."""
 
     name = "quasi_newton"
     chain = CHAIN
@@ -59,11 +67,19 @@ class DenseQuasiNewton(Source):
         """
         self.config, self._loss_fn, self._longest = config, loss_fn, longest
         self.spec = BasisSpec(num_displacements=1)
-        self._inverse: DenseInverse | None = None
+        self._inverse: DenseInverse | LimitedInverse | None = None
         self._x: Tensor | None = None  # (P,) where the last step ended
         self._f, self._g = math.inf, torch.empty(0)  # loss and gradient there
         self._known = False  # of the batch that comes
         self._movable: list[bool] = []
+
+    def _new_inverse(self, g: Tensor) -> DenseInverse | LimitedInverse:
+        """A matrix that has learnt nothing, at a gradient."""
+        raise NotImplementedError
+
+    def _price(self, num_steps: int, num_weights: int, samples: int) -> float:
+        """Forwards that the matrix work of so many steps is worth."""
+        raise NotImplementedError
 
     def propose(self, material: Material) -> Move:
         """A run of steps from the best weights known.
@@ -73,7 +89,8 @@ class DenseQuasiNewton(Source):
             TypeError: parameters are complex.
         """
         if any(isinstance(p, RealView) for p in material.parameters):
-            raise TypeError('quasi_newton.form = "dense" needs real parameters, and some are complex: take "limited"')
+            form = self.config.form
+            raise TypeError(f'quasi_newton.form = "{form}" needs real parameters, and some are complex: take "limited"')
         if self._movable != material.movable:
             self.overwritten()
             self._movable = list(material.movable)
@@ -95,7 +112,9 @@ class DenseQuasiNewton(Source):
                     parts = [torch.zeros_like(p) if g is None else g for p, g in zip(live, found, strict=True)]
                     return float(loss.detach()), joined(parts, x)
 
-                num_steps = self._walk(joined([p.detach() for p in live], _widest(live)), at)
+                num_steps = self._walk(
+                    joined([p.detach() for p in live], _widest(live)), at, lambda: EVALUATION * passes
+                )
             assert self._x is not None, "walked"
             end = [t.clone() for t in split(self._x, live)]
         finally:
@@ -105,17 +124,17 @@ class DenseQuasiNewton(Source):
             coefficients=torch.ones(1, 1, dtype=torch.float64), horizon=horizon, predicted_loss=self._f,
             loss_trajectory=((horizon, self._f),), predicted_reduction=0.0, max_scale=1.0,
         )  # fmt: skip
-        matrix = price.dense_steps(num_steps, len(self._x), num_samples(material.batch))
+        matrix = self._price(num_steps, len(self._x), num_samples(material.batch))
         delta = displacement(material.parameters, material.movable, end)
         return Move(prediction=prediction, delta=delta, num_forward=passes, num_backward=passes,
                     num_matrix_forwards=matrix)  # fmt: skip
 
-    def _walk(self, x: Tensor, at: Evaluate) -> int:
+    def _walk(self, x: Tensor, at: Evaluate, spent: Callable[[], float]) -> int:
         """Steps from x, or from where the last one ended where that is better; returns how many."""
         self._start(x, at)
         assert self._inverse is not None, "started"
         inverse, fails, done = self._inverse, 0, 0
-        while done < NUM_STEPS and fails < 2:
+        while done < NUM_STEPS and fails < 2 and (done < LEAST_STEPS or spent() < self.allowance):
             assert self._x is not None, "started"
             x, f, g, d = self._x, self._f, self._g, -inverse.Hg
             slope, t = float(g @ d), min(1.0, 1.0 / float(g.abs().sum())) if inverse.first else 1.0
@@ -147,7 +166,7 @@ class DenseQuasiNewton(Source):
         if self._x is None or not self._f <= f:
             self._x, self._f, self._g = x, f, g
         if self._inverse is None:
-            self._inverse = DenseInverse(self._g, self.config.update)
+            self._inverse = self._new_inverse(self._g)
         self._inverse.see(self._g)
 
     # ---- what becomes of them ----------------------------------------------------------------------------
@@ -161,6 +180,15 @@ class DenseQuasiNewton(Source):
         """Where the gate does not see the loss that was promised, everything is begun anew."""
         if not verdict.accepted and verdict.loss_after > self._f + SAME_LOSS * abs(self._f):
             self.overwritten()
+
+    def least_price(self, material: Material) -> float:
+        """See :class:`Source`."""
+        num_weights = sum(p.numel() for p, may in zip(material.parameters, material.movable, strict=True) if may)
+        return EVALUATION * TRIAL_STEPS + self._price(TRIAL_STEPS, num_weights, num_samples(material.batch))
+
+    def know(self, best: list[Tensor], loss: float, *, stale: bool) -> None:
+        """See :class:`Source`; the gradient there has to be computed."""
+        self._x, self._f, self._known = joined(best, _widest(best)), loss, False
 
     @property
     def knows_better(self) -> bool:
@@ -192,10 +220,32 @@ class DenseQuasiNewton(Source):
         self._f, self._g, self._known = state["f"], state["g"].clone(), state["known"]
         self._inverse = None
         if state["inverse"] is not None:
-            self._inverse = DenseInverse(self._g, self.config.update)
+            self._inverse = self._new_inverse(self._g)
             self._inverse.load_state_dict(state["inverse"])
         self._movable = [bool(v) for v in state["movable"]]
         self.num_in_chain, self._num_asked = state["num_in_chain"], state["num_asked"]
+
+
+class DenseQuasiNewton(OwnSteps):
+    """With a matrix over all weights."""
+
+    def _new_inverse(self, g: Tensor) -> DenseInverse:
+        return DenseInverse(g, self.config.update)
+
+    def _price(self, num_steps: int, num_weights: int, samples: int) -> float:
+        return price.dense_steps(num_steps, num_weights, samples)
+
+
+class LimitedQuasiNewton(OwnSteps):
+    """With a matrix of the last pairs, as many as the memory holds."""
+
+    def _new_inverse(self, g: Tensor) -> LimitedInverse:
+        c = self.config
+        return LimitedInverse(g, history_that_fits(c, len(g)), scaled=c.self_scaling and c.update != "bfgs")
+
+    def _price(self, num_steps: int, num_weights: int, samples: int) -> float:
+        num_pairs = 0 if self._inverse is None else self._inverse.num_pairs  # type: ignore[union-attr]
+        return price.limited_steps(num_steps, num_pairs, num_weights, samples)
 
 
 def _widest(live: list[Tensor]) -> Any:

@@ -60,6 +60,14 @@ MAX_BEND = 0.75
 SAME_LOSS = 1e-2
 #: Where the predicted loss curve is told, as shares of the time that is believed.
 CURVE = (0.25, 0.5, 1.0)
+#: Passes of one move, in forwards: two at its beginning with a backward, and two on trial.
+LEAST_PASSES = 6.0
+#: Moves before which the damping has not found its place.
+TRIAL_MOVES = 2
+#: Factor between dampings tried at one linearisation to find a smaller one, and how many at most.
+SEARCH, MAX_SEARCH = 0.1, 4
+#: Moves after which that is tried again.
+SEARCH_EVERY = 8
 #: Forwards with which the gate judges a move.
 JUDGED = 2.0
 #: Weights up to which a curvature is averaged over batches.
@@ -124,6 +132,8 @@ class GaussNewton(Source):
         chain: Proposals that may follow one another without a real step between them.
         damping: Relative to the mean eigenvalue of the kernel.
         stream: Turns of jumps and plain steps where batches are new.
+        searches: Where a move is good, smaller dampings are tried at the same linearisation for as long as that helps,
+            and no more after the first one that does not, for some moves or until somebody else has moved the weights.
         linearity: Mean relative error of the linear model at the moves of the last proposal; NaN before.
     """
 
@@ -148,6 +158,7 @@ class GaussNewton(Source):
         self._problem, self._rate, self._seed = problem, rate, seed
         self.spec = BasisSpec(num_displacements=1)
         self.damping = config.initial_damping
+        self.searches = self._searching = False
         self.linearity = math.nan
         self.num_moves = 0
         self._needs_graph = False  # the residuals differentiate inside: they cannot be had without grad mode
@@ -252,6 +263,8 @@ class GaussNewton(Source):
             raise ArithmeticError("the loss of the residuals is not finite")
         errors: list[float] = []
         for number in range(self.config.linearizations):
+            if number and spent.in_forwards >= self.allowance:
+                break
             if not self._step(walk, at, spent, errors, check=number == 0):
                 break
         if errors:
@@ -313,6 +326,9 @@ class GaussNewton(Source):
             found = self._tried(walk, model, at, errors)
             if found is not None or self.damping >= MOST:
                 break
+        if found is not None and self.searches and (self._searching or self.num_moves % SEARCH_EVERY == 0):
+            self._searching = True
+            found = self._searched(walk, model, at, found)
         spent.linearized(model, len(walk.point.cotangents) + check)
         if found is None:
             self.damping = believed  # nothing helps here, whatever the damping
@@ -320,6 +336,21 @@ class GaussNewton(Source):
         walk.x, walk.point = found
         self.num_moves += 1
         return True
+
+    def _searched(
+        self, walk: _Walk, model: Linearized, at: Callable[..., Point], found: tuple[Tensor, Point]
+    ) -> tuple[Tensor, Point]:
+        """The best of a move and those with smaller dampings, for which the matrix is there already."""
+        for _ in range(MAX_SEARCH):
+            damping, predicted, duration = self.damping, walk.predicted, walk.time
+            self.damping = max(damping * SEARCH, LEAST)
+            other = self._tried(walk, model, at, [])
+            if other is None or not other[1].loss < found[1].loss:
+                self._searching = False
+                self.damping, walk.predicted, walk.time = damping, predicted, duration
+                return found[0], at(found[0], graph=True)  # a graph is of the weights that were evaluated last
+            found = other
+        return found
 
     def _linearized(self, A: Jacobian) -> Linearized:
         """The matrix of this batch, or one averaged over batches where that is wanted and small enough."""
@@ -429,6 +460,26 @@ class GaussNewton(Source):
             self._best_loss = loss
             self._best = end if verdict.accepted else self._best
 
+    def least_price(self, material: Material) -> float:
+        """A few moves: matrices, products, and forwards; how many residuals there are is asked of the model."""
+        num_weights = sum(p.numel() for p, may in zip(material.parameters, material.movable, strict=True) if may)
+        with isolated(material.model, "training" if material.exact else "quiet") as isolation:
+            isolation.begin()
+            rows = len(self._at(material, graph=False).rho)
+        c = self.config
+        form = c.form if c.form != "auto" else form_for(
+            rows, num_weights, largest=c.largest_matrix, memory_mb=c.memory_mb
+        )  # fmt: skip
+        products = 2 * c.cg_iterations if form == "cg" else 3
+        of_forward = float(rows) * num_weights
+        matrix = price.least_squares(rows, num_weights, of_forward, num_products=products, factorised=form != "cg")
+        return TRIAL_MOVES * (LEAST_PASSES + matrix)
+
+    def know(self, best: list[Tensor], loss: float, *, stale: bool) -> None:
+        """See :class:`Source`."""
+        self._best, self._best_loss, self._best_is_stale = [t.clone() for t in best], loss, stale
+        self._searching = self.searches
+
     @property
     def knows_better(self) -> bool:
         """Whether there are weights to come back to."""
@@ -457,7 +508,8 @@ class GaussNewton(Source):
             "mismatch": self._mismatch, "num_in_chain": self.num_in_chain, "best_is_stale": self._best_is_stale,
             "anchor": None if self._anchor is None else [t.clone() for t in self._anchor],
             "curvature": None if self._curvature is None else self._curvature.clone(),
-            "num_averaged": self._num_averaged, "stream": self.stream.state_dict(), "num_asked": self._num_asked,
+            "searching": self._searching, "num_averaged": self._num_averaged, "stream": self.stream.state_dict(),
+            "num_asked": self._num_asked,
         }  # fmt: skip
 
     def load_state_dict(self, state: StateDict) -> None:
@@ -472,6 +524,7 @@ class GaussNewton(Source):
         self._anchor = None if state["anchor"] is None else [t.clone() for t in state["anchor"]]
         self._curvature = None if state["curvature"] is None else state["curvature"].clone()
         self._num_averaged = state["num_averaged"]
+        self._searching = state["searching"]
         self.stream.load_state_dict(state["stream"])
         self._linearizer, self._proposed = None, None
 

@@ -34,3 +34,8 @@ def least_squares(rows: int, weights: int, of_forward: float, *, num_products: i
 def dense_steps(num_steps: int, weights: int, samples: int) -> float:
     """Forwards that steps with a dense inverse are worth: H g and a correction of rank 3."""
     return PASS * num_steps * 4 * float(weights) ** 2 / (CALLS + float(weights) * samples)
+
+
+def limited_steps(num_steps: int, num_pairs: int, weights: int, samples: int) -> float:
+    """Forwards that steps of limited memory are worth: two passes over the pairs."""
+    return PASS * num_steps * 4 * num_pairs * float(weights) / (CALLS + float(weights) * samples)

@@ -1,0 +1,235 @@
+"""The choice between sources by what they bring per second: turns, prices, refusals, checkpoints."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cases import full_batch, loss_fn, make_model
+from hybrid_predict_trainer import HybridTrainer, HybridTrainerConfig
+from hybrid_predict_trainer.config.toml import with_values
+from hybrid_predict_trainer.cycle import predictor_choice
+from hybrid_predict_trainer.propose.sources.arms import BLOCK, CALLS, EARLY_WAIT, FIRST_SHARE, PLAIN, Arms
+from hybrid_predict_trainer.propose.sources.portfolio import Portfolio
+
+Batch = tuple[Tensor, Tensor]
+
+
+def residuals(model: nn.Module, batch: Batch) -> Tensor:
+    return (model(batch[0]) - batch[1])[:, 0]
+
+
+@pytest.fixture
+def ticks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that goes on by a second at every look."""
+
+    def clock_for(device: torch.device) -> Callable[[], float]:
+        numbers = itertools.count()
+        return lambda: float(next(numbers))
+
+    monkeypatch.setattr(predictor_choice, "clock_for", clock_for)
+
+
+def built(model: nn.Module, *, residual_fn: Any = residuals, **values: Any) -> HybridTrainer:
+    config = with_values(HybridTrainerConfig(), {
+        "predictor.type": "portfolio", "training.warmup_steps": 5,
+        **{key.replace("__", "."): value for key, value in values.items()},
+    })  # fmt: skip
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    return HybridTrainer(model, optimizer, config, loss_fn=loss_fn, residual_fn=residual_fn)
+
+
+def portfolio_of(trainer: HybridTrainer) -> Portfolio:
+    source = trainer.run.proposer.source
+    assert isinstance(source, Portfolio)
+    return source
+
+
+def batch64() -> Batch:
+    (x, y), *_ = full_batch(1)
+    return x.double(), y.double()
+
+
+def loss_at(model: nn.Module, batch: Batch) -> float:
+    return loss_fn(model, batch).item()
+
+
+# ---- turns -----------------------------------------------------------------------------------------------
+
+
+def played(rates: dict[str, Callable[[float], float]], cost: dict[str, float], until: float) -> Arms:
+    """Arms whose proposals take so many seconds and lower log L at these rates, at these times."""
+    arms = Arms([name for name in rates if name != PLAIN])
+    for name in rates:
+        for _ in range(CALLS):
+            arms.note_seconds(name, 1.0, 1.0)
+        if name != PLAIN:
+            arms.expect(name, cost[name])
+    while arms.elapsed < until:
+        name = arms.choose()
+        arms.note(rates[name](arms.elapsed) * cost[name], cost[name])
+    return arms
+
+
+def steady(rate: float) -> Callable[[float], float]:
+    return lambda elapsed: rate
+
+
+@pytest.mark.parametrize("best", ["a", "b", PLAIN])
+def test_the_better_arm_gets_nearly_all_of_the_time(best: str) -> None:
+    rates = {name: steady(3.0 if name == best else 1.0) for name in ("a", "b", PLAIN)}
+    arms = played(rates, {"a": 1.0, "b": 2.0, PLAIN: 0.5}, until=2000)
+    assert arms.leader == best
+    assert arms.arms[best].spent > 0.85 * arms.elapsed
+    assert all(arm.spent > 0 for arm in arms.arms.values())
+
+
+def test_an_arm_that_becomes_the_better_one_is_found() -> None:
+    rates = {"a": lambda t: 3.0 if t < 500 else 0.1, "b": steady(1.0), PLAIN: steady(0.0)}
+    arms = played(rates, {"a": 1.0, "b": 1.0, PLAIN: 1.0}, until=3000)
+    assert arms.leader == "b"
+    assert arms.arms["b"].spent > 0.7 * 2500
+
+
+@pytest.mark.parametrize("dear", [50.0, 400.0])
+def test_a_dear_try_is_bounded(dear: float) -> None:
+    rates = {"cheap": steady(1.0), "dear": steady(0.0), PLAIN: steady(0.1)}
+    cost = {"cheap": 1.0, "dear": dear, PLAIN: 1.0}
+    before = played(rates, cost, until=0.9 * dear / FIRST_SHARE)
+    assert before.arms["dear"].spent == 0
+    arms = played(rates, cost, until=20 * dear)
+    assert 0 < arms.arms["dear"].spent <= (FIRST_SHARE + BLOCK) * arms.elapsed
+    assert arms.leader == "cheap"
+
+
+def test_a_trial_that_was_lost_comes_later_every_time() -> None:
+    arms = Arms(["a"])
+    for name in ("a", PLAIN):
+        arms.note_seconds(name, 1.0, 1.0)
+    arms.expect("a", 1.0)
+    begun: list[float] = []
+    while arms.elapsed < 5000:
+        name = arms.choose()
+        if name == "a" and (not begun or arms.elapsed - begun[-1] > EARLY_WAIT):
+            begun.append(arms.elapsed)
+        arms.note(1.0 if name == PLAIN else 0.0, 1.0)
+    assert arms.arms["a"].spent < 0.1 * arms.elapsed
+
+
+def test_the_price_is_the_least_of_the_first_calls_and_held() -> None:
+    arms = Arms(["a"])
+    for seconds in (9.0, 2.0, 4.0, 0.1):
+        arms.note_seconds("a", seconds, 2.0)
+    assert arms.price("a") == 1.0
+    assert not arms.measures("a")
+
+
+def test_what_was_dropped_has_no_turn() -> None:
+    arms = Arms(["a", "b"])
+    arms.note_seconds(PLAIN, 1.0, 1.0)
+    assert arms.choose() == "a"
+    arms.drop("a")
+    for _ in range(200):
+        assert arms.choose() != "a"
+        arms.note(1.0, 1.0)
+    assert arms.left == ["b"]
+
+
+def test_turns_survive_a_checkpoint() -> None:
+    rates, cost = {"a": steady(2.0), "b": steady(1.0), PLAIN: steady(0.5)}, {"a": 1.0, "b": 2.0, PLAIN: 0.5}
+    arms, other = played(rates, cost, until=77), Arms(["a", "b"])
+    other.load_state_dict(arms.state_dict())
+    seen: list[list[str]] = [[], []]
+    for turns, names in zip((arms, other), seen, strict=True):
+        for _ in range(300):
+            names.append(turns.choose())
+            turns.note(rates[names[-1]](0) * cost[names[-1]], cost[names[-1]])
+    assert seen[0] == seen[1]
+
+
+# ---- in a run --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("with_residuals", [True, False])
+def test_it_ends_far_below_the_optimizer_alone(with_residuals: bool, ticks: None) -> None:
+    batch, model, plain = batch64(), make_model("mlp").double(), make_model("mlp").double()
+    trainer = built(model, residual_fn=residuals if with_residuals else None)
+    trainer.fit([batch], total_steps=150)
+    optimizer = torch.optim.Adam(plain.parameters(), lr=0.01)
+    for _ in range(150):
+        optimizer.zero_grad()
+        loss_fn(plain, batch).backward()
+        optimizer.step()
+    assert loss_at(model, batch) < (1e-6 if with_residuals else 0.05) * loss_at(plain, batch)
+    sources = ["gauss_newton", "wolfe", "dense"] if with_residuals else ["wolfe", "dense"]
+    assert list(portfolio_of(trainer).sources) == sources
+    assert trainer.statistics()["num_predictor_failures"] == 0
+
+
+@pytest.mark.parametrize("at", [4, 9, 30])
+def test_a_resumed_run_is_the_whole_one(at: int, tmp_path: Path, ticks: None) -> None:
+    batch = batch64()
+    whole, other = built(make_model("mlp").double()), built(make_model("mlp", seed=9).double())
+    for _ in range(at):
+        whole.step(batch)
+    other.load_checkpoint(whole.save_checkpoint(tmp_path))
+    for _ in range(25):
+        assert whole.step(batch).reason == other.step(batch).reason
+    for p, q in zip(whole.run.subject.parameters, other.run.subject.parameters, strict=True):
+        assert torch.equal(p, q)
+    states = [repr(portfolio_of(t).arms.state_dict()) for t in (whole, other)]  # nan is not itself
+    assert states[0] == states[1]
+
+
+@pytest.mark.parametrize("when", ["least_price", "propose", "note_verdict"])
+def test_a_source_that_raises_is_dropped_and_the_others_go_on(when: str, ticks: None) -> None:
+    batch, model = batch64(), make_model("mlp").double()
+    trainer, before = built(model), loss_at(model, batch)
+    source = portfolio_of(trainer)
+
+    def broken(*args: Any) -> Any:
+        raise RuntimeError("broken")
+
+    setattr(source.sources["gauss_newton"], when, broken)
+    trainer.fit([batch], total_steps=120)
+    assert source.arms.arms["gauss_newton"].dropped
+    assert "gauss_newton" not in source.arms.left
+    assert loss_at(model, batch) < 0.01 * before
+    assert trainer.statistics()["num_jumps_accepted"] > 0
+
+
+def test_residuals_of_another_loss_are_dropped(ticks: None) -> None:
+    trainer = built(make_model("mlp").double(), residual_fn=lambda model, batch: 2 * residuals(model, batch))
+    trainer.fit([batch64()], total_steps=100)
+    assert portfolio_of(trainer).arms.left == ["wolfe", "dense"]
+
+
+def test_a_run_does_not_end_where_a_real_step_has_left_it(ticks: None) -> None:
+    model, batch = make_model("mlp").double(), batch64()
+    trainer, seen = built(model), []
+    for total in range(60, 90, 3):
+        trainer.fit([batch], total_steps=total)
+        seen.append(loss_at(model, batch))
+    assert max(seen[3:]) <= seen[0]
+
+
+def test_new_batches_are_left_to_closed_form(ticks: None) -> None:
+    torch.manual_seed(0)
+    model, teacher = make_model("mlp").double(), make_model("mlp", seed=4).double()
+
+    def batches() -> Any:
+        while True:
+            x = torch.randn(64, full_batch(1)[0][0].shape[1], dtype=torch.float64)
+            yield x, teacher(x).detach()
+
+    trainer = built(model)
+    trainer.fit(batches(), total_steps=150)
+    assert trainer.statistics()["num_jumps_accepted"] > 0
+    assert math.isfinite(loss_at(model, next(batches())))
