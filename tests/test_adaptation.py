@@ -50,10 +50,10 @@ def test_a_jump_pays_where_its_credit_covers_its_price(changes: dict[str, float]
     assert pays(account(**changes)) is expected
     adaptation = make()
     stated(adaptation)
-    adaptation.note_approval(50)
-    adaptation.note_outcome(True)  # kept
+    adaptation.on_approval(50)
+    adaptation.on_outcome(True)  # kept
     assert adaptation.confidence.num_outcomes == 0, "whether it pays is not known yet"
-    adaptation.note_settled(account(**changes), WINDOW)
+    adaptation.on_settled(account(**changes), WINDOW)
     assert list(adaptation.confidence.state_dict()["kept"]) == [float(expected)]
 
 
@@ -61,15 +61,15 @@ def test_refused_taken_back_and_skipped_jumps() -> None:
     refused, back, control = make(), make(), make()
     for adaptation in (refused, back, control):
         stated(adaptation)
-    refused.note_outcome(False)
+    refused.on_outcome(False)
     assert refused.confidence.state_dict()["kept"] == [0.0]
-    back.note_approval(50)
-    back.note_taken_back(account(), 5, WINDOW)
-    back.note_outcome(False)
+    back.on_approval(50)
+    back.on_taken_back(account(), 5, WINDOW)
+    back.on_outcome(False)
     assert back.confidence.state_dict()["kept"] == [0.0], "once, though it was approved first"
     assert back.record.num_outcomes == 1
-    control.note_approval(50)
-    control.note_settled(account(skipped=True, credited=0.0), WINDOW)
+    control.on_approval(50)
+    control.on_settled(account(skipped=True, credited=0.0), WINDOW)
     assert control.confidence.num_outcomes == 0, "it was not made, so nothing came of it"
     assert control.state_dict()["approved"] == {}
 
@@ -77,12 +77,12 @@ def test_refused_taken_back_and_skipped_jumps() -> None:
 def test_the_evidence_learnt_from_is_that_of_the_jump_and_survives_a_checkpoint() -> None:
     adaptation = make()
     first = stated(adaptation, raw=0.9)
-    adaptation.note_approval(50)
+    adaptation.on_approval(50)
     stated(adaptation, raw=0.1)  # the next proposal is considered before the account is due
     resumed = make()
     resumed.load_state_dict(adaptation.state_dict())
     for each in (adaptation, resumed):
-        each.note_settled(account(), WINDOW)
+        each.on_settled(account(), WINDOW)
         assert each.confidence.state_dict()["evidence"] == [first.features().tolist()]
-        each.note_outcome(False)
+        each.on_outcome(False)
         assert each.confidence.state_dict()["kept"] == [1.0, 0.0]

@@ -176,10 +176,10 @@ def test_the_cuts_end_where_the_loss_has_not_fallen_in_time(fallen: bool, ended:
     cuts = GroupWarmup(TWO, least=0.01, untrained=True)
     for _ in range(MUST_FALL - 1):
         cuts.count_step()
-        cuts.note_loss(fallen=False)  # it may still fall
+        cuts.on_loss(fallen=False)  # it may still fall
     assert cuts.active
     cuts.count_step()
-    cuts.note_loss(fallen=fallen)
+    cuts.on_loss(fallen=fallen)
     assert cuts.active is not ended
     assert cuts.watching is not ended
 

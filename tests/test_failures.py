@@ -117,7 +117,7 @@ PLACES: dict[str, tuple[Callable[[HybridTrainer], tuple[Any, str]], Place, dict[
     "confidence": (at("run.proposer.feedback.confidence", "observe"), Place.FEEDBACK, {}),
     "bandit": (at("run.proposer.feedback.bandit", "observe"), Place.FEEDBACK, {"horizon_rule": "bandit"}),
     "corrector": (at("run.proposer.feedback.corrector", "observe"), Place.FEEDBACK, {}),
-    "verdict in the books": (at("run.judge.ledger", "note_verdict"), Place.GATE, {}),
+    "verdict in the books": (at("run.judge.ledger", "on_verdict"), Place.GATE, {}),
     "multiplier, cosines": (at("run.optimizer_step.scale", "measure"), Place.MOTION, TRAINED),
     "multiplier, before": (at("run.optimizer_step.scale", "before_step"), Place.MOTION, TRAINED),
     "multiplier, after": (at("run.optimizer_step.scale", "after_step"), Place.MOTION, TRAINED),

@@ -41,7 +41,7 @@ def planted(
     for i in range(count):
         skipped = bool(generator.random() < share)
         ratio = 0.98 - (0.0 if skipped else effect) + generator.normal(0, noise)
-        ledger.note_window(promise + generator.normal(0, noise), jumped=False)
+        ledger.on_window(promise + generator.normal(0, noise), jumped=False)
         ledger.open_account(account(step=10 * i, due=10 * i + 10, skipped=skipped, usual=promise, gain=gain))
         ledger.settle(10 * i + 10, 2.0 * ratio)
     return ledger
@@ -187,9 +187,9 @@ def test_usual_ratio_is_the_median_of_windows_without_a_jump() -> None:
     ledger = Ledger(GateConfig())
     assert ledger.usual_ratio == 1.0
     for ratio in (0.9, 0.95, 5.0):
-        ledger.note_window(ratio, jumped=False)
-    ledger.note_window(0.1, jumped=True)
-    ledger.note_window(math.nan, jumped=False)
+        ledger.on_window(ratio, jumped=False)
+    ledger.on_window(0.1, jumped=True)
+    ledger.on_window(math.nan, jumped=False)
     assert ledger.usual_ratio == 0.95
 
 
@@ -262,17 +262,17 @@ def test_waiting_doubles_up_to_a_limit() -> None:
     ledger = Ledger(GateConfig(max_backoff=16))
     waits = []
     for _ in range(7):
-        ledger.note_verdict(False)
+        ledger.on_verdict(False)
         waits.append(ledger.wait_windows)
     assert waits == [1, 2, 4, 8, 16, 16, 16]
     for left in range(15, -1, -1):
-        ledger.note_window(1.0, jumped=False)
+        ledger.on_window(1.0, jumped=False)
         assert ledger.wait_windows == left
-    ledger.note_window(1.0, jumped=False)
+    ledger.on_window(1.0, jumped=False)
     assert ledger.wait_windows == 0
-    ledger.note_verdict(True)
+    ledger.on_verdict(True)
     assert ledger.wait_windows == 0
-    ledger.note_verdict(False)
+    ledger.on_verdict(False)
     assert ledger.wait_windows == 1, "an acceptance forgets the refusals"
 
 

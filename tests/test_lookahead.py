@@ -304,7 +304,7 @@ def test_the_copy_that_a_step_is_measured_from_goes_along() -> None:
 
 def test_an_accepted_jump_moves_the_lookahead_and_spoils_the_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     spoiled: list[int] = []
-    monkeypatch.setattr(Switchback, "note_jump", lambda self: spoiled.append(1))
+    monkeypatch.setattr(Switchback, "on_jump", lambda self: spoiled.append(1))
     made = setup("mlp", "sgd", "flat")
     trainer = made.trainer(
         config(

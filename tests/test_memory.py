@@ -112,11 +112,11 @@ def test_too_few_windows_say_nothing() -> None:
 def test_a_basis_that_does_not_pay_is_given_back_for_a_while() -> None:
     made = seen(walk(12, 1.0, 0.0, 0.0))
     for _ in range(MAX_REFUSED - 1):
-        made.note_verdict(False)
-    made.note_verdict(True)
+        made.on_verdict(False)
+    made.on_verdict(True)
     assert not made.disappoints
     for _ in range(MAX_REFUSED):
-        made.note_verdict(False)
+        made.on_verdict(False)
     assert made.disappoints
     made.pause()
     waited = 0

@@ -221,7 +221,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> State:
 
 
 #: Read from others, or bound for good: nothing that can be set.
-READ_ONLY = {"deterministic", "same_batch", "views", "evaluate_loss", "note_predictor_failure", "note_time"}
+READ_ONLY = {"deterministic", "same_batch", "views", "evaluate_loss", "on_predictor_failure", "add_time"}
 
 
 @pytest.mark.parametrize("name", former_names.ATTRIBUTES)

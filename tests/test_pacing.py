@@ -27,7 +27,7 @@ def ticking(seconds: float) -> Callable[[], float]:
 
 def update_all(pace: Pace, windows: list[float]) -> None:
     for seconds in windows:
-        pace.note_window(seconds)
+        pace.on_window(seconds)
         with pace.measured():
             pass
 
@@ -60,7 +60,7 @@ def test_it_is_chosen_from_medians_and_kept() -> None:
 def test_who_is_not_paced_has_no_budget() -> None:
     pace = Pace(0.01, ticking(1e6))
     for seconds in (math.nan, math.inf, 0.0, -1.0, math.nan):
-        pace.note_window(seconds)
+        pace.on_window(seconds)
         with pace.measured():
             pass
     assert (pace.update_every, pace.settled) == (1, False)

@@ -69,7 +69,7 @@ def played(rates: dict[str, Callable[[float], float]], cost: dict[str, float], u
     arms = Arms([name for name in rates if name != PLAIN])
     for name in rates:
         for _ in range(CALLS):
-            arms.note_seconds(name, 1.0, 1.0)
+            arms.add_seconds(name, 1.0, 1.0)
         if name != PLAIN:
             arms.expect(name, cost[name])
     while arms.elapsed < until:
@@ -112,7 +112,7 @@ def test_a_dear_try_is_bounded(dear: float) -> None:
 def test_a_trial_that_was_lost_comes_later_every_time() -> None:
     arms = Arms(["a"])
     for name in ("a", PLAIN):
-        arms.note_seconds(name, 1.0, 1.0)
+        arms.add_seconds(name, 1.0, 1.0)
     arms.expect("a", 1.0)
     begun: list[float] = []
     while arms.elapsed < 5000:
@@ -126,14 +126,14 @@ def test_a_trial_that_was_lost_comes_later_every_time() -> None:
 def test_the_price_is_the_least_of_the_first_calls_and_held() -> None:
     arms = Arms(["a"])
     for seconds in (9.0, 2.0, 4.0, 0.1):
-        arms.note_seconds("a", seconds, 2.0)
+        arms.add_seconds("a", seconds, 2.0)
     assert arms.price("a") == 1.0
     assert not arms.measures("a")
 
 
 def test_what_was_dropped_has_no_turn() -> None:
     arms = Arms(["a", "b"])
-    arms.note_seconds(PLAIN, 1.0, 1.0)
+    arms.add_seconds(PLAIN, 1.0, 1.0)
     assert arms.choose() == "a"
     arms.drop("a")
     for _ in range(200):
@@ -188,7 +188,7 @@ def test_a_resumed_run_is_the_whole_one(at: int, tmp_path: Path, ticks: None) ->
     assert states[0] == states[1]
 
 
-@pytest.mark.parametrize("when", ["least_price", "propose", "note_verdict"])
+@pytest.mark.parametrize("when", ["least_price", "propose", "on_verdict"])
 def test_a_source_that_raises_is_dropped_and_the_others_go_on(when: str, ticks: None) -> None:
     batch, model = batch64(), make_model("mlp").double()
     trainer, before = built(model), loss_at(model, batch)

@@ -136,9 +136,9 @@ def run_block(stream: Stream, loss: float, factor: float) -> float:
     arm = stream.arm
     for _ in range(NUM_JUMPS if arm == JUMP else NUM_STEPS):
         if arm == JUMP:
-            stream.note_jump(loss, 0.5 * loss, 3.0)
+            stream.on_jump(loss, 0.5 * loss, 3.0)
         else:
-            stream.note_step(loss)
+            stream.on_step(loss)
         loss *= factor**3
     return loss
 
@@ -164,10 +164,10 @@ def test_who_becomes_faster_takes_over() -> None:
 
 def test_state_goes_round() -> None:
     stream, loss = Stream(), 1.0
-    stream.note_data(5)
+    stream.on_data(5)
     for _ in range(7):
         loss = run_block(stream, loss, 0.97)
-    stream.note_jump(loss, 0.1 * loss, 4.0)
+    stream.on_jump(loss, 0.1 * loss, 4.0)
     other = Stream()
     other.load_state_dict(stream.state_dict())
     assert repr(other.state_dict()) == repr(stream.state_dict())

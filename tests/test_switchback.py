@@ -37,7 +37,7 @@ def even(step: float) -> float:
 def closed(found: Switchback, losses: list[float], generator: torch.Generator) -> None:
     """A full block in which the motion had something to do."""
     for _ in range(BLOCK_STEPS):
-        found.note_motion()
+        found.on_motion()
         found.count_step()
     found.close_block(losses[-NUM_LOSSES:], generator)
 
@@ -160,7 +160,7 @@ def test_what_a_jump_has_moved_is_not_compared(jump: bool, counted: int) -> None
     """It spoils the comparisons that its block ends, is the middle of, and begins: three, and no more."""
     found, generator = started()
     if jump:
-        found.note_jump()
+        found.on_jump()
     for i in range(5):
         closed(found, [2.0 - 0.1 * i], generator)
     assert len(found._changes[True]) == counted
@@ -171,7 +171,7 @@ def test_nor_does_a_control_that_had_nothing_to_leave_out() -> None:
         found, generator = started()
         found.moving = False
         if tried:
-            found.note_motion()
+            found.on_motion()
         found.close_block([1.0], generator)
         closed(found, [1.0], generator)
         assert len(found._changes[False]) == counted
@@ -183,7 +183,7 @@ def test_a_block_in_which_nothing_was_tried_says_nothing() -> None:
         for _ in range(BLOCK_STEPS):
             found.count_step()
         if moved:
-            found.note_motion()
+            found.on_motion()
         found.close_block([1.0], generator)
     assert len(found._changes[True]) == 2
 
@@ -210,7 +210,7 @@ def test_a_verdict_needs_comparisons_of_both_kinds(treated: int) -> None:
 def test_state_round_trips_between_two_blocks() -> None:
     a, b = trial(57, -0.01), Switchback(0.2)
     a.count_step()
-    a.note_motion()
+    a.on_motion()
     b.load_state_dict(a.state_dict())
     generators = [torch.Generator().manual_seed(5) for _ in range(2)]
     for i in range(30):

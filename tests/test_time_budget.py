@@ -34,7 +34,7 @@ def spend(budget: TimeBudget, clock: Clock, *, call: float, step: float, steps: 
     for _ in range(steps):
         with budget.call():
             clock.now += call
-        budget.note_step(step)
+        budget.on_step(step)
 
 
 @pytest.mark.parametrize("own", [True, False])

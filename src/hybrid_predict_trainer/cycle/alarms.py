@@ -24,7 +24,7 @@ def respond(run: State, alarm: Alarm) -> None:
     if alarm.level is Level.CRITICAL and rate_is_lowered(run):
         run.schedule.lower(settings.retry_learning_rate_factor)
     if alarm.action is not Action.REDUCE_HORIZON:
-        run.judge.note_level(alarm.level)
+        run.judge.on_level(alarm.level)
     if alarm.action is Action.REDUCE_HORIZON:
         run.proposer.halve_horizon()
     elif run.judged_exactly and alarm.level < Level.CRITICAL:

@@ -27,7 +27,7 @@ def conclude(run: State, outcome: StepOutcome) -> None:
         return
     probation.count_step(None if outcome.skipped else outcome.loss)
     if outcome.skipped and not outcome.searching:
-        probation.note_level(Level.CRITICAL)
+        probation.on_level(Level.CRITICAL)
     if probation.num_steps_left > 0 and probation.worst_level < Level.CRITICAL:
         return
     probation.read()
@@ -39,7 +39,7 @@ def conclude(run: State, outcome: StepOutcome) -> None:
     outcome.kept = probation_passes(probation, run.config.divergence_threshold)
     if outcome.kept:
         run.judge.kept()
-        run.proposer.feedback.note_outcome(True)
+        run.proposer.feedback.on_outcome(True)
         run.proposer.double_horizon()
     else:
         _roll_back(run, probation)
@@ -65,7 +65,7 @@ def _extended(run: State, probation: Probation, alarm: Alarm, after: float) -> b
     if after <= probation.loss_before or alarm.level < Level.WARNING:
         return False
     if alarm.level is Level.CRITICAL:
-        probation.note_level(Level.CRITICAL)
+        probation.on_level(Level.CRITICAL)
         return False
     if probation.extended:
         return False
@@ -80,10 +80,10 @@ def _roll_back(run: State, probation: Probation) -> None:
     run.rollback.drop()  # it holds weights after the jump
     run.schedule.go_back(probation.num_schedule_steps)
     for account in run.judge.ledger.cancel_account():
-        run.proposer.feedback.note_taken_back(account, len(probation.losses), run.config.predictor.window)
-    run.judge.ledger.note_verdict(False)
+        run.proposer.feedback.on_taken_back(account, len(probation.losses), run.config.predictor.window)
+    run.judge.ledger.on_verdict(False)
     run.judge.ledger.spend(len(probation.losses) * STEP_UNITS)
-    run.proposer.feedback.note_outcome(False)
+    run.proposer.feedback.on_outcome(False)
     run.judge.taken_back(run.config.divergence.max_rollbacks)
     run.proposer.halve_horizon()
     run.meter.jump_undone(probation.claimed)

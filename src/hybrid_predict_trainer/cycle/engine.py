@@ -125,13 +125,13 @@ class Engine:
         if self._intake.arrives():
             self._proposals.on_replaced()
         if loss is not None:
-            self._intake.loop.note_loss(loss)
+            self._intake.loop.take_loss(loss)
             if late:
                 self._said.say(LATE)
             if isinstance(loss, Tensor) and loss.requires_grad:
                 self._step.before_backward()
         if batch is not None:
-            self._intake.loop.note_batch(batch)
+            self._intake.loop.take_batch(batch)
 
     def before_backward(self) -> None:
         """Right before a backward pass, for loops that hand the loss over after it; curvature factors ask for it."""
@@ -166,7 +166,7 @@ class Engine:
             self._notice_overflow(undo=False)
             known = self._step.pending is not None or self._intake.has_loss
             if loss is not None and not known:  # a closure's, where nobody has handed it over
-                self._intake.loop.note_loss(loss)
+                self._intake.loop.take_loss(loss)
             try:
                 if not self.run.config.enabled:
                     self._step.prepare_plain()

@@ -63,8 +63,8 @@ class ForwardWatch:
         if self._intake.arrives():
             self._replaced()
         into = self._intake.seen if training else self._intake.aside
-        into.note_loss(loss)
-        into.note_batch(batch)
+        into.take_loss(loss)
+        into.take_batch(batch)
         return True
 
     def state_dict(self) -> StateDict:

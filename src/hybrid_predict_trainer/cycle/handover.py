@@ -142,7 +142,7 @@ class Handover:
         """Whether a loss was handed over since the last step."""
         return bool(self._losses)
 
-    def note_loss(self, loss: Any) -> None:
+    def take_loss(self, loss: Any) -> None:
         """Add the loss of a batch.
 
         Args:
@@ -158,7 +158,7 @@ class Handover:
             raise TypeError(f"the loss must be a real scalar, not of shape {tuple(value.shape)}: take its mean")
         self._losses.append(value if value.dim() == 0 else value.reshape(()))
 
-    def note_batch(self, batch: Any) -> None:
+    def take_batch(self, batch: Any) -> None:
         """Add a batch; it is kept until the next step, not copied."""
         self._batches.append(batch)
 

@@ -113,7 +113,7 @@ def _considered(run: State, horizon: int) -> tuple[int, bool]:
         )
         run.proposer.state_confidence(feedback.state_confidence(evidence))
     except Exception as error:
-        run.proposer.note_failure(error)
+        run.proposer.on_failure(error)
         return horizon, False
     if run.proposer.time.objection is not None:  # it took too long, and is dropped at the end of this step
         return horizon, False
@@ -133,7 +133,7 @@ def predictor_ready(run: State) -> bool:
             and run.proposer.predictor.ready
         )
     except Exception as error:
-        run.proposer.note_failure(error)
+        run.proposer.on_failure(error)
         return False
 
 

@@ -18,7 +18,7 @@ from ..records import Action, Alarm, Decision, Level, Phase, StepOutcome, StepRe
 from ..recovery import NumericalInstability
 from ..tell.recorder import Metrics
 from .alarms import respond
-from .motions import note_motion_failure
+from .motions import on_motion_failure
 from .real_step import settle_rollback_point
 from .state import State
 from .withdrawal import follow_advice, follow_request, rescue
@@ -63,7 +63,7 @@ def monitor(run: State, metrics: Metrics, outcome: StepOutcome) -> Alarm:
     if alarm.level >= Level.WARNING:
         respond(run, alarm)
     if outcome.alarm.level >= Level.WARNING:
-        metrics.note_alarm(run, outcome.alarm)
+        metrics.on_alarm(run, outcome.alarm)
         respond(run, outcome.alarm)
     return max(alarm, outcome.alarm, key=lambda a: a.level)
 
@@ -91,9 +91,9 @@ def _check(run: State, metrics: Metrics, reading: Reading) -> Alarm:
     if alarm.level < Level.CRITICAL and reading.finite:
         run.losses.keep(reading, warming_up=warming_up, position=run.position, rate=run.learning_rate)
     if alarm.level >= Level.WARNING:
-        metrics.note_alarm(run, alarm)
+        metrics.on_alarm(run, alarm)
     elif alarm.quiet:
-        metrics.note_recovery()
+        metrics.on_recovery()
     return alarm
 
 
@@ -108,7 +108,7 @@ def rescale(run: State, outcome: StepOutcome) -> None:
     try:
         _look(run)
     except Exception as error:  # no memory for a state to come back to, say: then there is no way back from a raise
-        note_motion_failure(run, error)
+        on_motion_failure(run, error)
 
 
 def _look(run: State) -> None:
@@ -182,7 +182,7 @@ def judge_lookahead(run: State, outcome: StepOutcome) -> None:
     try:
         run.optimizer_step.on_loss(run.losses, run.judge.generator)
     except Exception as error:
-        note_motion_failure(run, error)
+        on_motion_failure(run, error)
 
 
 def observe(run: State, metrics: Metrics, outcome: StepOutcome, began: float) -> None:
@@ -204,24 +204,24 @@ def observe(run: State, metrics: Metrics, outcome: StepOutcome, began: float) ->
     try:
         window = run.close_window()
     except Exception as error:  # no memory for the columns
-        run.windows.note_unwatched(error)
+        run.windows.on_unwatched(error)
         return
     encoded = time.perf_counter()
     cosine = run.proposer.feedback.learn(window)
     learn(run, window)
     updated = time.perf_counter()
-    run.judge.ledger.note_window(window.loss / loss_before if loss_before else math.nan, jumped=window.jumped)
+    run.judge.ledger.on_window(window.loss / loss_before if loss_before else math.nan, jumped=window.jumped)
     settled = run.judge.ledger.settle(run.meter.num_real_steps, window.loss)
     for account in settled:
-        run.proposer.feedback.note_settled(account, window.num_steps, exact=run.full_batch)
-    metrics.note_outcomes(run, settled)
+        run.proposer.feedback.on_settled(account, window.num_steps, exact=run.full_batch)
+    metrics.on_outcomes(run, settled)
     passes = run.windows.passes(window.num_steps)
     run.meter.add_passes(passes)
     run.judge.ledger.observe(passes * PASS_UNITS)
     run.windows.hand_on()
     run.buffers.forget()
-    metrics.note_health(run)
-    metrics.note_window(1e3 * (encoded - started), 1e3 * (updated - encoded), cosine)
+    metrics.on_health(run)
+    metrics.on_window(1e3 * (encoded - started), 1e3 * (updated - encoded), cosine)
 
 
 def learn(run: State, window: Window) -> None:
@@ -238,9 +238,9 @@ def learn(run: State, window: Window) -> None:
             with run.proposer.time.call():
                 forecast = run.proposer.predictor.predict(window.num_steps)
             if fits(run.windows, forecast):
-                run.proposer.feedback.note_forecast(window, forecast)
+                run.proposer.feedback.on_forecast(window, forecast)
     except Exception as error:
-        run.proposer.note_failure(error)
+        run.proposer.on_failure(error)
 
 
 def describe(run: State, decision: Decision, outcome: StepOutcome, alarm: Alarm, started: float) -> StepResult:

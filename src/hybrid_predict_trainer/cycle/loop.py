@@ -76,7 +76,7 @@ def close_step(run: State, decision: Decision, outcome: StepOutcome, watch: Stop
         rescale(run, outcome)
         judge_lookahead(run, outcome)
         observe(run, run.recorder, outcome, watch.began)
-        run.proposer.note_time(watch.seconds)
+        run.proposer.add_time(watch.seconds)
         result = describe(run, decision, outcome, alarm, watch.called)
         if (recovery := recovery_of(run, outcome, alarm)) is not None:
             result = replace(result, recovery=recovery)

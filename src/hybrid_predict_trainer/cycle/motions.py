@@ -27,11 +27,11 @@ def _unless_it_raises(run: State, work: Callable[[], int]) -> int:
     try:
         return work()
     except Exception as error:
-        note_motion_failure(run, error)
+        on_motion_failure(run, error)
         return 0
 
 
-def note_motion_failure(run: State, error: Exception) -> None:
+def on_motion_failure(run: State, error: Exception) -> None:
     """Multiplier or lookahead failed: both begin anew, the multiplier at 1, and end if that happens again and again."""
     run.failures.note(Place.MOTION, error)
     run.optimizer_step.forget()

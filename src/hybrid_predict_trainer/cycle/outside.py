@@ -34,17 +34,17 @@ def notice(run: State) -> None:
     try:
         _notice(run)
     except Exception as error:
-        note_unseen(run, error)
+        on_unseen(run, error)
 
 
 def _notice(run: State) -> None:
     real_views.follow(run.subject.views)
     write = run.watch.writes.look()
     if write is Write.CHANGED:
-        note_changed(run)
+        on_changed(run)
     elif write is not Write.NONE:
-        note_touched(run, write)
-    note_trained(run, run.watch.trained.look_ahead())
+        on_touched(run, write)
+    on_trained(run, run.watch.trained.look_ahead())
 
 
 def remember(run: State) -> None:
@@ -54,10 +54,10 @@ def remember(run: State) -> None:
     try:
         run.watch.writes.record()
     except Exception as error:
-        note_unseen(run, error)
+        on_unseen(run, error)
 
 
-def note_unseen(run: State, error: Exception) -> None:
+def on_unseen(run: State, error: Exception) -> None:
     """What was done to the weights cannot be seen: what remembers them begins anew, and ends if that goes on."""
     run.failures.note(Place.WEIGHTS, error)
     forget(run)
@@ -65,7 +65,7 @@ def note_unseen(run: State, error: Exception) -> None:
         end_motions(run)
 
 
-def note_changed(run: State) -> None:
+def on_changed(run: State) -> None:
     """The weights are others than the run left: everything that remembers the old ones begins anew."""
     run.meter.outside_write()
     if run.meter.num_outside_writes == 1:
@@ -79,7 +79,7 @@ def note_changed(run: State) -> None:
         run.optimizer_step.switchback.switch_off()
 
 
-def note_touched(run: State, write: Write) -> None:
+def on_touched(run: State, write: Write) -> None:
     """Weights were written to and are the same, as far as a sample tells.
 
     What spans this moment is dropped, in case that they changed in few places; what was learnt before is kept.  Copies
@@ -92,17 +92,17 @@ def note_touched(run: State, write: Write) -> None:
         drop_points(run)
 
 
-def note_training(run: State) -> None:
+def on_training(run: State) -> None:
     """Between backward and step: see what is trained."""
     if run.config.never_predicts or run.failures.exhausted(Place.WEIGHTS):
         return
     try:
-        note_trained(run, run.watch.trained.look())
+        on_trained(run, run.watch.trained.look())
     except Exception as error:
-        note_unseen(run, error)
+        on_unseen(run, error)
 
 
-def note_trained(run: State, places: Sequence[int]) -> None:
+def on_trained(run: State, places: Sequence[int]) -> None:
     """Parameters that were trained are not trained any more, or are again."""
     if not places:
         return

@@ -107,7 +107,7 @@ def owes_proposal(run: State) -> bool:
     source = run.proposer.source
     if source is None or not source.owes:
         return False
-    source.note_asked()
+    source.on_asked()
     return predictor_ready(run)
 
 

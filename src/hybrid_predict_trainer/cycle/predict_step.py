@@ -120,15 +120,15 @@ def run_predict(run: State, batch: Any, decision: Decision) -> StepOutcome:
         _book(run, verdict, prediction, spent)
     if verdict.reason is not Reason.CONTROL_SKIP:
         # a way back is no progress: the base optimizer gets some steps to leave a place where nothing else helps
-        run.judge.ledger.note_verdict(verdict.accepted and verdict.reason is not Reason.WAY_BACK)
-    run.windows.note_verdict(approved)
-    run.proposer.note_refused(not approved or verdict.reason is Reason.WAY_BACK)
+        run.judge.ledger.on_verdict(verdict.accepted and verdict.reason is not Reason.WAY_BACK)
+    run.windows.on_verdict(approved)
+    run.proposer.on_refused(not approved or verdict.reason is Reason.WAY_BACK)
     if not approved:
-        run.proposer.feedback.note_refusal(spent, run.config.predictor.window)
+        run.proposer.feedback.on_refusal(spent, run.config.predictor.window)
     _next_segment(run, prediction, verdict)
     if not approved or (verdict.accepted and run.judge.probation is None):
-        run.proposer.feedback.note_outcome(verdict.accepted)
-    run.proposer.note_verdict(verdict)
+        run.proposer.feedback.on_outcome(verdict.accepted)
+    run.proposer.on_verdict(verdict)
     outcome.prediction_ms = 1e3 * (time.perf_counter() - started)
     return outcome
 
@@ -141,7 +141,7 @@ def _is_control(run: State) -> bool:
 def _book(run: State, verdict: Verdict, prediction: PhasePrediction, price: float) -> None:
     """Open the ledger's account for an approved jump, applied or skipped."""
     step = run.meter.num_real_steps
-    run.proposer.feedback.note_approval(step)
+    run.proposer.feedback.on_approval(step)
     run.judge.ledger.open_account(
         Account(
             step=step,

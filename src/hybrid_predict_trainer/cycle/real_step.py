@@ -96,7 +96,7 @@ class RealStep:
             return False
         run.buffers.after()
         run.optimizer_step.scale_search.found()
-        outside.note_training(run)
+        outside.on_training(run)
         run.windows.add_step(run.learning_rate)
         return True
 

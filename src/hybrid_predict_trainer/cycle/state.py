@@ -214,7 +214,7 @@ class State:
         """Look at the batch of the step that begins."""
         compare = self.config.enabled and self.config.gate.exact != "never"
         self.batches.see(batch, compare=compare, remember=self.optimizer_step.scale.may_grow)
-        self.proposer.note_data(self.batches.same_batch.num_different if compare else 0)
+        self.proposer.on_data(self.batches.same_batch.num_different if compare else 0)
 
     def step_scheduler(self) -> None:
         """Bring the learning-rate schedule to the clock's position."""

@@ -100,7 +100,7 @@ class Evaluation:
         own = batches.copied(batch, tensors_too=self.loss_writes is not False)
         loss = self.loss(own)
         if self.loss_writes is None:
-            self.note_writes(any(not t.is_inference() and t._version > 0 for t in batches.tensors(own)))
+            self.on_writes(any(not t.is_inference() and t._version > 0 for t in batches.tensors(own)))
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise TypeError("loss_fn must return a scalar tensor")
         return loss.reshape(())
@@ -153,7 +153,7 @@ class Evaluation:
                     raise
             else:
                 if mode != modes[0]:
-                    self.note_quiet_fails()
+                    self.on_quiet_fails()
                 return result
         raise AssertionError("unreachable")
 
@@ -170,7 +170,7 @@ class Evaluation:
             measured, forwards = self._measure_cut(batch), 2.0
             if measured is None:
                 return Reason.LOSS_NOT_FINITE, forwards
-            self.note_cut(layout, measured)
+            self.on_cut(layout, measured)
         return None if self.cuts.get(layout, False) else Reason.CANNOT_CUT, forwards
 
     def _measure_cut(self, batch: Any) -> bool | None:
@@ -236,15 +236,15 @@ class Evaluation:
             evaluate = lambda: float(self.loss_of(batch))  # noqa: E731
             return measure(evaluate, isolation.rewind, on_cpu=self._subject.on_cpu)
 
-    def note_quiet_fails(self) -> None:
+    def on_quiet_fails(self) -> None:
         """A quiet forward raised where one in the modes of training did not."""
         self.quiet_fails = True
 
-    def note_writes(self, writes: bool) -> None:
+    def on_writes(self, writes: bool) -> None:
         """The loss function was seen to write into its batch, or not to."""
         self.loss_writes = writes
 
-    def note_cut(self, layout: str, holds: bool) -> None:
+    def on_cut(self, layout: str, holds: bool) -> None:
         """The losses of two halves of a batch of this layout give the whole's, or do not."""
         self.cuts[layout] = holds
 

@@ -120,10 +120,10 @@ class Judge:
         """The jump stays, or was taken back."""
         self.probation = None
 
-    def note_level(self, level: Level) -> None:
+    def on_level(self, level: Level) -> None:
         """An alarm while a jump may be on trial."""
         if self.probation is not None:
-            self.probation.note_level(level)
+            self.probation.on_level(level)
 
     def kept(self) -> None:
         """A jump was kept."""

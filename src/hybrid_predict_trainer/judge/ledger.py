@@ -108,7 +108,7 @@ class Ledger:
         self.spent_units += units
         self._usual_price = 0.8 * self._usual_price + 0.2 * units
 
-    def note_verdict(self, accepted: bool) -> None:
+    def on_verdict(self, accepted: bool) -> None:
         """After a refusal the next proposal waits, twice as long each time."""
         if accepted:
             self._backoff = 0
@@ -116,7 +116,7 @@ class Ledger:
             self._backoff = min(max(1, 2 * self._backoff), self.config.max_backoff)
         self.wait_windows = self._backoff
 
-    def note_window(self, ratio: float, *, jumped: bool) -> None:
+    def on_window(self, ratio: float, *, jumped: bool) -> None:
         """A window closed; ``ratio`` is its averaged loss over that of the window before."""
         self.wait_windows = max(0, self.wait_windows - 1)
         if not jumped and math.isfinite(ratio):

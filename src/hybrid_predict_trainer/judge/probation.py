@@ -51,7 +51,7 @@ class Probation:
         if loss is not None:
             self.unread.append(loss)
 
-    def note_level(self, level: Level) -> None:
+    def on_level(self, level: Level) -> None:
         """An alarm on the way."""
         self.worst_level = max(self.worst_level, level)
 

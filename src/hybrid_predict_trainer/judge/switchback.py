@@ -69,7 +69,7 @@ class Switchback:
         """The motion ends."""
         self.switched_off = True
 
-    def note_jump(self) -> None:
+    def on_jump(self) -> None:
         """Something else has moved the weights: no comparison across this block says anything of the motion."""
         self._spoiled = 3
 
@@ -78,7 +78,7 @@ class Switchback:
         self._changes = _comparisons((), ())
         self.proved, self._spoiled = False, 3
 
-    def note_motion(self) -> None:
+    def on_motion(self) -> None:
         """There is something for the motion to do in this block, whether or not it may."""
         self._moved = True
 

@@ -135,7 +135,7 @@ class GroupWarmup:
         self.num_steps, self._landing = num_steps, None
         return 5 if moved else 0
 
-    def note_loss(self, *, fallen: bool) -> None:
+    def on_loss(self, *, fallen: bool) -> None:
         """Take whether the loss has ever been below its beginning: if not by now, the cuts end."""
         if self.num_steps >= MUST_FALL and not fallen and self.least < 1:
             self.end()

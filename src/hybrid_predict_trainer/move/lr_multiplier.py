@@ -210,7 +210,7 @@ class LrMultiplier:
     def forget(self) -> None:
         """Drop the remembered weights; the present block of the trial says nothing."""
         self._before = []
-        self.trial.note_jump()
+        self.trial.on_jump()
 
     def rest(self, resting: bool) -> None:
         """Leave m out of the next steps, or take it up again."""
@@ -240,7 +240,7 @@ class LrMultiplier:
         if self._num_steps < self.check_steps:
             return Advice.NOTHING
         self._num_steps = 0
-        self.cuts.note_loss(fallen=self.multiplier.has_fallen(reading))
+        self.cuts.on_loss(fallen=self.multiplier.has_fallen(reading))
         advice = self.multiplier.settle(reading)
         if advice is Advice.TAKEN_BACK:
             self._begin_test()
@@ -254,7 +254,7 @@ class LrMultiplier:
         """Blocks with m against blocks at the schedule's own rate, where losses are noisy; no state goes back."""
         if self.multiplier.value == 1.0 or reading.exact:
             return Advice.NOTHING
-        self.trial.note_motion()
+        self.trial.on_motion()
         if self.trial.count_step():
             self.trial.close_block(list(reading.newest)[-NUM_LOSSES:], self._generator)
             if self.trial.switched_off:

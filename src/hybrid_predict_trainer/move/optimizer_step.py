@@ -182,14 +182,14 @@ class OptimizerStep:
         pull = 0.0 if lengthened or exact else 1.0
         strength = 0.0 if rising or exact or peak <= 0 else rate / peak
         if pull > 0 or strength > 0:
-            self.switchback.note_motion()
+            self.switchback.on_motion()
         if not self.switchback.moving or resting or not self._schedule.anneals:
             pull = strength = 0.0
         passes = self.lookahead.after_step(
             self._subject.parameters, rate * self.scale.value, pull=pull, strength=strength, along=self.scale.held,
             movable=self._watch.trained.movable,
         )  # fmt: skip
-        self._schedule.note_peak(rate)  # not before: an interrupted application is done again with the same numbers
+        self._schedule.update_peak(rate)  # not before: an interrupted application is done again with the same numbers
         return passes
 
     # ---- what happens ------------------------------------------------------------------------------------
@@ -215,7 +215,7 @@ class OptimizerStep:
 
     def _forget_steps(self) -> None:
         """No test may span this moment."""
-        self.switchback.note_jump()
+        self.switchback.on_jump()
         self.scale.forget()
 
     def on_touch(self) -> None:
@@ -246,7 +246,7 @@ class OptimizerStep:
         self.scale.forget()
         self.scale.level()
         self.lookahead.forget()
-        self.switchback.note_jump()
+        self.switchback.on_jump()
 
     def end_steering(self) -> None:
         """No multiplier, no cuts, no step sizes by role and no lookahead from here on."""

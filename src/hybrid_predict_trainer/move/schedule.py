@@ -83,7 +83,7 @@ class LrSchedule:
         """The schedule's state of so many steps was put back."""
         self.num_steps = num_steps
 
-    def note_peak(self, rate: float) -> None:
+    def update_peak(self, rate: float) -> None:
         """The optimizer has stepped with this rate."""
         self.peak = max(rate, self.peak)
 

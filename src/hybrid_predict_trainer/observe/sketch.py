@@ -99,7 +99,7 @@ class Sketch:
             self.cosines.append(dots[0] / size if size > 0 and math.isfinite(size) else 0.0)
         self._displacements.append(s)
 
-    def note_verdict(self, accepted: bool) -> None:
+    def on_verdict(self, accepted: bool) -> None:
         """A proposal was judged."""
         self._num_refused = 0 if accepted else self._num_refused + 1
 

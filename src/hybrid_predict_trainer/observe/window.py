@@ -143,7 +143,7 @@ class WindowRecorder:
                 else:
                     self.basis.pass_step()
         except Exception as error:
-            self.note_unwatched(error)
+            self.on_unwatched(error)
         self.lr_integral += lr
 
     def add_seconds(self, seconds: float) -> None:
@@ -155,7 +155,7 @@ class WindowRecorder:
         seconds, self.seconds = self.seconds, 0.0
         return seconds
 
-    def note_unwatched(self, error: Exception) -> None:
+    def on_unwatched(self, error: Exception) -> None:
         """A window could not be kept: the next one begins, or none if that happens again and again."""
         self._failures.note(Place.GATE, error)
         self.restart_window()
@@ -230,10 +230,10 @@ class WindowRecorder:
             return None
         return hindsight
 
-    def note_verdict(self, accepted: bool) -> None:
+    def on_verdict(self, accepted: bool) -> None:
         """A proposal from the basis was judged."""
         if self.sketch is not None:
-            self.sketch.note_verdict(accepted)
+            self.sketch.on_verdict(accepted)
 
     def passes(self, num_steps: int) -> float:
         """Passes over the weights that a window of so many steps has cost.

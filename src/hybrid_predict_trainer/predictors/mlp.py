@@ -106,7 +106,7 @@ class Mlp:
 
     def pace(self, window_seconds: float) -> None:
         """Hear how long the real steps of the window about to be observed took."""
-        self.schedule.note_window(window_seconds)
+        self.schedule.on_window(window_seconds)
 
     def observe(self, window: Window) -> None:
         """Add the window to the replay, train a few steps if it is time, note what is expected next."""

@@ -69,7 +69,7 @@ class Pace:
         self._windows: deque[float] = deque(maxlen=NUM_MEASURED)
         self._updates: deque[float] = deque(maxlen=NUM_MEASURED)
 
-    def note_window(self, seconds: float) -> None:
+    def on_window(self, seconds: float) -> None:
         """Real steps of a window took so long."""
         if not self.settled and math.isfinite(seconds) and seconds > 0:
             self._windows.append(seconds)

@@ -169,7 +169,7 @@ class Rssm:
 
     def pace(self, window_seconds: float) -> None:
         """Hear how long the real steps of the window about to be observed took."""
-        self.schedule.note_window(window_seconds)
+        self.schedule.on_window(window_seconds)
 
     def observe(self, window: Window) -> None:
         """Record the window, train every member if it is time, follow with their states, note what comes next."""

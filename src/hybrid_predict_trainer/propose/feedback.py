@@ -99,7 +99,7 @@ class Feedback:
         return displacement_cosine(forecast.coefficients, window.hindsight)
 
     @harmless
-    def note_forecast(self, window: Window, forecast: PhasePrediction) -> None:
+    def on_forecast(self, window: Window, forecast: PhasePrediction) -> None:
         """Remember what is forecast for the next window."""
         self.forecast, self.features = forecast, window.features
 
@@ -115,7 +115,7 @@ class Feedback:
         self.evidence = self._choice = None
 
     @harmless
-    def note_outcome(self, kept: bool) -> None:
+    def on_outcome(self, kept: bool) -> None:
         """A jump was refused, kept or taken back; whether a kept one pays comes with its account."""
         self.record.record(kept)
         if self.evidence is not None:
@@ -141,14 +141,14 @@ class Feedback:
         return horizon
 
     @harmless
-    def note_refusal(self, price_units: float, window_steps: int) -> None:
+    def on_refusal(self, price_units: float, window_steps: int) -> None:
         """The proposal at the chosen horizon was refused: its price is its reward."""
         if self._choice is not None:
             self.bandit.observe(self._choice, reward(0.0, price_units / STEP_UNITS, window_steps))
             self._choice = None
 
     @harmless
-    def note_approval(self, step: int) -> None:
+    def on_approval(self, step: int) -> None:
         """The proposal was approved: its reward and its worth come with its account."""
         if self._choice is not None:
             self._open[step] = self._choice
@@ -158,7 +158,7 @@ class Feedback:
             self.evidence = None
 
     @harmless
-    def note_settled(self, account: Account, window_steps: int, *, exact: bool = False) -> None:
+    def on_settled(self, account: Account, window_steps: int, *, exact: bool = False) -> None:
         """Reward the horizon of a settled account; controls say nothing of a jump's reward.
 
         Where losses are exact a kept jump counts as one that pays: its gain was measured without noise, and
@@ -170,7 +170,7 @@ class Feedback:
             self.bandit.observe(choice, reward(account.credited, account.price / STEP_UNITS, window_steps))
 
     @harmless
-    def note_taken_back(self, account: Account, lost_steps: int, window_steps: int) -> None:
+    def on_taken_back(self, account: Account, lost_steps: int, window_steps: int) -> None:
         """The jump was rolled back: its price and the lost steps are its reward."""
         self._note_worth(account, False)
         choice = self._open.pop(account.step, None)

@@ -55,7 +55,7 @@ def propose(
             candidates = candidates[:1]
         deltas = [combined(windows, watch, c) for c in candidates]
     except Exception as error:  # whatever a predictor raises must not end a run
-        proposer.note_failure(error)
+        proposer.on_failure(error)
         return None, [], Verdict(accepted=False, reason=Reason.PREDICTOR_FAILED)
     meter.add_passes(len(candidates) * windows.basis.num_filled)
     lengths = [_lengths(windows.basis.parameters, d) for d in deltas]
@@ -88,7 +88,7 @@ def propose_move(
         with proposer.time.call():
             move = source.propose(material)
     except Exception as error:  # whatever it raises must not end a run
-        proposer.note_failure(error)
+        proposer.on_failure(error)
         return None, [], Verdict(accepted=False, reason=Reason.PREDICTOR_FAILED)
     meter.add_forwards(move.num_forward)
     meter.add_priced(move.num_backward * BACKWARD_UNITS + move.num_matrix_forwards * FORWARD_UNITS)
@@ -138,7 +138,7 @@ def _asked(proposer: Proposer, windows: WindowRecorder, horizon: int, segments: 
     window = windows.last
     if window is not None and fits(windows, prediction):
         correction = proposer.feedback.corrector.correct(prediction, window.features, window.products.BB)
-        proposer.note_correction(correction)
+        proposer.on_correction(correction)
         prediction = corrector.apply(prediction, correction)
     # a step from x cannot be taken in pieces from theta
     in_pieces = segments > 1 and not prediction.first_fit

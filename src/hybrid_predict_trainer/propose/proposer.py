@@ -93,29 +93,29 @@ class Proposer:
         """A proposal is being made."""
         self.num_windows_since_proposal = 0
         if self.source is not None:
-            self.source.note_proposal()
+            self.source.on_proposal()
 
     def window_closed(self) -> None:
         """A window was closed, and tells of the refusals before it."""
         self.refused = False
         if self.source is not None:
-            self.source.note_real_step()
+            self.source.on_real_step()
         self.num_windows_since_proposal += 1
 
-    def note_data(self, num_different: int) -> None:
+    def on_data(self, num_different: int) -> None:
         """The batch of the step that begins, and so many before it in a row, were not the one before."""
         if self.source is not None:
-            self.source.note_data(num_different)
+            self.source.on_data(num_different)
 
     def state_confidence(self, confidence: float) -> None:
         """The proposal under way is this likely to be kept and to pay."""
         self.confidence = confidence
 
-    def note_correction(self, correction: Correction) -> None:
+    def on_correction(self, correction: Correction) -> None:
         """The proposal under way was corrected by so much."""
         self.correction = correction
 
-    def note_refused(self, refused: bool) -> None:
+    def on_refused(self, refused: bool) -> None:
         """What the predictor's pairs say of the next move holds no more, or does again."""
         self.refused = refused
 
@@ -131,31 +131,31 @@ class Proposer:
         """A jump was taken back, or went wrong."""
         self.horizon = max(self.horizon // 2, self._least)
 
-    def note_verdict(self, verdict: Verdict) -> None:
+    def on_verdict(self, verdict: Verdict) -> None:
         """The gate has judged the proposal of a source."""
         source = self.source
         if source is not None:
             try:
-                source.note_verdict(verdict)
+                source.on_verdict(verdict)
             except Exception as error:
-                self.note_failure(error)
+                self.on_failure(error)
 
     def overwritten(self) -> None:
         """The weights are others than any that were seen."""
-        self.note_refused(True)
+        self.on_refused(True)
         if self.source is not None:
             self.source.overwritten()
 
-    def note_failure(self, error: Exception) -> None:
+    def on_failure(self, error: Exception) -> None:
         """The predictor raised: count it, and say once what happened."""
         self._failures.note(Place.PREDICTOR, error, name=name_of(self.predictor))
 
-    def note_time(self, step_seconds: float | None) -> None:
+    def add_time(self, step_seconds: float | None) -> None:
         """A step took so long (None: it was no real one); a predictor that takes too much beside it is dropped."""
         if step_seconds is not None:
-            self.time.note_step(step_seconds)
+            self.time.on_step(step_seconds)
             if self.source is not None:
-                self.source.note_step_seconds(step_seconds)
+                self.source.add_step_seconds(step_seconds)
         if self.time.objection is not None:
             self._failures.drop(Place.PREDICTOR, self.time.objection, name_of(self.predictor))
 

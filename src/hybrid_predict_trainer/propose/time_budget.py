@@ -62,7 +62,7 @@ class TimeBudget:
             if seconds > self._longest:
                 self.objection = self.objection or f"one call took {seconds:.1f} s"
 
-    def note_step(self, seconds: float) -> None:
+    def on_step(self, seconds: float) -> None:
         """A real step took so long, all that was done beside it excluded."""
         self._num_steps += 1
         self._step_seconds += seconds

@@ -166,7 +166,7 @@ class Metrics:
             saved["loss_interval"] = outcome.prediction.loss_interval
         return saved
 
-    def note_alarm(self, run: State, alarm: Alarm) -> None:
+    def on_alarm(self, run: State, alarm: Alarm) -> None:
         """Record a divergence alarm of any level above normal."""
         event = {
             "step": run.meter.num_steps, "severity": alarm.level.name.lower(), "signal": alarm.signal,
@@ -177,14 +177,14 @@ class Metrics:
             self.divergence_events.append({**event, "recovery_successful": None})
         self._write(run, "divergence", {**event, "level": event["severity"]})
 
-    def note_recovery(self) -> None:
+    def on_recovery(self) -> None:
         """A finite, quiet step: the alarms so far are over."""
         for event in reversed(self.divergence_events):
             if event["recovery_successful"] is not None:
                 break
             event["recovery_successful"] = True
 
-    def note_outcomes(self, run: State, accounts: list[Any]) -> None:
+    def on_outcomes(self, run: State, accounts: list[Any]) -> None:
         """Record settled ledger accounts."""
         for a in accounts if self.heard else ():
             self._write(
@@ -195,13 +195,13 @@ class Metrics:
                 },
             )  # fmt: skip
 
-    def note_health(self, run: State) -> None:
+    def on_health(self, run: State) -> None:
         """Record the report on gradient health of the window that has just closed, if one was due."""
         report = run.windows.observer.new_health()
         if report is not None:
             self._write(run, "health", report)
 
-    def note_window(self, encode_ms: float, update_ms: float, cosine: float | None) -> None:
+    def on_window(self, encode_ms: float, update_ms: float, cosine: float | None) -> None:
         """Time spent closing a window and learning from it, and how well its displacement was forecast."""
         self.encode_ms.append(encode_ms)
         self.update_ms.append(update_ms)

@@ -100,7 +100,7 @@ class Arms:
         """Whether the seconds of this arm's next call are of interest."""
         return len(self.arms[name].prices) < CALLS
 
-    def note_seconds(self, name: str, seconds: float, forwards: float) -> None:
+    def add_seconds(self, name: str, seconds: float, forwards: float) -> None:
         """A call of an arm took so long, and was worth so many forwards."""
         if self.measures(name) and forwards > 0 and math.isfinite(seconds):
             self.arms[name].prices.append(max(seconds, 0.0) / forwards)
@@ -140,7 +140,7 @@ class Arms:
             arm.rate = NEWEST * rate + (1 - NEWEST) * (arm.rate or 0.0) if goes_on else rate
             self._turn()
 
-    def note_idle(self, forwards: float) -> None:
+    def on_idle(self, forwards: float) -> None:
         """Time that belongs to no arm: real steps before there is anything to choose, and between proposals."""
         self.elapsed += forwards * self.price(PLAIN)
 

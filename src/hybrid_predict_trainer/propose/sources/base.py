@@ -73,21 +73,21 @@ class Source:
     takes_fresh = False  # it has something to say where every batch is a new one
     _num_asked = 0  # times that a run that might have ended went on for what it owes, since the last proposal
 
-    def note_proposal(self) -> None:
+    def on_proposal(self) -> None:
         """It is about to propose."""
         self.num_in_chain, self._num_asked = self.num_in_chain + 1, 0
 
-    def note_real_step(self) -> None:
+    def on_real_step(self) -> None:
         """A real step has moved the weights."""
         self.num_in_chain = 0
 
-    def note_data(self, num_different: int) -> None:
+    def on_data(self, num_different: int) -> None:
         """The batch of the step that begins, and so many before it in a row, were not the one before."""
 
-    def note_step_seconds(self, seconds: float) -> None:
+    def add_step_seconds(self, seconds: float) -> None:
         """A real step took so long."""
 
-    def note_asked(self) -> None:
+    def on_asked(self) -> None:
         """A run that might have ended goes on for the proposal that it owes."""
         self._num_asked += 1
 
@@ -114,7 +114,7 @@ class Source:
         """
         raise NotImplementedError
 
-    def note_verdict(self, verdict: Verdict) -> None:
+    def on_verdict(self, verdict: Verdict) -> None:
         """What the gate said of the last move."""
 
     @property

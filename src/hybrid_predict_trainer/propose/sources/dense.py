@@ -171,12 +171,12 @@ class OwnSteps(Source):
 
     # ---- what becomes of them ----------------------------------------------------------------------------
 
-    def note_data(self, num_different: int) -> None:
+    def on_data(self, num_different: int) -> None:
         """On other points the loss is another one; the curvature is much the same."""
         if num_different:
             self._known = False
 
-    def note_verdict(self, verdict: Verdict) -> None:
+    def on_verdict(self, verdict: Verdict) -> None:
         """Where the gate does not see the loss that was promised, everything is begun anew."""
         if not verdict.accepted and verdict.loss_after > self._f + SAME_LOSS * abs(self._f):
             self.overwritten()

@@ -180,9 +180,9 @@ class GaussNewton(Source):
         held = [*(self._best or ()), *(self._anchor or ()), *([] if self._curvature is None else [self._curvature])]
         return sum(t.numel() * t.element_size() for t in held)
 
-    def note_data(self, num_different: int) -> None:
+    def on_data(self, num_different: int) -> None:
         """See :class:`Source`."""
-        self.stream.note_data(num_different)
+        self.stream.on_data(num_different)
         if num_different:
             self._best_is_stale = True
 
@@ -194,7 +194,7 @@ class GaussNewton(Source):
     def observe(self, window: Window) -> None:
         """The loss of a real step tells how plain steps get on."""
         if self.stream.fresh:
-            self.stream.note_step(window.loss)
+            self.stream.on_step(window.loss)
 
     # ---- proposals ---------------------------------------------------------------------------------------
 
@@ -295,9 +295,9 @@ class GaussNewton(Source):
         if errors:
             self.linearity = sum(errors) / len(errors)
         if moved and not fell_back:
-            self.stream.note_jump(loss, walk.point.loss, spent.in_forwards + JUDGED)
+            self.stream.on_jump(loss, walk.point.loss, spent.in_forwards + JUDGED)
         else:
-            self.stream.note_failure()
+            self.stream.on_failure()
         return walk, first
 
     def _start(self, x: Tensor, at: Callable[..., Point]) -> tuple[_Walk, float]:
@@ -435,7 +435,7 @@ class GaussNewton(Source):
 
     # ---- what becomes of them ----------------------------------------------------------------------------
 
-    def note_verdict(self, verdict: Verdict) -> None:
+    def on_verdict(self, verdict: Verdict) -> None:
         """Remember weights that could not be improved on: real steps from there may only make them worse.
 
         Raises:

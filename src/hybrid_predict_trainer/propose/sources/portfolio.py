@@ -98,35 +98,35 @@ class Portfolio(Source):
             return self._closed.ready and not self.arms.arms["gauss_newton"].dropped
         return bool(self.arms.left) and (self.arms.choose() != PLAIN or self._num_asked > 0)
 
-    def note_data(self, num_different: int) -> None:
+    def on_data(self, num_different: int) -> None:
         """See :class:`Source`."""
         if num_different:
             self._best_is_stale = True
         for source in self.sources.values():
-            source.note_data(num_different)
+            source.on_data(num_different)
 
-    def note_proposal(self) -> None:
+    def on_proposal(self) -> None:
         """See :class:`Source`."""
-        super().note_proposal()
+        super().on_proposal()
         for source in self.sources.values():
-            source.note_proposal()
+            source.on_proposal()
 
-    def note_asked(self) -> None:
+    def on_asked(self) -> None:
         """See :class:`Source`."""
-        super().note_asked()
+        super().on_asked()
         for source in self.sources.values():
-            source.note_asked()
+            source.on_asked()
 
-    def note_real_step(self) -> None:
+    def on_real_step(self) -> None:
         """See :class:`Source`."""
-        super().note_real_step()
+        super().on_real_step()
         for source in self.sources.values():
-            source.note_real_step()
+            source.on_real_step()
 
-    def note_step_seconds(self, seconds: float) -> None:
+    def add_step_seconds(self, seconds: float) -> None:
         """See :class:`Source`."""
         if self.arms.measures(PLAIN):
-            self.arms.note_seconds(PLAIN, seconds, REAL_STEP)
+            self.arms.add_seconds(PLAIN, seconds, REAL_STEP)
 
     def observe(self, window: Window) -> None:
         """A real step: plain steps have their turn, or one has come between two proposals."""
@@ -136,7 +136,7 @@ class Portfolio(Source):
             return
         forwards = REAL_STEP * window.num_steps
         if self._fresh or self.arms.current != PLAIN:
-            self.arms.note_idle(forwards)
+            self.arms.on_idle(forwards)
             return
         level = math.log(window.loss) if window.loss > 0 and math.isfinite(window.loss) else math.nan
         if math.isnan(self._plain_began):
@@ -188,7 +188,7 @@ class Portfolio(Source):
             self._asked, self._pending = name, True
             spent = move.num_forward + move.num_matrix_forwards
             self._forwards = spent + move.num_backward * BACKWARD_UNITS / FORWARD_UNITS
-            self.arms.note_seconds(name, self.clock() - began, self._forwards)
+            self.arms.add_seconds(name, self.clock() - began, self._forwards)
             return move
 
     def _look_at(self, material: Material) -> None:
@@ -220,7 +220,7 @@ class Portfolio(Source):
 
     # ---- what becomes of moves ---------------------------------------------------------------------------
 
-    def note_verdict(self, verdict: Verdict) -> None:
+    def on_verdict(self, verdict: Verdict) -> None:
         """What a move has brought beyond the best loss known, and what it has cost.
 
         Raises:
@@ -231,7 +231,7 @@ class Portfolio(Source):
         self._pending = False
         source, name = self.sources[self._asked], self._asked
         try:
-            source.note_verdict(verdict)
+            source.on_verdict(verdict)
         except Exception as error:
             self.arms.drop(name)
             if not self.arms.left:

@@ -118,7 +118,7 @@ class Stream:
         self._block = _Block()
         self._num_blocks = 0  # of this arm in a row
 
-    def note_data(self, num_different: int) -> None:
+    def on_data(self, num_different: int) -> None:
         """So many batches in a row were not the one before."""
         self.fresh = num_different >= ENOUGH
 
@@ -137,7 +137,7 @@ class Stream:
         """Whether the jump that comes is the last one of its block."""
         return len(self._block.losses) + 1 >= NUM_JUMPS
 
-    def note_jump(self, loss: float, after: float, cost: float) -> None:
+    def on_jump(self, loss: float, after: float, cost: float) -> None:
         """A jump was computed.
 
         Args:
@@ -153,13 +153,13 @@ class Stream:
             self._judge_memory()
             self._end_block()
 
-    def note_failure(self) -> None:
+    def on_failure(self) -> None:
         """No jump could be had, or the block's jumps have left the weights worse than they found them."""
         if self.arm == JUMP:
             self._judge_memory()
             self._end_block(lost=True)
 
-    def note_step(self, loss: float) -> None:
+    def on_step(self, loss: float) -> None:
         """A real step was made while it was their turn; its loss is that before it."""
         if self.arm != PLAIN:
             return
