@@ -34,6 +34,7 @@ ALLOWED = {
     "walk.": "a walk over an object, by whoever walks", "self._walk.stay": "likewise",
     "self._pending[-1].": "a forecast that waits to be scored, in the list of the one that assigns",
     "account.checks_left": "a raise under way, in the list of the one that assigns",
+    "arm.": "an arm, in the table of the one that assigns", "self.arms[name].": "likewise", "former.due": "likewise",
     "outcome.": "what came of the step under way, by the functions that take it",
     "control.should_": "transformers' way for a callback to ask",
     "setattr(trainer, name, value)": "a framework's own figures are put back",

@@ -154,7 +154,7 @@ def _portfolio(subject: Subject, config: HybridTrainerConfig) -> Portfolio | Non
     sources: dict[str, Source] = {}
     if subject.residual_fn is not None or subject.output_fn is not None:
         closed = _closed_form(subject, config)
-        closed.searches = True
+        closed.search_dampings()
         sources["gauss_newton"] = closed
     sources["wolfe"] = LimitedQuasiNewton(limited, subject.loss_fn, longest=longest)
     if fits(settings, subject.groups.num_weights, max(p.element_size() for p in subject.parameters)):

@@ -73,6 +73,10 @@ class Source:
     takes_fresh = False  # it has something to say where every batch is a new one
     _num_asked = 0  # times that a run that might have ended went on for what it owes, since the last proposal
 
+    def allow(self, forwards: float) -> None:
+        """A proposal may be worth so many forwards from here on."""
+        self.allowance = forwards
+
     def on_proposal(self) -> None:
         """It is about to propose."""
         self.num_in_chain, self._num_asked = self.num_in_chain + 1, 0

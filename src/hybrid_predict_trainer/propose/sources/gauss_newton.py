@@ -175,6 +175,10 @@ class GaussNewton(Source):
         self._linearizer: Linearizer | None = None
         self._movable: list[bool] = []
 
+    def search_dampings(self) -> None:
+        """Where a move is good, try smaller dampings at the same linearisation from here on."""
+        self.searches = True
+
     def memory_bytes(self) -> int:
         """Weights to come back to, and an averaged curvature."""
         held = [*(self._best or ()), *(self._anchor or ()), *([] if self._curvature is None else [self._curvature])]

@@ -156,7 +156,7 @@ class Portfolio(Source):
         self._look_at(material)
         self._pending = False
         if self._fresh and self._closed is not None:
-            self._closed.allowance = math.inf
+            self._closed.allow(math.inf)
             move = self._closed.propose(material)
             self._asked, self._pending = "gauss_newton", True
             return move
@@ -168,7 +168,7 @@ class Portfolio(Source):
             name = self.arms.current
             source = self.sources[name]
             self._hand_over(name)
-            source.allowance = self.arms.room_forwards
+            source.allow(self.arms.room_forwards)
             began = self.clock()
             try:
                 move = source.propose(material)
