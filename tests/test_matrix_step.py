@@ -155,13 +155,51 @@ class Language(nn.Module):
         self.up_proj, self.norm, self.lm_head = nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 11)
 
 
+class TableIsHead(nn.Module):
+    """A table that the output shares, registered by the layer whose name says nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder, self.up_proj = nn.Linear(8, 11, bias=False), nn.Linear(8, 8)
+        self.words = nn.Embedding(11, 8)
+        self.words.weight = self.decoder.weight
+        self.down_proj = nn.Linear(8, 8)
+
+
+class Nameless(nn.Module):
+    """Two hidden matrices and an output that no rule knows by its name."""
+
+    def __init__(self, out: int = 3, *, frozen: bool = False) -> None:
+        super().__init__()
+        self.a, self.b, self.decoder = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, out)
+        self.decoder.weight.requires_grad_(not frozen)
+
+
+class Adapted(nn.Module):
+    """Two low-rank factors beside a frozen matrix, under a frozen head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lm_head, self.base = nn.Linear(8, 11), nn.Linear(8, 8)
+        self.requires_grad_(False)
+        self.lora_a, self.lora_b = nn.Linear(8, 2), nn.Linear(2, 8)
+
+
 HIDDEN: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "named head": (Net, ["first.weight", "second.weight"]),
     "language model": (Language, ["up_proj.weight"]),
     "last matrix": (lambda: nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), ["0.weight"]),
     "no row": (lambda: nn.Sequential(nn.Linear(1, 4), nn.Linear(4, 4), nn.Linear(4, 2)), ["1.weight"]),
     "convolution": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(4, 4), nn.Linear(4, 2)), ["1.weight"]),
-}
+    "shared table": (TableIsHead, ["up_proj.weight", "down_proj.weight"]),
+    "nameless head": (Nameless, ["a.weight", "b.weight"]),
+    "one output": (lambda: Nameless(1), ["a.weight", "b.weight"]),
+    "head that is frozen": (lambda: Nameless(frozen=True), ["a.weight", "b.weight"]),
+    "known head that is frozen": (Adapted, ["lora_a.weight", "lora_b.weight"]),
+    "convolution at the end": (lambda: nn.Sequential(nn.Linear(4, 4), nn.Conv1d(4, 2, 1)), ["0.weight"]),
+    "attention": (lambda: nn.TransformerEncoderLayer(4, 2, 8), [
+        "self_attn.in_proj_weight", "self_attn.out_proj.weight", "linear1.weight"]),
+}  # fmt: skip
 
 
 def subject(model: nn.Module) -> Subject:
@@ -173,6 +211,14 @@ def test_hidden_matrices(name: str) -> None:
     build, expected = HIDDEN[name]
     found = subject(build())
     assert [found.groups.names[i] for i in hidden_matrices(found)] == expected
+
+
+def test_hidden_matrices_do_not_depend_on_the_order_of_the_groups() -> None:
+    model = Nameless()
+    body = [*model.a.parameters(), *model.b.parameters()]
+    groups = [{"params": list(model.decoder.parameters()), "lr": 1e-2}, {"params": body}]
+    found = Subject.of(model, torch.optim.AdamW(groups), loss_fn, None, None)
+    assert [found.groups.names[i] for i in hidden_matrices(found)] == ["a.weight", "b.weight"]
 
 
 @pytest.mark.parametrize("how", ["frozen", "rate 0", "removed", "unused"])

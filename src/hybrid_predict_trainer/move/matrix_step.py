@@ -15,12 +15,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..keep.subject import Subject
 from ..records import CheckpointError, ConfigError, StateDict
 from ..recovery import IntegrationError
+from ..weights.parameters import role_of
 from ..weights.shards import is_sharded
 from .modifier import StepModifier
 from .recipe import decay_of
@@ -34,15 +35,42 @@ STEP_PASSES = 4
 
 
 def hidden_matrices(subject: Subject) -> list[int]:
-    """Places of the matrices between the first and the last layer, among ``subject.parameters``.
+    """Places of the maps between hidden directions, among ``subject.parameters``.
 
-    Where no parameter is known as a head by its name or its module, the last matrix is taken for one.
+    Left out are tables of rows, also those that another layer shares, and the head: what a name, a module or an
+    override calls one, or a shared table; where the model has neither, its last layer, whether it trains or not.
     """
     groups, parameters = subject.groups, subject.parameters
     roles = [groups.roles[groups.index[i]] for i in range(len(parameters))]
-    matrices = [i for i, p in enumerate(parameters) if p.ndim == 2 and not p.is_complex() and min(p.shape) > 1]
-    found = [i for i in matrices if roles[i] not in NOT_HIDDEN]
-    return found[:-1] if found and "head" not in roles else found
+    outer = {id(p) for p in _tables(subject.model)} | {id(p) for p in _heads(subject, roles)}
+    return [
+        i
+        for i, p in enumerate(parameters)
+        if p.ndim == 2 and not p.is_complex() and min(p.shape) > 1
+        if roles[i] not in NOT_HIDDEN and id(p) not in outer
+    ]
+
+
+def _tables(model: nn.Module) -> list[Tensor]:
+    return [m.weight for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
+
+
+def _heads(subject: Subject, roles: Sequence[str]) -> list[Tensor]:
+    """Weights of the last layer, in the order in which the model registers them: the optimizer may hold any order."""
+    if "head" in roles:
+        return []  # known by its role
+    tables = {id(p) for p in _tables(subject.model)}
+    holders: dict[int, int] = {}
+    layers: list[list[Tensor]] = []
+    for prefix, module in subject.model.named_modules():
+        own = [(f"{prefix}.{leaf}", p) for leaf, p in module.named_parameters(recurse=False) if p.ndim > 1]
+        if any(role_of(name, p, module) == "head" for name, p in own):
+            return []  # it does not train, or is none of the optimizer's
+        for _, p in own:
+            holders[id(p)] = holders.get(id(p), 0) + 1
+        layers += [[p for _, p in own]] if own else []
+    shared = any(count > 1 for place, count in holders.items() if place in tables)
+    return [] if shared or not layers else layers[-1]
 
 
 class MatrixStep(StepModifier):
