@@ -408,6 +408,28 @@ def test_a_fused_optimizer_that_unscales_itself() -> None:
     assert_same(built.everything(), plain.everything())
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_fused"])
+def test_a_step_that_overflows_counts_once(optimizer: str, enabled: bool) -> None:
+    """A scaler calls a fused optimizer all the same, and lowers its scale after it."""
+    built = setup("mlp", optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    engine = ride(built, changes={"enabled": enabled}, grad_scaler=scaler)
+    for i, batch in enumerate(make_batches(8)):
+        built.optimizer.zero_grad()
+        loss = loss_fn(built.model, batch)
+        scaler.scale(loss).backward()
+        if i == 4:
+            next(p for p in built.model.parameters() if p.grad is not None).grad.fill_(float("inf"))
+        engine.note(loss, batch)
+        scaler.step(built.optimizer)
+        scaler.update()
+    assert scaler.get_scale() == 512.0
+    assert engine.run.meter.num_attempted_steps == 8
+    assert engine.statistics()["num_skipped_steps"] == (1 if enabled else 0)
+    assert not engine.why_not or not enabled
+
+
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_a_step_that_is_not_finite_is_left_out(set_to_none: bool) -> None:
     built = setup("batchnorm", "adamw", "lambda")

@@ -301,6 +301,35 @@ def test_a_step_that_a_scaler_leaves_out_puts_the_gradients_back() -> None:
     assert all(p.grad is not None for p in parameters)
 
 
+@pytest.mark.parametrize(
+    ("saved", "now", "expected"),
+    [
+        ({"training.step": "muon"}, {}, 'saved with training.step = "muon", and is continued without but with step sizes by role'),
+        ({"training.step": "soap"}, {}, 'saved with training.step = "soap", and is continued without but with step sizes by role'),
+        (
+            {"training.recipe": "prior"}, {"training.step": "muon"},
+            r'by role \(training.recipe\), and is continued without but with training.step = "muon": set',
+        ),
+    ],
+)  # fmt: skip
+def test_a_run_is_continued_with_the_step_that_it_was_begun_with(
+    saved: dict[str, Any], now: dict[str, Any], expected: str, tmp_path: Path
+) -> None:
+    """The line names settings, which a user can set, and no class of ours."""
+
+    def run(changes: dict[str, Any]) -> HybridTrainer:
+        model = network()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        config = with_values(HybridTrainerConfig(), changes)
+        return HybridTrainer(model, optimizer, config, loss_fn=loss_fn, lr_scheduler=falling(optimizer))
+
+    trainer = run(saved)
+    trainer.step(batches(1)[0])
+    path = trainer.save_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match=expected):
+        run(now).load_checkpoint(path)
+
+
 # ---------------------------------------------------------------- who cannot have it
 
 
@@ -308,6 +337,9 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model = network()
     with pytest.raises(ConfigError, match="not of SGD"):
         HybridTrainer(model, torch.optim.SGD(model.parameters(), lr=0.1), settings("muon"), loss_fn=loss_fn)
+    climbing = torch.optim.AdamW(model.parameters(), maximize=True)
+    with pytest.raises(ConfigError, match="negate the loss"):
+        HybridTrainer(model, climbing, settings("muon"), loss_fn=loss_fn)
     line = nn.Linear(3, 1)
     with pytest.raises(ConfigError, match="has none"):
         HybridTrainer(line, torch.optim.AdamW(line.parameters()), settings("muon"), loss_fn=loss_fn)

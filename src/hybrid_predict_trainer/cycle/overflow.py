@@ -14,17 +14,20 @@ from ..weights.parameters import optimizer_parameters
 class ScaleWatch:
     """Whether a scaler has left a step out since somebody asked last: no hook tells, but its scale is lower then.
 
+    A fused optimizer is stepped all the same, and leaves the step out itself: there the hooks tell.
+
     Attributes:
         scale: When it was looked at last; infinity where there is no scaler.
     """
 
-    def __init__(self, scaler: Any) -> None:
+    def __init__(self, scaler: Any, optimizer: Any) -> None:
         """Look at the scale.
 
         Args:
             scaler: The loop's ``torch.amp.GradScaler`` or None.
+            optimizer: What it steps.
         """
-        self._scaler = scaler
+        self._scaler, self._optimizer = scaler, optimizer
         self.scale = self._now()
 
     def _now(self) -> float:
@@ -36,9 +39,9 @@ class ScaleWatch:
         self.scale = self._now()
 
     def lowered(self) -> bool:
-        """Whether the scale is lower than when it was looked at last."""
+        """Whether the scale is lower than when it was looked at last, and no hook has told of the step."""
         before, self.scale = self.scale, self._now()
-        return self.scale < before
+        return self.scale < before and not getattr(self._optimizer, "_step_supports_amp_scaling", False)
 
 
 @torch.no_grad()

@@ -53,7 +53,7 @@ class StepUnderWay:
         self._run, self._intake, self._proposals, self._own, self._said = run, intake, proposals, own, said
         self.pending: PendingStep | None = None
         self.clipping = ClippingWatch(run, said)
-        self._scale = ScaleWatch(run.subject.grad_scaler)
+        self._scale = ScaleWatch(run.subject.grad_scaler, run.subject.optimizer)
         self._step: RealStep | None = None  # begun
         self._watching = ExitStack()
         self._began = (0.0, 0.0)

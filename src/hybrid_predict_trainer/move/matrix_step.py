@@ -98,6 +98,11 @@ class MatrixStep(StepModifier):
                 f'training.step = "{kind}" takes over the matrices of Adam or AdamW, not of {name}: '
                 'set it to "optimizer", or train with AdamW'
             )
+        if any(group.get("maximize") for group in subject.optimizer.param_groups):
+            raise ConfigError(
+                f'training.step = "{kind}" takes steps down the loss, and {name} was built with maximize=True: '
+                "negate the loss"
+            )
         self._optimizer, self._around, self._kind = subject.optimizer, around, kind
         self._parameters = subject.parameters
         self._at = hidden_matrices(subject)
@@ -160,6 +165,11 @@ class MatrixStep(StepModifier):
         """Of the package's optimizer; its rates are the user's groups'."""
         steps = [group.get("step", 0) for group in self._inner.param_groups]  # SOAP counts by group
         return {"kind": self._kind, "state": self._inner.state_dict()["state"], "steps": steps}
+
+    @classmethod
+    def saved_with(cls, state: StateDict) -> str:
+        """The setting."""
+        return f'training.step = "{state["kind"]}"'
 
     def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`.

@@ -61,6 +61,11 @@ class StepModifier:
     def end(self) -> None:
         """All motions of this library are withdrawn; what a user has handed in is his, and is not told."""
 
+    @classmethod
+    def saved_with(cls, state: StateDict) -> str:
+        """The setting that a checkpoint with this state was written under, in words."""
+        return cls.__name__
+
     def not_saved(self) -> None:
         """The run is one that was saved without this: by itself it begins anew."""
 

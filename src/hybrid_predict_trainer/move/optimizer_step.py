@@ -10,7 +10,7 @@ after three times it is so for the rest of the run.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -315,10 +315,7 @@ class OptimizerStep:
         saved = state.get("of_settings", {})
         gone = sorted(saved.keys() - self._of_settings.keys())
         if gone:
-            raise CheckpointError(
-                f"the run was saved with {' and '.join(gone)} around the optimizer's step, which its settings asked "
-                "for and those of this run do not: set them as they were (training.recipe, say)"
-            )
+            raise CheckpointError(" ".join(_asked_for_no_more(name, saved[name], self._of_settings) for name in gone))
         for name, own in self._of_settings.items():
             if name in saved:
                 own.load_state_dict(saved[name])
@@ -402,6 +399,20 @@ def lookahead_for(subject: Subject, config: HybridTrainerConfig, *, observing: b
     storage = Storage(narrow=subject.groups.num_weights > LARGE, to_host=config.predictor.offload)
     asked_for = config.lookahead
     return DriftLookahead(asked_for.extrapolation, asked_for.damping, asked_for.drift, storage=storage)
+
+
+#: What settings ask for, by the name under which a checkpoint holds its state.
+_ASKED_FOR: dict[str, type[StepModifier]] = {kind.__name__: kind for kind in (RoleRates, MatrixStep)}
+
+
+def _asked_for_no_more(name: str, saved: StateDict, present: Mapping[str, StepModifier]) -> str:
+    """What to set, in the user's words; what has taken its place is named as well."""
+    kind = _ASKED_FOR.get(name)
+    if kind is None:
+        return f"the run was saved with {name} around the optimizer's step, which this version does not know"
+    instead = [m.saved_with(m.state_dict()) for m in present.values()]
+    line = f"the run was saved with {kind.saved_with(saved)}, and is continued without"
+    return line + (f" but with {' and '.join(instead)}" if instead else "") + ": set what its settings said"
 
 
 def _placed(state: StateDict, parameters: Sequence[Tensor]) -> StateDict:

@@ -30,6 +30,11 @@ class RoleRates(StepModifier):
 
     remembers = False
 
+    @classmethod
+    def saved_with(cls, state: StateDict) -> str:
+        """The setting."""
+        return "step sizes by role (training.recipe)"
+
     def __init__(
         self, subject: Subject, recipe: Recipe, around: Callable[[], float] = lambda: 1.0, *, adopts: bool = False
     ) -> None:
