@@ -361,7 +361,7 @@ NOT_SAVED: dict[str, set[str]] = {
         "_failures",
     },
     "judge": {"held", "_settings", "_subject", "_failures"},
-    "judge.evaluation": {"_subject", "_failures"},
+    "judge.evaluation": {"_subject", "_failures", "_score", "_asked"},
     "optimizer_step": {
         "scale_search",
         "_subject",

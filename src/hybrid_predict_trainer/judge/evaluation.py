@@ -48,12 +48,21 @@ class Evaluation:
     def __init__(self, subject: Subject, failures: Failures) -> None:
         """Nothing was evaluated yet; what raises is counted in ``failures``."""
         self._subject, self._failures = subject, failures
-        self._judged: LossFn = subject.loss_fn if subject.judge_fn is None else NegatedScore(subject.judge_fn)
-        self._fn = self._judged
+        self._score: LossFn | None = None if subject.judge_fn is None else NegatedScore(subject.judge_fn)
+        self._asked: LossFn | None = None  # in place of what is judged by, while something else is evaluated
         self.needs_grad_mode = False
         self.quiet_fails = False
         self.loss_writes: bool | None = None
         self.cuts: dict[str, bool] = {}
+
+    @property
+    def _judged(self) -> LossFn:
+        """What candidates are compared by: the loss, or where the user has handed in a score the negated one."""
+        return self._subject.loss_fn if self._score is None else self._score
+
+    @property
+    def _fn(self) -> LossFn:
+        return self._judged if self._asked is None else self._asked
 
     def loss(self, batch: Any) -> Tensor:
         """Loss of a batch without a graph; falls back on grad mode for losses that differentiate inside."""
@@ -225,11 +234,11 @@ class Evaluation:
         return self._agreement_by(self._judged, batch)
 
     def _agreement_by(self, fn: LossFn, batch: Any) -> Agreement:
-        self._fn = fn
+        self._asked = fn
         try:
             return self._agreement(batch)
         finally:
-            self._fn = self._judged
+            self._asked = None
 
     def _agreement(self, batch: Any) -> Agreement:
         with self._isolated("training") as isolation:
