@@ -6,12 +6,14 @@ Shapes: B sequences, T tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..base import Batch, counter_rng, mean_loss, sent
+from ..base import Batch, TaskSettings, count_parameters, counter_rng, mean_loss, seeded_model, sent, torch_dtype
 from .text import Corpus
 
 NUM_VALID_WINDOWS = 64
@@ -108,3 +110,49 @@ class ReadsWindows:
     def evaluate(self, model: nn.Module) -> float:
         """Return the loss on 64 evenly spaced windows of the validation text."""
         return self._windows.evaluate(model)
+
+
+class TrainsGpt(ReadsWindows):
+    """What tasks that train a GPT of a preset's shape from its beginning share; a subclass sets ``defaults``."""
+
+    name: str
+    preset: str
+
+    def _read(self, settings: TaskSettings, shape: Any, corpus: Corpus) -> None:
+        """Take the preset's shape, with what the settings say otherwise, and check that its context fits the corpus."""
+        self.settings = settings
+        self.config = replace(shape, context=settings.context or shape.context)
+        self.batch_size = settings.batch_size or shape.batch_size
+        self.dtype = torch_dtype(settings.dtype)
+        self.source = corpus.source
+        self._windows = TokenWindows(
+            corpus,
+            context=self.config.context,
+            batch_size=self.batch_size,
+            device=settings.device,
+            autocast_bf16=settings.autocast_bf16,
+        )
+
+    def _new_model(self) -> nn.Module:
+        raise NotImplementedError
+
+    def build_model(self, seed: int) -> nn.Module:
+        """Return a new model of the preset's shape."""
+        return seeded_model(self._new_model, seed, self.settings, self.dtype)
+
+    def describe(self) -> dict[str, Any]:
+        """Return preset, sizes, data provenance and precision."""
+        return {
+            "task": self.name,
+            "preset": self.preset,
+            "data": self.source,
+            "num_parameters": count_parameters(self._new_model),
+            "num_layers": self.config.num_layers,
+            "width": self.config.width,
+            "context": self.config.context,
+            "batch_size": self.batch_size,
+            "vocab_size": self.config.vocab_size,
+            "num_valid_windows": NUM_VALID_WINDOWS,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "autocast_bf16": self.settings.autocast_bf16,
+        }

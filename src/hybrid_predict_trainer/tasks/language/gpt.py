@@ -6,16 +6,16 @@ Shapes: B sequences, T tokens, W width, H heads, V vocabulary.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from ..base import TaskDefaults, TaskSettings, count_parameters, seeded_model, torch_dtype, unknown_name
-from .batches import NUM_VALID_WINDOWS, ReadsWindows, TokenWindows
+from ..base import TaskDefaults, TaskSettings, unknown_name
+from .batches import TrainsGpt
 from .text import NUM_BYTE_TOKENS, Corpus, load_corpus
 from .tokens import encode_corpus, load_gpt2
 
@@ -143,7 +143,7 @@ def init_weights(model: nn.Module, num_layers: int) -> None:
             nn.init.normal_(module.weight, std=0.02 / math.sqrt(2 * num_layers) if writes else 0.02)
 
 
-class GptTask(ReadsWindows):
+class GptTask(TrainsGpt):
     """A `Task`: next-token prediction; batches are windows at positions drawn from (seed, step).
 
     Args:
@@ -161,10 +161,6 @@ class GptTask(ReadsWindows):
         if self.preset not in PRESETS:
             raise unknown_name("preset of task 'gpt'", self.preset, PRESETS)
         preset = PRESETS[self.preset]
-        self.settings = settings
-        self.config = replace(preset, context=settings.context or preset.context)
-        self.batch_size = settings.batch_size or preset.batch_size
-        self.dtype = torch_dtype(settings.dtype)
         self.defaults = TaskDefaults(
             lr=preset.lr,
             lr_grid=tuple(preset.lr * factor for factor in (0.5, 0.7, 1.0, 1.4)),
@@ -179,36 +175,8 @@ class GptTask(ReadsWindows):
         )
         if corpus is None:
             corpus = load_corpus(settings.data, settings.data_bytes)
-            corpus = encode_corpus(corpus, load_gpt2()) if self.config.tokens == "gpt2" else corpus
-        self.source = corpus.source
-        self._windows = TokenWindows(
-            corpus,
-            context=self.config.context,
-            batch_size=self.batch_size,
-            device=settings.device,
-            autocast_bf16=settings.autocast_bf16,
-        )
+            corpus = encode_corpus(corpus, load_gpt2()) if preset.tokens == "gpt2" else corpus
+        self._read(settings, preset, corpus)
 
     def _new_model(self) -> nn.Module:
         return Gpt(self.config, gradient_checkpointing=self.settings.gradient_checkpointing)
-
-    def build_model(self, seed: int) -> nn.Module:
-        """Return a new `Gpt` of the preset's shape."""
-        return seeded_model(self._new_model, seed, self.settings, self.dtype)
-
-    def describe(self) -> dict[str, Any]:
-        """Return preset, sizes, data provenance and precision."""
-        return {
-            "task": self.name,
-            "preset": self.preset,
-            "data": self.source,
-            "num_parameters": count_parameters(self._new_model),
-            "num_layers": self.config.num_layers,
-            "width": self.config.width,
-            "context": self.config.context,
-            "batch_size": self.batch_size,
-            "vocab_size": self.config.vocab_size,
-            "num_valid_windows": NUM_VALID_WINDOWS,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "autocast_bf16": self.settings.autocast_bf16,
-        }

@@ -15,8 +15,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..base import TaskDefaults, TaskSettings, count_parameters, seeded_model, torch_dtype, unknown_name
-from .batches import NUM_VALID_WINDOWS, ReadsWindows, TokenWindows
+from ..base import TaskDefaults, TaskSettings, unknown_name
+from .batches import TrainsGpt
 from .llama import rotate, rotation_angles
 from .text import NUM_BYTE_TOKENS, Corpus, load_corpus
 
@@ -154,7 +154,7 @@ class ModernGpt(nn.Module):
         return self.lm_head(self.final_norm(x))  # type: ignore[no-any-return]
 
 
-class ModernGptTask(ReadsWindows):
+class ModernGptTask(TrainsGpt):
     """A `Task`: next-token prediction with today's model and recipe; batches are windows drawn from (seed, step).
 
     Args:
@@ -174,10 +174,6 @@ class ModernGptTask(ReadsWindows):
         if settings.gradient_checkpointing:
             raise ValueError("task 'gpt-modern' has no use for gradient checkpointing; leave it out, or take task gpt")
         preset = PRESETS[self.preset]
-        self.settings = settings
-        self.config = replace(preset, context=settings.context or preset.context)
-        self.batch_size = settings.batch_size or preset.batch_size
-        self.dtype = torch_dtype(settings.dtype)
         self.defaults = TaskDefaults(
             lr=preset.lr,
             lr_grid=tuple(preset.lr * factor for factor in (0.5, 1.0, 2.0, 4.0)),
@@ -190,38 +186,11 @@ class ModernGptTask(ReadsWindows):
             decay_frac=0.25,
             grad_clip=1.0,
         )
-        corpus = corpus or load_corpus(settings.data, settings.data_bytes)
-        self.source = corpus.source
-        self._windows = TokenWindows(
-            corpus,
-            context=self.config.context,
-            batch_size=self.batch_size,
-            device=settings.device,
-            autocast_bf16=settings.autocast_bf16,
-        )
+        self._read(settings, preset, corpus or load_corpus(settings.data, settings.data_bytes))
 
     def _new_model(self) -> nn.Module:
         return ModernGpt(self.config)
 
-    def build_model(self, seed: int) -> nn.Module:
-        """Return a new `ModernGpt` of the preset's shape."""
-        return seeded_model(self._new_model, seed, self.settings, self.dtype)
-
     def describe(self) -> dict[str, Any]:
-        """Return preset, sizes, data provenance and precision."""
-        return {
-            "task": self.name,
-            "preset": self.preset,
-            "data": self.source,
-            "num_parameters": count_parameters(self._new_model),
-            "num_layers": self.config.num_layers,
-            "width": self.config.width,
-            "context": self.config.context,
-            "head": self.config.head,
-            "mlp": self.config.mlp,
-            "batch_size": self.batch_size,
-            "vocab_size": self.config.vocab_size,
-            "num_valid_windows": NUM_VALID_WINDOWS,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "autocast_bf16": self.settings.autocast_bf16,
-        }
+        """Return what every GPT's task does, and how the head begins and which MLP it has."""
+        return {**super().describe(), "head": self.config.head, "mlp": self.config.mlp}
