@@ -612,6 +612,25 @@ def test_buffers_that_are_only_stored() -> None:
     assert all(b.view(torch.uint8).tolist() == [0, 1, 2, 3] for b in model.buffers())
 
 
+@pytest.mark.parametrize("table", [OrderedDict, dict])
+def test_a_wrapper_of_somebody_else_trains_and_resumes(table: Callable[[], Any], tmp_path: Path) -> None:
+    """Its tables of hooks may be plain dictionaries, to which torch can make no handle."""
+
+    def made() -> HybridTrainer:
+        torch.manual_seed(0)
+        model = nn.Linear(4, 1)
+        optimizer = Around(torch.optim.Adam(model.parameters(), lr=0.01), table=table)
+        with pytest.warns(UserWarning, match="Around"):  # its slow weights pull back what else moves them
+            return HybridTrainer(model, optimizer, HybridTrainerConfig(), mse)
+
+    first, again = made(), made()
+    for i in range(5):
+        first.step(batch(i))
+    again.load_checkpoint(first.save_checkpoint(tmp_path))
+    for i in range(5, 12):
+        assert first.step(batch(i)).loss == again.step(batch(i)).loss
+
+
 # ---------------------------------------------------------------- an adapter over a frozen base
 
 
