@@ -17,9 +17,11 @@ from hybrid_predict_trainer.experiments.bench import memory
 from hybrid_predict_trainer.move import optimizer_step
 from hybrid_predict_trainer.move.drift_storage import Narrow, Storage, fetched
 from hybrid_predict_trainer.move.lookahead import DriftLookahead
+from hybrid_predict_trainer.move.lr_multiplier import LrMultiplier
 from hybrid_predict_trainer.observe import sketch
 from hybrid_predict_trainer.observe.sketch import MAX_REFUSED, PAUSE, PREDICTABLE, Sketch
 from hybrid_predict_trainer.weights import algebra as weights
+from hybrid_predict_trainer.weights.parameters import Groups
 
 Batch = tuple[Tensor, Tensor]
 
@@ -282,6 +284,23 @@ def test_a_narrow_drift_comes_back_as_it_was(size: float) -> None:
     wide = fetched(once, drift.device)
     assert (wide - drift).abs().max() <= 2**-11 * drift.abs().max()
     assert torch.equal(fetched(storage.put_drift(wide), drift.device), wide)
+
+
+def test_whole_copies_are_made_of_the_groups_that_are_shortened_only(large: None) -> None:
+    groups = Groups(("block", "table"), (0, 1), ("attention matrix", "embedding"), (32, 32))
+    before = [torch.arange(32.0), torch.arange(32.0)]
+    after = [before[0] + 1, before[1] + 1]
+    scale = LrMultiplier(groups, 100.0, 0.25, untrained=True)
+    assert scale.cuts.factors == [0.25, 1.0]
+    weights_now = [t.clone() for t in before]
+    scale.before_step(weights_now)
+    assert [t.numel() for t in scale.held] == [32, 11]  # the second is shortened by nobody
+    for now, t in zip(weights_now, after, strict=True):
+        now.copy_(t)
+    scale.after_step(weights_now)
+    assert torch.equal(weights_now[0], before[0] + 0.25)
+    assert torch.equal(weights_now[1], after[1])
+    assert [t.tolist() for t in scale.held] == [before[0][::3].tolist(), before[1][::3].tolist()]
 
 
 def test_a_sample_covers_every_column() -> None:

@@ -178,8 +178,17 @@ class LrMultiplier:
         if not (self._collecting or self.cuts.watching or self.cuts.active):
             self._before = []
             return 0
-        self._before = weights.clone(parameters)
+        self._before = self._kept(parameters)
         return 2
+
+    @torch.no_grad()
+    def _kept(self, parameters: Sequence[Tensor]) -> Tensors:
+        """Copies: of large models a sample is enough for a cosine, and the whole is for groups that are shortened."""
+        if sum(self.groups.sizes) <= weights.LARGE:
+            return weights.clone(parameters)
+        cut = [factor < 1 for factor in self.cuts.factors]
+        pairs = zip(parameters, self.groups.index, strict=True)
+        return [(p if cut[row] else weights.sampled(p)).detach().clone() for p, row in pairs]
 
     @contextmanager
     def applied(self, optimizer: Optimizer) -> Iterator[None]:
@@ -201,10 +210,10 @@ class LrMultiplier:
         """Shorten the step where a cut stands; 5 passes over the weights."""
         passes = self.cuts.count_step(parameters, self._before, self.groups.index)
         if self._before and sum(self.groups.sizes) > weights.LARGE:  # a cosine needs no more than a sample of them
-            self._before = [
-                b if b.shape != p.shape else weights.sampled(b).clone()
-                for p, b in zip(parameters, self._before, strict=True)
+            samples = [
+                weights.sampled(b) if b.shape == p.shape else b for p, b in zip(parameters, self._before, strict=True)
             ]
+            self._before = [b if s is b else s.clone() for s, b in zip(samples, self._before, strict=True)]
         return passes
 
     def forget(self) -> None:
