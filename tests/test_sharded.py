@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import shutil
 import socket
+import stat
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hybrid_predict_trainer import CheckpointError, ConfigError, HybridTrainer, HybridTrainerConfig, with_values
 from hybrid_predict_trainer.distributed.collective import RanksDisagree
 from hybrid_predict_trainer.distributed.processes import SHARDED, reshard, wrapper_of
+from hybrid_predict_trainer.experiments.faults import files
+from hybrid_predict_trainer.experiments.faults.files import payload
+from hybrid_predict_trainer.experiments.faults.material import fingerprint
+from hybrid_predict_trainer.keep import checkpoint, resume, sharded
 from hybrid_predict_trainer.keep.failures import Place
+from hybrid_predict_trainer.keep.manifest import MANIFEST, STATE, manifest_text
 from hybrid_predict_trainer.weights.shards import LocalShard, local, whole
 from ranks.drive import alone, apart, rank_run, spread, trained, with_ranks
 from ranks.material import CASES, batches, loss_fn, network, optimizer_of, schedule_of, share
@@ -329,6 +340,13 @@ def test_two_ranks_become_one_and_one_becomes_two(tmp_path: Path) -> None:
     for name in ("two", "one", "plain"):
         (tmp_path / name).mkdir()
     (saved, moments), _ = with_ranks(2, tmp_path, _written, str(tmp_path / "two"))
+    told = checkpoint.describe(tmp_path / "two" / "checkpoint_step_12")
+    assert told["num_parameters"] == len(saved) == 43
+    sizes = {(held["part"], held["purpose"]): held["bytes"] for held in told["held"]}
+    assert sizes["model", "weights and buffers"] == 43 * 8
+    assert sizes["optimizer", "optimizer state"] == 2 * 43 * 8 + 2 * 4 * 4, "moments once, counts of steps per rank"
+    modes = {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "two" / "checkpoint_step_12").iterdir()}
+    assert len(modes) == 1, "some files are for their owner alone"
     plain = trainer_of(network(1, hidden=7))
     plain.load_latest(tmp_path / "two")
     assert (weights_of(plain.run.subject.model), _moments(plain), plain.current_step) == (saved, moments, 12)
@@ -338,6 +356,135 @@ def test_two_ranks_become_one_and_one_becomes_two(tmp_path: Path) -> None:
     for found, losses in with_ranks(2, tmp_path, _read, str(tmp_path / "plain")):
         assert found == (weights_of(plain.run.subject.model), _moments(plain), 24)
         assert losses[-1] < losses[0]
+
+
+def _disk_of_one_fails(folder: str, rank: int, size: int) -> dict[str, Any]:
+    """The second rank cannot write its own file, then not its shards, then cannot read: both hear of it."""
+    values = {"checkpoint.directory": folder, "checkpoint.save_interval": 6}
+    trainer = trainer_of(spread(network(hidden=7), sharded=True), values=values)
+    steps, said = data(rank, size, 24), list[str]()
+    with warnings.catch_warnings(record=True) as caught, pytest.MonkeyPatch.context() as patched:
+        warnings.simplefilter("always")
+        for i, batch in enumerate(steps):
+            if i == 6 and rank == 1:  # that of step 6 was written
+                patched.setattr(sharded, "write_tensors", _no_room)
+            if i == 12 and rank == 1:
+                patched.undo()
+                patched.setattr("torch.distributed.checkpoint.filesystem._write_files_from_queue", _no_room)
+            if i == 18 and rank == 1:
+                patched.undo()
+            trainer.step(batch)
+        said = [str(w.message) for w in caught]
+    there = sorted(p.name for p in Path(folder).iterdir())
+    before = weights_of(trainer.run.subject.model), trainer.run.meter.num_steps
+    with pytest.MonkeyPatch.context() as patched:
+        if rank == 1:
+            patched.setattr(sharded, "load_file", _no_room)
+        with pytest.raises(CheckpointError) as refused:
+            trainer.load_checkpoint(Path(folder) / "checkpoint_step_6")
+        patched.undo()
+        if rank == 1:  # as late as that
+            patched.setattr("hybrid_predict_trainer.keep.resume._apply_own_rank", _no_room)
+        with pytest.raises(CheckpointError):
+            trainer.load_checkpoint(Path(folder) / "checkpoint_step_6")
+    assert (weights_of(trainer.run.subject.model), trainer.run.meter.num_steps) == before
+    after = [trainer.step(batch).loss for batch in steps[:4]]
+    return {
+        "step": before[1], "said": sum("training goes on" in line for line in said), "there": there,
+        "refused": str(refused.value), "after": after, "together": trainer.run.subject.ranks.num_brought_together,
+    }  # fmt: skip
+
+
+def _no_room(*args: Any, **kwargs: Any) -> Any:
+    raise OSError(28, "No space left on device")
+
+
+def test_a_disk_that_fails_one_rank_fails_all_and_ends_none(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    first, second = with_ranks(2, tmp_path, _disk_of_one_fails, str(tmp_path / "run"))
+    for found in (first, second):
+        assert found["step"] == 24
+        assert found["said"] == 1, "two failures in a row are said once"
+        assert found["there"] == ["checkpoint_step_24", "checkpoint_step_6", "latest"], "nothing is left behind"
+        assert found["together"] == 0
+    assert first["after"] == second["after"]
+    assert "another rank failed" in first["refused"]
+    assert "No space left" in second["refused"]
+
+
+#: What may be done to a checkpoint of ranks, with a manifest that vouches for it; and what is said.
+HOSTILE: dict[str, tuple[Callable[[Path, dict[str, Any]], None], str]] = {
+    "no file of a rank's own": (lambda at, tree: at.joinpath("rank_0.tensors").unlink(), "cannot be read"),
+    "no shards": (lambda at, tree: shards_of(at).unlink(), "cannot be read"),
+    "shards that are a pickle": (lambda at, tree: _put(shards_of(at), payload(at.parent / "ran")), "cannot be read"),
+    "a rank's own file that is a pickle": (
+        lambda at, tree: _put(at / "rank_0.tensors", payload(at.parent / "ran")), "cannot be read"),
+    "a header of exabytes": (lambda at, tree: _put(shards_of(at), b"\xff" * 7 + b"\x3f{}"), "cannot be read"),
+    "shards of other weights": (lambda at, tree: _put(shards_of(at), save({"x": torch.zeros(3)})), "cannot be read"),
+    "no tree": (lambda at, tree: tree.update(rank0=1), "cannot be read"),
+    "a name for shards that are not there": (lambda at, tree: _mark(tree).__setitem__(0, "model.x"), "cannot be read"),
+    "a type that is none": (lambda at, tree: _mark(tree).__setitem__(2, "load"), "cannot be read"),
+    "a shape of another model": (lambda at, tree: _mark(tree).__setitem__(1, [10**9, 10**9]), "another shape"),
+}  # fmt: skip
+
+
+def shards_of(folder: Path) -> Path:
+    (found,) = folder.glob("*.safetensors")
+    return found
+
+
+def _put(file: Path, content: bytes) -> None:
+    file.write_bytes(content)
+
+
+def _mark(tree: dict[str, Any]) -> Any:
+    """Name, shape and type of the first weight, in the tree of the first rank."""
+    return next(iter(tree["rank0"]["model"].values()))["$mark"][1]
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_hostile_checkpoint_of_ranks_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    _written(str(tmp_path / "run"), 0, 1)
+    live = trainer_of(spread(network(1, hidden=7), sharded=True))
+    live.step(data(0, 1, 1)[0])
+    before = fingerprint(resume.parts(live.run, live.run.recorder))
+    for kind, (act, said) in HOSTILE.items():
+        path = tmp_path / kind / "checkpoint_step_12"
+        shutil.copytree(tmp_path / "run" / "checkpoint_step_12", path)
+        document = json.loads((path / STATE).read_text())
+        act(path, document["trees"])
+        (path / STATE).write_text(json.dumps(document))
+        fields = files.read(path)
+        fields["files"] = {name: fields["files"][name] for name in fields["files"] if (path / name).exists()}
+        (path / MANIFEST).write_text(manifest_text(fields))
+        files.reseal(path)
+        with pytest.raises(CheckpointError, match=said):
+            live.load_checkpoint(path)
+        assert fingerprint(resume.parts(live.run, live.run.recorder)) == before, kind
+        assert not (path.parent / "ran").exists(), kind
+        if "shape" not in kind and "type" not in kind and "name" not in kind and "other" not in kind:
+            with contextlib.suppress(CheckpointError):
+                checkpoint.describe(path)
+    live.load_checkpoint(tmp_path / "run" / "checkpoint_step_12")
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_everything_of_a_rank_is_on_disk_before_it_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def logged(descriptor: int) -> None:
+        log.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", logged)
+    monkeypatch.setattr(os, "rename", lambda *names: (log.append("RENAME"), rename(*names)))
+    _written(str(tmp_path), 0, 1)
+    path = tmp_path / "checkpoint_step_12"
+    assert {file.name for file in path.iterdir()} <= set(log[: log.index("RENAME")])
 
 
 @pytest.mark.usefixtures("one_rank")

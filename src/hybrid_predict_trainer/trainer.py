@@ -494,7 +494,7 @@ class HybridTrainer:
             CheckpointError: missing, damaged, or of another model; nothing has been changed then.
         """
         with own_defaults():
-            parts = persistence.load(self.run, self.metrics, Path(path))
+            parts = persistence.load(self.run, self.metrics, Path(path), self._data.check)
         self._data.found(parts)
         if self._saver is not None:
             self._saver.loaded(Path(path), self.current_step)

@@ -42,7 +42,7 @@ from .names import ABLATIONS, PRIORS, SAMPLERS, TASKS
 COMMANDS = {
     "train": ".train", "compare": ".compare", "inspect": ".inspect", "report": ".report", "forecast": ".forecast",
     "recipe": ".recipe", "validate": ".validate", "doctor": ".doctor", "watch": ".watch", "probe": ".probe",
-    "plan": ".plan", "sweep": ".sweep", "bench": ".bench",
+    "plan": ".plan", "sweep": ".sweep", "export": ".export", "bench": ".bench",
 }  # fmt: skip
 
 DESCRIPTION = """\
@@ -118,6 +118,16 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     doctor.add_argument("run", type=Path, metavar="RUN", help="a folder of 'hpt train', or a metrics file (JSON lines)")
     doctor.add_argument("--patch", type=Path, metavar="FILE", help="write the settings to change (TOML)")
+    export = command(
+        "export", "a run's record as a table (Parquet)",
+        "Writes the records of a run, finished or not, as a Parquet file: one row per record, one\n"
+        "column per name.  The record itself, metrics.jsonl, stays what counts.",
+        "hpt export results/first", usage="%(prog)s RUN [OPTIONS]",
+    )  # fmt: skip
+    export.add_argument("run", type=Path, metavar="RUN", help="a folder of 'hpt train', or a metrics file (JSON lines)")
+    export.add_argument(
+        "--out", type=Path, metavar="FILE", help="the table (default metrics_history.parquet beside the record)"
+    )
     recipe = command(
         "recipe", "the step sizes of a run, to take home into a plain script",
         "Prints the rates per role of parameters that a run was trained with, times the multiplier\n"

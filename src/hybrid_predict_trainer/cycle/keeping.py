@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..distributed.collective import on_all
 from ..keep import checkpoint, resume
 from ..keep.background import Write
 from ..keep.housekeeping import newest_good
@@ -83,6 +84,9 @@ class EngineKeeper:
     def load_state(self, directory: str | Path) -> None:
         """See :meth:`.Engine.load_state`."""
         path = Path(directory) / f"checkpoint_step_{ONLY}"
+        on_all(self._run.subject.ranks, lambda: self._take_state(path))
+
+    def _take_state(self, path: Path) -> None:
         parts = checkpoint.load(path).parts
         if "riding" not in parts:
             raise CheckpointError(f"{path} holds no state of an engine: load it with load_checkpoint()")
@@ -97,8 +101,8 @@ class EngineKeeper:
     def load_checkpoint(self, path: str | Path) -> None:
         """See :meth:`.Engine.load_checkpoint`."""
         with own_defaults():
-            found = resume.load(self._run, self._run.recorder, Path(path))
-        self._engine.restart(checked(found.get("engine", _FRESH)))
+            found = resume.load(self._run, self._run.recorder, Path(path), _own_part)
+        self._engine.restart(_own_part(found))
         if self._saver is not None:
             self._saver.loaded(Path(path), self._run.meter.num_steps)
 
@@ -128,6 +132,11 @@ class EngineKeeper:
         settle_readings(self._run, self._run.recorder)
         with own_defaults():
             return resume.captured(self._run, self._run.recorder, directory, extra={"engine": self._engine.own_state()})
+
+
+def _own_part(parts: dict[str, StateDict]) -> StateDict:
+    """The engine's own part of a checkpoint; raises CheckpointError."""
+    return checked(parts.get("engine", _FRESH))
 
 
 def checked(own: Any) -> StateDict:

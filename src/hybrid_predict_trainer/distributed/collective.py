@@ -165,6 +165,19 @@ class Collective:
 ALONE = Collective()
 
 
+def on_all(ranks: Collective, work: Callable[[], T]) -> T:
+    """What has to do with checkpoints, on every rank or on none.
+
+    Raises:
+        Exception: what it raised here.
+        CheckpointError: it failed on another rank.
+    """
+    try:
+        return ranks.together(work)
+    except OtherRankFailed as error:
+        raise CheckpointError(f"{error}: see what it says; nothing was changed") from error
+
+
 class Ranks(Collective):
     """Several processes, by ``torch.distributed``; every rank makes the same calls.
 

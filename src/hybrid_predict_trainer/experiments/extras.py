@@ -8,7 +8,7 @@ from ..tasks.base import missing_extra
 
 #: Module -> the extra that installs it.
 EXTRAS = {"filelock": "cli", "jinja2": "cli", "tqdm": "cli", "matplotlib": "report", "scipy": "experiments",
-          "rich": "watch", "optuna": "sweep"}  # fmt: skip
+          "rich": "watch", "optuna": "sweep", "pyarrow": "parquet"}  # fmt: skip
 
 
 def require(*modules: str) -> None:

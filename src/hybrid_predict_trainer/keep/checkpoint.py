@@ -55,10 +55,12 @@ from .manifest import (
     refusal,
     sha256_of,
     tensor_file,
+    unchanged,
     unreadable,
 )
 from .manifest import verify as verify
 from .merged import merged
+from .spread import tensors_of
 from .state_tree import Json, decode, encode, read_tensors, write_tensors
 from .state_tree import TensorSpec as TensorSpec
 from .state_tree import check_compatible as check_compatible
@@ -231,6 +233,11 @@ def load(path: str | Path) -> LoadedCheckpoint:
         CheckpointError: missing, damaged, foreign or of a newer format; nothing falls back.
     """
     path = Path(path)
+    with unchanged(path):
+        return _loaded(path)
+
+
+def _loaded(path: Path) -> LoadedCheckpoint:
     manifest = verify(path)
     document = read_document(path)
     try:
@@ -271,19 +278,32 @@ def describe(path: str | Path) -> dict[str, Json]:
     path = Path(path)
     manifest = verify(path)
     document = read_document(path)
+    tensors = _all_tensors(path, manifest, document)
     return {
         "path": str(path),
         "verified": True,
         **{key: document.get(key) for key in DESCRIBED},
-        "num_parameters": sum(math.prod(spec.shape) for spec in manifest.tensors.get("model", {}).values()),
+        "num_parameters": sum(math.prod(spec.shape) for spec in tensors.get("model", {}).values()),
         "total_bytes": sum(record.bytes for record in manifest.files.values()),
         "part_bytes": {part: manifest.files[tensor_file(part)].bytes for part in manifest.tensors},
-        "held": [asdict(held) for held in inventory(manifest.tensors)],
+        "held": [asdict(held) for held in inventory(tensors)],
         "file_bytes": {name: record.bytes for name, record in manifest.files.items()},
         "format_version": manifest.format_version,
         "library_version": manifest.library_version,
         "torch_version": manifest.torch_version,
     }
+
+
+def _all_tensors(
+    path: Path, manifest: Manifest, document: Mapping[str, Json]
+) -> Mapping[str, Mapping[str, TensorSpec]]:
+    """What the manifest lists, or what ranks have written together."""
+    try:
+        return manifest.tensors or tensors_of(path, document["trees"])
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except (*MALFORMED, SafetensorError) as error:
+        raise refusal(path, f"cannot be read: {error}") from error
 
 
 def _text_files(
@@ -326,13 +346,14 @@ def _fill(
 ) -> None:
     for name, content in contents.items():
         _write(temporary / name, content)
-    mode = stat.S_IMODE((temporary / STATE).stat().st_mode)
     for part, (tree, tensors) in encoded.items():
         if tensors:
-            path = temporary / tensor_file(part)
-            write_tensors(path, tree, tensors)
+            write_tensors(temporary / tensor_file(part), tree, tensors)
+    mode = stat.S_IMODE((temporary / STATE).stat().st_mode)
+    for path in sorted(temporary.glob("*.*")):
+        if path.name not in contents:  # those that ranks have written as well
             path.chmod(mode)  # safetensors makes private files whatever the umask
-            _fsync(path)
+            sync(path)
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         library_version=_library_version(),
@@ -349,7 +370,7 @@ def _fill(
     if len(text) > MAX_MANIFEST_BYTES:
         raise ValueError(f"more tensors than a manifest of {MAX_MANIFEST_BYTES} bytes can list")
     _write(temporary / MANIFEST, text)
-    _fsync(temporary)
+    sync(temporary)
 
 
 def _commit(temporary: Path, target: Path) -> None:
@@ -364,7 +385,7 @@ def _commit(temporary: Path, target: Path) -> None:
         if old.exists():
             old.rename(target)
         raise
-    _fsync(target.parent)
+    sync(target.parent)
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -374,7 +395,12 @@ def _write(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _fsync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until the disk has a file, or the names in a folder.
+
+    Raises:
+        OSError: the disk refused.
+    """
     if path.is_dir() and os.name == "nt":
         return
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..notices import warn
-from ..records import StateDict
+from ..records import CheckpointError, StateDict
 from .state_tree import check_plain
 
 #: Part of a checkpoint.
@@ -25,6 +25,17 @@ class DataPosition:
         self._loader: Any = None
         self._found: StateDict | None = None
         self._said = False
+
+    @staticmethod
+    def check(parts: dict[str, StateDict]) -> None:
+        """Refuse a part that no loader has written.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        part = parts.get(PART)
+        if part is not None and not (isinstance(part, dict) and "position" in part and type(part.get("again")) is list):
+            raise CheckpointError("the position in the data cannot be read")
 
     def found(self, parts: dict[str, StateDict]) -> None:
         """A checkpoint was loaded: the next loader that can goes on from there."""

@@ -11,6 +11,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -73,19 +74,31 @@ def latest(directory: str | Path, *, quarantine: bool = False) -> Path:
 
 
 def newest_good(ranks: Collective, directory: str | Path, take: Callable[[Path], T]) -> T:
-    """As :func:`first_good`, on every rank: the first one finds it, and the others take the same."""
+    """As :func:`first_good`, on every rank: the first one finds it, and all of them take it, or none.
+
+    Args:
+        ranks: That come here together.
+        directory: Where ``save`` wrote; all of them see it.
+        take: Reads one, and fails on every rank if it fails on one.
+    """
     if ranks.alone:
         return first_good(directory, take)
-    if ranks.sharded:  # all of them read it together
-        return take(ranks.alone_does(lambda: latest(directory, quarantine=True)))
-    taken: list[T] = []
+    while True:
+        path = ranks.alone_does(lambda: latest(directory, quarantine=True))
+        try:
+            return take(path)
+        except CheckpointError as error:
+            if not ranks.any(isinstance(error, DamagedCheckpointError)):
+                raise
+            ranks.alone_does(partial(_set_aside, path, error))
 
-    def found(path: Path) -> Path:
-        taken.append(take(path))
-        return path
 
-    path = ranks.alone_does(lambda: first_good(directory, found))
-    return taken[0] if ranks.first else take(path)
+def _set_aside(path: Path, error: CheckpointError) -> None:
+    try:
+        aside = _quarantine(path)
+    except OSError as refused:
+        raise error from refused
+    warn(f"skipping a checkpoint (it is {aside.name} now): {error}")
 
 
 def first_good(directory: str | Path, take: Callable[[Path], T], *, quarantine: bool = True) -> T:

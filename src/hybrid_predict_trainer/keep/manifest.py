@@ -6,12 +6,13 @@ forgery: whoever may write the directory may also write a manifest.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,7 +69,8 @@ def verify(path: str | Path, *, hashes: bool = True) -> Manifest:
         if not path.is_dir():
             old = path.with_name(path.name + ".old")
             advice = f"a save was cut short, the one before is {old.name}" if old.is_dir() else "check the path"
-            raise CheckpointError(f"no checkpoint directory at {path}; {advice}")
+            gone = FileNotFoundError(path)  # of several checkpoints the next one is tried: it may have been rotated out
+            raise CheckpointError(f"no checkpoint directory at {path}; {advice}") from gone
         manifest = read_manifest(path)
         name = CHECKPOINT_NAME.fullmatch(path.name)
         if name and int(name[1]) != manifest.step:
@@ -83,6 +85,32 @@ def verify(path: str | Path, *, hashes: bool = True) -> Manifest:
     except OSError as error:
         raise unreadable(path, error) from error
     return manifest
+
+
+@contextlib.contextmanager
+def unchanged(path: str | Path) -> Iterator[None]:
+    """Around the reading of a checkpoint: nobody puts other files in its place between a check and what it is for.
+
+    One that was removed meanwhile is as good as when it was read.
+
+    Raises:
+        CheckpointError: the files are not those that were there at first.
+    """
+    before = _stamps(Path(path))
+    yield
+    after = _stamps(Path(path))
+    if after and after != before:
+        raise CheckpointError(f"checkpoint {path} was written to while it was read; load it again")
+
+
+def _stamps(path: Path) -> dict[str, tuple[int, ...]]:
+    """What tells a file from another one, and from itself after it was written to."""
+    try:
+        with os.scandir(path) as entries:
+            found = [(entry.name, entry.stat(follow_symlinks=False)) for entry in entries]
+    except OSError:
+        return {}
+    return {name: (s.st_ino, s.st_size, s.st_mtime_ns) for name, s in found}
 
 
 def sha256_of(path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from ..config.settings import EXACT, NOISY
 from ..config.toml import to_toml
+from ..distributed.collective import on_all
 from ..notices import users_line, warn
-from ..records import CheckpointError, StateDict
+from ..records import CheckpointError, DamagedCheckpointError, StateDict
 from ..weights.parameters import optimizer_parameters
 from ..weights.shards import local
 from . import checkpoint, failures, model_state, optimizer_state, schema, sharded
@@ -183,11 +185,22 @@ def _draft(run: State, saved: dict[str, StateDict], copy: bool, trees: Any = Non
     )  # fmt: skip
 
 
-def load(run: State, metrics: Metrics, path: Path) -> dict[str, StateDict]:
+def load(
+    run: State,
+    metrics: Metrics,
+    path: Path,
+    check_rest: Callable[[dict[str, StateDict]], object] = lambda parts: None,
+) -> dict[str, StateDict]:
     """Take a checkpoint back: all of it, or nothing.
 
     It is read, decoded and compared with the live objects in full before anything is changed; should one of them refuse
-    its state even so, all of them are put back as they were.
+    its state even so, all of them are put back as they were.  Of several ranks all take it, or none.
+
+    Args:
+        run: Between two steps.
+        metrics: Of that run.
+        path: Of a checkpoint.
+        check_rest: Looks at all parts, for what the caller added, and raises CheckpointError.
 
     Returns:
         All parts, for what the caller added.
@@ -196,73 +209,83 @@ def load(run: State, metrics: Metrics, path: Path) -> dict[str, StateDict]:
         CheckpointError: missing, damaged, or of another model, optimizer or predictor.  Nothing has been changed.
     """
     run.subject.reshard()
+    ranks = run.subject.ranks
+    loaded, exact, found = on_all(ranks, lambda: _read(run, metrics, path, check_rest))
+    backup = on_all(ranks, lambda: Backup(run, metrics))
+    try:
+        on_all(ranks, lambda: _take(run, metrics, loaded, found))
+    except BaseException:  # an interrupt, too
+        backup.put_back()
+        raise
+    if exact and "predictor" not in loaded.parts:
+        warn(WITHOUT_PREDICTOR)
+    return loaded.parts
+
+
+def _read(
+    run: State, metrics: Metrics, path: Path, check_rest: Callable[[dict[str, StateDict]], object]
+) -> tuple[checkpoint.LoadedCheckpoint, bool, Any]:
+    """A checkpoint that fits, whether all of it holds, and what holds in the form of this run."""
     loaded, exact = sharded.load(run, path)
     check_parts(path, loaded.parts)
-    if not exact:
-        _load_anew(run, metrics, loaded)
-        return loaded.parts
-    if loaded.manifest.format_version >= 3:
-        _check_forms(path, loaded.parts)
     try:
+        check_rest(loaded.parts)
+        if not exact:
+            _check_anew(run, metrics, loaded)
+            return loaded, False, None
+        if loaded.manifest.format_version >= 3:
+            _check_forms(path, loaded.parts)
         live = parts(run, metrics)
         found = upgraded(loaded.parts, live, loaded.manifest.format_version)
         _check(run, found, live, loaded.config_toml)
+    except DamagedCheckpointError:
+        raise
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except (*MALFORMED, IndexError) as error:
         raise _unfit(path, f"holds a state that cannot be read ({type(error).__name__}: {error})") from error
-    del live
-    backup = Backup(run, metrics)
+    return loaded, True, found
+
+
+def _take(run: State, metrics: Metrics, loaded: checkpoint.LoadedCheckpoint, found: Any) -> None:
+    """Change the live objects; ``found`` is None where only a part of it holds."""
     try:
-        _apply(run, metrics, found)
-        _apply_own_rank(run, loaded.parts)
+        if found is None:
+            _load_anew(run, metrics, loaded)
+        else:
+            _apply(run, metrics, found)
+            _apply_own_rank(run, loaded.parts)
         schema.check_fields([run, metrics])
         check_savable(run, metrics)  # what was taken back has to be whole: it will be saved again
     except Exception as error:
-        backup.put_back()
         why = f"does not fit this run ({type(error).__name__}: {error}); nothing was changed"
-        raise _unfit(path, why) from error
-    except BaseException:  # an interrupt
-        backup.put_back()
-        raise
-    if "predictor" not in loaded.parts:
-        warn(WITHOUT_PREDICTOR)
-    return loaded.parts
+        raise _unfit(loaded.path, why) from error
 
 
 #: Of a run that goes on sharded in another way: what counts, and no memory of weights.
 KEPT = ("meter", "losses", "monitor", "schedule", "failures")
 
 
+def _check_anew(run: State, metrics: Metrics, loaded: checkpoint.LoadedCheckpoint) -> None:
+    found = {part: loaded.parts[part] for part in (*sharded.SPREAD, "trainer")}
+    check_identity(run, found, parts(run, metrics), loaded.config_toml)
+    model_state.check(run.subject.model, found["model"], found["trainer"]["model"])
+
+
 def _load_anew(run: State, metrics: Metrics, loaded: checkpoint.LoadedCheckpoint) -> None:
     """Take weights, optimizer, schedule and counts of a run with parts of other sizes; the rest begins anew."""
-    path, found = loaded.path, loaded.parts
+    found = loaded.parts
     own, optimizer = found["trainer"], found["optimizer"]
-    try:
-        check_identity(
-            run, {part: found[part] for part in (*sharded.SPREAD, "trainer")}, parts(run, metrics), loaded.config_toml
-        )
-        model_state.check(run.subject.model, found["model"], own["model"])
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    backup = Backup(run, metrics)
-    try:
-        model_state.load(run.subject.model, found["model"], own["model"])
-        optimizer_state.restore(run.subject.model, run.subject.optimizer, optimizer)
-        if run.schedule.scheduler is not None:
-            stateful(run.schedule.scheduler).load_state_dict(own["scheduler"])
-        for name in KEPT:
-            getattr(run, name).load_state_dict(own["run"][name])
-        run.judge.ledger.load_state_dict(own["run"]["judge"]["ledger"])
-        metrics.load_state_dict(own["metrics"])
-        run.overwritten()
-        run.watch.writes.record()
-    except Exception as error:
-        backup.put_back()
-        raise _unfit(path, f"does not fit this run ({type(error).__name__}: {error}); nothing was changed") from error
-    except BaseException:
-        backup.put_back()
-        raise
+    model_state.load(run.subject.model, found["model"], own["model"])
+    optimizer_state.restore(run.subject.model, run.subject.optimizer, optimizer)
+    if run.schedule.scheduler is not None:
+        stateful(run.schedule.scheduler).load_state_dict(own["scheduler"])
+    for name in KEPT:
+        getattr(run, name).load_state_dict(own["run"][name])
+    run.judge.ledger.load_state_dict(own["run"]["judge"]["ledger"])
+    metrics.load_state_dict(own["metrics"])
+    run.overwritten()
+    run.watch.writes.record()
 
 
 def _unfit(path: Path, why: str) -> CheckpointError:

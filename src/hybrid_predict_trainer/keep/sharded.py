@@ -23,14 +23,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..distributed.collective import OtherRankFailed
 from ..records import CheckpointError, StateDict
+from ..recovery import CheckpointFailed
 from ..weights.parameters import named_parameters
 from ..weights.shards import is_sharded, like_shard, local, local_rows
 from . import checkpoint
-from .manifest import CONFIG, MALFORMED, read_document, refusal, verify
+from .manifest import CONFIG, MALFORMED, read_document, refusal, unchanged, unreadable, verify
+from .spread import file_of, name_of
 from .state_tree import Mark, decode, encode, write_tensors
 
 if TYPE_CHECKING:
@@ -38,16 +42,6 @@ if TYPE_CHECKING:
 
 #: Parts whose shards go into files that any number of ranks can read.
 SPREAD = ("model", "optimizer")
-
-
-def name_of(rank: int) -> str:
-    """Name of a rank's tree."""
-    return f"rank{rank}"
-
-
-def file_of(rank: int) -> str:
-    """Name of the file with a rank's own tensors; not that of a file for ``torch.distributed.checkpoint``."""
-    return f"rank_{rank}.tensors"
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------
@@ -63,8 +57,7 @@ def save(run: State, saved: dict[str, StateDict], directory: Path, drafted: Call
         drafted: Encoded trees by name -> what the first rank commits.
 
     Raises:
-        CheckpointError: it could not be written; older checkpoints stand.
-        OtherRankFailed: it could not, for a reason of another rank's.
+        CheckpointError: it could not be written, here or on another rank; older checkpoints stand.
     """
     ranks, shards = run.subject.ranks, dict[str, Tensor]()
     patterns = _patterns(run)
@@ -73,19 +66,27 @@ def save(run: State, saved: dict[str, StateDict], directory: Path, drafted: Call
     trees = ranks.gathered(tree)
     temporary: Path = ranks.alone_does(lambda: checkpoint.begin(directory, run.meter.num_steps))
     try:
-        ranks.together(lambda: write_tensors(temporary / file_of(ranks.rank), {}, tensors))
+        ranks.together(lambda: _write_own(temporary / file_of(ranks.rank), tensors))
         ranks.together(lambda: _write_shards(run, temporary, shards))
         named: dict[str, tuple[Any, dict[str, Tensor]]] = {
             name_of(rank): (found, {}) for rank, found in enumerate(trees)
         }
         return ranks.alone_does(lambda: checkpoint.write(directory, drafted(named), temporary))
-    except BaseException:
+    except BaseException as error:
         if ranks.first:
             checkpoint.give_up(temporary)
+        if isinstance(error, OSError | SafetensorError | OtherRankFailed):
+            raise CheckpointFailed(str(directory), str(error)) from error
         raise
 
 
+def _write_own(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    write_tensors(path, {}, tensors)
+    checkpoint.sync(path)  # here: the first rank may be on another machine
+
+
 def _write_shards(run: State, folder: Path, shards: dict[str, Tensor]) -> None:
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -94,12 +95,8 @@ def _write_shards(run: State, folder: Path, shards: dict[str, Tensor]) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of its own use of what torch has deprecated
             save(shards, storage_writer=writer, process_group=run.subject.ranks.group, no_dist=run.subject.ranks.alone)
-    except OSError as error:
-        raise CheckpointError(f"{folder}: {error}") from error
-    except BaseException as error:  # CheckpointException is not an Exception
-        if isinstance(error, KeyboardInterrupt | SystemExit):
-            raise
-        raise CheckpointError(f"{folder}: {str(error).strip().splitlines()[-1]}") from error
+    except (OSError, CheckpointException) as error:  # the latter is no Exception
+        raise CheckpointFailed(str(folder), str(error).strip().splitlines()[-1]) from error
 
 
 def _patterns(run: State) -> dict[str, Tensor]:
@@ -158,6 +155,11 @@ def load(run: State, path: Path) -> tuple[checkpoint.LoadedCheckpoint, bool]:
     Raises:
         CheckpointError: missing, damaged, or of parameters of other shapes.
     """
+    with unchanged(path):
+        return _loaded(run, path)
+
+
+def _loaded(run: State, path: Path) -> tuple[checkpoint.LoadedCheckpoint, bool]:
     manifest = verify(path)
     document = read_document(path)
     trees = document["trees"]
@@ -179,7 +181,9 @@ def load(run: State, path: Path) -> tuple[checkpoint.LoadedCheckpoint, bool]:
         parts = {part: state for part, state in own.items() if same or part in (*SPREAD, "trainer")}
         parts = _filled(run, path, parts)
         config = (path / CONFIG).read_bytes().decode()
-    except (*MALFORMED, OSError) as error:
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except (*MALFORMED, SafetensorError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise refusal(path, f"cannot be read: {error}") from error
@@ -217,10 +221,22 @@ def _filled(run: State, path: Path, parts: dict[str, StateDict]) -> dict[str, St
 
     found = {part: visit(state, (part,)) if part in SPREAD else state for part, state in parts.items()}
     if wanted:
-        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-        from torch.distributed.checkpoint.state_dict_loader import load
+        _read_shards(path, wanted)
+    return found
 
+
+def _read_shards(path: Path, wanted: dict[str, Tensor]) -> None:
+    """Fill tensors from the files that any number of ranks can read."""
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    for file in path.glob("*.safetensors"):  # its headers are bounded here: there they are taken at their word
+        with safe_open(file, framework="pt"):
+            pass
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             load(wanted, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
-    return found
+    except (Exception, CheckpointException) as error:  # the latter is no Exception
+        raise refusal(path, f"cannot be read: {str(error).strip().splitlines()[-1]}") from error

@@ -88,14 +88,14 @@ def read_json(path: Path) -> Record:
     return read_json_object(path)
 
 
-def read_metrics(path: Path) -> tuple[tuple[Step, ...], dict[str, tuple[Record, ...]], tuple[str, ...]]:
-    """Steps, other events by name, and notices of a metrics file.
+def read_records(path: Path) -> tuple[list[Record], tuple[str, ...]]:
+    """Records of a metrics file, in order, and notices.
 
     A torn last line is left out with a notice, a torn line before it is a ValueError.  Where the step
     count goes back the run was resumed: records of the abandoned attempt are left out with a notice.
     """
-    steps: list[Step] = []
-    events: dict[str, list[Record]] = defaultdict(list)
+    found: list[Record] = []
+    last = -1.0  # of the newest step
     torn, num_superseded = 0, 0
     for at, raw in enumerate(read_lines(path), 1):
         if not raw.strip():
@@ -109,26 +109,41 @@ def read_metrics(path: Path) -> tuple[tuple[Step, ...], dict[str, tuple[Record, 
         if not isinstance(record, dict):
             torn = at
             continue
-        event, step = str(record.get("event", "")), number(record.get("step"))
-        if event == "step":
-            step = (steps[-1].step + 1 if steps else 0.0) if step is None else step
-            if steps and step <= steps[-1].step:
-                before = len(steps) + sum(map(len, events.values()))
-                steps = [s for s in steps if s.step < step]
-                events = defaultdict(list, {k: _until(rows, step) for k, rows in events.items()})
-                num_superseded += before - len(steps) - sum(map(len, events.values()))
-            steps.append(Step(step, str(record.get("phase")), number(record.get("loss"))))
-        else:
-            events[event].append(record)
+        if record.get("event") == "step":
+            step = number(record.get("step"))
+            if step is None:
+                record["step"] = step = last + 1
+            if step <= last:
+                before = len(found)
+                found = [r for r in found if _is_before(r, step)]
+                num_superseded += before - len(found)
+            last = step
+        found.append(record)
     notices = [f"the last line of {path.name} was torn and has been left out"] if torn else []
     if num_superseded:
         notices.append(f"resumed: {num_superseded} records of an abandoned attempt have been left out")
-    return tuple(steps), {k: tuple(rows) for k, rows in events.items()}, tuple(notices)
+    return found, tuple(notices)
 
 
-def _until(rows: Iterable[Record], step: float) -> list[Record]:
-    """Records not later than a step (those without one stay)."""
-    return [r for r in rows if (number(r.get("step")) or 0.0) <= step]
+def _is_before(record: Record, step: float) -> bool:
+    """Whether a record stands when training goes on at a step; one of no step does."""
+    at = number(record.get("step")) or 0.0
+    return at < step if record.get("event") == "step" else at <= step
+
+
+def read_metrics(path: Path) -> tuple[tuple[Step, ...], dict[str, tuple[Record, ...]], tuple[str, ...]]:
+    """Steps, other events by name, and notices of a metrics file, as :func:`read_records` finds them."""
+    records, notices = read_records(path)
+    steps = [
+        Step(number(r["step"]) or 0.0, str(r.get("phase")), number(r.get("loss")))
+        for r in records
+        if r.get("event") == "step"
+    ]
+    events: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        if record.get("event") != "step":
+            events[str(record.get("event", ""))].append(record)
+    return tuple(steps), {name: tuple(rows) for name, rows in events.items()}, notices
 
 
 def load(run_dir: Path) -> Report:
