@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import hybrid_predict_trainer
-from hybrid_predict_trainer import HybridTrainer, HybridTrainerConfig, Phase, StepResult, with_values
+from hybrid_predict_trainer import Engine, HybridTrainer, HybridTrainerConfig, Phase, StepResult, attach, with_values
 from hybrid_predict_trainer.cycle import correct_step
 from hybrid_predict_trainer.keep.memento import Memento
 from hybrid_predict_trainer.move import lookahead
@@ -265,3 +265,91 @@ def test_an_outcome_is_learnt_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(3):
         confidence.observe(evidence, False)
     assert confidence.state_dict()["kept"] == [0.0, 0.0]
+
+
+# ---- a loop of the user's own --------------------------------------------------------------------------------
+
+
+def ridden(**settings: Any) -> tuple[Engine, torch.nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: max(0.05, 1 - t / 2000))
+    values = with_values(HybridTrainerConfig(), {**EAGER, **{k.replace("__", "."): v for k, v in settings.items()}})
+    return attach(model, optimizer, values, loss_fn=loss_fn, lr_scheduler=schedule), model, optimizer
+
+
+def gone_round(made: Any, batch: Batch, line: int | None = None) -> tuple[int, bool]:
+    """One iteration, interrupted at its n-th line of ours (0: they are counted); how many, and whether it was."""
+    engine, model, optimizer = made
+    count, raised = 0, False
+
+    def trace(frame: FrameType, event: str, arg: Any) -> Any:
+        def inside(frame: FrameType, event: str, arg: Any) -> Any:
+            nonlocal count
+            count += event == "line"
+            if event == "line" and count == line:
+                raise KeyboardInterrupt
+            return inside
+
+        return inside if frame.f_code.co_filename.startswith(PACKAGE) else None
+
+    sys.settrace(None if line is None else trace)
+    try:
+        optimizer.zero_grad()
+        loss = loss_fn(model, batch)
+        loss.backward()
+        engine.note(loss, batch)
+        optimizer.step()
+    except KeyboardInterrupt:
+        raised = True
+    finally:
+        sys.settrace(None)
+    return count, raised
+
+
+def numbers_of(model: torch.nn.Module) -> list[list[float]]:
+    return [p.detach().reshape(-1).tolist() for p in model.parameters()]
+
+
+def interrupted(made: Any, batch: Batch, later: list[Batch], line: int) -> dict[str, Any]:
+    engine, model, optimizer = made
+    num_lines, raised = gone_round(made, batch, line)
+    found = {
+        "num_lines": num_lines, "raised": raised, "weights": numbers_of(model),
+        "grad": torch.is_grad_enabled(), "training": model.training,
+        "rates": [g["lr"] for g in optimizer.param_groups] == engine.run.schedule.scheduler.get_last_lr(),
+    }  # fmt: skip
+    for each in later:
+        gone_round(made, each)
+    found["finite"] = all(bool(torch.isfinite(p).all()) for p in model.parameters())
+    found["schedule"] = engine.run.schedule.scheduler.last_epoch - engine.run.schedule.num_steps
+    return found
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["jump", "lookahead"])
+def test_a_loop_of_the_users_own_may_be_interrupted_anywhere(kind: str) -> None:
+    """The weights are those before the iteration, after the optimizer's step, or after the jump behind it."""
+    made = ridden(**({"lookahead__scope": "all"} if kind == "lookahead" else {}))
+    data = batches(1, 0.0) * 60 if kind == "jump" else batches(60, 0.3)
+    meter = made[0].run.meter
+    for i, batch in enumerate(data):  # up to the iteration before the one that is wanted
+        if kind == "lookahead" and i == 20:
+            break
+        before = meter.num_jumps_accepted
+        if kind == "jump" and in_a_fork(lambda b=batch: [gone_round(made, b), meter.num_jumps_accepted])[1] > before:  # type: ignore[misc]
+            break
+        gone_round(made, batch)
+    start = numbers_of(made[1])
+    whole = in_a_fork(lambda: interrupted(made, data[i], data[i + 1 : i + 9], 0))
+    assert (whole["raised"], whole["schedule"]) == (False, 0)
+    seen: list[Any] = []
+    for line in range(1, whole["num_lines"], max(1, whole["num_lines"] // 8)):
+        found = in_a_fork(lambda line=line: interrupted(made, data[i], data[i + 1 : i + 5], line))
+        assert found is not None, f"line {line}"
+        told = [found[key] for key in ("raised", "grad", "training", "rates", "finite", "schedule")]
+        assert told == [True, True, True, True, True, 0], f"line {line}: {told}"
+        if found["weights"] not in (start, whole["weights"], *seen):
+            seen.append(found["weights"])
+    assert len(seen) == (1 if kind == "jump" else 0), "weights of no station"
