@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..experiments.arms.options import as_input_error
+from ..experiments.arms.options import InputError, as_input_error
 from ..experiments.arms.recording import Recording
 from ..experiments.bench import memory, overhead, profile, step_price
 from ..experiments.bench import predictors as predictor_bench
@@ -19,9 +19,11 @@ from ..experiments.regimes import report as regime_report
 from ..experiments.regimes import runs as regime_runs
 from ..experiments.regimes.cases import Request
 from ..experiments.report.text import aligned
+from ..experiments.rollouts import program as rollouts
 from ..predictors import PREDICTORS
 from ..records import ConfigError
 from ..safe_files import write_between, write_named
+from . import names
 from .arguments import NOT_MET, OK, show
 
 #: What a measurement returns: the object for ``--json`` and the text for a person.
@@ -54,6 +56,8 @@ def note(line: str) -> None:
 
 def run_regimes(args: argparse.Namespace) -> Shown:
     """All arms of a regime."""
+    if args.regime == names.ROLLOUTS:
+        return run_rollouts(args)
     request = Request(
         regime=args.regime, out=args.out, quick=args.quick, seeds=args.seeds, first_seed=args.seed,
         sweep_seeds=args.sweep_seeds, jobs=args.jobs, fresh=args.fresh, cases=tuple(args.case), arms=args.arms,
@@ -64,6 +68,25 @@ def run_regimes(args: argparse.Namespace) -> Shown:
         require("scipy")  # for the tables at the end
     result = regime_runs.run_regime(request, tell=note)
     return result, lambda: regime_report.format_text(result)
+
+
+def run_rollouts(args: argparse.Namespace) -> Shown:
+    """Jumps in policy optimization: a task of its own, which has no loss to compare by."""
+    unused = [
+        f"--{name.replace('_', '-')}"
+        for name in ("sweep_seeds", "jobs", "case", "predictors", "budgets", "lr_grid", "set", *TASK_OPTIONS)
+        if getattr(args, name)
+    ]
+    if unused:
+        raise InputError(f"{unused[0]} does not apply to --regime rl, whose task, rate and lengths are given")
+    request = rollouts.RolloutRequest(
+        out=args.out, quick=args.quick, seeds=args.seeds, first_seed=args.seed, steps=args.steps, fresh=args.fresh,
+        arms=tuple(args.arms),
+    )  # fmt: skip
+    with as_input_error():
+        require("scipy")  # for the intervals at the end
+    result = rollouts.measure(request, note)
+    return result, lambda: rollouts.format_text(result)
 
 
 def run_harm(args: argparse.Namespace) -> Shown:

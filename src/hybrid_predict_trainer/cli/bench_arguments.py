@@ -214,9 +214,10 @@ def _add_regimes(benchmarks: Benchmarks) -> None:
         "Trains every arm of a regime at its own tuned learning rate and says how much a plain run\n"
         "would have had to spend for the same loss.  Runs that are there are not made again.",
         "hpt bench regimes --regime pinn --quick", "hpt bench regimes --regime lm --arms hybrid,ema --seeds 5",
+        "hpt bench regimes --regime rl",
         usage="%(prog)s --regime ID [OPTIONS]",
     )  # fmt: skip
-    parser.add_argument("--regime", required=True, metavar="ID", help=", ".join(names.REGIMES))
+    parser.add_argument("--regime", required=True, metavar="ID", help=", ".join((*names.REGIMES, names.ROLLOUTS)))
     parser.add_argument("--quick", action="store_true", help="at most ten minutes on two cores")
     parser.add_argument(
         "--seeds", type=number(int, 1, 1000), metavar="N", help="judged runs per arm (default 3; quick: 2)"

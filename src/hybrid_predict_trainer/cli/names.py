@@ -35,6 +35,8 @@ AUTO = "auto"
 
 #: Regimes of ``hpt bench regimes`` that a person would run.
 REGIMES = ("pinn", "epochs", "finetune", "lm", "lm-lowlr", "lm-muon")
+#: And the one that has no loss to compare by: ``experiments.rollouts``.
+ROLLOUTS = "rl"
 
 #: Arms and settings of ``hpt bench harm``.
 HARM_ARMS = ("plain", "other-order", "ours")

@@ -326,7 +326,7 @@ def regime_of(name: str) -> Regime:
         ValueError: there is none.
     """
     if name not in REGIMES:
-        raise unknown_name("regime", name, names())
+        raise unknown_name("regime", name, (*names(), "rl"))
     return REGIMES[name]
 
 
