@@ -29,7 +29,7 @@ class Scenario(RuleBasedStateMachine):
     def begin(self, recipe: Recipe, seed: int) -> None:
         folder = Path(tempfile.mkdtemp(prefix="scenario-"))
         self.folder = folder
-        quietly(lambda: setattr(self, "world", World(recipe, folder, seed)))
+        quietly(lambda: setattr(self, "world", World(recipe, folder / "run", seed)))
 
     def _do(self, name: str, *args: Any) -> None:
         assert self.world is not None

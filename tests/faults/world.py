@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import random
 import shutil
 import warnings
 from collections.abc import Callable
@@ -17,13 +18,23 @@ from torch import Tensor, nn
 
 from cases import MODELS, OPTIMIZERS, SCHEDULERS, Broken, Fake, config, loss_fn, make_batches, model_for, setup
 from hybrid_predict_trainer import CheckpointError, DivergenceError, HybridTrainer, attach
+from hybrid_predict_trainer.experiments.faults import files
 from hybrid_predict_trainer.experiments.faults.material import fingerprint
 from hybrid_predict_trainer.keep import resume
 from hybrid_predict_trainer.records import Phase
+from hybrid_predict_trainer.recovery import RollbackAndRetry
 
 KINDS = ("noisy", "same", "nan", "inf", "spike", "tiny", "one", "empty")
 #: Who predicts: a name of ours, or an own one with a fault.
-PREDICTORS = ("auto", "hold", "linear", "secant", "quasi_newton", "downhill", "uphill", "nan", "predict_raises", "huge")
+PREDICTORS = (
+    "auto", "hold", "heuristic", "linear", "secant", "quasi_newton", "dmd", "mlp", "downhill", "uphill", "nan",
+    "predict_raises", "huge",
+)  # fmt: skip
+#: What is done to the newest checkpoint.
+DAMAGES = (
+    files.truncate, files.zero, files.flip, files.remove, files.swap, files.add, files.poison, files.header_bomb,
+    files.parser_bomb, files.link, files.unfinished,
+)  # fmt: skip
 #: Settings beside those of short phases.
 MOTIONS: dict[str, dict[str, Any]] = {
     "jumps": {},
@@ -64,6 +75,7 @@ class World:
     seed: int = 1
     frozen: dict[str, Tensor] = field(default_factory=dict)
     saved: dict[Path, str] = field(default_factory=dict)
+    before_jump: list[Tensor] | None = None  # weights that a rollback brings back; None: not known
     num_bad: int = 0  # in a row
     altered: bool = False  # the user has changed groups: what was saved before need not fit
     interrupt_in: int = -1  # calls of the loss until it raises
@@ -152,7 +164,7 @@ class World:
             assert self.is_finite()
             return
         if self.recipe.motion == "off":
-            if bad:  # the plain loop has NaN weights now, as anybody's
+            if bad or not self.is_finite():  # the plain loop has NaN weights now, as anybody's
                 self.finished = True
             return
         for result in results:
@@ -162,12 +174,23 @@ class World:
                 assert not result.num_backward
             if self.engine is None:
                 assert self.run.meter.num_steps == calls + 1
-                refused = result.phase is Phase.PREDICT and not result.was_predicted
-                if refused or result.skipped:
-                    assert all(map(torch.equal, before, self.weights())), "a refusal has left a trace"
+                self.look_at_weights(result, before)
         real = [r for r in results if r.num_backward or r.skipped]
         if real:
             self.num_bad = self.num_bad + 1 if real[-1].skipped else 0
+
+    def look_at_weights(self, result: Any, before: list[Tensor]) -> None:
+        """A refusal and a step that is left out move nothing, but where a jump on trial is taken back with it."""
+        action = None if result.recovery is None else result.recovery.action
+        if isinstance(action, RollbackAndRetry):
+            if self.before_jump is not None:
+                assert all(map(torch.equal, self.before_jump, self.weights())), "not the weights before the jump"
+        elif result.skipped or (result.phase is Phase.PREDICT and not result.was_predicted):
+            assert all(map(torch.equal, before, self.weights())), "a refusal has left a trace"
+        if result.was_predicted and self.run.proposer.segment is None and self.recipe.motion != "segments":
+            self.before_jump = before
+        elif self.run.judge.probation is None:
+            self.before_jump = None
 
     def by_engine(self, batch: Any) -> list[Any]:
         assert self.engine is not None
@@ -207,13 +230,12 @@ class World:
         known = sorted(self.known(), key=lambda p: int(p.name.rpartition("_")[2]))
         if len(known) < 2:
             return
-        file = sorted(known[-1].iterdir())[damage % len(list(known[-1].iterdir()))]
-        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        DAMAGES[damage % len(DAMAGES)](known[-1], known[-2], random.Random(damage))
         owner = self.engine or self.trainer
         self.take(lambda: owner.load_latest(self.folder), known[-2])  # type: ignore[union-attr]
 
     def take(self, load: Callable[[], object], path: Path) -> None:
-        before = self.bits()
+        before, self.before_jump = self.bits(), None
         try:
             load()
         except CheckpointError:
@@ -241,9 +263,11 @@ class World:
 
     def freeze(self, which: int) -> None:
         """A layer more, but never all."""
-        free = [(n, p) for n, p in self.made.model.named_parameters() if p.requires_grad]
+        # the loss knows nothing of a parameter that came later
+        free = [(n, p) for n, p in self.made.model.named_parameters() if p.requires_grad and n != "extra"]
         if len(free) < 2:
             return
+        self.before_jump = None
         name, p = free[which % len(free)]
         p.requires_grad_(False)
         p.grad = None
@@ -263,6 +287,7 @@ class World:
             self.made.scheduler.base_lrs = [lr * factor for lr in self.made.scheduler.base_lrs]
 
     def write_weights(self) -> None:
+        self.before_jump = None
         with torch.no_grad():
             for name, p in self.made.model.named_parameters():
                 if name not in self.frozen:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config.settings import EXACT, NOISY
+from ..config.toml import flatten, parse
 from ..records import CheckpointError, StateDict
 from ..weights.parameters import optimizer_parameters
 from .optimizer_state import check_names
@@ -99,19 +99,8 @@ def check_identity(run: State, parts: Mapping[str, StateDict], live: Mapping[str
 
 
 def _settings(config_toml: str) -> dict[str, Any]:
-    """Dotted key -> value of a checkpoint's own configuration; empty if it cannot be read."""
-
-    def flat(table: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-        for key, value in table.items():
-            if isinstance(value, dict):
-                yield from flat(value, f"{prefix}{key}.")
-            else:
-                yield f"{prefix}{key}", value
-
-    try:
-        return dict(flat(tomllib.loads(config_toml), ""))
-    except (tomllib.TOMLDecodeError, RecursionError):
-        return {}
+    """Dotted key -> value of a checkpoint's own configuration."""
+    return flatten(parse(config_toml))
 
 
 def _value(run: State, key: str) -> Any:

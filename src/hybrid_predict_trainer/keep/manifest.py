@@ -22,6 +22,8 @@ from .state_tree import Json, TensorSpec
 FORMAT_VERSION = 5
 #: The oldest format that is still read; what it lacks is filled in from the live run (``migration``).
 OLDEST_VERSION = 2
+#: No build will ever get there.
+MAX_VERSION = 1_000_000
 MANIFEST = "MANIFEST.json"
 STATE = "training_state.json"
 CONFIG = "config.toml"
@@ -140,8 +142,8 @@ def read_manifest(path: Path) -> Manifest:
         raw = file.read_bytes().decode()
         fields = json.loads(raw)
         version = fields["format_version"]
-        if type(version) is not int:
-            raise ValueError("format_version is not an int")
+        if type(version) is not int or not 0 < version < MAX_VERSION:
+            raise ValueError("format_version is none")
         if version > FORMAT_VERSION:
             raise _foreign(path, f"has format {version}, newer than {FORMAT_VERSION}; upgrade the library")
         if version < OLDEST_VERSION:
@@ -161,6 +163,8 @@ def read_manifest(path: Path) -> Manifest:
         needed = {STATE, CONFIG, *map(tensor_file, manifest.tensors)}
         if bad := [name for name in manifest.files if not PLAIN_FILE.fullmatch(name) or name == MANIFEST]:
             raise ValueError(f"{bad[0]!r} is not the name of a plain file")
+        if any(size < 0 for specs in manifest.tensors.values() for spec in specs.values() for size in spec.shape):
+            raise ValueError("a tensor has a size below zero")
         if type(manifest.step) is not int or needed - manifest.files.keys():
             raise ValueError("it lacks a step or a file")
     except MALFORMED as error:
@@ -177,8 +181,9 @@ def check_file(path: Path, record: FileRecord, hashes: bool) -> None:
         raise refusal(path.parent, f"is refused: {path.name} is a link or not a file")
     if status.st_size != record.bytes:
         raise refusal(path.parent, f"is damaged: {path.name} has {status.st_size} bytes, not {record.bytes}")
-    if path.name == STATE and record.bytes > MAX_STATE_BYTES:
-        raise refusal(path.parent, f"is refused: {STATE} is larger than {MAX_STATE_BYTES} bytes")
+    largest = {STATE: MAX_STATE_BYTES, CONFIG: MAX_MANIFEST_BYTES}.get(path.name)
+    if largest is not None and record.bytes > largest:
+        raise refusal(path.parent, f"is refused: {path.name} is larger than {largest} bytes")
     if hashes and sha256_of(path) != record.sha256:
         raise refusal(path.parent, f"is damaged: the SHA-256 of {path.name} is wrong")
 

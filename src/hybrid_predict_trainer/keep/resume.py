@@ -15,14 +15,14 @@ from ..config.settings import EXACT, NOISY
 from ..config.toml import to_toml
 from ..distributed.collective import on_all
 from ..notices import users_line, warn
-from ..records import CheckpointError, DamagedCheckpointError, StateDict
+from ..records import CheckpointError, ConfigError, DamagedCheckpointError, StateDict
 from ..weights.parameters import optimizer_parameters
 from ..weights.shards import local
 from . import checkpoint, failures, model_state, optimizer_state, schema, sharded
 from .background import Write
 from .backup import Backup
 from .identity import check_identity, check_parts, identity
-from .manifest import MALFORMED, refusal
+from .manifest import CONFIG, MALFORMED, refusal
 from .merged import merged
 from .migration import upgraded, with_later
 from .object_state import stateful
@@ -242,6 +242,8 @@ def _read(
         raise
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
+    except ConfigError as error:
+        raise refusal(path, f"has a {CONFIG} that cannot be read: {error}") from error
     except (*MALFORMED, IndexError) as error:
         raise _unfit(path, f"holds a state that cannot be read ({type(error).__name__}: {error})") from error
     return loaded, True, found

@@ -59,7 +59,8 @@ def remove(folder: Path, older: Path, dice: random.Random) -> None:
 
 def swap(folder: Path, older: Path, dice: random.Random) -> None:
     """A file of the older checkpoint in the place of the newer one's, where the two differ."""
-    names = [p.name for p in sorted(folder.iterdir()) if p.read_bytes() != (older / p.name).read_bytes()]
+    both = [p for p in sorted(folder.iterdir()) if (older / p.name).exists()]
+    names = [p.name for p in both if p.read_bytes() != (older / p.name).read_bytes()]
     name = dice.choice([n for n in names if n != MANIFEST])
     shutil.copyfile(older / name, folder / name)
 

@@ -39,9 +39,10 @@ PATIENCE_S = 1800.0
 STATUS: tuple[tuple[type[Exception], int], ...] = ((InputError, 2), (CheckpointError, 3), (DivergenceError, 4))
 
 
-def request(steps: int, seed: int) -> Request:
-    """A small physics-informed network, a checkpoint every other step."""
-    options = Options(task="pinn-poisson", batch_size=16, steps=steps, threads=1, set=("checkpoint.save_interval=2",))
+def request(steps: int, seed: int, *, behind: bool = False) -> Request:
+    """A small physics-informed network, a checkpoint every other step; ``behind``: written while training goes on."""
+    kept = ("checkpoint.save_interval=2", f"checkpoint.async_save={str(behind).lower()}")
+    options = Options(task="pinn-poisson", batch_size=16, steps=steps, threads=1, set=kept)
     return Request(options=options, seed=seed)
 
 
@@ -75,10 +76,10 @@ def run(asked: Request, out: str, resume: bool, file_size: int | None, log: str)
 class Runs:
     """The processes of one try."""
 
-    def __init__(self, folder: Path, seed: int, steps: int) -> None:
-        """Args: folder: of the try.  seed: of the run.  steps: of the run."""
+    def __init__(self, folder: Path, seed: int, steps: int, *, behind: bool = False) -> None:
+        """Args: folder: of the try.  seed: of the run.  steps: of the run.  behind: see :func:`request`."""
         self.out, self.log = folder / "run", folder / "log"
-        self.asked = request(steps, seed)
+        self.asked = request(steps, seed, behind=behind)
 
     def start(self, *, resume: bool, file_size: int | None = None, out: Path | None = None) -> ForkServerProcess:
         """Begin one."""
@@ -116,6 +117,11 @@ class Runs:
         """
         return [checkpoint.load(path).step for path in housekeeping.checkpoints(self.out / "checkpoints")]
 
+    def last_step(self) -> int:
+        """That was taken, a refused proposal included; 0 before the first."""
+        lines = (self.out / "metrics.jsonl").read_bytes().splitlines()
+        return max((int(json.loads(line)["step"]) for line in lines), default=0)
+
     def state(self) -> dict[str, Any]:
         """The library's, model's and optimizer's of the newest checkpoint.
 
@@ -147,12 +153,12 @@ def kill_after(process: ForkServerProcess, seconds: float) -> None:
     process.join()
 
 
-def killed(kills: int, seed: int, folder: Path) -> str | None:
+def killed(kills: int, behind: bool, seed: int, folder: Path) -> str | None:
     """Killed at random moments, resumed after each, and bitwise the run that nobody touched.
 
     Every checkpoint that is left verifies, and the newest is never older than before.
     """
-    dice, runs = random.Random(seed), Runs(folder, seed, LONG)
+    dice, runs = random.Random(seed), Runs(folder, seed, LONG, behind=behind)
     newest = -1
     for number in range(kills):
         process = runs.start(resume=runs.out.exists() and (runs.out / "run.json").exists())
@@ -179,9 +185,9 @@ def same(a: Any, b: Any) -> bool:
     return fingerprint(a) == fingerprint(b)
 
 
-def stopped(number: int, seed: int, folder: Path) -> str | None:
+def stopped(number: int, behind: bool, seed: int, folder: Path) -> str | None:
     """A signal at a random moment: the step is finished, a checkpoint written, and the status says which signal."""
-    runs = Runs(folder, seed, SHORT)
+    runs = Runs(folder, seed, SHORT, behind=behind)
     process = runs.start(resume=False)
     if not until(lambda: (runs.out / "checkpoints" / "latest").exists()):
         return "it never began"
@@ -191,8 +197,7 @@ def stopped(number: int, seed: int, folder: Path) -> str | None:
     status = runs.ended(process)
     if status != 128 + number:
         return f"ended with {status}: {runs.told()}"
-    steps, lines = runs.steps(), (runs.out / "metrics.jsonl").read_bytes().splitlines()
-    last = max(json.loads(line)["step"] for line in lines) if lines else 0
+    steps, last = runs.steps(), runs.last_step()
     return None if steps[-1] >= last else f"step {last} was taken, the newest checkpoint is of {steps[-1]}"
 
 
@@ -268,8 +273,8 @@ def vanished(seed: int, folder: Path) -> str | None:
     status = runs.ended(process)
     if status != 0:
         return f"ended with {status}: {runs.told()}"
-    steps = runs.steps()
-    return None if steps[-1:] == [200] else f"the newest checkpoint is of {steps[-1:]}"
+    steps, last = runs.steps(), runs.last_step()
+    return None if steps[-1:] == [last] else f"the newest checkpoint is of {steps[-1:]}, the last step is {last}"
 
 
 def cases() -> list[Case]:
@@ -278,10 +283,14 @@ def cases() -> list[Case]:
     saved = "the step is finished, one checkpoint, exit status 128 + n"
     return [
         Case(name="kill -9 at 10 random moments of training and saving, resumed after each", survived=resumed,
-             tries=5, trial=partial(killed, 10), quick=0),
+             tries=5, trial=partial(killed, 10, False), quick=0),
+        Case(name="kill -9 likewise, checkpoints written in the background", survived=resumed,
+             tries=2, trial=partial(killed, 10, True), quick=0),
         *(Case(name=f"{name} at a random moment", survived=saved, tries=3, quick=0,
-               trial=partial(stopped, number)) for name, number in (
+               trial=partial(stopped, number, False)) for name, number in (
             ("SIGTERM", signal.SIGTERM), ("SIGINT", signal.SIGINT), ("SIGHUP", signal.SIGHUP))),
+        Case(name="SIGTERM likewise, checkpoints written in the background", survived=saved, tries=3, quick=0,
+             trial=partial(stopped, signal.SIGTERM, True)),
         Case(name="disk full (RLIMIT_FSIZE)", survived="status 3 or the run goes on, nothing half written, no dead end",
              tries=8, quick=0, trial=full_disk),
         Case(name="folder that cannot be written to", survived="status 2 before training", tries=5, trial=read_only,
