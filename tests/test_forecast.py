@@ -17,9 +17,9 @@ from hybrid_predict_trainer.cli import main
 from hybrid_predict_trainer.cycle.foretell import rates_ahead
 from hybrid_predict_trainer.experiments.forecasts import recorded, scores
 from hybrid_predict_trainer.experiments.forecasts.published import Run
-from hybrid_predict_trainer.forecast import PRIORS, Curve, Plan, forecast, law, planned_rates
+from hybrid_predict_trainer.forecast import PRIORS, Curve, Plan, forecast, law, logs, planned_rates
 from hybrid_predict_trainer.forecast.fit import fit
-from hybrid_predict_trainer.forecast.logs import Columns, read_log
+from hybrid_predict_trainer.forecast.logs import Columns, Log, read_log
 from hybrid_predict_trainer.forecast.prior import WIDE, learnt, shipped
 from hybrid_predict_trainer.forecast.schedules import continued
 from hybrid_predict_trainer.numerics.thinned import CAPACITY, ThinnedCurve
@@ -323,9 +323,88 @@ def test_a_torn_last_line_is_left_out_and_one_before_it_is_refused(tmp_path: Pat
         read_log(path)
 
 
+def test_losses_that_are_not_finite_are_left_out_where_the_run_went_on() -> None:
+    """A step that a gradient scaler skipped, or a filled cell: nothing finite follows a divergence."""
+    steps, losses, _ = made_up()
+    holed = losses.copy()
+    holed[[3, 50, 51]] = [math.nan, math.inf, math.nan]
+    found = read_rows(steps, holed)
+    assert found.steps.tolist() == np.delete(steps, [3, 50, 51]).tolist()
+    assert found.notes == ("3 of 191 losses are not finite and have been left out: the run went on after them",)
+    holed[-1] = math.nan
+    assert math.isnan(read_rows(steps, holed).losses[-1])
+
+
+def read_rows(steps: np.ndarray, losses: np.ndarray) -> Log:
+    rows = [{"step": float(s), "loss": float(v)} for s, v in zip(steps, losses, strict=True)]
+    return logs._log("a.csv", ["step", "loss"], rows, Columns())
+
+
+#: Tables as programs and people write them: head and the form of a row; x is a figure that is no loss.
+TABLES = {
+    "spaces": ("Step, LR, Loss", "{s}, 0.001, {v}"),
+    "tabs": ("step\tloss", "{s}\t{v}"),
+    "tensorboard's tutorial": ("iter,Loss/train,Accuracy/train", "{s},{v},0.5"),
+    "a person's": ("Iteration,Train Loss", "{s},{v}"),
+    "byte-order mark": ("\ufeffstep,loss", "{s},{v}"),
+    "no usual name": ("num_steps,my_loss,x", "{s},{v},1"),
+    "lightning": ("epoch,step,train_loss_step", "0,{s},{v}"),
+    "pandas": (",step,loss,val_loss", "7,{s},{v},"),
+    "quoted": ('"global_step","train/loss"', '"{s}","{v}"'),
+    "wandb's axis": ('"trainer/global_step","bold-sun - train/loss","bold-sun - train/loss__MIN"', '"{s}","{v}","1"'),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_with_other_heads(tmp_path: Path, name: str) -> None:
+    head, row = TABLES[name]
+    steps, losses, _ = made_up()
+    path = tmp_path / "log.csv"
+    lines = [row.format(s=int(s), v=repr(float(v))) for s, v in zip(steps, losses, strict=True)]
+    path.write_text("\n".join([head, *lines]) + "\n", encoding="utf-8")
+    found = read_log(path)
+    assert found.steps.tolist() == steps.tolist()
+    assert found.losses.tolist() == losses.tolist()
+
+
+def test_a_decimal_comma_is_one_where_semicolons_set_cells_apart(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text("step;loss\n1;2,5\n2;2,25\n")
+    assert read_log(path).losses.tolist() == [2.5, 2.25]
+
+
+def test_rows_of_evaluation_are_no_training_losses(tmp_path: Path) -> None:
+    """As transformers writes them: two rows of one step, a row of sums at the end."""
+    steps, losses, _ = made_up()
+    history: list[dict[str, float]] = []
+    for s, v in rows_of(steps, losses):
+        history += [{"step": s, "loss": v, "learning_rate": 1e-3}, {"step": s, "eval_loss": v + 1, "eval_runtime": 1.0}]
+    history.append({"step": int(steps[-1]), "train_loss": 9.0, "train_runtime": 1.0})
+    path = tmp_path / "trainer_state.json"
+    path.write_text(json.dumps({"max_steps": TOTAL, "log_history": history}))
+    assert read_log(path).losses.tolist() == losses.tolist()
+    assert read_log(path, Columns(loss="eval_loss")).losses.tolist() == (losses + 1).tolist()
+
+
+def test_folders_that_programs_leave(tmp_path: Path) -> None:
+    steps, losses, _ = made_up()
+    for number in (500, 1500):  # an output folder of transformers: the newest checkpoint counts
+        (tmp_path / "out" / f"checkpoint-{number}").mkdir(parents=True)
+        as_trainer_state(tmp_path / "out" / f"checkpoint-{number}", rows_of(steps, losses)[: number // 50])
+    assert len(read_log(tmp_path / "out").steps) == 30
+    (tmp_path / "lightning" / "version_0").mkdir(parents=True)
+    table(tmp_path / "lightning" / "version_0" / "metrics.csv", steps, losses)
+    assert len(read_log(tmp_path / "lightning" / "version_0").steps) == len(steps)
+    with pytest.raises(ConfigError, match=r"give one of .*version_0"):
+        read_log(tmp_path / "lightning")
+
+
 UNREADABLE = {
     "two losses": ("a.csv", "step,x/loss,y/loss\n1,2,3\n", "--loss-column"),
     "no loss": ("a.csv", "step,accuracy\n1,2\n", "called like a loss"),
+    "two that speak of it": ("a.csv", "step,a_loss,b_loss\n1,2,3\n", "2 columns could be the loss"),
+    "diverged": ("a.csv", "step,loss\n1,2\n2,nan\n", "not finite"),
+    "not text": ("a.csv", "\0\1", "a.csv"),
     "no step": ("a.csv", "time,loss\n1,2\n", "called like a step"),
     "empty": ("a.csv", "", "is empty"),
     "no number": ("a.csv", "step,loss\n1,many\n", "holds no number"),
@@ -405,7 +484,15 @@ def test_scores_leave_the_own_family_out(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_widening_brings_intervals_to_their_level() -> None:
     rng = np.random.default_rng(0)
-    base = {"run": "r", "share": 0.25, "truth": 1.0, "error": 0.0, "last_value": 0.0, "power_law": None}
+    base = {
+        "run": "r",
+        "share": 0.25,
+        "truth": 1.0,
+        "error": 0.0,
+        "last_value": 0.0,
+        "power_law": None,
+        "log_line": None,
+    }
     found = []
     for family_name in "ab":
         for z in rng.normal(size=200):  # intervals half as wide as they should be

@@ -200,14 +200,28 @@ def test_a_bound_is_open() -> None:
 
 @pytest.mark.parametrize(("change", "said"), [
     ({"loader": iter(full_batch())}, "once only"), ({"loader": []}, "no batches"),
+    ({"loader": lambda seed: iter(full_batch())}, "ended after 1 batches"),
     ({"minutes": 0.0}, "above 0"), ({"minutes": 1e-6, "options": Options()}, "minutes"),
+    ({"total_steps": 0}, "total_steps = 0"), ({"options": Options(pilot_steps=0)}, "pilot_steps = 0"),
+    ({"loss": lambda m, b: loss_fn(m, b) * math.nan}, "as it is is nan"),
+    ({"loss": lambda m, b: loss_fn(m, b).detach()}, "no gradient"),
+    ({"loss": lambda m, b: float(loss_fn(m, b).detach())}, "not float"),
+    ({"loss": lambda m, b: {"loss": loss_fn(m, b)}}, "not dict"),
+    ({"loss": lambda m, b: (m(b[0]) - b[1]).square()}, r"shape \(64, 1\)"),
 ])  # fmt: skip
 def test_what_cannot_be_probed_is_said(change: dict[str, object], said: str) -> None:
     model = network()
-    asked = {"loader": full_batch(), "options": QUICK, "minutes": 5.0, **change}
-    loader = asked.pop("loader")
-    with pytest.raises(ConfigError, match=said):
-        run_probe(model, torch.optim.SGD(model.parameters(), lr=0.1), loader, loss_fn, **asked)  # type: ignore[arg-type]
+    asked = {"loader": full_batch(), "options": QUICK, "minutes": 5.0, "loss": loss_fn, **change}
+    loader, loss = asked.pop("loader"), asked.pop("loss")
+    with pytest.raises(ConfigError, match=said) as caught:
+        run_probe(model, torch.optim.SGD(model.parameters(), lr=0.1), loader, loss, **asked)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_that_is_all_frozen_is_refused() -> None:
+    model = network().requires_grad_(False)
+    with pytest.raises(ConfigError, match="no weights that train"):
+        run_probe(model, torch.optim.SGD(model.parameters(), lr=0.1), full_batch(), loss_fn, options=QUICK)
 
 
 def test_an_optimizer_of_other_weights_is_refused() -> None:

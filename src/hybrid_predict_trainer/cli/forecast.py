@@ -20,6 +20,7 @@ def run(args: argparse.Namespace) -> int:
         found = answer(Question(
             run=args.run, schedule=args.schedule, steps=args.steps, level=args.level, prior=args.prior,
             columns=Columns(args.loss_column, args.rate_column, args.step_column), until=args.until,
+            like=tuple(args.like or ()),
         ))  # fmt: skip
     show(args, found, lambda: format_text(found))
     return OK

@@ -281,6 +281,10 @@ def _add_forecast(forecast: argparse.ArgumentParser) -> None:
         "--prior", type=name_of("prior", PRIORS), metavar="NAME",
         help=f"what such models are known to do: {', '.join(PRIORS)} (default all, weighed)",
     )  # fmt: skip
+    forecast.add_argument(
+        "--like", type=Path, metavar="RUN", action="append",
+        help="a run that has ended, to learn from; at least three, each with its own --like",
+    )  # fmt: skip
     for kind in ("loss", "rate", "step"):
         forecast.add_argument(f"--{kind}-column", metavar="NAME", help=f"column of the {kind} (default by its name)")
 

@@ -37,6 +37,7 @@ class Forecast:
         total_steps: of the plan.
         last_value: mean of the last rows, the forecast of somebody who expects no change.
         power_law: a power law of the step without learning rates, fitted to the same rows; None where it has no end.
+        log_line: a straight line in the logarithm of the step, through the later half of the rows.
         points: (step, loss, low, high) from the last observed step to the end.
         prior: name of what was known before, and its weight.
         notes: what to beware of, a sentence each.
@@ -50,6 +51,7 @@ class Forecast:
     total_steps: int
     last_value: float
     power_law: float | None
+    log_line: float | None
     points: tuple[tuple[float, float, float, float], ...]
     prior: tuple[tuple[str, float], ...]
     notes: tuple[str, ...] = ()
@@ -94,7 +96,7 @@ def forecast(
     return Forecast(
         final_loss=float(found[-1]), low=float(low[-1]), high=float(high[-1]), level=level, step=int(now),
         total_steps=plan.steps, last_value=last_value(curve), power_law=power_law(curve, plan),
-        points=tuple(map(tuple, np.stack([at, found, low, high], axis=1).tolist())),
+        log_line=log_line(curve, plan), points=tuple(map(tuple, np.stack([at, found, low, high], axis=1).tolist())),
         prior=tuple((prior.name, float(w)) for prior, w in zip(known, shares, strict=True)),
         notes=tuple(notes_of(curve, plan)),
     )  # fmt: skip
@@ -144,6 +146,15 @@ def power_law(curve: Curve, plan: Plan) -> float | None:
     found = _optimize().least_squares(residuals, np.array([0.8 * last, math.log(0.2 * last), math.log(0.5)]))
     end = float(value(found.x, plan.steps / float(part.steps[-1])))
     return end if math.isfinite(end) else None
+
+
+def log_line(curve: Curve, plan: Plan) -> float | None:
+    """a + b ln n of the step n, fitted to the rows since half of the last step; at the end of the plan."""
+    part = curve.since(max(plan.first, 0.5 * float(curve.steps[-1])))
+    if len(part.steps) < 2:
+        return None
+    slope, level = np.polyfit(np.log(part.steps), part.losses, 1)
+    return float(level + slope * math.log(plan.steps))
 
 
 def notes_of(curve: Curve, plan: Plan) -> list[str]:

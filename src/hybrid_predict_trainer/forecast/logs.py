@@ -2,8 +2,8 @@
 
 Read are: a table (CSV, Weights & Biases' exports among them), JSON lines (this project's ``metrics.jsonl`` and
 others'), ``trainer_state.json`` of transformers, and TensorBoard's event files.  A column is found by its usual names,
-or named by the caller; where several would do the file is refused and the names are told, so that no forecast is made
-of the wrong curve.
+by being the only one whose name speaks of a loss or of steps, or named by the caller; where several would do the file
+is refused and the names are told, so that no forecast is made of the wrong curve.
 """
 
 from __future__ import annotations
@@ -28,9 +28,14 @@ from .curve import Array
 MAX_BYTES = 500_000_000
 #: Usual names, the better known first; compared without case, and behind the last "/" or " - " too.
 STEP_NAMES = ("step", "global_step", "_step", "trainer/global_step", "iteration", "iter", "steps", "n")
-LOSS_NAMES = ("loss", "train_loss", "train/loss", "training_loss", "val_loss", "eval_loss", "valid_loss",
-              "validation_loss", "lm_loss")  # fmt: skip
+LOSS_NAMES = ("loss", "train_loss", "train/loss", "training_loss", "train_loss_step", "val_loss", "eval_loss",
+              "valid_loss", "validation_loss", "lm_loss")  # fmt: skip
+#: What a name has in it where none is usual.
+SPEAKS_OF = {"loss": ("loss",), "step": ("step", "iter")}
 RATE_NAMES = ("lr", "learning_rate", "learning-rate", "rate", "lr-adamw", "lr-adam", "lr-sgd")
+#: Logs by their usual names, in a folder of a run.
+IN_FOLDERS = ("metrics.jsonl", "trainer_state.json", "metrics.csv")
+EVENT_FILES = "events.out.tfevents.*"
 #: Weights & Biases adds the least and largest value of each point.
 SPREADS = ("__MIN", "__MAX")
 
@@ -66,7 +71,7 @@ class Columns:
 
 
 def read_log(path: Path, columns: Columns | None = None) -> Log:
-    """The loss curve in a file, or in a folder that has ``metrics.jsonl``, ``trainer_state.json`` or event files.
+    """The loss curve in a file, or in a folder that holds one of :data:`IN_FOLDERS`, checkpoints or event files.
 
     Raises:
         ConfigError: there is no such file, it is of none of these kinds, it has no step, no loss, or several of one.
@@ -75,12 +80,7 @@ def read_log(path: Path, columns: Columns | None = None) -> Log:
     if not path.exists():
         raise ConfigError(f"{path}: no such file or folder")
     if path.is_dir():
-        for name in ("metrics.jsonl", "trainer_state.json"):
-            if (path / name).is_file():
-                return read_log(path / name, wanted)
-        if any(path.glob("events.out.tfevents.*")):
-            return _events(path, wanted)
-        raise ConfigError(f"{path}: holds no metrics.jsonl, no trainer_state.json and no TensorBoard event file")
+        return _folder(path, wanted)
     if ".tfevents." in path.name:
         return _events(path, wanted)
     if path.suffix == ".json":
@@ -95,18 +95,39 @@ def read_log(path: Path, columns: Columns | None = None) -> Log:
 # ---- kinds of files --------------------------------------------------------------------------------------
 
 
+def _folder(path: Path, columns: Columns) -> Log:
+    """The log in a folder, or in its newest checkpoint of transformers."""
+    for name in IN_FOLDERS:
+        if (path / name).is_file():
+            return read_log(path / name, columns)
+    if any(path.glob(EVENT_FILES)):
+        return _events(path, columns)
+    states = [p for p in path.glob("checkpoint-*/trainer_state.json") if p.parent.name[11:].isdecimal()]
+    if states:
+        return read_log(max(states, key=lambda p: int(p.parent.name[11:])), columns)
+    below = sorted({str(p.parent) for pattern in (*IN_FOLDERS, EVENT_FILES) for p in path.glob(f"*/{pattern}")})
+    if below:
+        raise ConfigError(f"{path}: holds no log itself; give one of {', '.join(below[:5])}")
+    raise ConfigError(
+        f"{path}: holds no {', no '.join(IN_FOLDERS)}, no checkpoint-*/trainer_state.json and no TensorBoard event file"
+    )
+
+
 def _table(path: Path, columns: Columns) -> Log:
     text = read_text(path, MAX_BYTES)
     head = text.partition("\n")[0]
     if not head.strip():
         raise ConfigError(f"{path}: is empty")
     separator = max(",;\t", key=head.count)
-    reader = csv.DictReader(io.StringIO(text), delimiter=separator)
+    reader = csv.DictReader(io.StringIO(text), delimiter=separator, skipinitialspace=True)
     try:
-        rows = list(reader)
+        reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
+        rows: list[dict[str, Any]] = list(reader)
     except csv.Error as error:
         raise ConfigError(f"{path}: is no table: {error}") from None
     names = [name for name in reader.fieldnames or [] if name and not name.endswith(SPREADS)]
+    if separator == ";":  # where numbers have a decimal comma, cells are set apart by semicolons
+        rows = [{k: v.replace(",", ".") if isinstance(v, str) else v for k, v in row.items()} for row in rows]
     return _log(str(path), names, rows, columns)
 
 
@@ -187,21 +208,37 @@ def _log(
         )
     steps, losses = _pairs(rows, step, loss)
     if not len(steps):
-        raise ConfigError(f"{where}: the column {loss!r} holds no number")
+        raise ConfigError(f"{where}: the column {loss!r} holds no number beside a step")
+    steps, losses, gaps = _without_gaps(steps, losses)
     rate_steps, rates = _pairs(rows, step, rate) if rate is not None else (np.zeros(0), np.zeros(0))
     return Log(
         steps=steps, losses=losses, rate_steps=rate_steps, rates=rates, total_steps=total_steps, loss_name=loss,
-        notes=notes,
+        notes=(*notes, *gaps),
     )  # fmt: skip
+
+
+def _without_gaps(steps: Array, losses: Array) -> tuple[Array, Array, tuple[str, ...]]:
+    """The rows without losses that are not finite where the run went on, and a note; after a divergence they stay.
+
+    A step that a gradient scaler skipped, or a cell that a table fills with NaN, is no divergence: a finite loss
+    follows.  In the last rows it may be one, and is left for the curve to refuse.
+    """
+    finite = np.isfinite(losses)
+    last = steps[finite].max() if finite.any() else -math.inf
+    gap = ~finite & (steps < last)
+    if not gap.any():
+        return steps, losses, ()
+    note = f"{int(gap.sum())} of {len(losses)} losses are not finite and have been left out: the run went on after them"
+    return steps[~gap], losses[~gap], (note,)
 
 
 def _chosen(
     where: str, names: Sequence[str], said: str | None, usual: Sequence[str], kind: str, *, needed: bool = True
 ) -> str | None:
-    """The caller's column, or the one with the best known of the usual names.
+    """The caller's column, the one with the best known of the usual names, or the only one that speaks of it.
 
     Raises:
-        ConfigError: the caller's is not there, or two have the same usual name.
+        ConfigError: the caller's is not there, or several could be meant.
     """
     if said is not None:
         if said in names:
@@ -215,7 +252,11 @@ def _chosen(
                                   f"choose one with --{kind}-column")  # fmt: skip
             if found:
                 return found[0]
-    return None
+    found = [n for n in names if any(word in n.lower() for word in SPEAKS_OF.get(kind, ()))]
+    if len(found) > 1:
+        raise ConfigError(f"{where}: {len(found)} columns could be the {kind}: {', '.join(found[:5])}; "
+                          f"choose one with --{kind}-column")  # fmt: skip
+    return found[0] if found else None
 
 
 def _last(name: str) -> str:

@@ -63,6 +63,7 @@ class TrialCurve:
         params: its values by name.
         complete: it has come to its end; its last value is its final one.
         first: the first step that says something: after warm-up and start.
+        looks: shares of a run at which it is looked at, rising, the last is 1; the same for all that are compared.
     """
 
     key: int
@@ -75,11 +76,12 @@ class TrialCurve:
     params: Mapping[str, Any] = field(default_factory=dict)
     complete: bool = False
     first: float = 0.0
+    looks: tuple[float, ...] = LOOKS
 
     @staticmethod
     def of(
         key: int, reports: Sequence[tuple[float, float]], rates: Array, *, params: Mapping[str, Any] | None = None,
-        complete: bool = False,
+        complete: bool = False, looks: tuple[float, ...] = LOOKS,
     ) -> TrialCurve:  # fmt: skip
         """Check and sort.
 
@@ -89,6 +91,7 @@ class TrialCurve:
             rates: (T,) learning rate of every step.
             params: Its values by name.
             complete: Whether it has ended.
+            looks: Shares of a run at which it is looked at.
 
         Raises:
             ConfigError: no rate, none above 0, or one that is negative or no number.
@@ -106,6 +109,7 @@ class TrialCurve:
             key=key, steps=steps, values=np.array([last[s] for s in steps]), total_steps=len(rate),
             progress=np.concatenate([[0.0], np.cumsum(factor)]), factor=factor, peak=float(rate.max()),
             params=dict(params or {}), complete=complete, first=1.5 * warmup if warmup > 1 else 0.0,
+            looks=looks,
         )  # fmt: skip
 
     @property
@@ -136,21 +140,21 @@ class TrialCurve:
     @property
     def standing(self) -> int | None:
         """Index of the look that it was at last; None where its reports do not say enough for that very one."""
-        last = max((k for k, look in enumerate(LOOKS) if look <= self.share + LATE), default=-1)
+        last = max((k for k, look in enumerate(self.looks) if look <= self.share + LATE), default=-1)
         return last if last in self.stands else None
 
     @functools.cached_property
     def stands(self) -> dict[int, Stand]:
         """Index of a look -> where it stands, for those that its reports say enough for; not in its warm-up."""
         found = {}
-        for k, look in enumerate(LOOKS[:-1]):
+        for k, look in enumerate(self.looks[:-1]):
             step = look * self.total_steps
             if look <= self.share + LATE and step >= self.first:
                 level, slope = self.level(step), self.slope(step)
                 if level is not None and slope is not None:
                     found[k] = Stand(level, slope, *self._noise(step))
         if self.complete and len(self.values):
-            found[len(LOOKS) - 1] = Stand(float(self.values[-1]), 0.0, 0.0, 0.0, 0.0)
+            found[len(self.looks) - 1] = Stand(float(self.values[-1]), 0.0, 0.0, 0.0, 0.0)
         return found
 
     def power_at(self, step: float) -> float:

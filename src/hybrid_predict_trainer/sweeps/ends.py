@@ -1,6 +1,6 @@
 r"""Where the trials of a search will end, foretold together.
 
-Each trial is looked at after fixed shares of its run (:data:`LOOKS`).  From look s on its value follows
+Each trial is looked at after fixed shares of its run (``TrialCurve.looks``).  From look s on its value follows
 
     y(t) = y(s) + b ln(S_t / S_s) + b (u_s^p - u_t^p) + c r(t)
 
@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from .curves import LOOKS, Array, Stand, TrialCurve
+from .curves import Array, Stand, TrialCurve
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,19 +153,19 @@ def _from_look(
     curves: Sequence[TrialCurve], k: int, asked: Sequence[int], known: Sequence[int], near: Nearness, model: Model
 ) -> list[End]:
     """Ends of the trials that stand at look k, from those that are further on."""
-    everyone = [*asked, *known]
+    everyone, looks = [*asked, *known], curves[asked[0]].looks
     states = {i: curves[i].stands[k] for i in everyone}
     typical = (
         float(np.median([stand.level for stand in states.values()])),
         max(float(np.median([math.hypot(stand.slope, stand.noise) for stand in states.values()])), 1e-9),
     )
-    ends = _points(curves, [(i, 1.0) for i in asked], LOOKS[k], states, typical)
+    ends = _points(curves, [(i, 1.0) for i in asked], looks[k], states, typical)
     data = [(i, m) for i in known for m in curves[i].stands if m > k]
     degrees, size2 = model.degrees, 1.0
     between = _covariance(ends, ends, near, model, own=True)
     mean, variance = np.zeros(len(asked)), np.diag(between).copy()
     if data:
-        points = _points(curves, [(i, LOOKS[m]) for i, m in data], LOOKS[k], states, typical)
+        points = _points(curves, [(i, looks[m]) for i, m in data], looks[k], states, typical)
         found = np.array([curves[i].stands[m].level for i, m in data])
         rest = (found - points.law) / points.size
         matrix = _covariance(points, points, near, model, own=True)
@@ -180,7 +180,7 @@ def _from_look(
         degrees += count
     scale = np.sqrt(size2 * variance) * ends.size
     middle = ends.law + mean * ends.size
-    return [End(float(m), float(s), degrees, LOOKS[k]) for m, s in zip(middle, scale, strict=True)]
+    return [End(float(m), float(s), degrees, looks[k]) for m, s in zip(middle, scale, strict=True)]
 
 
 def _points(

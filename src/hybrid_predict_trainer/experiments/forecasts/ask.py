@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from ...forecast.curve import Array, Curve
-from ...forecast.final_loss import forecast
+from ...forecast.final_loss import Forecast, forecast
 from ...forecast.logs import Columns, Log, read_log
 from ...forecast.prior import shipped
 from ...forecast.schedules import continued, planned_rates
+from ...sweeps.finished import Finished, forecast_among
 from ...tasks.recipes import lr_factor
 from ..arms.options import InputError, build_experiment
 from ..run_folder import stored
@@ -30,6 +31,7 @@ class Question:
         level: of the interval.
         prior: one of ``forecast.prior.PRIORS``; None: all of them, weighed.
         until: last step that counts; None: all.
+        like: runs that have ended, to learn from; empty: the law and its prior.
     """
 
     run: Path
@@ -39,6 +41,7 @@ class Question:
     level: float = 0.9
     prior: str | None = None
     until: int | None = None
+    like: tuple[Path, ...] = ()
 
 
 def answer(question: Question) -> dict[str, Any]:
@@ -56,10 +59,40 @@ def answer(question: Question) -> dict[str, Any]:
     curve = Curve.of(log.steps, log.losses)
     if question.until is not None:
         curve = curve.until(question.until)
-    priors = None if question.prior is None else [shipped(question.prior)]
-    found = forecast(curve.steps, curve.losses, plan, level=question.level, priors=priors)
+    found = _foretold(question, curve, plan)
     said = asdict(found)
     return {"run": str(question.run), "loss": log.loss_name, **said, "notes": [*log.notes, *found.notes]}
+
+
+def _foretold(question: Question, curve: Curve, plan: Array) -> Forecast:
+    if not question.like:
+        priors = None if question.prior is None else [shipped(question.prior)]
+        return forecast(curve.steps, curve.losses, plan, level=question.level, priors=priors)
+    if question.prior is not None:
+        raise InputError("--prior is what the law is told; with --like it is not asked: leave out one of them")
+    ended = [_ended(path, question) for path in question.like]
+    return forecast_among(curve.steps, curve.losses, plan, ended, level=question.level)
+
+
+def _ended(path: Path, question: Question) -> Finished:
+    """A finished run: its rates are those of its log or recipe, or those of the schedule over its own length.
+
+    Raises:
+        InputError: none of the three is there.
+    """
+    log = read_log(path, question.columns)
+    last = int(log.steps.max())
+    kept = np.isfinite(log.rates) & (log.rate_steps >= 1)
+    if path.is_dir() and (path / "run.json").is_file():
+        rates = recipe_rates(path, last)
+    elif kept.sum() >= 2:
+        order = np.argsort(log.rate_steps[kept], kind="stable")
+        rates = np.interp(np.arange(1, last + 1), log.rate_steps[kept][order], log.rates[kept][order])
+    elif question.schedule is not None:
+        rates = planned_rates(question.schedule, last)
+    else:
+        raise InputError(f"{path}: holds no learning rates; give --schedule if the finished runs had the same")
+    return Finished(steps=log.steps, losses=log.losses, rates=rates)
 
 
 def _plan(question: Question, log: Log) -> Array:
@@ -101,12 +134,13 @@ def recipe_rates(folder: Path, steps: int | None) -> Array:
 def format_text(found: dict[str, Any]) -> str:
     """What a person reads."""
     percent = 100 * found["level"]
-    power = "-" if found["power_law"] is None else f"{found['power_law']:.5g}"
+    power, line = ("-" if found[k] is None else f"{found[k]:.5g}" for k in ("power_law", "log_line"))
     weights = ", ".join(f"{name} {100 * w:.0f} %" for name, w in found["prior"] if w > 0)
     return "\n".join([
         f"{found['run']}: {found['loss']}, step {found['step']:,} of {found['total_steps']:,}",
         f"final loss {found['final_loss']:.5g}, {percent:g} % interval {found['low']:.5g} to {found['high']:.5g}",
-        f"beside it: last value {found['last_value']:.5g}, power law without learning rates {power}",
+        f"beside it: last value {found['last_value']:.5g}, power law without learning rates {power}, "
+        f"line in the logarithm of the step {line}",
         f"known before: {weights}",
         *(f"note: {note}" for note in found["notes"]),
     ])  # fmt: skip

@@ -41,8 +41,11 @@ def measure(curves: Literal["published", "own", "all"], out: Path, tell: Callabl
     if curves in ("own", "all"):
         sets["own"] = own_runs(out, tell)
         sets["own, published shape"] = sets["own"]
+        for name in AMONG:
+            sets[name] = sets["own"]
     if curves in ("published", "all"):
         sets["published"] = published.runs()
+        sets["published, among finished runs"] = sets["published"]
     found: dict[str, Any] = {"sets": {name: _scored(name, runs) for name, runs in sets.items()}}
     if "published" in sets:
         found["whole_curves"] = scores.whole_curves(sets["published"])
@@ -69,7 +72,33 @@ def own_runs(out: Path, tell: Callable[[str], None]) -> list[published.Run]:
     return found
 
 
+def _alike(part: int) -> Callable[[published.Run, published.Run], bool]:
+    """Whether two recorded runs have a part of their names in common: -1 the length, -2 the schedule."""
+    return lambda run, other: run.name.split("-")[part] == other.name.split("-")[part]
+
+
+#: Sets that are foretold from finished runs of other widths, and which of those are left out.
+AMONG: dict[str, Callable[[published.Run, published.Run], bool]] = {
+    "own, among finished runs": lambda run, other: False,
+    "own, among others of other schedules": _alike(-2),
+    "own, among others of other lengths": _alike(-1),
+}
+
+
+def _among(runs: list[published.Run], without: Callable[[published.Run, published.Run], bool]) -> dict[str, Any]:
+    told = scores.among_others(runs, without=without)
+    families = sorted({run.family for run in runs})
+    return {
+        "runs": len(runs), "families": families, "summary": scores.summary(told),
+        "by_family": {f: scores.summary([s for s in told if s.family == f]) for f in families},
+        "covered": float(np.mean([s.covered for s in told])), "noise_floor": scores.noise_floor(runs),
+        "scores": [asdict(s) for s in told],
+    }  # fmt: skip
+
+
 def _scored(name: str, runs: list[published.Run]) -> dict[str, Any]:
+    if "among" in name:
+        return _among(runs, AMONG.get(name, lambda run, other: False))
     if name == "own, published shape":
         raw = scores.with_prior(runs, replace(shipped(PRIOR_OF["published"]), widening=1.0))
     else:
@@ -81,7 +110,7 @@ def _scored(name: str, runs: list[published.Run]) -> dict[str, Any]:
     return {
         "runs": len(runs), "families": families, "summary": scores.summary(told),
         "by_family": {f: scores.summary([s for s in told if s.family == f]) for f in families},
-        "covered": float(np.mean([s.covered for s in told])),
+        "covered": float(np.mean([s.covered for s in told])), "noise_floor": scores.noise_floor(runs),
         "covered_as_stated": float(np.mean([s.covered for s in raw])),
         "shapes": {g: dict(zip(NAMES, theta.tolist(), strict=True)) for (_, g), theta in shapes.items()},
         "prior": prior.to_json(), "scores": [asdict(s) for s in told],
@@ -98,7 +127,8 @@ def _verdicts(found: Mapping[str, Any]) -> dict[str, bool]:
                 percent = f"{100 * row['share']:.0f} %"
                 verdicts[f"{name}, {percent} known: median error at most {100 * bar:g} %"] = row["median"] <= bar
                 verdicts[f"{name}, {percent} known: ahead of the last value"] = row["median"] < row["last_value"]
-                verdicts[f"{name}, {percent} known: ahead of the power law"] = row["median"] < row["power_law"]
+                for other, words in (("power_law", "the power law"), ("log_line", "the line in the logarithm")):
+                    verdicts[f"{name}, {percent} known: ahead of {words}"] = row["median"] < row[other]
         inside = COVERAGE[0] <= result["covered"] <= COVERAGE[1]
         verdicts[f"{name}: 90 % intervals hold 85 to 95 %"] = inside
     for row in found.get("whole_curves", ()):
@@ -110,11 +140,12 @@ def _verdicts(found: Mapping[str, Any]) -> dict[str, bool]:
 
 def priors_text(found: Mapping[str, Any]) -> str:
     """The priors as ``forecast/priors.json`` has them."""
-    priors = [result["prior"] for result in found["sets"].values()]
+    priors = [result["prior"] for result in found["sets"].values() if "prior" in result]
     return json.dumps({p["name"]: p for p in sorted(priors, key=lambda p: str(p["name"]))}, indent=1) + "\n"
 
 
-HEAD = ("runs", "known", "n", "median error", "largest", "90 % interval holds", "last value", "power law")
+HEAD = ("runs", "known", "n", "median error", "largest", "90 % interval holds", "last value", "power law",
+        "line in ln n")  # fmt: skip
 
 
 def _rows(found: Mapping[str, Any]) -> list[list[str]]:
@@ -123,11 +154,11 @@ def _rows(found: Mapping[str, Any]) -> list[list[str]]:
         parts = [(name, result["summary"]), *((f"{name} {g}", rs) for g, rs in result["by_family"].items())]
         for label, summary in parts:
             for row in summary:
-                power = "-" if row["power_law"] is None else f"{100 * row['power_law']:.2f} %"
+                power, line = ("-" if row[k] is None else f"{100 * row[k]:.2f} %" for k in ("power_law", "log_line"))
                 rows.append([
                     label, f"{100 * row['share']:.0f} %", str(row["n"]), f"{100 * row['median']:.2f} %",
                     f"{100 * row['largest']:.2f} %", f"{100 * row['covered']:.0f} %",
-                    f"{100 * row['last_value']:.2f} %", power,
+                    f"{100 * row['last_value']:.2f} %", power, line,
                 ])  # fmt: skip
     return rows
 
@@ -136,7 +167,8 @@ def format_text(found: Mapping[str, Any]) -> str:
     """What a person reads."""
     lines = aligned(HEAD, _rows(found))
     for name, result in found["sets"].items():
-        lines.append(f"{name}: all intervals together hold {100 * result['covered']:.0f} %")
+        lines.append(f"{name}: all intervals together hold {100 * result['covered']:.0f} %; of an error of "
+                     f"{100 * result['noise_floor']:.2f} % the final losses' own scatter is the cause")  # fmt: skip
     for row in found.get("whole_curves", ()):
         lines.append(
             f"{row['group']}: fitted to three whole curves ({row['prior']}), mean error on the other "

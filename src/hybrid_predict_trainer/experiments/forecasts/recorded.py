@@ -37,13 +37,12 @@ WARMUP_SHARE, DECAY_SHARE = 0.05, 0.25
 #: Bytes that the model reads, examples per batch, and numbers per embedded byte.
 CONTEXT, BATCH_SIZE, EMBEDDING = 8, 32, 8
 #: Examples of the fixed validation set, and bytes of text.
-NUM_VALID, DATA_BYTES = 1024, 4_000_000
-SEED = 0
+NUM_VALID, DATA_BYTES = 4096, 4_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """One run; all share their data, and those of one width their start."""
+    """One run; those of one width share their start and the order of their batches, those of two widths neither."""
 
     width: int
     lr: float
@@ -104,7 +103,7 @@ def run(corpus: Corpus, together: Sequence[Recipe]) -> list[str]:
     for step in range(1, max(recipe.steps for recipe in together) + 1):
         going = [k for k, recipe in enumerate(together) if step <= recipe.steps]
         lr = [models.optimizer.param_groups[k]["lr"] for k in range(len(together))]
-        at = counter_rng(SEED, step).integers(len(corpus.train) - CONTEXT, size=BATCH_SIZE)
+        at = counter_rng(together[0].width, step).integers(len(corpus.train) - CONTEXT, size=BATCH_SIZE)
         since[going] += models.step(examples(corpus.train, at), going)
         due = [k for k in going if step % (together[k].steps // NUM_ROWS) == 0]
         if due:
@@ -121,10 +120,10 @@ class Models:
     """Models of one shape that read the same batches, each with its own rate and schedule."""
 
     def __init__(self, together: Sequence[Recipe]) -> None:
-        """All begin with the same weights."""
+        """All begin with the same weights, which belong to the width."""
         width = together[0].width
         shapes = ((CONTEXT * EMBEDDING, width), (width, width), (width, NUM_BYTE_TOKENS))
-        generator = torch.Generator().manual_seed(SEED)
+        generator = torch.Generator().manual_seed(width)
         drawn = [torch.randn(NUM_BYTE_TOKENS, EMBEDDING, generator=generator)]
         drawn += [torch.randn(shape, generator=generator) / shape[0] ** 0.5 for shape in shapes]
         self._weights = [[w.clone().requires_grad_() for w in drawn] for _ in together]

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
-from ...forecast.curve import Array
-from ...forecast.final_loss import forecast
+from ...forecast.curve import Array, Curve
+from ...forecast.final_loss import FINAL_SHARE, Forecast, forecast
 from ...forecast.fit import Fit, fit
 from ...forecast.prior import WIDE, Prior, learnt
+from ...sweeps.finished import Finished, forecast_among
 from .published import FITTED, Run
 
 #: How far the law is off where all whole curves of a model are fitted together.
@@ -36,6 +37,7 @@ class Score:
     deviations: float  # of ln(truth) from the forecast, in the forecast's own standard deviations
     last_value: float
     power_law: float | None
+    log_line: float | None
 
     @property
     def covered(self) -> bool:
@@ -78,11 +80,53 @@ def with_prior(runs: Sequence[Run], prior: Prior, shares: Sequence[float] = SHAR
     return [score(run, share, prior) for run in runs for share in shares]
 
 
+def among_others(
+    runs: Sequence[Run],
+    shares: Sequence[float] = SHARES,
+    without: Callable[[Run, Run], bool] = lambda run, other: False,
+) -> list[Score]:
+    """Forecast every run at every share from the whole runs of all other families; intervals as they are stated.
+
+    Args:
+        runs: Of several families.
+        shares: Of each that are known.
+        without: (the run, another) -> whether the other is not learnt from.
+    """
+    found = []
+    for run in runs:
+        ended = [
+            Finished(steps=r.curve.steps, losses=r.curve.losses, rates=r.rates, model=r.family)
+            for r in runs if r.family != run.family and not without(run, r)
+        ]  # fmt: skip
+        for share in shares:
+            known = _known(run, share)
+            said = forecast_among(known.steps, known.losses, run.rates, ended, model=run.family, level=LEVEL)
+            found.append(_held_against(run, share, said))
+    return found
+
+
 def score(run: Run, share: float, prior: Prior) -> Score:
-    """One forecast."""
-    first = float(run.curve.steps[0])
-    known = run.curve.until(first + share * (float(run.curve.steps[-1]) - first))
+    """One forecast by the law."""
+    known = _known(run, share)
     said = forecast(known.steps, known.losses, run.rates, level=LEVEL, priors=[prior])
+    return _held_against(run, share, said)
+
+
+def _known(run: Run, share: float) -> Curve:
+    first = float(run.curve.steps[0])
+    return run.curve.until(first + share * (float(run.curve.steps[-1]) - first))
+
+
+def noise_floor(runs: Sequence[Run]) -> float:
+    """Median relative error that nobody can avoid: that of the final losses themselves, by their rows' scatter.
+
+    The median absolute value of a normal variable is 0.6745 standard deviations.
+    """
+    last = [max(1, round(FINAL_SHARE * len(run.curve.losses))) for run in runs]
+    return float(np.median([0.6745 * run.curve.noise / np.sqrt(n) for run, n in zip(runs, last, strict=True)]))
+
+
+def _held_against(run: Run, share: float, said: Forecast) -> Score:
     truth = run.ends_at()
     deviation = np.log(said.high / said.low) / (2 * NormalDist().inv_cdf((1 + LEVEL) / 2))
     middle = np.sqrt(said.high * said.low)
@@ -90,6 +134,7 @@ def score(run: Run, share: float, prior: Prior) -> Score:
         run=run.name, family=run.family, share=share, truth=truth, error=said.final_loss / truth - 1, low=said.low,
         high=said.high, deviations=float(np.log(truth / middle) / deviation), last_value=said.last_value / truth - 1,
         power_law=None if said.power_law is None else said.power_law / truth - 1,
+        log_line=None if said.log_line is None else said.log_line / truth - 1,
     )  # fmt: skip
 
 
@@ -143,11 +188,13 @@ def summary(scores: Sequence[Score]) -> list[dict[str, Any]]:
     for share in sorted({s.share for s in scores}):
         these = [s for s in scores if s.share == share]
         size = np.abs([s.error for s in these])
-        power = [abs(s.power_law) for s in these if s.power_law is not None]
+        simple = {
+            name: [abs(e) for s in these if (e := getattr(s, name)) is not None]
+            for name in ("last_value", "power_law", "log_line")
+        }
         found.append({
             "share": share, "n": len(these), "median": float(np.median(size)), "largest": float(size.max()),
             "covered": float(np.mean([s.covered for s in these])),
-            "last_value": float(np.median(np.abs([s.last_value for s in these]))),
-            "power_law": float(np.median(power)) if power else None,
+            **{name: float(np.median(errors)) if errors else None for name, errors in simple.items()},
         })  # fmt: skip
     return found

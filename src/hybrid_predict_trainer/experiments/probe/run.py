@@ -20,7 +20,7 @@ from ..extras import require
 from ..statistics import t_quantile
 from .observe import LAZY_CHANGE, Displacements, is_deterministic, is_pretrained, noise_scale
 from .pilots import NO_JUMPS, PARTS, Pilot, PilotPlan, Replicate, displacements, rates, replicate, train
-from .subject import NUM_HELD, LossFn, Schedule, Subject, untouched
+from .subject import NUM_HELD, LossFn, Schedule, Subject, checked_loss, untouched
 
 Regime = Literal["deterministic", "many epochs", "fine-tuning", "one pass"]
 ScheduleName = Literal["wsd", "linear", "cosine", "constant"]
@@ -126,13 +126,17 @@ def probe(
         options: Schedule and more.
 
     Raises:
-        ConfigError: something cannot be copied or gone through again, or there is time for too few steps.
+        ConfigError: something cannot be copied or gone through again, the loss is not finite or has no gradient, or
+            there is time for too few steps.
         IntegrationError: scipy is not installed.
     """
     require("scipy")
     if not minutes > 0:
         raise ConfigError(f"minutes = {minutes} must be above 0")
     options = options or Options()
+    for name, count in (("total_steps", total_steps), ("pilot_steps", options.pilot_steps)):
+        if count is not None and count < 1:
+            raise ConfigError(f"{name} = {count} must be at least 1")
     subject = Subject(
         model=model, optimizer=optimizer, loss_fn=loss_fn, loader=loader, schedule=options.factor(),
         grad_clip=options.grad_clip, val_fn=options.val_fn, num_batches=options.steps_per_epoch,
@@ -182,6 +186,7 @@ class Options:
 def _run(subject: Subject, total_steps: int | None, minutes: float, options: Options) -> Report:
     began = time.perf_counter()
     model, _, loss_fn = subject.copy()
+    checked_loss(model, loss_fn, next(subject.batches(0)))
     exact = is_deterministic(subject, model, loss_fn)
     held_from = subject.batches(987_654)
     held = [next(held_from) for _ in range(1 if exact else NUM_HELD)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -82,8 +83,11 @@ class Subject:
             ConfigError: there is none, or the loader can be gone through once only.
         """
         if not isinstance(self.loader, Iterable):
-            yield from self.loader(seed)
-            return
+            taken = 0
+            for batch in self.loader(seed):
+                taken += 1
+                yield batch
+            raise ConfigError(f"loader({seed}) ended after {taken} batches: it must give batches without end")
         if isinstance(self.loader, Iterator):
             raise ConfigError(
                 "the loader can be gone through once only; give a list, a data loader, or seed -> iterator"
@@ -109,6 +113,28 @@ class Subject:
             return len(self.loader) or None  # type: ignore[arg-type]
         except TypeError:
             return None
+
+
+def checked_loss(model: nn.Module, loss_fn: LossFn, batch: Any) -> None:
+    """Refuse what no pilot could train: before any time is spent, and in terms of what the caller handed in.
+
+    Raises:
+        ConfigError: nothing trains, or the loss is no finite scalar with a gradient.
+    """
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ConfigError("the model has no weights that train: all have requires_grad=False, or there are none")
+    loss = loss_fn(model, batch)
+    if not isinstance(loss, Tensor):
+        raise ConfigError(f"loss_fn(model, batch) must return the loss as a tensor, not {type(loss).__name__}")
+    if loss.numel() != 1:
+        raise ConfigError(f"loss_fn(model, batch) must return one number, not a tensor of shape {tuple(loss.shape)}")
+    if not math.isfinite(float(loss.detach())):
+        raise ConfigError(
+            f"the loss of the model as it is is {float(loss.detach()):g}: there is nothing to train from; "
+            "look at the first batch and at the weights"
+        )
+    if not loss.requires_grad:
+        raise ConfigError("the loss has no gradient: compute it without torch.no_grad(), detach() or item()")
 
 
 @contextmanager
