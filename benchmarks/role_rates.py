@@ -37,13 +37,15 @@ class Run:
     def __init__(self, task: str, steps: int, lr: float, seed: int) -> None:
         """Build it."""
         self.steps, self.lr, self.clip = steps, lr, 0.0
-        (self._text if task == "text" else self._sequences)(task, seed)
+        (self._text if task.startswith("text") else self._sequences)(task, seed)
 
     def _text(self, task: str, seed: int) -> None:
         made = make_task("gpt", TaskSettings(preset="0.3M"))
         recipe = with_steps(replace(made.defaults, lr=self.lr), self.steps)
         torch.manual_seed(seed)
         self.model = made.build_model(seed)
+        if task == "text-tied":
+            self.model.lm_head.weight = self.model.embed_tokens.weight
         self.make: Callable[[Any], Any] = lambda model: build_optimizer(model, recipe)
         self.schedule: Callable[[Any], Any] = lambda o: build_scheduler(
             o, recipe.schedule, self.steps, recipe.warmup_steps, recipe.decay_frac
@@ -101,7 +103,7 @@ class Run:
 def main() -> None:
     """Print a line per seed."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--task", choices=("text", "tied", "untied"), default="tied")
+    parser.add_argument("--task", choices=("text", "text-tied", "tied", "untied"), default="tied")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seeds", default="0,1")

@@ -48,8 +48,9 @@ HARM_SETTINGS = (
     "teacher-b32", "drift-b32", "logistic-sgd-long", "friedman-high-rate", "friedman-onecycle",
     "regression-sgd-.01", "regression-sgd-.03", "regression-sgd-.1", "gru-linear", "lstm-text", "gpt-b8-cosine",
     "gpt-modern-b4-wsd", "gpt-bf16", "gpt-modern-muon", "gpt-schedule-free", "gpt-arithmetic",
-    "gpt-arithmetic-short", "gpt-modern-arithmetic", "gpt-finetune-b2", "gpt-finetune-b2-low-rate",
-    "gpt-finetune-b2-high-rate", "gpt-finetune-b8", "gpt-lora", "pinn-fixed", "pinn-resampled", "pinn-fresh",
+    "gpt-arithmetic-short", "gpt-tied-arithmetic-short", "gpt-tied-b8-cosine", "gpt-modern-arithmetic",
+    "gpt-finetune-b2", "gpt-finetune-b2-low-rate", "gpt-finetune-b2-high-rate", "gpt-finetune-b8", "gpt-lora",
+    "pinn-fixed", "pinn-resampled", "pinn-fresh",
 )  # fmt: skip
 
 #: Small models of ``hpt bench overhead`` and ``hpt bench profile``.

@@ -55,13 +55,12 @@ def decide(run: State) -> Decision:
         return agreed_decision(run, lambda: run.phases.controller.decide(inputs(run, preview_proposal(run))))
 
 
-def prepare(run: State, batch: Any, decision: Decision) -> None:
-    """In the decided phase, before the step: the predictor that suits the losses, and the guard's comparison."""
+def prepare(run: State, decision: Decision) -> None:
+    """In the decided phase, before the step: the predictor that suits the losses."""
     run.schedule.begin_step()
     if decision.phase is not Phase.PREDICT:
         with own_defaults():
             choose_by_losses(run)
-    compare_with_anchor(run, batch)
 
 
 def close_step(run: State, decision: Decision, outcome: StepOutcome, watch: Stopwatch) -> StepResult:
@@ -100,7 +99,8 @@ def take_step(run: State, batch: Any) -> StepResult:
     decision = decide(run)
     enter(run, decision)
     began = time.perf_counter() - looked
-    prepare(run, batch, decision)
+    prepare(run, decision)
+    compare_with_anchor(run, batch)
     executor = execute if run.config.enabled else run_plain
     clock, entered = run.proposer.time.clock, run.proposer.time.clock()
     outcome = executor(run, batch, decision)

@@ -14,6 +14,7 @@ from ..weights.parameters import optimizer_parameters
 from .real_step import RealStep, count_real
 from .state import State
 from .transaction import finish_real, versions_of
+from .withdrawal import Pair
 
 
 class PendingStep:
@@ -25,12 +26,15 @@ class PendingStep:
         batch: It is trained on, None if there is none.
         measured: Forwards spent on looking at the batch.
         armed: The optimizer is stepping.
+        compares: The guard compares in this step.
+        pair: What it compares, if it does.
     """
 
     def __init__(self, run: State, decision: Decision, step: RealStep | None, batch: Any, measured: float) -> None:
         """Remember where the weights stand."""
         self.decision, self.step, self.batch, self.measured = decision, step, batch, measured
-        self.armed = False
+        self.armed = self.compares = False
+        self.pair: Pair = None
         self._run, self._versions = run, versions_of(run.subject.parameters)
         self._num_attempted = run.meter.num_attempted_steps
         self._done = run.optimizer_step.scale.num_steps, run.optimizer_step.lookahead.num_steps
@@ -41,6 +45,10 @@ class PendingStep:
     def usable(self) -> bool:
         """Whether the optimizer may step."""
         return self.step is None or self.step.usable
+
+    def on_pair(self, pair: Pair) -> None:
+        """The guard compares these losses once the optimizer has stepped."""
+        self.compares, self.pair = True, pair
 
     @property
     def moved(self) -> bool:

@@ -87,7 +87,7 @@ class Proposals:
     def _propose(self, batch: Any, decision: Decision, called: float) -> StepResult:
         run = self._run
         enter(run, decision)
-        prepare(run, batch, decision)
+        prepare(run, decision)
         outcome = execute(run, batch, decision)
         outcome.forwards, self._spent, self._looked = outcome.forwards + self._spent, 0.0, []
         result = close_step(run, decision, outcome, Stopwatch(called, called, None))

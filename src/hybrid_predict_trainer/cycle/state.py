@@ -285,6 +285,13 @@ class State:
         self.proposer.overwritten()
         self.end_probation()
 
+    def came_back(self) -> None:
+        """The weights are those of a copy from long before, and what is around the step has come back with them."""
+        self.windows.on_overwrite()
+        self.optimizer_step.on_restore(None)
+        self.proposer.overwritten()
+        self.end_probation()
+
     def end_probation(self) -> None:
         """A jump on trial stays, without a verdict; what is left of it in pieces is dropped."""
         self.proposer.go_on_with(None)

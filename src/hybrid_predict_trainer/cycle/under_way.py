@@ -29,6 +29,7 @@ from .real_step import RealStep, clip, count_real
 from .said import NO_LOSS, TWICE, SaidOnce
 from .state import State
 from .transaction import interrupted
+from .withdrawal import judge_pair, measured_pair
 from .witness import ClippingWatch
 
 
@@ -113,11 +114,15 @@ class StepUnderWay:
             measured = self._proposals.look(batch)
             decision = self._proposals.next_decision()
             enter(run, decision)
-            prepare(run, batch, decision)
+            prepare(run, decision)
+            comparing = run.safety.guard.comparing
+            pair = measured_pair(run, batch) if comparing else None
         step = self._begun()
         self._watching.close()
         step.after_backward(loss)
         self.pending = PendingStep(run, decision, step, batch, measured)
+        if comparing:
+            self.pending.on_pair(pair)
 
     def _on_every_rank(self, loss: Tensor | None, batch: Any) -> tuple[Tensor | None, Any]:
         """Loss and batch, unless some rank has none: what one cannot look at none does."""
@@ -199,6 +204,8 @@ class StepUnderWay:
         outcome.forwards += pending.measured
         began, clock = self._began
         result = close_step(run, pending.decision, outcome, Stopwatch(began, began, run.proposer.time.clock() - clock))
+        if pending.compares:  # not before: the gradients that the optimizer has used were those of the present weights
+            judge_pair(run, pending.pair)
         outside.remember(run)
         self._used = self._smallest_gradient()
         self._step = None

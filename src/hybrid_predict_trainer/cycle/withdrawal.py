@@ -2,7 +2,8 @@
 
 Two are kept.  ``raise_point`` is the start of a raise of the learned multiplier until the raise is settled;
 ``safe_point`` is the guard's anchor.  Both are weights, buffers, optimizer state and what the lookahead remembers, and
-not the schedule, the clock or random numbers: the steps since were spent, and the data go on.
+not the schedule, the clock or random numbers: the steps since were spent, and the data go on.  What a user has put
+around the step goes back too: an average of the weights is one of those that came back.
 """
 
 from __future__ import annotations
@@ -38,9 +39,14 @@ def keep(run: State, into: Snapshot | None = None) -> Snapshot:
 def put_back(run: State, kept: Snapshot) -> None:
     """Weights, buffers and optimizer as they were; rates, schedule and clock as they are."""
     with scheduled_settings_stay(run.subject.optimizer):
-        kept.restore(run.subject.model, run.subject.optimizer, run.optimizer_step.with_weights, rng=False)
+        around = run.optimizer_step.with_weights
+        whole = len(kept.others) == len(around)  # a copy in a checkpoint of before has not what was handed in
+        kept.restore(run.subject.model, run.subject.optimizer, around[: len(kept.others)], rng=False)
     run.meter.add_passes(COPY_PASSES)
-    run.overwritten()
+    if whole:
+        run.came_back()
+    else:
+        run.overwritten()
     run.rollback.drop()  # it holds the weights that did harm
 
 
@@ -95,18 +101,48 @@ def _end_motions(run: State, outcome: str) -> None:
     )
 
 
+#: Losses of one batch at the present weights and at the anchor's; None: they cannot be evaluated.
+Pair = tuple[float, float] | None
+
+
 def compare_with_anchor(run: State, batch: Any) -> None:
-    """While the guard compares: losses of one batch at the present weights and at the anchor's, side by side."""
-    if not run.safety.guard.comparing or run.safety.safe_point is None:
-        return
+    """While the guard compares: measure a pair of losses and do what it says.  Between two steps only."""
+    if run.safety.guard.comparing:
+        judge_pair(run, measured_pair(run, batch))
+
+
+def measured_pair(run: State, batch: Any) -> Pair:
+    """Losses of one batch at the present weights and at the anchor's, side by side; nothing is moved.
+
+    Args:
+        run: Whose guard compares.
+        batch: That the weights have not been trained on yet.
+    """
+    point = run.safety.safe_point
+    if point is None:
+        return None
     try:
-        point = run.safety.safe_point
-        present, anchor = run.subject.ranks.together(lambda: (_loss(run, batch), _loss_at(run, point, batch)))
-    except Exception:  # whatever cannot be evaluated cannot accuse; the motions end all the same
-        follow_request(run, run.safety.guard.withdraw())
-        return
+        pair = run.subject.ranks.together(lambda: (_loss(run, batch), _loss_at(run, point, batch)))
+    except Exception:
+        return None
     run.meter.add_forwards(2)
-    follow_request(run, run.safety.guard.compare(present, anchor))
+    return pair
+
+
+def judge_pair(run: State, pair: Pair) -> None:
+    """Let the guard take a pair, and carry out what it asks for.
+
+    The weights may be others afterwards: no gradient of before may be waiting for a step.
+
+    Args:
+        run: Its guard may have ended the comparison since the pair was measured.
+        pair: Of :func:`measured_pair`.
+    """
+    guard = run.safety.guard
+    if not guard.comparing or run.safety.safe_point is None:
+        return
+    # what cannot be evaluated cannot accuse; the motions end all the same
+    follow_request(run, guard.withdraw() if pair is None else guard.compare(*pair))
 
 
 def _loss(run: State, batch: Any) -> float:

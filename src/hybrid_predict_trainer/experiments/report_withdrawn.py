@@ -10,6 +10,7 @@ from .report.parts import format_value, html_table
 COUNTS = {
     "num_guard_alarms": "Guard's alarms",
     "num_guard_restores": "States that came back",
+    "num_guard_retries": "Second tries at a lower rate",
     "num_raises_taken_back": "Raises taken back",
     "num_rollbacks": "Jumps rolled back",
     "num_outside_writes": "Writes from outside",

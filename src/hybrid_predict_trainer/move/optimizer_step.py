@@ -260,7 +260,7 @@ class OptimizerStep:
     @property
     def with_weights(self) -> list[HasState]:
         """What a copy of weights and optimizer state is not whole without."""
-        return [self.lookahead, *(m for m in self._of_settings.values() if m.remembers)]
+        return [self.lookahead, *(m for m in self.modifiers if m.remembers)]
 
     @property
     def recipe(self) -> Recipe:

@@ -70,8 +70,9 @@ class Account:
         found = statistics(run)
         kept = (
             "num_real_steps", "num_skipped_steps", "steps_gained", "steps_gained_ci95", "num_jumps_proposed",
-            "num_jumps_accepted", "num_controls", "num_rollbacks", "num_guard_alarms", "withdrawn", "learned_scale",
-            "num_early_cuts", "lookahead_effect", "lookahead_switched_off", "predictor", "exact_losses",
+            "num_jumps_accepted", "num_controls", "num_rollbacks", "num_guard_alarms", "num_guard_retries", "withdrawn",
+            "learned_scale", "learning_rate_factor", "num_early_cuts", "lookahead_effect", "lookahead_switched_off",
+            "predictor", "exact_losses",
         )  # fmt: skip
         seconds = 0.0 if self._began is None else time.perf_counter() - self._began
         return {
@@ -123,7 +124,9 @@ def motions(report: Mapping[str, Any]) -> str:
     Args:
         report: Of :meth:`Account.report`, or counts of ``statistics()``.
     """
-    said = [f"learning rate times {report['learned_scale']:g}"]
+    factor = report.get("learning_rate_factor", 1.0)  # counts of an earlier version have none
+    lowered = "" if factor == 1.0 else f", and times {factor:g} by recovery"
+    said = [f"learning rate times {report['learned_scale']:g}{lowered}"]
     if report["num_early_cuts"]:
         said.append(f"{report['num_early_cuts']} cuts of groups' first steps")
     effect = report["lookahead_effect"]

@@ -38,6 +38,7 @@ def statistics(run: State) -> dict[str, Any]:
         "hands_off": run.watch.hands_off,
         "learned_scale": run.optimizer_step.scale.learned, "num_raises_taken_back": run.optimizer_step.scale.taken_back,
         "num_guard_alarms": run.safety.guard.num_alarms, "num_guard_restores": run.safety.guard.num_restored,
+        "num_guard_retries": run.safety.guard.num_retries, "learning_rate_factor": run.schedule.factor,
         "withdrawn": run.safety.guard.withdrawn, "num_early_cuts": run.optimizer_step.scale.num_cuts,
         "lookahead_effect": run.optimizer_step.switchback.effect,
         "lookahead_switched_off": run.optimizer_step.switchback.switched_off,

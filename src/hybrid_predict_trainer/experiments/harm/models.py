@@ -127,8 +127,8 @@ def rotated(x: Tensor) -> Tensor:
 class Gpt(nn.Module):
     """Decoder-only transformer of two blocks; the old kind has learned positions, the modern one rotary ones."""
 
-    def __init__(self, *, modern: bool, dropout: float = 0.0) -> None:
-        """Draw the weights."""
+    def __init__(self, *, modern: bool, dropout: float = 0.0, tied: bool = False) -> None:
+        """Draw the weights; ``tied``: the head is the embedding."""
         super().__init__()
         self.modern = modern
         self.embed = nn.Embedding(NUM_BYTE_TOKENS, WIDTH)
@@ -140,6 +140,8 @@ class Gpt(nn.Module):
         nn.init.normal_(self.lm_head.weight, std=0.02)
         if self.positions is not None:
             nn.init.normal_(self.positions.weight, std=0.02)
+        if tied:
+            self.lm_head.weight = self.embed.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(N, T) -> (N, T, V)."""
@@ -196,7 +198,7 @@ def _new_model(setting: Setting) -> nn.Module:
             return in_bfloat16(Mlp(num_in, num_out, nn.ReLU))
         case "gpt-bf16":
             return in_bfloat16(Gpt(modern=False))
-    return Gpt(modern=setting.model == "gpt-modern", dropout=setting.dropout)
+    return Gpt(modern=setting.model == "gpt-modern", dropout=setting.dropout, tied=setting.model == "gpt-tied")
 
 
 def in_bfloat16(model: nn.Module) -> nn.Module:

@@ -21,8 +21,8 @@ Source = Literal[
     "stdlib", "manual", "regression", "poisson", "oscillator",
 ]  # fmt: skip
 Model = Literal[
-    "mlp", "logistic", "cnn", "cnn-bn", "gru", "lstm", "gpt", "gpt-modern", "mlp-lora", "gpt-lora", "gpt-trained",
-    "pinn", "mlp-bf16", "gpt-bf16",
+    "mlp", "logistic", "cnn", "cnn-bn", "gru", "lstm", "gpt", "gpt-tied", "gpt-modern", "mlp-lora", "gpt-lora",
+    "gpt-trained", "pinn", "mlp-bf16", "gpt-bf16",
 ]  # fmt: skip
 Optimizer = Literal["sgd", "adam", "adamw", "muon", "schedule-free"]
 Schedule = Literal["none", "constant", "wsd", "cosine", "linear", "onecycle", "step"]
@@ -190,6 +190,10 @@ _SEQUENCES = (
          weight_decay=0.01, steps=600, about="two tokens tell the next", ms=5.0),
     _gpt("gpt-arithmetic-short", source="arithmetic", model="gpt", batch=16, schedule="linear", warmup=0, clip=0.0,
          weight_decay=0.01, steps=150, about="ends before it has learned the rule", ms=5.0),
+    _gpt("gpt-tied-arithmetic-short", source="arithmetic", model="gpt-tied", batch=16, schedule="linear", warmup=0,
+         clip=0.0, weight_decay=0.01, dropout=0.1, steps=150, about="the same, the head is the embedding", ms=5.0),
+    _gpt("gpt-tied-b8-cosine", model="gpt-tied", batch=8, dropout=0.1, schedule="cosine", warmup=100,
+         about="the head is the embedding", ms=7.5),
     _gpt("gpt-modern-arithmetic", source="arithmetic", batch=16, schedule="wsd", steps=600, ms=5.0),
     _finetune("gpt-finetune-b2", batch=2, lr=1e-3, rate="low", about="all weights of a trained model", ms=4.0),
     _finetune("gpt-finetune-b2-low-rate", batch=2, lr=1e-4, rate="low", about="a thirtieth of the best", ms=4.0),
