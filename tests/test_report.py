@@ -254,8 +254,8 @@ def test_missing_keys_are_not_measured(tmp_path: Path) -> None:
 
 
 QUIET = {
-    "withdrawn": False, "num_guard_alarms": 0, "num_guard_restores": 0, "num_raises_taken_back": 0, "num_rollbacks": 0,
-    "num_outside_writes": 0,
+    "withdrawn": False, "num_guard_alarms": 0, "num_guard_restores": 0, "num_guard_retries": 0,
+    "num_raises_taken_back": 0, "num_rollbacks": 0, "num_outside_writes": 0,
 }  # fmt: skip
 FAILED = {"record": {"count": 3, "first": "OSError: <b>no space</b>", "left_alone": True}}
 
@@ -267,14 +267,14 @@ FAILED = {"record": {"count": 3, "first": "OSError: <b>no space</b>", "left_alon
         ({"statistics": QUIET}, ["The guard raised no alarm, nothing was taken back, and nothing failed."]),
         (
             {"statistics": QUIET | {"withdrawn": True, "num_guard_alarms": 1, "num_guard_restores": 1}},
-            ["Withdrawn: demo.", "went on as the plain loop", "yes 1 1 0 0 0 nothing"],
+            ["Withdrawn: demo.", "went on as the plain loop", "yes 1 1 0 0 0 0 nothing"],
         ),
-        ({"statistics": QUIET | {"num_raises_taken_back": 2}}, ["no 0 0 2 0 0 nothing"]),
+        ({"statistics": QUIET | {"num_raises_taken_back": 2}}, ["no 0 0 0 2 0 0 nothing"]),
         (
             {"statistics": QUIET, "failures": FAILED},
-            ["no 0 0 0 0 0 record, 3 times, left alone since: OSError: <b>no space</b>"],
+            ["no 0 0 0 0 0 0 record, 3 times, left alone since: OSError: <b>no space</b>"],
         ),
-        ({"statistics": QUIET | {"num_guard_alarms": None, "num_rollbacks": 1}}, ["no not measured 0 0 1 0 nothing"]),
+        ({"statistics": QUIET | {"num_guard_alarms": None, "num_rollbacks": 1}}, ["no not measured 0 0 0 1 0 nothing"]),
         ({"statistics": QUIET, "failures": {"gate": 7}}, ["gate, not measured times: None"]),
     ],
     ids=["older", "quiet", "withdrawn", "taken back", "failed", "unknown", "odd"],
