@@ -22,7 +22,7 @@ from hybrid_predict_trainer import (
 )
 from hybrid_predict_trainer.adapters.missing import framework
 from hybrid_predict_trainer.records import StepResult
-from hybrid_predict_trainer.recovery import Continue, ForceFullPhase, RollbackAndRetry
+from hybrid_predict_trainer.recovery import Abort, Continue, ForceFullPhase, ReducePredictRatio, RollbackAndRetry
 
 NAN = float("nan")
 
@@ -47,7 +47,7 @@ def test_a_step_that_is_not_finite() -> None:
     assert isinstance(told.error, NumericalInstability)
     assert (told.step, told.error.step) == (9, 9)
     assert "loss_nonfinite" in told.error.detail
-    assert told.action == ForceFullPhase(4)
+    assert told.action == told.error.action == ForceFullPhase(4)
     assert results[9].recovery is None
     with pytest.raises(DivergenceError):
         raise told.error
@@ -72,6 +72,7 @@ def test_nothing_but_nan_is_the_end() -> None:
         drive([bad] * 10, divergence__max_consecutive_nonfinite=4)
     assert ended.value.step == 5
     assert isinstance(ended.value, DivergenceError)
+    assert ended.value.action == Abort(ended.value.detail)
 
 
 def test_a_jump_that_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,6 +100,29 @@ def test_a_jump_that_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
     assert math.isfinite(told.error.predicted)
     assert told.error.step == results[-1].step
     assert told.action.checkpoint_step == trainer.run.meter.num_real_steps
+
+
+def test_a_jump_that_is_kept_and_was_promised_to_be_better() -> None:
+    """Within the noise it helped, and much less than was said: the next one is half as long as it would have been."""
+    changes = {"prediction_error_caution": 0.1, "prediction_error_threshold": 0.2, "prediction_error_critical": 1e9}
+    made = setup("mlp", "sgd")
+    settings = config(**{f"divergence__{k}": v for k, v in changes.items()})
+    trainer = made.trainer(settings, predictor=Fake(-0.02))
+    told, lengths = None, [trainer.run.proposer.horizon]
+    doubled = trainer.run.proposer.double_horizon
+    for batch in full_batch(60):
+        if trainer.run.judge.probation is not None:
+            trainer.run.judge.probation.predicted_loss = 1e-3
+        trainer.run.proposer.double_horizon = lambda: (doubled(), lengths.append(trainer.run.proposer.horizon))
+        told = trainer.step(batch).recovery
+        if told is not None:
+            break
+    assert told is not None
+    assert isinstance(told.error, PredictionDivergence)
+    assert told.error.actual > told.error.predicted
+    assert told.action == ReducePredictRatio(0.5)
+    assert trainer.run.meter.num_rollbacks == 0
+    assert trainer.run.proposer.horizon == max(lengths[-1] // 2, 1) < lengths[-1]
 
 
 def test_a_predictor_that_raises() -> None:

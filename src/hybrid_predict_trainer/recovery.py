@@ -36,12 +36,14 @@ class NumericalInstability(DivergenceError):  # noqa: N818
     Attributes:
         detail: What, and what to do.
         step: Calls of ``step`` so far.
+        action: What was done about it; :class:`Abort` where it is raised.
     """
 
-    def __init__(self, detail: str, step: int) -> None:
-        """Args: detail: a sentence.  step: when."""
+    def __init__(self, detail: str, step: int, action: RecoveryAction | None = None) -> None:
+        """Args: detail: a sentence.  step: when.  action: what was done; None: the run cannot be saved."""
         super().__init__(detail)
         self.detail, self.step = detail, step
+        self.action: RecoveryAction = Abort(detail) if action is None else action
 
 
 class PredictorTrainingFailed(HybridError, RuntimeError):  # noqa: N818
@@ -99,7 +101,7 @@ class Continue:
 
 @dataclass(frozen=True, slots=True)
 class ReducePredictRatio:
-    """The horizon of the next jump is this share of what it was."""
+    """The horizon of the next jump is this share of what it would have been."""
 
     factor: float
 
@@ -126,7 +128,7 @@ class RollbackAndRetry:
 
 @dataclass(frozen=True, slots=True)
 class Abort:
-    """The run cannot be saved."""
+    """The run cannot be saved, and has ended: it stands in the error that is raised (``error.action``)."""
 
     reason: str
 

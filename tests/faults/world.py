@@ -289,8 +289,8 @@ class World:
     def write_weights(self) -> None:
         self.before_jump = None
         with torch.no_grad():
-            for name, p in self.made.model.named_parameters():
-                if name not in self.frozen:
+            for p in self.made.model.parameters():
+                if p.requires_grad:  # a frozen base is no part of a checkpoint: over another one it is refused
                     p.mul_(0.9)
 
     def add_group(self) -> None:

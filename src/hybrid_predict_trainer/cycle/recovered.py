@@ -44,7 +44,8 @@ def recovery_of(run: State, outcome: StepOutcome, alarm: Alarm) -> Recovery | No
             found = PredictionDivergence(outcome.probation[1], outcome.promised, step)
             return Recovery(step=step, action=_done(run, outcome, alarm), error=found)
         told = f"step {step}: {alarm.signal} {alarm.value:.6g}, threshold {alarm.threshold:.6g}"
-        return Recovery(step=step, action=_done(run, outcome, alarm), error=NumericalInstability(told, step))
+        action = _done(run, outcome, alarm)
+        return Recovery(step=step, action=action, error=NumericalInstability(told, step, action))
     if failed or (outcome.verdict is not None and outcome.verdict.reason in FAILED):
         reason = outcome.verdict.reason.value if outcome.verdict is not None else ""
         told = run.failures.first.get(Place.PREDICTOR, reason)
