@@ -534,7 +534,7 @@ ENGINE_RUNS = [
     ("fake", "noisy", 1, {}),
     ("secant", "noisy", 1, MOTION),
 ]
-ENGINE_RUNS += [(name, "exact", 1, {}) for name in ("linear", "secant", "quasi_newton", "dmd")]
+ENGINE_RUNS += [(name, "exact", 1, {}) for name in ("linear", "secant", "quasi_newton", "dmd", "mlp")]
 
 
 @pytest.mark.parametrize(

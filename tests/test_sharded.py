@@ -29,7 +29,7 @@ from hybrid_predict_trainer.experiments.faults.material import fingerprint
 from hybrid_predict_trainer.keep import checkpoint, resume, sharded
 from hybrid_predict_trainer.keep.failures import Place
 from hybrid_predict_trainer.keep.manifest import MANIFEST, STATE, manifest_text
-from hybrid_predict_trainer.weights.shards import LocalShard, local, whole
+from hybrid_predict_trainer.weights.shards import LocalShard, local, rms_over, whole
 from ranks.drive import alone, apart, rank_run, spread, trained, with_ranks
 from ranks.material import CASES, batches, loss_fn, network, optimizer_of, schedule_of, share
 
@@ -160,6 +160,8 @@ def test_what_cannot_be_agreed_on_is_refused() -> None:
 def _facts(name: str, driver: str, steps: int, hidden: int, rank: int, size: int) -> Any:
     found, run = rank_run(name, driver, steps, rank, size, compare=False, sharded=True, hidden=hidden)
     parts = [p.numel() for p in run.subject.parameters]
+    wanted = [float(whole(p).square().mean().sqrt()) for p in run.subject.parameters]
+    assert rms_over(run.subject.parameters, list(run.subject.parameters)) == pytest.approx(wanted)
     return found, parts, {place.value: n for place, n in run.failures.counts.items() if n}
 
 
