@@ -20,14 +20,14 @@ from ..keep.failures import Place
 from ..notices import warn
 from ..propose.proposal import combined
 from ..records import Decision, Phase, PhasePrediction, Reason, Verdict
-from ..weights.algebra import Tensors
+from ..weights.algebra import Move
 from . import outside
 from .motions import end_motions
 from .state import State
 
 _PHASES, _REASONS = list(Phase), list(Reason)
 
-Proposed = tuple[PhasePrediction | None, list[Tensors], Verdict | None]
+Proposed = tuple[PhasePrediction | None, list[Move], Verdict | None]
 
 
 def agree(run: State, asks: bool) -> bool:

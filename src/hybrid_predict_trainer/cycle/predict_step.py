@@ -20,14 +20,14 @@ from ..propose.sources.base import Material
 from ..records import Account, Decision, PhasePrediction, Reason, StepOutcome, Verdict
 from ..weights import algebra as weights
 from ..weights import offload as host
-from ..weights.algebra import Tensors
+from ..weights.algebra import Move
 from .agreement import agreed_proposal
 
 if TYPE_CHECKING:
     from .state import State
 
 
-Accept = Callable[[PhasePrediction, list[Tensors], Tensors, Verdict], Verdict]
+Accept = Callable[[PhasePrediction, list[Move], Move, Verdict], Verdict]
 
 
 def transact(run: State, batch: Any, decision: Decision, accept: Accept) -> tuple[PhasePrediction | None, Verdict]:
@@ -42,7 +42,7 @@ def transact(run: State, batch: Any, decision: Decision, accept: Accept) -> tupl
         decision: To predict.
         accept: Applies an accepted jump; may still refuse it.
     """
-    saved: Tensors = []
+    saved: Move = []
     done = False
 
     def work() -> tuple[PhasePrediction | None, Verdict]:
@@ -56,8 +56,7 @@ def transact(run: State, batch: Any, decision: Decision, accept: Accept) -> tupl
                     exact=run.full_batch,
                 ))  # fmt: skip
         if verdict is None and prediction is not None:
-            saved = weights.copied_together(run.subject.parameters)
-            run.judge.hold(saved)
+            saved = run.judge.hold(run.subject.parameters)
             verdict = judge(run, batch, prediction, deltas, saved)
             weights.copy_(run.subject.parameters, saved)
             run.meter.add_passes(4)
@@ -78,7 +77,7 @@ def transact(run: State, batch: Any, decision: Decision, accept: Accept) -> tupl
             weights.copy_(run.subject.parameters, saved)
 
 
-def _moved(run: State, batch: Any) -> tuple[PhasePrediction | None, list[Tensors], Verdict | None]:
+def _moved(run: State, batch: Any) -> tuple[PhasePrediction | None, list[Move], Verdict | None]:
     """Ask a source for a move and book what it took; a verdict means that it is refused already."""
     material = Material(
         model=run.subject.model, parameters=run.subject.parameters, movable=list(run.watch.trained.movable),
@@ -97,7 +96,7 @@ def run_predict(run: State, batch: Any, decision: Decision) -> StepOutcome:
     before_units = c.extra_units
     outcome = StepOutcome(torch.tensor(math.nan, device="cpu"))
 
-    def accept(prediction: PhasePrediction, deltas: list[Tensors], saved: Tensors, verdict: Verdict) -> Verdict:
+    def accept(prediction: PhasePrediction, deltas: list[Move], saved: Move, verdict: Verdict) -> Verdict:
         if verdict.accepted and _is_control(run):
             verdict = replace(verdict, accepted=False, reason=Reason.CONTROL_SKIP)
             c.control()
@@ -160,8 +159,8 @@ def _book(run: State, verdict: Verdict, prediction: PhasePrediction, price: floa
 def _accept(
     run: State,
     prediction: PhasePrediction,
-    deltas: Sequence[Tensors],
-    saved: Tensors,
+    deltas: Sequence[Move],
+    saved: Move,
     verdict: Verdict,
     fallback: float,
 ) -> Tensor:

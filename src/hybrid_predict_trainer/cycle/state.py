@@ -36,7 +36,7 @@ from ..propose.sources.stream import ENOUGH
 from ..records import StateDict, Window
 from ..tell.recorder import Metrics
 from ..tell.sinks import NullSink
-from ..weights.algebra import LARGE, Tensors
+from ..weights.algebra import LARGE, Move
 from ..weights.trained import Watch
 from .phases import PhaseState, controller_for
 from .predictor_choice import parts_for, settings_for, settled
@@ -261,7 +261,7 @@ class State:
         """What remembers weights, or steps between them."""
         return self.windows, self.optimizer_step
 
-    def jumped(self, delta: Tensors, scale: float) -> None:
+    def jumped(self, delta: Move, scale: float) -> None:
         """A jump has moved the weights by ``scale * delta``."""
         for part in self._remembering:
             part.on_jump(delta, scale)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..keep.failures import Place
 from ..keep.memento import Memento
@@ -146,4 +146,4 @@ def interrupted(run: State) -> None:
 
 def versions_of(parameters: Iterable[Tensor]) -> list[int]:
     """Counts of the in-place changes of every parameter."""
-    return [0 if p.is_inference() else sign(owner(p))[0] for p in parameters]
+    return [0 if p.is_inference() else p._version if type(p) is nn.Parameter else sign(owner(p))[0] for p in parameters]

@@ -11,7 +11,7 @@ from ..propose.proposal import combined
 from ..records import Origin, PhasePrediction, Reason, Verdict
 from ..weights import algebra as weights
 from ..weights import offload as host
-from ..weights.algebra import Tensors
+from ..weights.algebra import Move
 from . import gate
 from .budget import price
 from .evaluation import pieces_of
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..cycle.state import State
 
 
-def judge(run: State, batch: Any, prediction: PhasePrediction, deltas: list[Tensors], saved: Tensors) -> Verdict:
+def judge(run: State, batch: Any, prediction: PhasePrediction, deltas: list[Move], saved: Move) -> Verdict:
     """Measure losses at x + a d and let the gate decide."""
     exact, only, evaluation = run.judged_exactly, run.watch.trained.only, run.judge.evaluation
     pieces, spent = None if exact else pieces_of(run.subject.model, batch, run.config.gate.max_chunks), 0.0

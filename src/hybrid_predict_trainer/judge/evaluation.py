@@ -23,6 +23,7 @@ from ..keep.loss_modules import modules_beside
 from ..keep.subject import LossFn, NegatedScore, Subject
 from ..observe import batches
 from ..records import Reason, StateDict
+from ..weights.algebra import without_graph
 from .exactness import Agreement, measure
 
 T = TypeVar("T")
@@ -75,7 +76,7 @@ class Evaluation:
                 self.needs_grad_mode = True
         return self._loss_with_graph(batch)
 
-    @torch.no_grad()  # not a block: an interruption at its end would leave grad mode off
+    @without_graph  # not a block: an interruption at its end would leave grad mode off
     def _loss_without_graph(self, batch: Any) -> Tensor:
         return self._fn(self._subject.model, batch).detach()
 

@@ -13,10 +13,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
+from ..keep.walk import modules_of
 from ..records import StateDict
 
 #: Real steps after which the same is asked again: a user may switch dropout on in mid-run.
@@ -58,14 +59,18 @@ def measure(evaluate: Callable[[], float], rewind: Callable[[], None], *, on_cpu
 
 def conditions(model: nn.Module) -> int:
     """What two evaluations depend on besides weights and batch: modes and dropout rates, as one number."""
-    return hash(tuple([(m.training, _rate(m)) for m in model.modules()]))
+    return hash(tuple([(m.training, _rate(m)) for m in modules_of(model)]))
 
 
 def _rate(module: nn.Module) -> float | None:
-    own, kind = vars(module), cast(Any, type(module))
-    # asking a module for what it has not takes as long as an addition
-    p = own.get("p") if "p" in own or not _of_class(kind) else _asked(module)
+    kind: Any = type(module)
+    p = module.__dict__.get("p", _NOTHING)
+    if p is _NOTHING:  # asking a module for what it has not takes as long as an addition
+        p = _asked(module) if _of_class(kind) else None
     return p if isinstance(p, float | int) else None
+
+
+_NOTHING = object()
 
 
 @lru_cache(maxsize=256)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..config.settings import HybridTrainerConfig
 from ..cost import FORWARD_UNITS, CostMeter
@@ -13,7 +15,7 @@ from ..keep.failures import Failures, Place
 from ..keep.subject import Subject
 from ..notices import warn
 from ..records import Level, StateDict
-from ..weights.algebra import Tensors
+from ..weights.algebra import Together, copied_together
 from .evaluation import Evaluation
 from .exactness import Agreement, Exactness
 from .ledger import Ledger
@@ -42,7 +44,8 @@ class Judge:
         self.probation: Probation | None = None
         self.generator = torch.Generator().manual_seed(config.seed)
         self.num_rollbacks = 0
-        self.held: Tensors = []
+        self.held: Sequence[Tensor] = []
+        self._spare: Sequence[Tensor] = ()  # memory of the last one, of small models
 
     def follow(self, config: HybridTrainerConfig) -> None:
         """Judge by other settings from here on."""
@@ -102,12 +105,16 @@ class Judge:
         noise, forwards = noise * ranks.size, math.ceil(forwards)
         return Agreement(exact=exact == 1, noise=noise, num_forward=forwards, finite=finite == 1)
 
-    def hold(self, parameters: Tensors) -> None:
-        """These are the weights that a proposal starts from."""
-        self.held = parameters
+    def hold(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+        """These are the weights that a proposal starts from; returns the copy that is held."""
+        held, self._spare = copied_together(parameters, self._spare), ()
+        self.held = held
+        return held
 
     def release(self) -> None:
         """The proposal is over."""
+        if isinstance(self.held, Together):
+            self._spare = self.held
         self.held = []
 
     # ---- the jump on trial ----------------------------------------------------------------------------

@@ -19,12 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from ..weights import offload as host
+from ..weights.algebra import without_graph
+from .walk import modules_of
 
 Place = tuple[nn.Module, str]
 
 
 def places(model: nn.Module) -> dict[str, Place]:
     """Qualified name -> module and name of every registered buffer, those that are None included."""
+    if not any(m._buffers for m in modules_of(model)):
+        return {}
     return {
         f"{prefix}.{name}" if prefix else name: (module, name)
         for prefix, module in model.named_modules()
@@ -34,6 +38,8 @@ def places(model: nn.Module) -> dict[str, Place]:
 
 def stateful(model: nn.Module) -> dict[str, nn.Module]:
     """Qualified name -> module, of those that have an extra state."""
+    if not any(map(has_extra_state, modules_of(model))):
+        return {}
     return {prefix: module for prefix, module in model.named_modules() if has_extra_state(module)}
 
 
@@ -159,7 +165,7 @@ class BufferGuard:
         """Names of the buffers that a forward is known to change."""
         return frozenset(self._mutable or ())
 
-    @torch.no_grad()
+    @without_graph
     def before(self) -> None:
         """Remember the buffers that a forward is known (or may be about) to change."""
         if self._mutable is None:

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from ..records import ConfigError, StateDict
-from ..weights.algebra import Tensors
+from ..weights.algebra import Move
 from ..weights.parameters import predicted_parameters
 from .modifier import StepModifier
 
@@ -60,7 +60,7 @@ class AverageFollower(StepModifier):
         return 3
 
     @torch.no_grad()
-    def on_jump(self, delta: Tensors, scale: float) -> None:
+    def on_jump(self, delta: Move, scale: float) -> None:
         """Shift it by the jump, ``scale * delta``."""
         for average, d in zip(self._followed, delta, strict=True):
             average.add_(d.to(device=average.device, dtype=average.dtype), alpha=scale)

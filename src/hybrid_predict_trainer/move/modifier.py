@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..records import StateDict
-from ..weights.algebra import Tensors
+from ..weights.algebra import Move
 
 
 class StepModifier:
@@ -42,7 +42,7 @@ class StepModifier:
     def on_skip(self) -> None:
         """The step is left out after :meth:`before_step`, and :meth:`after_step` does not come."""
 
-    def on_jump(self, delta: Tensors, scale: float) -> None:
+    def on_jump(self, delta: Move, scale: float) -> None:
         """The weights have moved by ``scale * delta`` without a step: copies of weights move along."""
 
     def on_restore(self) -> None:

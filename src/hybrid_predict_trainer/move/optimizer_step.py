@@ -24,7 +24,7 @@ from ..keep.object_state import HasState
 from ..keep.subject import Subject
 from ..observe.history import Losses
 from ..records import CheckpointError, StateDict
-from ..weights.algebra import LARGE, Tensors
+from ..weights.algebra import LARGE, Move
 from ..weights.parameters import pretrained, untrained
 from ..weights.trained import Watch
 from .drift_storage import Storage
@@ -194,7 +194,7 @@ class OptimizerStep:
 
     # ---- what happens ------------------------------------------------------------------------------------
 
-    def on_jump(self, delta: Tensors, scale: float) -> None:
+    def on_jump(self, delta: Move, scale: float) -> None:
         """The weights have moved by ``scale * delta``."""
         self.lookahead.translate(delta, scale)
         for modifier in self.modifiers:

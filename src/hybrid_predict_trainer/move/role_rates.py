@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..keep.subject import Subject
 from ..records import CheckpointError, StateDict
-from ..weights.algebra import Tensors
+from ..weights.algebra import Move, without_graph
 from ..weights.real_views import owner
 from ..weights.shards import local_cut, size_of
 from .modifier import StepModifier
@@ -83,7 +83,7 @@ class RoleRates(StepModifier):
         owners = {i: id(owner(parameters[i])) for i in self._parts}
         return {i: held[of] for i, of in owners.items() if of in held}
 
-    @torch.no_grad()
+    @without_graph
     def before_step(self, parameters: Sequence[Tensor]) -> int:
         """Keep the weights whose step is to be another."""
         self._before = {i: parameters[i].detach().clone() for i in self._parts}
@@ -97,7 +97,7 @@ class RoleRates(StepModifier):
         rate = group.get("lr", 0.0)
         return float(rate) * self._around() * decay_of(self._optimizer, group)
 
-    @torch.no_grad()
+    @without_graph
     def after_step(self, parameters: Sequence[Tensor]) -> int:
         """theta <- before + m (theta - before + pull before) - pull before, part by part."""
         before, self._before = self._before, {}
@@ -114,7 +114,7 @@ class RoleRates(StepModifier):
                 torch.add(kept, step, out=new[at])  # in one operation: an interruption finds a part moved or not
         return self._passes + 1 if before else 0
 
-    def on_jump(self, delta: Tensors, scale: float) -> None:
+    def on_jump(self, delta: Move, scale: float) -> None:
         """No copy is held between steps."""
 
     def forget(self) -> None:

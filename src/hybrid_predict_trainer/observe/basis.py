@@ -35,7 +35,7 @@ from torch import Tensor
 from ..records import BasisSpec, Hindsight, Products, StateDict
 from ..weights import algebra as weights
 from ..weights import offload as host
-from ..weights.algebra import Tensors, without_graph
+from ..weights.algebra import Move, Tensors, without_graph
 from ..weights.layout import Layout
 from ..weights.parameters import Groups
 from ..weights.products import paired_dots, row_dots, weighted_sum
@@ -91,6 +91,12 @@ class Basis:
         self._layout = Layout(self.parameters, dtypes, devices, flat=flat)
         self._column_dtypes = [named.get(dtype, wide) for wide in self._layout.dtypes]
         self._members = [[i for i, g in enumerate(groups.index) if g == row] for row in range(groups.num_groups)]
+        # in one vector that numpy reads: it writes single rows and numbers several times faster, in the same memory
+        self._in_numpy = (
+            self._layout.flat
+            and self._layout.devices[0].type == "cpu"
+            and self._column_dtypes[0] in (torch.float32, torch.float64)
+        )
         self._rows = [0] if self._layout.flat else list(groups.index)  # group of every vector
         self._sizes = torch.tensor([max(size_of(p), 1) for p in parameters], dtype=torch.float64)
         self._total = total_over(parameters)  # sums over weights are those of all ranks that hold a part
@@ -202,7 +208,8 @@ class Basis:
             ]
         hindsight = None
         # products are those of what is stored
-        s = [piece.to(column.dtype).to(piece.dtype) for piece, column in zip(s, self._columns, strict=True)]
+        if any(piece.dtype is not column.dtype for piece, column in zip(s, self._columns, strict=True)):
+            s = [piece.to(column.dtype).to(piece.dtype) for piece, column in zip(s, self._columns, strict=True)]
         squares = self._squared_norms(s)
         if self.spec.differences:
             self._advance(s, squares)
@@ -228,9 +235,16 @@ class Basis:
         num_ring = self.spec.num_displacements
         self._head = (self._head + 1) % num_ring if self.num_columns else 0
         self.num_columns = min(self.num_columns + 1, num_ring)
-        for column, piece in zip(self._columns, s, strict=True):
-            column[self._head] = piece.reshape(-1)
-        self._squared[:, self._head] = squares
+        self._store(self._head, s)
+        self._squared.numpy()[:, self._head] = squares.numpy()
+
+    def _store(self, slot: int, vectors: Tensors) -> None:
+        """Write vectors into a slot."""
+        if self._in_numpy:
+            self._columns[0].numpy()[slot] = vectors[0].numpy()
+            return
+        for column, piece in zip(self._columns, vectors, strict=True):
+            column[slot] = piece.reshape(-1)
 
     def _insert_difference(self, s: Tensors, y: Tensors, squares: Tensor) -> None:
         """Store y beside its s, with the products that a limited-memory update asks for.
@@ -246,8 +260,7 @@ class Basis:
         BB[:, head, head] = self._by_group(squares).numpy()
         earlier = [column[before].to(v.dtype) for column, v in zip(self._columns, s, strict=True)]
         along = self._dot_columns(y).numpy()
-        for column, piece in zip(self._columns, y, strict=True):
-            column[slot] = piece.reshape(-1)
+        self._store(slot, y)
         s_before, s_g, y_g, y_y = self._new_products(s, y, earlier)
         if self.num_columns > 1:
             BB[:, head, before] = BB[:, before, head] = s_before
@@ -263,7 +276,8 @@ class Basis:
         """(G,) each: s'y of the y before, s'g, y'g, |y|^2."""
         if self._layout.flat:
             rows = torch.stack([y[0], before[0], self._sum_grad[0]])  # one product for all of them
-            s_rows, y_rows = self._total((torch.stack([s[0], y[0]]) @ rows.T).cpu().double()).numpy()
+            products = torch.stack([s[0], y[0]]) @ rows.T
+            s_rows, y_rows = self._total(products if self._in_numpy else products.cpu().double()).double().numpy()
             return s_rows[1:2], s_rows[2:], y_rows[2:], y_rows[:1]
         y_y = self._by_group(self._squared_norms(y)).numpy()
         pairs = (s, before), (s, self._sum_grad), (y, self._sum_grad)
@@ -275,8 +289,7 @@ class Basis:
             return
         for slot, name in enumerate(self.spec.extras, start=self.spec.first_extra):
             vectors = self._extra(name)
-            for column, vector in zip(self._columns, vectors, strict=True):
-                column[slot].copy_(vector.reshape(-1))
+            self._store(slot, vectors)
             if self.spec.differences:
                 continue  # Bg and gg say all that is asked of them, at no pass over the columns
             self._BB[:, slot, :] = self._BB[:, :, slot] = self._dot_columns(vectors)
@@ -308,7 +321,7 @@ class Basis:
         return products.BB is self._BB
 
     @without_graph
-    def combine(self, coefficients: Tensor, like: tuple[Tensor, Tensors] | None = None) -> Tensors:
+    def combine(self, coefficients: Tensor, like: tuple[Tensor, Move] | None = None) -> Move:
         """``sum_k c[g, k] b_k``, one tensor per parameter, shaped like it, on its device.
 
         Args:
@@ -340,7 +353,7 @@ class Basis:
             sums.append(sum(pieces[1:], pieces[0]))
         return self._per_parameter(sums)
 
-    def _shifted(self, deltas: Tensors, times: float, rest: Tensor) -> Tensors:
+    def _shifted(self, deltas: Move, times: float, rest: Tensor) -> Move:
         """``times * deltas`` and the extra columns at coefficients ``rest`` (1, number of extras)."""
         column, extras = self._columns[0], slice(self.spec.first_extra, None)
         (vector,) = self._layout.joined(deltas)
@@ -350,7 +363,7 @@ class Basis:
             total += weighted_sum(row.cpu() if column.dtype is torch.bfloat16 else row, column[extras])
         return self._per_parameter([total])
 
-    def _per_parameter(self, vectors: Tensors) -> Tensors:
+    def _per_parameter(self, vectors: Tensors) -> Move:
         if self._layout.flat:
             found = self._layout.split(vectors)
         else:
@@ -520,15 +533,16 @@ class Basis:
 
     def _dot_columns(self, vectors: Sequence[Tensor]) -> Tensor:
         """(G, K) inner products of every slot with one vector given tensor by tensor."""
-        if not self._columns:
-            return torch.zeros(self.groups.num_groups, self.spec.num_columns, dtype=torch.float64)
         found = torch.zeros(self.groups.num_groups, self.spec.num_columns, dtype=torch.float64)
+        if not self._columns:
+            return found
         # with differences nobody asks for products of the extras
         slots = self._filled[:2] if self.spec.differences else self._filled
         column = self._columns[0]
-        if self._layout.flat and column.dtype is torch.float64 and column.device.type == "cpu":
+        if self._in_numpy and column.dtype is torch.float64 and vectors[0].dtype is torch.float64:
+            row, vector = found[0], vectors[0]
             for filled in slots:
-                torch.mv(column[filled], vectors[0].to(torch.float64), out=found[0, filled])
+                torch.mv(column[filled], vector, out=row[filled])
             return self._total(found)
         for filled in slots:
             dots = weights.on_host(

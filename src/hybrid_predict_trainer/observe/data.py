@@ -51,7 +51,8 @@ class Batches:
         if self._failures.exhausted(Place.DATA):
             return
         try:
-            real_views.follow(self._views)
+            if self._views:
+                real_views.follow(self._views)
             if compare:
                 self.same_batch.see(batch, again=self.free)
             if remember and not self.free:

@@ -30,6 +30,7 @@ SMALL_BYTES = 1 << 14
 LOOK_EVERY, LOOK_STEPS = 200, 4
 #: What numpy has as well.
 _OF_NUMPY = frozenset({torch.float32, torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool})
+_LEAVES = (Tensor, np.ndarray, *PLAIN)
 #: How deep objects are looked into.
 MAX_DEPTH = 8
 
@@ -37,7 +38,7 @@ MAX_DEPTH = 8
 def leaves(batch: Any, depth: int = 0, seen: set[int] | None = None) -> Iterator[Any]:
     """Tensors, arrays, plain values and what is none of these, in order; looks into containers and objects."""
     seen = set() if seen is None else seen
-    if isinstance(batch, (Tensor, np.ndarray, *PLAIN)):
+    if isinstance(batch, _LEAVES):
         yield batch
         return
     if id(batch) in seen or depth > MAX_DEPTH:
@@ -106,7 +107,7 @@ class Fingerprint:
         digest: Of all its numbers, or None while nobody has asked.
     """
 
-    __slots__ = ("_marks", "_others", "_refs", "_seen_whole", "digest", "num_bytes", "num_tensors")
+    __slots__ = ("_loaded", "_marks", "_others", "_refs", "_seen_whole", "digest", "num_bytes", "num_tensors")
 
     def __init__(self, batch: Any, *, values: bool = True, found: Sequence[Any] | None = None) -> None:
         """Remember what identifies ``batch``.
@@ -117,9 +118,10 @@ class Fingerprint:
             found: Its :func:`leaves`, where they are known.
         """
         self.digest: str | None = None
+        self._loaded = False  # from a checkpoint: its marks are text
         self._refs: list[tuple[Any, int]] = []
         self._others: list[Any] | None = []
-        marks: list[str] = []
+        marks: list[Any] = []
         self.num_bytes = self.num_tensors = 0
         self._seen_whole = True  # no list is longer than what is looked at
         for leaf in leaves(batch) if found is None else found:
@@ -130,9 +132,9 @@ class Fingerprint:
                 self._refs.append((weakref.ref(leaf), 0 if leaf.is_inference() else leaf._version))
                 self.num_tensors += 1
                 self.num_bytes += leaf.numel() * leaf.element_size() if leaf.layout is torch.strided else 0
-                marks.append(f"{leaf.dtype}{tuple(leaf.shape)}")
+                marks.append((leaf.dtype, leaf.shape))
                 if values and self.num_tensors <= MAX_TENSORS and leaf.numel():
-                    marks.append(_hex(leaf))
+                    marks.append(_sample(leaf))
             elif isinstance(leaf, tuple | list):
                 marks.append(f"{len(leaf)}{leaf[:NUM_SAMPLED]!r}")
                 self._seen_whole = self._seen_whole and len(leaf) <= NUM_SAMPLED
@@ -140,7 +142,7 @@ class Fingerprint:
                 marks.append(repr(leaf))
             else:
                 self._others.append(_reference(leaf))
-        self._marks: list[str] | None = marks if values else None
+        self._marks: list[Any] | None = marks if values else None
 
     def identical(self, other: Fingerprint) -> bool:
         """Whether both are the same living tensors, never written to by torch in between, and nothing else to read."""
@@ -162,27 +164,44 @@ class Fingerprint:
                 return False
         if self._marks is None or other._marks is None:
             return self.identical(other)
+        if self._loaded or other._loaded:
+            return _written(self._marks) == _written(other._marks)
         return self._marks == other._marks
 
     def state_dict(self) -> StateDict:
         """What can be compared after a resume."""
-        return {"marks": self._marks, "digest": self.digest, "num_tensors": self.num_tensors}
+        return {
+            "marks": None if self._marks is None else _written(self._marks),
+            "digest": self.digest,
+            "num_tensors": self.num_tensors,
+        }
 
     @classmethod
     def from_state_dict(cls, state: StateDict) -> Fingerprint:
         """Inverse of :meth:`state_dict`; references to living tensors are gone."""
         made = cls(())
         made._marks, made.digest, made.num_tensors = state["marks"], state["digest"], state["num_tensors"]
-        made._others = None
+        made._others, made._loaded = None, True
         return made
 
 
-def _hex(tensor: Tensor) -> str:
+def _sample(tensor: Tensor) -> bytes | str:
     try:
         found = _sampled(tensor)
     except (RuntimeError, TypeError, NotImplementedError):  # subclasses that hold their numbers otherwise
         found = None
-    return "?" if found is None else found.hex()
+    return "?" if found is None else found
+
+
+def _written(marks: Sequence[Any]) -> list[str]:
+    """Marks as a file holds them."""
+    return [_text(mark) for mark in marks]
+
+
+def _text(mark: Any) -> str:
+    if isinstance(mark, tuple):
+        return f"{mark[0]}{tuple(mark[1])}"
+    return mark.hex() if isinstance(mark, bytes) else str(mark)
 
 
 def _reference(value: Any) -> Any:

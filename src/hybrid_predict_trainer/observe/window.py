@@ -14,7 +14,7 @@ from ..config.settings import PredictorConfig
 from ..keep.failures import Failures, Place
 from ..records import Hindsight, Products, StateDict, Window
 from ..weights import offload as host
-from ..weights.algebra import Tensors
+from ..weights.algebra import Move
 from ..weights.parameters import Groups
 from .basis import Basis
 from .history import History
@@ -259,7 +259,7 @@ class WindowRecorder:
 
     # ---- weights that move otherwise ------------------------------------------------------------------
 
-    def on_jump(self, delta: Tensors, scale: float) -> None:
+    def on_jump(self, delta: Move, scale: float) -> None:
         """The weights have moved by ``scale * delta``."""
         self.basis.translate(delta, scale)
         self.lr_integral = 0.0

@@ -15,7 +15,7 @@ from ..cost import BACKWARD_UNITS, FORWARD_UNITS, CostMeter
 from ..observe.window import WindowRecorder
 from ..records import PhasePrediction, Reason, Verdict
 from ..weights import algebra as weights
-from ..weights.algebra import Tensors
+from ..weights.algebra import Move
 from ..weights.shards import itself, rms_over, total_over
 from ..weights.trained import Watch
 from . import corrector
@@ -26,7 +26,7 @@ from .sources.base import Material
 def propose(
     proposer: Proposer, windows: WindowRecorder, watch: Watch, meter: CostMeter, config: HybridTrainerConfig, *,
     horizon: int, exact: bool,
-) -> tuple[PhasePrediction | None, list[Tensors], Verdict | None]:  # fmt: skip
+) -> tuple[PhasePrediction | None, list[Move], Verdict | None]:  # fmt: skip
     """Ask the predictor and check what comes back; a verdict means it is refused already.
 
     Args:
@@ -74,7 +74,7 @@ def propose(
 
 def propose_move(
     proposer: Proposer, material: Material, meter: CostMeter
-) -> tuple[PhasePrediction | None, list[Tensors], Verdict | None]:
+) -> tuple[PhasePrediction | None, list[Move], Verdict | None]:
     """Ask a source for a move, book what it took, and check what comes back.
 
     Args:
@@ -99,7 +99,7 @@ def propose_move(
     return move.prediction, [move.delta], None
 
 
-def _lengths(parameters: Sequence[Tensor], delta: Tensors) -> list[float]:
+def _lengths(parameters: Sequence[Tensor], delta: Move) -> list[float]:
     """Root mean square of a move per parameter, over all ranks that hold a part of it."""
     if total_over(parameters) is itself:
         return weights.per_tensor_rms(delta)
@@ -107,8 +107,8 @@ def _lengths(parameters: Sequence[Tensor], delta: Tensors) -> list[float]:
 
 
 def combined(
-    windows: WindowRecorder, watch: Watch, coefficients: Tensor, like: tuple[Tensor, Tensors] | None = None
-) -> Tensors:
+    windows: WindowRecorder, watch: Watch, coefficients: Tensor, like: tuple[Tensor, Move] | None = None
+) -> Move:
     """The move that coefficients stand for, zero where only the optimizer may move the weights, or nobody.
 
     Args:

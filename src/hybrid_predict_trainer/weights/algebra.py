@@ -7,14 +7,20 @@ into one vector.  Shape letters: ``G`` groups.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from itertools import accumulate
+from typing import Any, ParamSpec, TypeVar
 
+import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
 Tensors = list[Tensor]
+#: One tensor per parameter, which nobody adds to.
+Move = Sequence[Tensor]
+_set_grad_enabled = torch._C._set_grad_enabled
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -22,36 +28,77 @@ T = TypeVar("T")
 def without_graph(function: Callable[P, T]) -> Callable[P, T]:
     """``torch.no_grad`` around a function, or nothing where there is no graph already: a small step comes by dozens.
 
-    It is torch's own decorator that switches: in a block of ours an interruption could leave grad mode off.
+    Torch's own decorator makes an object at every call, which takes as long as two additions of small tensors.
     """
-    guarded = torch.no_grad()(function)
 
     @wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
-        return guarded(*args, **kwargs) if torch.is_grad_enabled() else function(*args, **kwargs)
+        if not torch.is_grad_enabled():
+            return function(*args, **kwargs)
+        try:  # twice: where switching back is interrupted it is done again
+            try:
+                _set_grad_enabled(False)
+                return function(*args, **kwargs)
+            finally:
+                _set_grad_enabled(True)
+        except BaseException:
+            _set_grad_enabled(True)
+            raise
 
     return wrapped
 
 
-class Together(list[Tensor]):
+class Together(Sequence[Tensor]):
     """One tensor per parameter, all of them views of one vector: where torch's calls cost more than their arithmetic.
+
+    The views are made when one is asked for: eight of them take as long as twenty additions of the vectors.
 
     Attributes:
         vector: All numbers, parameter after parameter.
+        lengths: How many of them each parameter has.
     """
 
-    __slots__ = ("_moved", "vector")
+    __slots__ = ("_like", "_moved", "_pieces", "lengths", "vector")
 
-    def __init__(self, vector: Tensor, like: Sequence[Tensor]) -> None:
+    def __init__(self, vector: Tensor, like: Sequence[Tensor], lengths: Sequence[int] | None = None) -> None:
         """Cut a vector.
 
         Args:
             vector: As many numbers as the tensors of ``like``.
             like: Their shapes.
+            lengths: Their numbers, where these are known.
         """
-        super().__init__(torch._C._nn.unflatten_dense_tensors(vector, list(like)))
         self.vector = vector
+        self.lengths = [t.numel() for t in like] if lengths is None else lengths
+        self._like = like
+        self._pieces: Tensors | None = None
         self._moved: Together | None = None  # memory to compute in, made when it is asked for
+
+    @property
+    def pieces(self) -> Tensors:
+        """The views."""
+        if self._pieces is None:
+            self._pieces = list(torch._C._nn.unflatten_dense_tensors(self.vector, list(self._like)))
+        return self._pieces
+
+    def fits(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether plain tensors are of the shapes and the kind that these views have."""
+        pieces, kind = self.pieces, (self.vector.dtype, self.vector.device)
+        return [p.shape for p in pieces] == [t.shape for t in tensors] and all(
+            (t.dtype, t.device) == kind and type(t) in (Tensor, nn.Parameter) for t in tensors
+        )
+
+    def __len__(self) -> int:
+        """Number of parameters."""
+        return len(self.lengths)
+
+    def __getitem__(self, index: Any) -> Any:
+        """A view, or a list of some."""
+        return self.pieces[index]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """The views, made when the first one is asked for."""
+        yield from self.pieces
 
     def plus(self, delta: Tensor, scale: float) -> Together:
         """``self + scale * delta`` in this one's dtype, in memory that the next call writes over.
@@ -61,7 +108,7 @@ class Together(list[Tensor]):
             scale: Of the delta.
         """
         if self._moved is None:
-            self._moved = Together(torch.empty_like(self.vector), self)
+            self._moved = Together(torch.empty_like(self.vector), self.pieces, self.lengths)
         torch.add(self.vector, delta, alpha=scale, out=self._moved.vector)
         return self._moved
 
@@ -81,8 +128,17 @@ def clone(tensors: Iterable[Tensor]) -> Tensors:
     return [t.detach().clone() for t in tensors]
 
 
-def copied_together(tensors: Sequence[Tensor]) -> Tensors:
-    """:func:`clone`, in one vector where the tensors are few numbers of one plain kind."""
+@without_graph
+def copied_together(tensors: Sequence[Tensor], old: Sequence[Tensor] = ()) -> Sequence[Tensor]:
+    """:func:`clone`, in one vector where the tensors are few numbers of one plain kind.
+
+    Args:
+        tensors: To copy.
+        old: A copy of them that is needed no more: its memory is written over if it fits.
+    """
+    if isinstance(old, Together) and old.fits(tensors):
+        torch._foreach_copy_(old.pieces, list(tensors))
+        return old
     found = [t.detach() for t in tensors]
     one_kind = len(found) > 1 and len({(t.dtype, t.device, type(t)) for t in found}) == 1 and type(found[0]) is Tensor
     if not one_kind or found[0].dtype in HALF or sum(map(Tensor.numel, found)) > SMALL:
@@ -124,7 +180,8 @@ def move_(
         seed: Of the rounding; the same one makes the same move.  The global random state is left alone.
     """
     if isinstance(origin, Together) and isinstance(delta, Together) and origin.vector.device == delta.vector.device:
-        copy_(destination, origin.plus(delta.vector, scale))
+        torch._foreach_copy_(list(destination), origin.plus(delta.vector, scale).pieces)
+        _forget_casts()
         return
     together = len({t.device for t in (*destination, *origin, *delta)}) == 1
     if together and not any(p.dtype in HALF for p in destination):  # one call, which widens as the loop does
@@ -220,12 +277,27 @@ def norms(tensors: Sequence[Tensor], order: float = 2.0) -> list[Tensor]:
 def per_tensor_rms(tensors: Sequence[Tensor]) -> list[float]:
     """Root mean square of each tensor, read in one transfer."""
     if isinstance(tensors, Together) and tensors.vector.dtype is torch.float64:
-        sizes = torch.tensor([t.numel() for t in tensors], device=tensors.vector.device)
+        if tensors.vector.device.type == "cpu" and 0 not in tensors.lengths:
+            return rms_of_pieces(tensors.vector.numpy(), tensors.lengths)
+        sizes = torch.tensor(tensors.lengths, device=tensors.vector.device)
         squares = torch.segment_reduce(tensors.vector.square(), "sum", lengths=sizes, unsafe=True)
         found: list[float] = (squares / sizes.clamp(min=1)).sqrt().tolist()
         return found
     lengths: list[float] = on_host(norms(tensors)).tolist()
     return [length / math.sqrt(max(t.numel(), 1)) for length, t in zip(lengths, tensors, strict=True)]
+
+
+@np.errstate(over="ignore")  # a length that overflows is infinite, and its move is refused
+def rms_of_pieces(vector: NDArray[np.float64], lengths: Sequence[int]) -> list[float]:
+    """Root mean square of every piece of a vector.
+
+    Args:
+        vector: (P,).
+        lengths: Of its pieces, one after the other; none is 0.
+    """
+    ends = list(accumulate(lengths))
+    squares = np.add.reduceat(vector * vector, [0, *ends[:-1]])
+    return [math.sqrt(total / length) for total, length in zip(squares.tolist(), lengths, strict=True)]
 
 
 @without_graph

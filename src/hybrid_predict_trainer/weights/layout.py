@@ -44,7 +44,7 @@ class Layout:
         self.sizes = [sum(self._lengths)] if self.flat else self._lengths
         self.dtypes, self.devices = (list(dtypes), list(devices)) if not self.flat else ([dtypes[0]], [devices[0]])
         self._lengths_there = torch.tensor(self._lengths, dtype=torch.int64, device=self.devices[0])
-        self._known: dict[int, tuple[Tensor, Tensors]] = {}  # views of vectors that live on, by id
+        self._known: dict[int, tuple[Tensor, Sequence[Tensor]]] = {}  # views of vectors that live on, by id
 
     def zeros(self) -> Tensors:
         """New vectors."""
@@ -54,13 +54,13 @@ class Layout:
             for shape, dtype, device in zip(shapes, self.dtypes, self.devices, strict=True)
         ]
 
-    def split(self, vectors: Tensors) -> Tensors:
+    def split(self, vectors: Tensors) -> Sequence[Tensor]:
         """One view per parameter, shaped like it."""
         if not self.flat or not vectors:
             return vectors
-        return Together(vectors[0], self._like)
+        return Together(vectors[0], self._like, self._lengths)
 
-    def views(self, vectors: Tensors) -> Tensors:
+    def views(self, vectors: Tensors) -> Sequence[Tensor]:
         """As :meth:`split`, of a few vectors that are asked for again and again."""
         if not self.flat or not vectors:
             return vectors
@@ -92,7 +92,8 @@ class Layout:
         """One vector of the tensors' own dtype: a copy unless they lie in one."""
         if isinstance(tensors, Together):
             return tensors.vector
-        vector: Tensor = torch._C._nn.flatten_dense_tensors([t.detach() for t in tensors])
+        plain = [t.detach() for t in tensors] if torch.is_grad_enabled() else list(tensors)
+        vector: Tensor = torch._C._nn.flatten_dense_tensors(plain)
         return vector
 
     def joined_rows(self, matrices: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> Tensors:

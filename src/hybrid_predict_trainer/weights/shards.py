@@ -109,7 +109,7 @@ def itself(values: Tensor) -> Tensor:
     return values
 
 
-def rms_over(parameters: Sequence[Tensor], tensors: Tensors) -> list[float]:
+def rms_over(parameters: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[float]:
     """Root mean square of one tensor per parameter, over all ranks.
 
     Args:

@@ -127,7 +127,7 @@ class Recorder:
         def column(k: int) -> Tensors:
             unit = torch.zeros(shape, dtype=torch.float64)
             unit[:, k] = 1.0
-            return basis.combine(unit)
+            return list(basis.combine(unit))
 
         newest = column(0)
         for j, extras in enumerate(reversed(self._extras)):
