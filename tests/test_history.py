@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -49,18 +50,22 @@ def test_baseline(values: list[float]) -> None:
     assert (baseline.low, baseline.high, baseline.count) == (min(values), max(values), len(values))
 
 
+def coordinates(points: Sequence[tuple[float, float]]) -> tuple[np.ndarray, np.ndarray]:
+    return np.array([x for x, _ in points], dtype=float), np.array([y for _, y in points], dtype=float)
+
+
 @given(st.lists(st.tuples(st.floats(-100, 100), st.floats(-100, 100)), min_size=2, max_size=30))
 @settings(max_examples=60, deadline=None)
 def test_slope_is_least_squares(points: list[tuple[float, float]]) -> None:
     x, y = np.array(points).T
     if np.ptp(x) < 1e-3:
         return
-    assert slope(points) == pytest.approx(np.polyfit(x, y, 1)[0], rel=1e-5, abs=1e-6)
+    assert slope(*coordinates(points)) == pytest.approx(np.polyfit(x, y, 1)[0], rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("points", [[], [(1, 2)], [(1, 2), (1, 3)], [(1, math.nan), (2, math.nan)]])
 def test_no_slope(points: list[tuple[float, float]]) -> None:
-    assert slope(points) == 0.0
+    assert slope(*coordinates(points)) == 0.0
 
 
 # ---------------------------------------------------------------- buffers

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,6 +21,7 @@ from ..weights import algebra as weights
 from ..weights import offload as host
 from ..weights.algebra import Move
 from .agreement import agreed_proposal
+from .real_step import UNKNOWN
 
 if TYPE_CHECKING:
     from .state import State
@@ -94,7 +94,7 @@ def run_predict(run: State, batch: Any, decision: Decision) -> StepOutcome:
     run.proposer.count_proposal()
     run.phases.count_proposal()
     before_units = c.extra_units
-    outcome = StepOutcome(torch.tensor(math.nan, device="cpu"))
+    outcome = StepOutcome(UNKNOWN)
 
     def accept(prediction: PhasePrediction, deltas: list[Move], saved: Move, verdict: Verdict) -> Verdict:
         if verdict.accepted and _is_control(run):

@@ -39,6 +39,10 @@ def run_plain(run: State, batch: Any, decision: Decision) -> StepOutcome:
     return StepOutcome(loss.detach(), forwards=1, backwards=1)
 
 
+#: The loss of a step before anybody knows it; never written to.
+UNKNOWN = torch.tensor(math.nan, device="cpu", dtype=torch.float32)
+
+
 class RealStep:
     """One real step, observed; the stations are called in the order in which they stand here.
 
@@ -55,7 +59,7 @@ class RealStep:
             run: Between two steps.
         """
         self.run = run
-        self.loss = torch.tensor(math.nan, device="cpu")
+        self.loss = UNKNOWN
         self.norm: Tensor | None = None
         self.usable = True
         self.last = False  # it fills the window

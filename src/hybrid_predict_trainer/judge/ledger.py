@@ -22,9 +22,12 @@ from dataclasses import asdict, replace
 from itertools import islice
 from typing import Any
 
+import numpy as np
+
 from ..config.settings import GateConfig
 from ..cost import STEP_UNITS
 from ..numerics.quantiles import t_quantile
+from ..numerics.tail import Array, Tail, running_sum
 from ..records import Account, StateDict
 
 #: Persistence before anything is known, as mean and standard deviation of a normal prior.  With noisy
@@ -34,6 +37,8 @@ PRIOR_NOISY = (0.1, 0.1)
 
 #: Windows without a jump that say what is usual.
 NUM_FREE_WINDOWS = 16
+#: Settled accounts that are kept.
+SETTLED = 512
 #: Settled jumps that persistence is judged by.
 NUM_RECENT = 32
 
@@ -60,15 +65,18 @@ class Ledger:
         self.num_credited_steps = 0.0
         self.open: list[Account] = []
         self._free_ratios: deque[float] = deque(maxlen=NUM_FREE_WINDOWS)
-        self.settled: deque[Account] = deque(maxlen=512)
+        self.settled: deque[Account] = deque(maxlen=SETTLED)
         self._jumps: deque[Account] = deque()  # of these, those with finite numbers: asked for many times a step
         self._controls: deque[Account] = deque()  # likewise
+        #: What is left of them, by whether they were skipped: the newest numbers are those of the deques.
+        self._left = {skipped: Tail(1, SETTLED) for skipped in (False, True)}
         self.wait_windows = 0  # before the next proposal
         self._backoff = 0
         self._losing_checks = 0
         self._usual_price = 0.0
         self.switched_off = False
         self.exact = False  # whether the gate's losses are free of noise
+        self._persistence: float | None = None  # None: something that it depends on has changed since it was asked for
 
     # ---- settings and circumstances ------------------------------------------------------------
 
@@ -78,7 +86,8 @@ class Ledger:
 
     def losses_are(self, *, exact: bool) -> None:
         """Whether the gate's losses are free of noise from here on."""
-        self.exact = exact
+        if self.exact is not exact:
+            self.exact, self._persistence = exact, None
 
     def switch_off(self) -> None:
         """No more proposals in this run."""
@@ -121,6 +130,7 @@ class Ledger:
         self.wait_windows = max(0, self.wait_windows - 1)
         if not jumped and math.isfinite(ratio):
             self._free_ratios.append(ratio)
+            self._persistence = None
 
     @property
     def usual_ratio(self) -> float:
@@ -174,6 +184,7 @@ class Ledger:
         return steps
 
     def _remember(self, account: Account) -> None:
+        self._persistence = None
         if len(self.settled) == self.settled.maxlen:
             oldest = self.settled[0]
             if oldest.known:
@@ -181,6 +192,7 @@ class Ledger:
         self.settled.append(account)
         if account.known:
             self._pool(account).append(account)
+            self._left[account.skipped].push((account.left,))
 
     def _pool(self, account: Account) -> deque[Account]:
         return self._controls if account.skipped else self._jumps
@@ -194,6 +206,12 @@ class Ledger:
 
     @property
     def persistence(self) -> float:
+        """Share of a gate gain that is still there N real steps later, in [0, 1]; see :meth:`_estimate`."""
+        if self._persistence is None:  # asked for several times between two accounts
+            self._persistence = self._estimate()
+        return self._persistence
+
+    def _estimate(self) -> float:
         """Share of a gate gain that is still there N real steps later, in [0, 1].
 
         Posterior mean of p in left_i = p * gain_i + noise, with a normal prior and the spread of
@@ -222,8 +240,7 @@ class Ledger:
         """
         if len(self._jumps) < 3 or len(self._controls) < 3:
             return None
-        jumps = [a.left for a in self._jumps]
-        controls = [a.left for a in self._controls]
+        jumps, controls = self._left[False].newest(len(self._jumps))[0], self._left[True].newest(len(self._controls))[0]
         (m1, v1), (m0, v0) = _moments(jumps), _moments(controls)
         error = math.sqrt(v1 / len(jumps) + v0 / len(controls))
         half = t_quantile(0.025, min(len(jumps), len(controls)) - 1) * error
@@ -289,17 +306,21 @@ class Ledger:
         self.num_credited_steps, self.wait_windows = state["num_credited_steps"], state["wait_windows"]
         self._backoff, self._losing_checks = state["backoff"], state["losing_checks"]
         self._usual_price = state["usual_price"]
-        self.exact = state["exact"]
+        self.exact, self._persistence = state["exact"], None
         self.switched_off = state["switched_off"]
         self._free_ratios = deque(state["free_ratios"], maxlen=NUM_FREE_WINDOWS)
         self.open = [Account(**a) for a in state["open"]]
         self.settled.clear()
         self._jumps.clear()
         self._controls.clear()
+        for left in self._left.values():
+            left.refill(())
         for values in state["settled"]:
             self._remember(Account(**values))
 
 
-def _moments(values: list[float]) -> tuple[float, float]:
-    mean = sum(values) / len(values)
-    return mean, sum([(v - mean) * (v - mean) for v in values]) / max(len(values) - 1, 1)  # ** 2 raises where * is inf
+@np.errstate(over="ignore", invalid="ignore")  # infinite where a loss was next to nothing
+def _moments(values: Array) -> tuple[float, float]:
+    mean = running_sum(values) / len(values)
+    away = values - mean
+    return mean, running_sum(away * away) / max(len(values) - 1, 1)

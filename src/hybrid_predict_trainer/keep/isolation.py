@@ -55,12 +55,17 @@ class _Kept:
     def __init__(self, module: nn.Module) -> None:
         self.module, self.training = module, module.training
         self.buffers = dict(module._buffers)
+        self.modules = dict(module._modules)
         self.values = {k: host.copied(b.detach()) for k, b in self.buffers.items() if b is not None}
         self.all = vars(module).copy()
-        others = [(k, v) for k, v in self.all.items() if type(v) not in _PLAIN and k not in _OWN]
-        self.contents = {k: v.copy() for k, v in others if type(v) in _CONTAINERS}
-        self.tensors = {k: host.copied(v.detach()) for k, v in others if isinstance(v, Tensor)}
-        self.modules = dict(module._modules)
+        self.contents: dict[str, Any] = {}
+        self.tensors: dict[str, Tensor] = {}
+        for key in [k for k, v in self.all.items() if type(v) not in _PLAIN and k not in _OWN]:
+            value = self.all[key]
+            if type(value) in _CONTAINERS:
+                self.contents[key] = value.copy()
+            elif isinstance(value, Tensor):
+                self.tensors[key] = host.copied(value.detach())
 
     def put_back(self, *, values: bool) -> None:
         """Everything as it was; ``values``: numbers that are changed in place as well."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -25,11 +24,20 @@ class Memento:
         Args:
             objects: With a ``__dict__`` or dataclass slots; None is passed over.
         """
-        held = [o for o in objects if o is not None]
-        self._attributes = [(vars(o), vars(o).copy()) for o in held if hasattr(o, "__dict__")]
-        self._slots = [(o, {n: getattr(o, n) for n in o.__slots__}) for o in held if not hasattr(o, "__dict__")]
-        values = chain.from_iterable(kept.values() for _, kept in (*self._attributes, *self._slots))
-        self._contents = [(value, value.copy()) for value in values if type(value) in _CONTAINERS]
+        self._attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._slots: list[tuple[Any, dict[str, Any]]] = []
+        self._contents: list[tuple[Any, Any]] = []
+        for held in objects:
+            if held is None:
+                continue
+            live = getattr(held, "__dict__", None)
+            if live is not None:
+                kept = live.copy()
+                self._attributes.append((live, kept))
+            else:
+                kept = {name: getattr(held, name) for name in held.__slots__}
+                self._slots.append((held, kept))
+            self._contents += [(value, value.copy()) for value in kept.values() if type(value) in _CONTAINERS]
 
     def restore(self) -> None:
         """Every attribute as it was; may be called any number of times."""

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Reversible
 from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
 
 from ..records import StateDict
+from .tail import Array, running_sum
 
 
 @dataclass(slots=True)
@@ -80,13 +84,24 @@ class Baseline:
         self.low, self.high = state["low"], state["high"]
 
 
-def slope(points: Iterable[tuple[float, float]]) -> float:
-    """Least-squares slope of (x, y) points, 0 below two distinct x."""
-    pairs = [(x, y) for x, y in points if math.isfinite(y)]
-    if len(pairs) < 2:
+def newest(values: Reversible[float], num: int) -> list[float]:
+    """The last ``num`` of a sequence, oldest first; a copy of all that a deque holds reads all its numbers."""
+    found = list(islice(reversed(values), num))
+    found.reverse()
+    return found
+
+
+def slope(xs: Array, ys: Array) -> float:
+    """Least-squares slope of the points with coordinates (n,) each, 0 below two distinct x.
+
+    Points whose y is not finite are left out.
+    """
+    finite = np.isfinite(ys)
+    if not finite.all():
+        xs, ys = xs[finite], ys[finite]
+    n = len(xs)
+    if n < 2:
         return 0.0
-    xs, ys = zip(*pairs, strict=True)
-    mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
-    away = [x - mean_x for x in xs]
-    spread = sum([d**2 for d in away])
-    return sum([d * (y - mean_y) for d, y in zip(away, ys, strict=True)]) / spread if spread else 0.0
+    away = xs - running_sum(xs) / n
+    spread = running_sum(away * away)
+    return running_sum(away * (ys - running_sum(ys) / n)) / spread if spread else 0.0

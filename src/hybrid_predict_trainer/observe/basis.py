@@ -91,12 +91,8 @@ class Basis:
         self._layout = Layout(self.parameters, dtypes, devices, flat=flat)
         self._column_dtypes = [named.get(dtype, wide) for wide in self._layout.dtypes]
         self._members = [[i for i, g in enumerate(groups.index) if g == row] for row in range(groups.num_groups)]
-        # in one vector that numpy reads: it writes single rows and numbers several times faster, in the same memory
-        self._in_numpy = (
-            self._layout.flat
-            and self._layout.devices[0].type == "cpu"
-            and self._column_dtypes[0] in (torch.float32, torch.float64)
-        )
+        # numpy writes single rows and numbers several times faster, in the same memory
+        self._in_numpy = self._layout.in_one_place and self._column_dtypes[0] in (torch.float32, torch.float64)
         self._rows = [0] if self._layout.flat else list(groups.index)  # group of every vector
         self._sizes = torch.tensor([max(size_of(p), 1) for p in parameters], dtype=torch.float64)
         self._total = total_over(parameters)  # sums over weights are those of all ranks that hold a part
@@ -288,6 +284,10 @@ class Basis:
         if not self._columns:
             return
         for slot, name in enumerate(self.spec.extras, start=self.spec.first_extra):
+            if self._in_numpy and name == "lag" and self.spec.differences:  # x - theta, where it belongs
+                theta = self._layout.gathered(self.parameters).numpy()
+                np.subtract(self._x[0].numpy(), theta, out=self._columns[0].numpy()[slot], casting="same_kind")
+                continue
             vectors = self._extra(name)
             self._store(slot, vectors)
             if self.spec.differences:
@@ -350,7 +350,10 @@ class Basis:
         for column, g in zip(self._columns, self._rows, strict=True):
             row = by_slot[g] if column.dtype is torch.bfloat16 else placed[column.device][g]
             pieces = [weighted_sum(row[filled], column[filled]) for filled in slots]
-            sums.append(sum(pieces[1:], pieces[0]))
+            total = pieces[0]
+            for piece in pieces[1:]:
+                total += piece
+            sums.append(total)
         return self._per_parameter(sums)
 
     def _shifted(self, deltas: Move, times: float, rest: Tensor) -> Move:
@@ -539,7 +542,7 @@ class Basis:
         # with differences nobody asks for products of the extras
         slots = self._filled[:2] if self.spec.differences else self._filled
         column = self._columns[0]
-        if self._in_numpy and column.dtype is torch.float64 and vectors[0].dtype is torch.float64:
+        if self._in_numpy and column.dtype is torch.float64:
             row, vector = found[0], vectors[0]
             for filled in slots:
                 torch.mv(column[filled], vector, out=row[filled])

@@ -14,6 +14,7 @@ from itertools import pairwise
 import numpy as np
 
 from ..config.settings import DivergenceConfig
+from ..numerics.running import newest
 from ..records import Action, Alarm, Level, StateDict
 from .history import History, Reading
 
@@ -122,7 +123,8 @@ def sign_changes(losses: Sequence[float]) -> tuple[int, float]:
     """Sign changes of the detrended, smoothed loss over the last 10 steps, and its RMS."""
     if len(losses) < _NEEDED:
         return 0, 0.0
-    residual = _DETREND @ np.convolve(np.asarray(losses[-_NEEDED:], dtype=np.float64), _KERNEL, mode="valid")
+    smoothed = np.correlate(np.array(losses[-_NEEDED:], dtype=np.float64), _KERNEL, mode="valid")  # even: no reversal
+    residual = _DETREND @ smoothed
     above = [value > 0 for value in residual.tolist() if value != 0]
     return sum(a != b for a, b in pairwise(above)), math.sqrt(float(residual @ residual) / OSCILLATION_STEPS)
 
@@ -143,11 +145,10 @@ def oscillation(losses: Sequence[float], max_changes: int) -> Alarm:
     Width counts because a healthy loss changes sign too (smoothed white noise more than 3 times in 10
     steps about every sixth time): the swing must be three times the median of the 64 steps before.
     """
-    losses = list(losses)
-    changes, width = sign_changes(losses)
+    changes, width = sign_changes(newest(losses, _NEEDED))
     if changes <= max_changes:
         return Alarm()
-    usual = _usual_width(losses)
+    usual = _usual_width(list(losses))
     if usual is None or not width > 3 * usual:
         return Alarm()
     return Alarm(level=Level.WARNING, action=Action.CORRECT, signal="oscillation", value=changes, threshold=max_changes)

@@ -7,9 +7,11 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 
-from ..numerics.running import Baseline, RunningMoments, slope
+from ..numerics.running import Baseline, RunningMoments, newest, slope
+from ..numerics.tail import Tail
 from ..numerics.thinned import ThinnedCurve
 from ..records import StateDict
 from ..weights import algebra as weights
@@ -86,10 +88,7 @@ class History:
         self.loss_ema = RunningMoments(decay=0.95)
         self.norm_baseline = Baseline()
         self.loss_baseline = Baseline()
-        self._window_losses: deque[tuple[int, float]] = deque(maxlen=256)  # (step, mean)
-        self._window_logs: deque[tuple[int, float]] = deque(
-            maxlen=256
-        )  # (step, its logarithm), asked for again and again
+        self._windows = Tail(3, 256)  # step, mean loss, its logarithm, asked for again and again
 
     def push(self, reading: Reading, *, warming_up: bool) -> None:
         """Add a finite reading; warm-up readings also make the baselines."""
@@ -115,17 +114,16 @@ class History:
         A fifth is dropped at either end: at a high learning rate the loss has spikes ten times its
         usual value, which in a plain mean hide any progress.
         """
-        recent = sorted(list(self.losses)[-num_steps:])
+        recent = sorted(newest(self.losses, num_steps))
         cut = len(recent) // 5
         kept = recent[cut : len(recent) - cut]
         mean = sum(kept) / len(kept) if kept else math.nan
-        self._window_losses.append((step, mean))
-        self._window_logs.append((step, _log(mean)))
+        self._windows.push((step, mean, _log(mean)))
         return mean
 
     def mean_norm(self, num_steps: int) -> float:
         """Mean gradient norm over the last steps (at most the buffer's 64), 0 if none is known."""
-        recent = list(self.norms)[-num_steps:]
+        recent = newest(self.norms, num_steps)
         return sum(recent) / len(recent) if recent else 0.0
 
     def loss_slope(self) -> float:
@@ -138,23 +136,20 @@ class History:
         accepted jumps is included, which makes the pace of real training look faster and credits
         smaller: the careful side.
         """
-        points = list(self._window_losses)
-        num_latter = max(4, len(points) // 2)
-        points = points[-num_latter:]
-        if len(points) < 3:
+        steps, means, logs = self._windows.newest(max(4, len(self._windows) // 2))
+        if len(steps) < 3:
             return 0.0
-        if min([loss for _, loss in points]) > 0:
-            logs = list(self._window_logs)[-num_latter:]
-            recent = [log for _, log in logs[-4:]]
-            return slope(logs) * math.exp(sum(recent) / len(recent))
-        return slope(points)
+        if means[0] > 0 and np.fmin.reduce(means) > 0:
+            recent = logs[-4:].tolist()
+            return slope(steps, logs) * math.exp(sum(recent) / len(recent))
+        return slope(steps, means)
 
     def state_dict(self) -> StateDict:
         """Plain containers."""
         return {
             "losses": list(self.losses), "norms": list(self.norms), "loss_ema": self.loss_ema.state_dict(),
             "norm_baseline": self.norm_baseline.state_dict(), "loss_baseline": self.loss_baseline.state_dict(),
-            "window_losses": [list(pair) for pair in self._window_losses],
+            "window_losses": [[int(step), mean] for step, mean, _ in self._windows.rows()],
         }  # fmt: skip
 
     def load_state_dict(self, state: StateDict) -> None:
@@ -164,8 +159,7 @@ class History:
         self.loss_ema.load_state_dict(state["loss_ema"])
         self.norm_baseline.load_state_dict(state["norm_baseline"])
         self.loss_baseline.load_state_dict(state["loss_baseline"])
-        self._window_losses = deque(((int(s), float(v)) for s, v in state["window_losses"]), maxlen=256)
-        self._window_logs = deque(((s, _log(v)) for s, v in self._window_losses), maxlen=256)
+        self._windows.refill((int(step), float(mean), _log(float(mean))) for step, mean in state["window_losses"])
 
 
 def _log(loss: float) -> float:
@@ -202,7 +196,7 @@ class Losses:
 
     def newest(self, num: int) -> list[float]:
         """The last losses, oldest first."""
-        return list(self.history.losses)[-num:]
+        return newest(self.history.losses, num)
 
     def state_dict(self) -> StateDict:
         """Plain containers; what waits to be read is read before a checkpoint."""

@@ -97,14 +97,16 @@ def direction(
         left_out: (n,) places of pairs that say nothing.
     """
     # a triangular solution reads nothing below the diagonal; numpy writes single rows several times faster
-    R, D, tau = SY.contiguous(), SY.diagonal().numpy(), log_tau.numpy()
+    R, tau = SY.contiguous(), log_tau.numpy()
+    D = R.numpy().diagonal()  # of the copy, if it is one: a number per row of all products would be one read each
     if left_out is not None:
+        D = D.copy()
         R = SY.clone(memory_format=torch.contiguous_format) if R is SY else R
         changed = R.numpy()
         changed[left_out] = 0.0
         changed[:, left_out] = 0.0
         changed[left_out, left_out] = 1.0
-        D, tau, Sg = D.copy(), tau.copy(), Sg.clone()
+        tau, Sg = tau.copy(), Sg.clone()
         D[left_out], tau[left_out], Sg.numpy()[left_out] = 0.0, 0.0, 0.0
     a = torch.linalg.solve_triangular(R, Sg[:, None], upper=True)[:, 0]
     total = float(tau.sum())
@@ -135,7 +137,9 @@ class Step:
 
 
 @np.errstate(over="ignore", invalid="ignore", divide="ignore")  # what overflows is no curvature, and is left out
-def step_of(products: Products, log_tau: Tensor, num_pairs: int, num_places: int) -> Step:
+def step_of(
+    products: Products, log_tau: Tensor, num_pairs: int, num_places: int, diagonals: Array | None = None
+) -> Step:
     """The step of the pairs in memory.
 
     Args:
@@ -143,13 +147,14 @@ def step_of(products: Products, log_tau: Tensor, num_pairs: int, num_places: int
         log_tau: (K,) by place in the ring.
         num_pairs: Pairs that hold data, the newest ones.
         num_places: K.
+        diagonals: :func:`diagonals_of` the products, where they are known.
     """
     K, n = num_places, num_pairs
     # the same memory: numpy takes a third of torch's time for a few hundred numbers
     M, Mg = products.BB[0].numpy(), products.Bg[0].numpy()
     first = (products.newest - n + 1) % K
     SY, YY = M[:K, K : 2 * K], M[K : 2 * K, K : 2 * K]
-    squares, s_y, y_y = M.diagonal()[:K], SY.diagonal(), YY.diagonal()
+    squares, s_y, y_y = diagonals_of(products, K) if diagonals is None else diagonals
     kept = oldest_first(s_y > MIN_CURVATURE * np.sqrt(np.maximum(squares * y_y, 0.0)), first, n)
     c, of_g = np.zeros((2, K)), -1.0
     num_kept = int(np.count_nonzero(kept))
@@ -161,13 +166,19 @@ def step_of(products: Products, log_tau: Tensor, num_pairs: int, num_places: int
             torch.from_numpy(Yg), torch.from_numpy(tau), float(ratios.max()),
             None if num_kept == n else np.flatnonzero(~kept),
         )  # fmt: skip
-        both = torch.stack([of_s, of_y]).numpy()
         for piece, start in by_place(c, first, n):
-            piece[:] = both[:, start : start + piece.shape[1]]
+            at = slice(start, start + piece.shape[1])
+            piece[0], piece[1] = of_s.numpy()[at], of_y.numpy()[at]
     told, newest_y = c.reshape(2 * K), K + products.newest
     slope = float(Mg[: 2 * K] @ told) + of_g * float(products.gg[0])
     along = float(M[newest_y, : 2 * K] @ told) + of_g * float(Mg[newest_y])
     return Step(torch.from_numpy(told), of_g, slope, along)
+
+
+def diagonals_of(products: Products, num_places: int) -> Array:
+    """(3, K) |s|^2, s'y and |y|^2 of every pair by place in the ring, as a copy."""
+    K, M = num_places, products.BB[0].numpy()
+    return np.stack([M.diagonal()[:K], M[:K, K : 2 * K].diagonal(), M.diagonal()[K : 2 * K]])
 
 
 def by_place(ring: Array, first: int, n: int) -> list[tuple[Array, int]]:
@@ -195,8 +206,11 @@ def square(M: Array, first: int, n: int) -> Array:
     columns = [piece for piece, _ in by_place(M, first, n)]
     if len(columns) == 1:
         return columns[0][first : first + n]
-    rows = [[piece.T for piece, _ in by_place(column.T, first, n)] for column in columns]
-    return np.block([[rows[0][i], rows[1][i]] for i in range(2)])
+    found = np.empty((n, n))
+    for column, (_, start) in zip(columns, by_place(M, first, n), strict=True):
+        for piece, above in by_place(column.T, first, n):
+            found[above : above + piece.shape[1], start : start + column.shape[1]] = piece.T
+    return found
 
 
 def log_scaling(products: Products, step: Step | None, num_places: int) -> float:
@@ -236,6 +250,7 @@ class QuasiNewton:
         self._asked: tuple[Step, PhasePrediction] | None = None  # the last answer, and the step that it tells
         self._log_tau = torch.zeros(config.history, dtype=torch.float64)  # by place in the ring
         self._num_pairs = 0  # newest ones that are believed
+        self._diagonals: Array | None = None  # of the products, by place in the ring; each number is a read far away
 
     @property
     def ready(self) -> bool:
@@ -250,8 +265,18 @@ class QuasiNewton:
             products = window.products
             self._num_pairs = min(self._num_pairs + 1, self.config.history)
             scaling = log_scaling(products, self._step, self.config.history) if self._scales else 0.0
-            self._log_tau[products.newest] = scaling
+            self._log_tau.numpy()[products.newest] = scaling
+            self._follow(products)
         self._window, self._step, self._asked = window, None, None
+
+    def _follow(self, products: Products) -> None:
+        """Read the three numbers of the newest pair beside those of the others."""
+        K, newest = self.config.history, products.newest
+        if self._diagonals is None:
+            self._diagonals = diagonals_of(products, K)
+            return
+        M, slot = products.BB[0].numpy(), K + newest
+        self._diagonals[:, newest] = M[newest, newest], M[newest, slot], M[slot, slot]
 
     def predict(self, horizon: int) -> PhasePrediction:
         """The step, and shorter ones the gate may fall back on; ``horizon`` changes nothing but the claim."""
@@ -259,7 +284,7 @@ class QuasiNewton:
         assert window is not None, "predict() before ready"
         lag = self.spec.first_extra
         if self._step is None:
-            self._step = step_of(window.products, self._log_tau, self._num_pairs, self.config.history)
+            self._step = step_of(window.products, self._log_tau, self._num_pairs, self.config.history, self._diagonals)
         step = self._step
         if self._asked is not None and self._asked[0] is step and self._asked[1].horizon == horizon:
             return self._asked[1]  # a proposal is looked at before it is made
@@ -268,7 +293,7 @@ class QuasiNewton:
         np.multiply(multiples, newest_first(step.c.numpy(), window.products.newest), out=coefficients[:, :lag])
         coefficients[:, lag] = 1.0
         coefficients[:, lag + 1 : lag + 2] = multiples * step.of_g
-        candidates = torch.from_numpy(coefficients).split(1)
+        candidates = tuple(torch.from_numpy(coefficients[i : i + 1]) for i in range(len(coefficients)))
         reduction = max(-step.slope / 2, 0.0)  # of a quadratic whose minimum along d lies at d
         trajectory = linear_loss_trajectory(window.loss, -reduction / max(horizon, 1), horizon)
         prediction = PhasePrediction(
@@ -305,6 +330,7 @@ class QuasiNewton:
         self._window = window_from_state(state["window"])
         self._step = None if state["step"] is None else Step(**state["step"])
         self._log_tau, self._num_pairs = state["log_tau"].clone(), state["num_pairs"]
+        self._diagonals = None
 
 
 def newest_first(by_place: Array, newest: int) -> Array:

@@ -41,6 +41,7 @@ class Correction:
     magnitude: float = 0.0  # length over that of the predicted jump, after bounding
     num_similar: int = 0
     weights: tuple[float, ...] = ()  # of the similar residuals
+    nothing: bool = False  # the coefficients are zero, and nobody need look
 
 
 class Corrector(Protocol):
@@ -67,7 +68,7 @@ class NoCorrection:
 
     def correct(self, prediction: PhasePrediction, features: Tensor, BB: Tensor) -> Correction:
         """Zero."""
-        return Correction(coefficients=torch.zeros_like(prediction.coefficients))
+        return Correction(coefficients=torch.zeros_like(prediction.coefficients), nothing=True)
 
     def observe(self, residual: Residual) -> None:
         """Nothing is learnt."""
@@ -99,7 +100,7 @@ def bounded(coefficients: Tensor, BB: Tensor, limit: float) -> Tensor:
 
 def apply(prediction: PhasePrediction, correction: Correction) -> PhasePrediction:
     """The corrected prediction; the uncorrected one stays the gate's first alternative."""
-    if not bool(correction.coefficients.any()):
+    if correction.nothing or not bool(correction.coefficients.any()):
         if correction.loss == 0:
             return prediction
         return replace(prediction, predicted_loss=prediction.predicted_loss + correction.loss)

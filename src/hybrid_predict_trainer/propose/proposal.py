@@ -7,7 +7,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from ..config.settings import HybridTrainerConfig
@@ -49,7 +48,7 @@ def propose(
         expected = _shape(windows)
         if any(tuple(c.shape) != expected for c in candidates):
             return prediction, [], Verdict(accepted=False, reason=Reason.WRONG_SHAPE)
-        if not bool(torch.isfinite(torch.cat(candidates)).all()):
+        if not all(map(weights.finite, candidates)):
             return prediction, [], Verdict(accepted=False, reason=Reason.NOT_FINITE)
         if prediction.first_fit:  # shorter pieces of the same step: made when they are tried
             candidates = candidates[:1]
@@ -123,7 +122,7 @@ def combined(
 def fits(windows: WindowRecorder, prediction: PhasePrediction) -> bool:
     """Whether the coefficients have the basis's shape and are finite: anything else is refused, not corrected."""
     c = prediction.coefficients
-    return tuple(c.shape) == _shape(windows) and bool(torch.isfinite(c).all())
+    return tuple(c.shape) == _shape(windows) and weights.finite(c)
 
 
 def _shape(windows: WindowRecorder) -> tuple[int, int]:
@@ -136,7 +135,7 @@ def _asked(proposer: Proposer, windows: WindowRecorder, horizon: int, segments: 
     with proposer.time.call():
         prediction = proposer.predictor.predict(horizon)
     window = windows.last
-    if window is not None and fits(windows, prediction):
+    if window is not None and proposer.feedback.forecasts and fits(windows, prediction):
         correction = proposer.feedback.corrector.correct(prediction, window.features, window.products.BB)
         proposer.on_correction(correction)
         prediction = corrector.apply(prediction, correction)

@@ -119,6 +119,7 @@ SMALL = 1 << 16
 LARGE = 1 << 20
 #: Types whose spacing is so wide that a step of training may be below it.
 HALF = frozenset({torch.float16, torch.bfloat16})
+_OF_NUMPY = frozenset({torch.float32, torch.float64})
 #: Devices that cannot hold float64.
 WITHOUT_FLOAT64 = frozenset({"mps"})
 
@@ -224,7 +225,9 @@ def _forget_casts() -> None:
 @without_graph
 def gradients(parameters: Sequence[Tensor]) -> Tensors:
     """Gradients that exist, in parameter order; of sparse ones their values."""
-    found = [p.grad for p in parameters if p.grad is not None]
+    found = [grad for p in parameters if (grad := p.grad) is not None]
+    if not any(g.is_sparse for g in found):
+        return found
     return [g.coalesce().values() if g.is_sparse else g for g in found]
 
 
@@ -298,6 +301,13 @@ def rms_of_pieces(vector: NDArray[np.float64], lengths: Sequence[int]) -> list[f
     ends = list(accumulate(lengths))
     squares = np.add.reduceat(vector * vector, [0, *ends[:-1]])
     return [math.sqrt(total / length) for total, length in zip(squares.tolist(), lengths, strict=True)]
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether no number of one tensor is NaN or infinite."""
+    if tensor.device.type == "cpu" and tensor.dtype in _OF_NUMPY and type(tensor) is Tensor and not tensor.is_neg():
+        return bool(np.isfinite(tensor.detach().numpy()).all())
+    return bool(torch.isfinite(tensor).all())
 
 
 @without_graph

@@ -46,6 +46,11 @@ class Layout:
         self._lengths_there = torch.tensor(self._lengths, dtype=torch.int64, device=self.devices[0])
         self._known: dict[int, tuple[Tensor, Sequence[Tensor]]] = {}  # views of vectors that live on, by id
 
+    @property
+    def in_one_place(self) -> bool:
+        """Whether all numbers are in one vector in host memory."""
+        return self.flat and self.devices[0].type == "cpu"
+
     def zeros(self) -> Tensors:
         """New vectors."""
         shapes = [(self.sizes[0],)] if self.flat else [p.shape for p in self._like]

@@ -54,6 +54,9 @@ class LocalShard(ParameterView):
             super().follow()
 
 
+_PLAIN = {Tensor}
+
+
 def is_sharded(tensor: Any) -> bool:
     """Whether a tensor is a DTensor; told by its name, because importing the class would import half of torch."""
     kind = type(tensor)
@@ -72,7 +75,8 @@ def local(tensor: Tensor) -> Tensor:
 
 def local_gradients(parameters: Sequence[Tensor]) -> Tensors:
     """As :func:`.algebra.gradients`, of sharded ones this rank's part; the values of a sparse one."""
-    return [local(g) for g in gradients(parameters)]
+    found = gradients(parameters)
+    return found if set(map(type, found)) == _PLAIN else [local(g) for g in found]
 
 
 def whole(tensor: Tensor) -> Tensor:
