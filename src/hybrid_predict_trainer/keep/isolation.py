@@ -67,6 +67,19 @@ class _Kept:
             elif isinstance(value, Tensor):
                 self.tensors[key] = host.copied(value.detach())
 
+    def still(self) -> bool:
+        """Whether all of it is as it was kept, and nothing in it could be changed unseen."""
+        own, module = vars(self.module), self.module
+        return (
+            not self.buffers
+            and not self.tensors
+            and not module._buffers
+            and own.keys() == self.all.keys()
+            and all(map(operator.is_, own.values(), self.all.values()))
+            and all(_same_items(self.all[key], content) for key, content in self.contents.items())
+            and _same_items(module._modules, self.modules)
+        )
+
     def put_back(self, *, values: bool) -> None:
         """Everything as it was; ``values``: numbers that are changed in place as well."""
         own = vars(self.module)
@@ -131,28 +144,38 @@ class Isolation:
     """One block of evaluations; made by :func:`isolated`.
 
     Attributes:
+        kept: What every module held, those beside the model included.
         compiled: Calls of the model are traced by ``torch.compile``.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        """Keep what a forward of ``model`` may change."""
-        self._kept = {m: _Kept(m) for m in modules_of(model)}
-        self.compiled = any(map(_is_compiled, self._kept))
+    def __init__(self, model: nn.Module, before: Isolation | None = None) -> None:
+        """Keep what a forward of ``model`` may change.
+
+        Args:
+            model: All its modules are looked at.
+            before: Of the last block: what it kept of a module is kept again while it is still so.
+        """
+        known = {} if before is None else before.kept
+        self.kept: dict[nn.Module, _Kept] = {}
+        for module in modules_of(model):
+            old = known.get(module)
+            self.kept[module] = old if old is not None and old.still() else _Kept(module)
+        self.compiled = any(map(_is_compiled, self.kept))
         self._gradients: list[tuple[Tensor, Tensor | None]] = [
             (p, grad) for p in self._parameters() if (grad := p.grad) is not None
         ]
-        self._extra = {m: copy.deepcopy(m.get_extra_state()) for m in self._kept if has_extra_state(m)}
+        self._extra = {m: copy.deepcopy(m.get_extra_state()) for m in self.kept if has_extra_state(m)}
         self._random = RandomStates()
         self._fresh = True  # nothing was evaluated yet
         self._carries: list[_Kept] | None = None  # modules that carry numbers from forward to forward
 
     def _parameters(self) -> list[Tensor]:
         """Those that the modules have now; one that two modules share comes twice."""
-        return [p for m in self._kept if m._parameters for p in m._parameters.values() if p is not None]
+        return [p for m in self.kept if m._parameters for p in m._parameters.values() if p is not None]
 
     def enter(self, mode: Mode) -> None:
         """Set the modes of the model's modules; gradients are put aside."""
-        for module, kept in self._kept.items():
+        for module, kept in self.kept.items():
             _set_mode(module, kept.training and (
                 mode == "training" or (mode == "quiet" and isinstance(module, _NormBase))
             ))  # fmt: skip
@@ -161,10 +184,10 @@ class Isolation:
 
     def met(self, module: nn.Module, args: Any) -> None:
         """A module is about to be called: keep what it holds if it is not one of the model's."""
-        if module not in self._kept:
+        if module not in self.kept:
             for m in module.modules():
-                if m not in self._kept:
-                    self._kept[m] = _Kept(m)
+                if m not in self.kept:
+                    self.kept[m] = _Kept(m)
                     self._gradients += [(p, p.grad) for p in m.parameters(recurse=False)]
 
     def begin(self) -> None:
@@ -178,12 +201,12 @@ class Isolation:
     def rewind(self) -> None:
         """After an evaluation: random states and carried state as they were before the first one."""
         self._random.put_back()
-        for kept in self._kept.values():
+        for kept in self.kept.values():
             training = kept.module.training
             kept.put_back(values=False)
             _set_mode(kept.module, training)
         if self._carries is None:
-            moved = (k for k in self._kept.values() if k.writable and not isinstance(k.module, _NormBase))
+            moved = (k for k in self.kept.values() if k.writable and not isinstance(k.module, _NormBase))
             self._carries = [k for k in moved if any(not same(live, old) for live, old in k._pairs())]
         for kept in self._carries:
             kept.put_back_changed()
@@ -191,7 +214,7 @@ class Isolation:
     @without_graph
     def leave(self) -> None:
         """Everything as it was."""
-        for module, kept in self._kept.items():
+        for module, kept in self.kept.items():
             kept.put_back(values=True)  # all of them: without grad mode BatchNorm does not count versions
             _set_mode(module, kept.training)
         for module, state in self._extra.items():
@@ -206,9 +229,15 @@ class Isolation:
 
 
 @contextmanager
-def isolated(model: nn.Module, mode: Mode = "quiet") -> Iterator[Isolation]:
-    """A block whose forward passes leave no trace in ``model``, in modules called beside it, or in random states."""
-    isolation = Isolation(model)
+def isolated(model: nn.Module, mode: Mode = "quiet", before: Isolation | None = None) -> Iterator[Isolation]:
+    """A block whose forward passes leave no trace in ``model``, in modules called beside it, or in random states.
+
+    Args:
+        model: Any.
+        mode: Of its modules.
+        before: The last block on the same model, which spares a part of the work.
+    """
+    isolation = Isolation(model, before)
     grad_enabled = torch.is_grad_enabled()
     hook = None
     try:  # twice: where leaving is interrupted it is done again

@@ -22,7 +22,7 @@ class RandomStates:
         self._python = random.getstate()
         self._numpy = _NumpyState()
         self._cuda = (
-            torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+            torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() and torch.cuda.is_available() else None
         )
         self._mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
 
@@ -69,7 +69,13 @@ def _words() -> bytes | None:
     generator: Any = np.random.get_bit_generator()  # type: ignore[attr-defined]
     if type(generator) is not np.random.MT19937:
         return None
-    return ctypes.string_at(generator.ctypes.state_address, 4 * (624 + 1))
+    return ctypes.string_at(_address_of(generator), 4 * (624 + 1))
+
+
+@lru_cache(maxsize=1)
+def _address_of(generator: Any) -> Any:
+    """Where the words of a generator are; asking takes longer than reading them."""
+    return generator.ctypes.state_address
 
 
 def rng_state() -> StateDict:

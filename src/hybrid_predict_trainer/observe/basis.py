@@ -271,9 +271,9 @@ class Basis:
     def _new_products(self, s: Tensors, y: Tensors, before: Tensors) -> tuple[Array, Array, Array, Array]:
         """(G,) each: s'y of the y before, s'g, y'g, |y|^2."""
         if self._layout.flat:
-            rows = torch.stack([y[0], before[0], self._sum_grad[0]])  # one product for all of them
-            products = torch.stack([s[0], y[0]]) @ rows.T
-            s_rows, y_rows = self._total(products if self._in_numpy else products.cpu().double()).double().numpy()
+            rows = torch.stack([s[0], y[0], before[0], self._sum_grad[0]])  # one product for all of them
+            products = rows[:2] @ rows[1:].T
+            s_rows, y_rows = self._total(products if self._in_numpy else products.cpu()).double().numpy()
             return s_rows[1:2], s_rows[2:], y_rows[2:], y_rows[:1]
         y_y = self._by_group(self._squared_norms(y)).numpy()
         pairs = (s, before), (s, self._sum_grad), (y, self._sum_grad)

@@ -83,9 +83,10 @@ class Together(Sequence[Tensor]):
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
         """Whether plain tensors are of the shapes and the kind that these views have."""
-        pieces, kind = self.pieces, (self.vector.dtype, self.vector.device)
-        return [p.shape for p in pieces] == [t.shape for t in tensors] and all(
-            (t.dtype, t.device) == kind and type(t) in (Tensor, nn.Parameter) for t in tensors
+        dtype, device = self.vector.dtype, self.vector.device
+        return len(tensors) == len(self) and all(
+            t.shape == p.shape and t.dtype is dtype and t.device == device and type(t) in (nn.Parameter, Tensor)
+            for t, p in zip(tensors, self.pieces, strict=True)
         )
 
     def __len__(self) -> int:
