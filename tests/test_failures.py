@@ -110,7 +110,7 @@ PLACES: dict[str, tuple[Callable[[HybridTrainer], tuple[Any, str]], Place, dict[
     "gradient health": (on(health, "measure"), Place.OBSERVER, {}),
     "checklist": (on(health, "pre_training"), Place.OBSERVER, {}),
     "health report": (on(StateObserver, "new_health"), Place.OBSERVER, {}),
-    "fingerprint": (on(same_batch, "Fingerprint"), Place.DATA, {}),
+    "fingerprint": (on(same_batch, "_sample"), Place.DATA, {}),
     "digest": (on(same_batch, "digest_of"), Place.DATA, {}),
     "recurrence": (on(recurrence, "hashes"), Place.DATA, {"max_lr_multiplier": 8.0}),
     "track record": (on(TrackRecord, "record"), Place.FEEDBACK, {}),

@@ -76,7 +76,7 @@ def test_persistence_before_anything_is_known() -> None:
     ledger = Ledger(GateConfig())
     assert not ledger.known
     assert ledger.persistence == pytest.approx(0.1)
-    ledger.exact = True
+    ledger.losses_are(exact=True)
     assert ledger.persistence == pytest.approx(0.5)
     assert ledger.summary()["persistence"] is None
     assert ledger.effect() is None
@@ -218,7 +218,7 @@ def test_steps_gained() -> None:
 def test_budget_is_never_exceeded(events: list[tuple[float, float, float, float]], budget: float, exact: bool) -> None:
     """Whatever is spent on proposals stays within the budget plus what came back."""
     ledger = Ledger(GateConfig(overhead_budget=budget, overhead_budget_exact=budget))
-    ledger.exact = exact
+    ledger.losses_are(exact=exact)
     total = 0.0
     for price, part, returned, work in events:
         total += work

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..keep.failures import Failures, Place
-from ..keep.isolation import Isolation, Mode, isolated, uses_batch_statistics
+from ..keep.isolation import Isolation, Known, Mode, isolated, uses_batch_statistics
 from ..keep.loss_modules import modules_beside
 from ..keep.subject import LossFn, NegatedScore, Subject
 from ..observe import batches
@@ -50,7 +50,7 @@ class Evaluation:
         """Nothing was evaluated yet; what raises is counted in ``failures``."""
         self._subject, self._failures = subject, failures
         self._score: LossFn | None = None if subject.judge_fn is None else NegatedScore(subject.judge_fn)
-        self._before: Isolation | None = None  # the last block
+        self._known: Known = {}  # what is lasting of the last block
         self._asked: LossFn | None = None  # in place of what is judged by, while something else is evaluated
         self.needs_grad_mode = False
         self.quiet_fails = False
@@ -141,8 +141,8 @@ class Evaluation:
     @contextmanager
     def _isolated(self, mode: Mode) -> Iterator[Isolation]:
         """A block without a trace, in what the loss uses beside a compiled model as well: no hook sees that."""
-        with isolated(self._subject.model, mode, self._before) as isolation:
-            self._before = isolation
+        with isolated(self._subject.model, mode, self._known) as isolation:
+            self._known = isolation.lasting
             if isolation.compiled:
                 for module in modules_beside(self._fn, self._subject.model):
                     isolation.met(module, ())

@@ -50,7 +50,7 @@ def _is_compiled(module: nn.Module) -> bool:
 class _Kept:
     """What one module holds that a forward may change."""
 
-    __slots__ = ("all", "buffers", "contents", "module", "modules", "tensors", "training", "values")
+    __slots__ = ("all", "buffers", "contents", "lasting", "module", "modules", "tensors", "training", "values")
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.training = module, module.training
@@ -60,23 +60,23 @@ class _Kept:
         self.all = vars(module).copy()
         self.contents: dict[str, Any] = {}
         self.tensors: dict[str, Tensor] = {}
+        self.lasting = not self.buffers  # it holds plain values and empty containers, and so no memory of a forward
         for key in [k for k, v in self.all.items() if type(v) not in _PLAIN and k not in _OWN]:
             value = self.all[key]
             if type(value) in _CONTAINERS:
                 self.contents[key] = value.copy()
             elif isinstance(value, Tensor):
                 self.tensors[key] = host.copied(value.detach())
+            self.lasting = self.lasting and type(value) in _CONTAINERS and not value
 
     def still(self) -> bool:
-        """Whether all of it is as it was kept, and nothing in it could be changed unseen."""
+        """Whether all of a lasting one is as it was kept."""
         own, module = vars(self.module), self.module
         return (
-            not self.buffers
-            and not self.tensors
-            and not module._buffers
+            not module._buffers
             and own.keys() == self.all.keys()
             and all(map(operator.is_, own.values(), self.all.values()))
-            and all(_same_items(self.all[key], content) for key, content in self.contents.items())
+            and not any(map(self.all.__getitem__, self.contents))
             and _same_items(module._modules, self.modules)
         )
 
@@ -140,42 +140,49 @@ def _rebind(live: dict[str, Any], old: dict[str, Any]) -> None:
         live.update(old)
 
 
+Known = dict[nn.Module, _Kept]
+
+
 class Isolation:
     """One block of evaluations; made by :func:`isolated`.
 
     Attributes:
-        kept: What every module held, those beside the model included.
         compiled: Calls of the model are traced by ``torch.compile``.
     """
 
-    def __init__(self, model: nn.Module, before: Isolation | None = None) -> None:
+    def __init__(self, model: nn.Module, known: Known | None = None) -> None:
         """Keep what a forward of ``model`` may change.
 
         Args:
             model: All its modules are looked at.
-            before: Of the last block: what it kept of a module is kept again while it is still so.
+            known: What :attr:`lasting` was of an earlier block: it is kept again where it is still so.
         """
-        known = {} if before is None else before.kept
-        self.kept: dict[nn.Module, _Kept] = {}
+        known = known or {}
+        self._kept: Known = {}
         for module in modules_of(model):
             old = known.get(module)
-            self.kept[module] = old if old is not None and old.still() else _Kept(module)
-        self.compiled = any(map(_is_compiled, self.kept))
+            self._kept[module] = old if old is not None and old.still() else _Kept(module)
+        self.compiled = any(map(_is_compiled, self._kept))
         self._gradients: list[tuple[Tensor, Tensor | None]] = [
             (p, grad) for p in self._parameters() if (grad := p.grad) is not None
         ]
-        self._extra = {m: copy.deepcopy(m.get_extra_state()) for m in self.kept if has_extra_state(m)}
+        self._extra = {m: copy.deepcopy(m.get_extra_state()) for m in self._kept if has_extra_state(m)}
         self._random = RandomStates()
         self._fresh = True  # nothing was evaluated yet
         self._carries: list[_Kept] | None = None  # modules that carry numbers from forward to forward
 
     def _parameters(self) -> list[Tensor]:
         """Those that the modules have now; one that two modules share comes twice."""
-        return [p for m in self.kept if m._parameters for p in m._parameters.values() if p is not None]
+        return [p for m in self._kept if m._parameters for p in m._parameters.values() if p is not None]
+
+    @property
+    def lasting(self) -> Known:
+        """What was kept of modules that hold plain values only; it keeps no memory of a forward alive."""
+        return {module: kept for module, kept in self._kept.items() if kept.lasting}
 
     def enter(self, mode: Mode) -> None:
         """Set the modes of the model's modules; gradients are put aside."""
-        for module, kept in self.kept.items():
+        for module, kept in self._kept.items():
             _set_mode(module, kept.training and (
                 mode == "training" or (mode == "quiet" and isinstance(module, _NormBase))
             ))  # fmt: skip
@@ -184,10 +191,10 @@ class Isolation:
 
     def met(self, module: nn.Module, args: Any) -> None:
         """A module is about to be called: keep what it holds if it is not one of the model's."""
-        if module not in self.kept:
+        if module not in self._kept:
             for m in module.modules():
-                if m not in self.kept:
-                    self.kept[m] = _Kept(m)
+                if m not in self._kept:
+                    self._kept[m] = _Kept(m)
                     self._gradients += [(p, p.grad) for p in m.parameters(recurse=False)]
 
     def begin(self) -> None:
@@ -201,12 +208,12 @@ class Isolation:
     def rewind(self) -> None:
         """After an evaluation: random states and carried state as they were before the first one."""
         self._random.put_back()
-        for kept in self.kept.values():
+        for kept in self._kept.values():
             training = kept.module.training
             kept.put_back(values=False)
             _set_mode(kept.module, training)
         if self._carries is None:
-            moved = (k for k in self.kept.values() if k.writable and not isinstance(k.module, _NormBase))
+            moved = (k for k in self._kept.values() if k.writable and not isinstance(k.module, _NormBase))
             self._carries = [k for k in moved if any(not same(live, old) for live, old in k._pairs())]
         for kept in self._carries:
             kept.put_back_changed()
@@ -214,7 +221,7 @@ class Isolation:
     @without_graph
     def leave(self) -> None:
         """Everything as it was."""
-        for module, kept in self.kept.items():
+        for module, kept in self._kept.items():
             kept.put_back(values=True)  # all of them: without grad mode BatchNorm does not count versions
             _set_mode(module, kept.training)
         for module, state in self._extra.items():
@@ -229,15 +236,15 @@ class Isolation:
 
 
 @contextmanager
-def isolated(model: nn.Module, mode: Mode = "quiet", before: Isolation | None = None) -> Iterator[Isolation]:
+def isolated(model: nn.Module, mode: Mode = "quiet", known: Known | None = None) -> Iterator[Isolation]:
     """A block whose forward passes leave no trace in ``model``, in modules called beside it, or in random states.
 
     Args:
         model: Any.
         mode: Of its modules.
-        before: The last block on the same model, which spares a part of the work.
+        known: What was lasting in the last block, which spares a part of the work.
     """
-    isolation = Isolation(model, before)
+    isolation = Isolation(model, known)
     grad_enabled = torch.is_grad_enabled()
     hook = None
     try:  # twice: where leaving is interrupted it is done again
