@@ -89,6 +89,30 @@ def test_an_interval_holds_its_share_of_ends() -> None:
     assert np.mean(held) >= 0.85
 
 
+def grown(size: float, schedule: str, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A run whose later half falls the further the larger its model is; its first half says nothing of that."""
+    steps, losses, rates = curve(schedule, 0.0, seed)
+    return steps, losses * (1 - 0.08 * math.log(size) * np.clip(2 * steps / TOTAL - 1, 0, 1)), rates
+
+
+def test_what_changes_with_the_size_is_carried_on() -> None:
+    whole = [(size, *grown(size, schedule, int(size))) for size in (1.0, 2.0) for schedule in SCHEDULES]
+    sized = [Finished(steps=s, losses=v, rates=r, size=size) for size, s, v, r in whole]
+    named = [Finished(steps=s, losses=v, rates=r, model=f"{size}") for size, s, v, r in whole]
+    errors = []
+    for schedule in SCHEDULES:
+        steps, losses, rates = grown(4.0, schedule, 99)
+        seen = (steps[:25], losses[:25], rates)
+        told = (forecast_among(*seen, sized, size=4.0), forecast_among(*seen, named, model="4.0"))
+        errors.append([abs(x.final_loss / losses[-1] - 1) for x in told])
+    ours, blind = np.mean(errors, axis=0)
+    assert ours < 0.85 * blind
+    with pytest.raises(ConfigError, match="or none of them"):
+        forecast_among(*seen, sized)
+    with pytest.raises(ConfigError, match="above 0"):
+        forecast_among(*seen, sized, size=-1.0)
+
+
 def test_few_runs_never_narrow_an_interval(monkeypatch: pytest.MonkeyPatch) -> None:
     from hybrid_predict_trainer.sweeps import finished
 

@@ -66,7 +66,8 @@ def own_runs(out: Path, tell: Callable[[str], None]) -> list[published.Run]:
                 f"w{recipe.width}-lr{recipe.lr:g}",
                 f"w{recipe.width}",
                 Curve.of(steps, losses),
-                recorded.rates(recipe),
+                recorded.rates(recipe) * recipe.lr,
+                float(recipe.width),
             )
         )
     return found

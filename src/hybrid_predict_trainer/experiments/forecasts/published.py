@@ -38,6 +38,7 @@ class Run:
         family: Runs of one family have models of one size; the law's shape is learnt on other families.
         curve: Losses.
         rates: (T,) of each step.
+        size: of the model.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Run:
     family: str
     curve: Curve
     rates: Array
+    size: float | None = None
 
     @property
     def plan(self) -> Plan:
@@ -71,7 +73,8 @@ def runs() -> list[Run]:
     for path in sorted(folder.glob("llama-*.csv")):
         size, _, name = path.stem.removeprefix("llama-").partition("_")
         steps, rates, losses = columns(path)
-        found.append(Run(name, size, size, Curve.of(steps, losses), _rates(name, steps, rates)))
+        found.append(Run(name, size, size, Curve.of(steps, losses), _rates(name, steps, rates),
+                         float(size.removesuffix("M"))))  # fmt: skip
     return found
 
 

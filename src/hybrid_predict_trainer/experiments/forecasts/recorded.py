@@ -1,8 +1,8 @@
 """Small language models trained by the plain loop, their loss curves kept: runs to measure forecasts on.
 
 The model reads eight bytes and tells the next one (Bengio et al., JMLR 3, 2003): a step takes a millisecond, so that
-thousands of steps, and with them the part of a curve that a forecast is asked about, cost seconds.  Three sizes, two
-peak rates, four schedules and two lengths make 48 runs.  Each is one CSV file with a row every hundredth of the run:
+thousands of steps, and with them the part of a curve that a forecast is asked about, cost seconds.  Five sizes, two
+peak rates, four schedules and two lengths make 80 runs.  Each is one CSV file with a row every hundredth of the run:
 ``step, lr, loss, train_loss``, where lr is the rate of the step just taken, loss the validation loss after it and
 train_loss the mean over the steps since the row before.  Runs of one width are trained side by side and written when
 they have ended, so a recording that was stopped goes on with the widths that are missing.
@@ -29,7 +29,7 @@ from ...tasks.recipes import lr_factor
 
 #: Rows of a curve.
 NUM_ROWS = 100
-WIDTHS = (24, 48, 96)
+WIDTHS = (24, 32, 48, 64, 96)
 PEAK_RATES = (1e-3, 4e-3)
 SCHEDULES: tuple[ScheduleName, ...] = ("constant", "cosine", "linear", "wsd")
 LENGTHS = (3000, 6000)
@@ -61,7 +61,7 @@ class Recipe:
 
 
 def recipes() -> Iterator[Recipe]:
-    """All 48, small ones first."""
+    """All 80, small ones first."""
     for width, lr, schedule, steps in itertools.product(WIDTHS, PEAK_RATES, SCHEDULES, LENGTHS):
         yield Recipe(width=width, lr=lr, schedule=schedule, steps=steps)
 

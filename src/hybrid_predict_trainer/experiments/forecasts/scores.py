@@ -13,7 +13,7 @@ from ...forecast.curve import Array, Curve
 from ...forecast.final_loss import FINAL_SHARE, Forecast, forecast
 from ...forecast.fit import Fit, fit
 from ...forecast.prior import WIDE, Prior, learnt
-from ...sweeps.finished import Finished, forecast_among
+from ...sweeps.finished import Among, Finished
 from .published import FITTED, Run
 
 #: How far the law is off where all whole curves of a model are fitted together.
@@ -93,14 +93,18 @@ def among_others(
         without: (the run, another) -> whether the other is not learnt from.
     """
     found = []
+    learnt_from: dict[tuple[str, ...], Among] = {}
     for run in runs:
-        ended = [
-            Finished(steps=r.curve.steps, losses=r.curve.losses, rates=r.rates, model=r.family)
-            for r in runs if r.family != run.family and not without(run, r)
-        ]  # fmt: skip
+        others = [r for r in runs if r.family != run.family and not without(run, r)]
+        key = tuple(r.name for r in others)
+        if key not in learnt_from:
+            learnt_from[key] = Among(
+                [Finished(steps=r.curve.steps, losses=r.curve.losses, rates=r.rates, model=r.family, size=r.size)
+                 for r in others], level=LEVEL,
+            )  # fmt: skip
         for share in shares:
             known = _known(run, share)
-            said = forecast_among(known.steps, known.losses, run.rates, ended, model=run.family, level=LEVEL)
+            said = learnt_from[key].forecast(known.steps, known.losses, run.rates, model=run.family, size=run.size)
             found.append(_held_against(run, share, said))
     return found
 
