@@ -106,6 +106,19 @@ def test_one_at_a_time_and_none_is_left_out(tmp_path: Path) -> None:
     assert saver.saved == 25
 
 
+def test_what_was_written_in_the_background_is_not_written_again(tmp_path: Path) -> None:
+    disk = Disk()
+    disk.gate.set()
+    saver = disk.saver(tmp_path)
+    disk.step = 10
+    saver.keep_up(10)
+    assert saver.attempt(10) is None, "the last of a run that ends there"
+    assert disk.written == [10]
+    disk.step, disk.fail = 20, True
+    with pytest.warns(UserWarning, match="the newest is of step 10"):
+        saver.attempt(20)
+
+
 def test_a_failure_in_the_background_is_told_once_and_the_next_interval_tries_again(tmp_path: Path) -> None:
     disk = Disk()
     disk.gate.set()
