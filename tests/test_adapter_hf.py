@@ -282,8 +282,10 @@ def _of_two(folder: str, rank: int, size: int) -> Any:
     again.train(resume_from_checkpoint=str(Path(folder) / "checkpoint-10"))
     report = callback.report
     assert report is not None
+    assert callback.engine is not None
     return {
         "off": difference(state_of(off), state_of(plain)), "proposed": report["num_jumps_proposed"],
+        "together": callback.engine.run.subject.ranks.num_brought_together,
         "weights": [w.tolist() for w in weights_of(trainer.model).values()], "steps": trainer.state.global_step,
         "again": [w.tolist() for w in weights_of(again.model).values()],
     }  # fmt: skip
@@ -299,4 +301,5 @@ def test_two_processes_stay_alike_and_without_a_jump_they_are_the_plain_trainers
     assert first["again"] == second["again"]
     assert first["steps"] == second["steps"]
     assert first["proposed"] == second["proposed"] > 0
+    assert first["together"] == second["together"] == 0, "they had parted"
     assert (tmp_path / "out" / "checkpoint-10" / "hybrid_predict_trainer").is_dir()

@@ -313,7 +313,9 @@ def _of_two(folder: str, rank: int, size: int) -> Any:
     trainer = trained(callback)
     trainer.save_checkpoint(Path(folder) / "at.ckpt")
     assert callback.report is not None
+    assert callback.engine is not None
     return {
+        "together": callback.engine.run.subject.ranks.num_brought_together,
         "world": trainer.world_size, "off": difference(state_of(off), state_of(plain)),
         "weights": [w.tolist() for w in weights_of(trainer.lightning_module).values()], "steps": trainer.global_step,
         "proposed": callback.report["num_jumps_proposed"],
@@ -326,6 +328,7 @@ def test_two_processes_stay_alike_and_without_a_jump_they_are_the_plain_trainers
     first, second = with_ranks(2, tmp_path, _of_two, str(tmp_path))
     assert first == second
     assert first["world"] == 2
+    assert first["together"] == 0, "they had parted"
     assert first["off"] is None
     assert first["proposed"] > 0
     assert (tmp_path / "at.ckpt").is_file()
