@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hybrid_predict_trainer.cli.hpt import main
 from hybrid_predict_trainer.experiments.arms.options import InputError
+from hybrid_predict_trainer.experiments.probe import rewards
 from hybrid_predict_trainer.experiments.rollouts import policy, program, runs
 from hybrid_predict_trainer.experiments.rollouts.linearity import shared_drift, straightness, with_random_signs
 from hybrid_predict_trainer.experiments.rollouts.policy import Problems, Rollout
@@ -277,3 +278,25 @@ def test_bad_input_is_one_line(flags: list[str], said: str, tmp_path: Path, caps
 def test_an_arm_that_is_not_known_raises() -> None:
     with pytest.raises(InputError, match="known: linear-decay"):
         program._chosen(("no-such",))
+
+
+# ---- what a probe says ------------------------------------------------------------------------------------------
+
+
+def test_a_probe_of_rewards_says_no_go_with_the_figures_of_the_documents(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["probe", "--rewards"]) == 0
+    said = capsys.readouterr().out
+    assert "jumps: no-go" in said
+    page = (Path(__file__).parents[1] / "docs" / "benchmarks.md").read_text()
+    page = page[page.index("## rl:") :]
+    for measured in (*rewards.JUMPS, *rewards.SIZES):
+        found = f"{measured.speedup:.2f}"
+        found += "" if measured.low is None else f" [{measured.low:.2f}, {measured.high:.2f}]"
+        assert f"{measured.what}: S {found}" in said
+        assert f" {found} |" in page, measured.what
+
+
+def test_a_probe_of_rewards_recommends_no_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["probe", "--rewards", "--toml", str(tmp_path / "x.toml")]) == 2
+    assert "no other settings" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

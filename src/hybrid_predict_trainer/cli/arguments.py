@@ -229,6 +229,8 @@ def what_is_missing(args: argparse.Namespace) -> str | None:
     """What ``train`` and ``compare`` need and argparse cannot know: one line, or None."""
     if args.command not in ("train", "compare", "probe", "sweep"):
         return None
+    if getattr(args, "rewards", False):  # of probe: what was measured, on no task of one's own
+        return None
     if args.command in ("probe", "sweep"):
         return None if args.task is not None else f"--task is needed: one of {', '.join(names.TASKS)}"
     if args.task is None and not args.resume:

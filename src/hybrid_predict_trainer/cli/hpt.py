@@ -336,6 +336,9 @@ def _add_probe(probe: argparse.ArgumentParser) -> None:
         "--pilot-steps", type=number(int, 10, 1_000_000), metavar="N", help="of a pilot (default as the time allows)"
     )
     probe.add_argument("--toml", type=Path, metavar="FILE", help="write the recommended settings")
+    probe.add_argument(
+        "--rewards", action="store_true", help="training by rewards of rollouts: what was measured there, no pilots"
+    )
 
 
 # ---- entry point ------------------------------------------------------------------------------------------
