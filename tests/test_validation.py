@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from hybrid_predict_trainer.cli import main
-from hybrid_predict_trainer.experiments.validation import gradients, losses, program
+from hybrid_predict_trainer.experiments.validation import gradients, losses, plain, program
 from hybrid_predict_trainer.experiments.validation.criteria import Criterion, over_seeds
 from hybrid_predict_trainer.experiments.validation.plain import Recorded, Scale, Sketch
 from hybrid_predict_trainer.forecast import planned_rates
@@ -145,3 +146,39 @@ def test_one_seed_and_a_torn_file_are_refused(tmp_path: Path, capsys: pytest.Cap
     (tmp_path / "experiment2-tiny-seed0.json").write_text('{"format": 1, "crit')
     assert main(["validate", "--experiment", "2", "--out", str(tmp_path)]) == 2
     assert "not valid JSON" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("asked", [[], ["--experiment", "3"], ["--ablation", "horizon"]])
+def test_the_large_scale_needs_an_accelerator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], asked: list[str]
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert main(["validate", "--scale", "100m", "--out", str(tmp_path), *asked]) == 2
+    error = capsys.readouterr().err
+    assert "needs an accelerator" in error
+    assert len(error.splitlines()) == 1
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_the_large_scale_is_trained_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    assert plain.settings_of(plain.SCALES["100m"]).device == "cuda"
+    assert plain.settings_of(plain.SCALES["small"]).device == "cpu"
+
+
+def test_a_page_about_results_of_another_version_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(program, "record", lambda scale, seed, tell: run_of(0.01, seed))
+    assert main(["validate", "--experiment", "2", "--out", str(tmp_path)]) == 0
+    for spoil, said in (({"format": 99}, "another version"), ({"results": None}, "damaged")):
+        path = tmp_path / "experiment2-tiny-seed0.json"
+        whole = path.read_text()
+        path.write_text(json.dumps({**json.loads(whole), **spoil}))
+        capsys.readouterr()
+        assert main(["report", str(tmp_path)]) == 2
+        error = capsys.readouterr().err
+        assert said in error
+        assert len(error.splitlines()) == 1
+        path.write_text(whole)

@@ -22,14 +22,14 @@ from ...observe.loss_features import loss_features
 from ...observe.window_encoder import Observer, observer_for
 from ...predictors import Predictor
 from ...records import BasisSpec, PhasePrediction, Window
-from ...tasks import TaskSettings, make_task
+from ...tasks import make_task
 from ...tasks.base import Task, with_steps
 from ...tasks.recipes import build_optimizer, build_scheduler, lr_factor
 from ...weights.algebra import Tensors
 from ...weights.parameters import predicted_parameters
 from ..arms.recording import column_map, narrow
 from ..bench.predictors import make_predictor
-from .plain import Scale
+from .plain import Scale, settings_of
 
 #: Every column that a forecaster may ask for.
 WIDE = BasisSpec(num_displacements=8, lag=True, optimizer=True, gradient=True)
@@ -40,8 +40,7 @@ WINDOW = 10
 
 def task_of(scale: Scale) -> Task:
     """The task of a scale."""
-    settings = TaskSettings(preset=scale.preset, batch_size=scale.batch_size, context=scale.context, data=scale.data)
-    return make_task(scale.task, settings)
+    return make_task(scale.task, settings_of(scale))
 
 
 class Loop:

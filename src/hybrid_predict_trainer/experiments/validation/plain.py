@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...forecast.curve import Array
+from ...records import ConfigError
 from ...tasks import TaskSettings, make_task
 from ...tasks.base import TaskDefaults, with_steps
 from ...tasks.recipes import build_optimizer, build_scheduler
@@ -51,6 +52,8 @@ class Scale:
 
 #: Snapshots of larger models are not kept in memory.
 KEPT_WEIGHTS = 20_000_000
+#: Presets that no processor trains in days.
+ON_ACCELERATOR = ("124M",)
 SCALES = {
     "tiny": Scale(),
     "small": Scale(preset="0.9M", batch_size=16, context=128, steps=2000, sketch=4096),
@@ -90,9 +93,32 @@ class Sketch:
         self._width = width
 
     def of(self, flat: Tensor) -> Array:
-        """(D,) of a flat vector."""
-        found: Array = torch.zeros(self._width).index_add_(0, self._bucket, self._sign * flat).double().numpy()
+        """(D,) of a flat vector, computed where it lies."""
+        if self._bucket.device != flat.device:
+            self._bucket, self._sign = self._bucket.to(flat.device), self._sign.to(flat.device)
+        sums = torch.zeros(self._width, device=flat.device).index_add_(0, self._bucket, self._sign * flat)
+        found: Array = sums.cpu().double().numpy()
         return found
+
+
+def settings_of(scale: Scale) -> TaskSettings:
+    """Settings of a scale's task, with the device that it is trained on.
+
+    Raises:
+        ConfigError: it needs an accelerator, and there is none.
+    """
+    device = "cpu"
+    if scale.preset in ON_ACCELERATOR:
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        if found is None:
+            raise ConfigError(
+                f"--scale 100m trains a model of {scale.preset} weights for {scale.steps:,} steps, a dozen times for "
+                "each seed: that needs an accelerator, and none is found here; use --scale small"
+            )
+        device = found.type
+    return TaskSettings(
+        preset=scale.preset, batch_size=scale.batch_size, context=scale.context, data=scale.data, device=device
+    )
 
 
 def record(scale: Scale, seed: int, tell: Callable[[str], None]) -> Recorded:
@@ -102,9 +128,11 @@ def record(scale: Scale, seed: int, tell: Callable[[str], None]) -> Recorded:
         scale: Sizes.
         seed: Of weights and data.
         tell: Takes a line now and then.
+
+    Raises:
+        ConfigError: the scale needs an accelerator, and there is none.
     """
-    settings = TaskSettings(preset=scale.preset, batch_size=scale.batch_size, context=scale.context, data=scale.data)
-    task = make_task(scale.task, settings)
+    task = make_task(scale.task, settings_of(scale))
     recipe: TaskDefaults = with_steps(task.defaults, scale.steps)
     model = task.build_model(seed)
     optimizer = build_optimizer(model, recipe)
