@@ -72,6 +72,8 @@ def judge(run: State, batch: Any, prediction: PhasePrediction, deltas: list[Move
     verdict = evaluation.attempt(work, exact=exact)
     if verdict.accepted:
         make(verdict.candidate)
+    if verdict.origin is kind and not spent:
+        return verdict
     return replace(verdict, origin=kind, num_forward=verdict.num_forward + spent)
 
 

@@ -124,6 +124,8 @@ class Evaluation:
         if self.needs_grad_mode is not known:  # found out half-way: those before it drew other random numbers
             isolation.rewind()
             losses = [self.loss_of(piece) for piece in pieces]
+        if len(losses) == 1:
+            return [losses[0].item()]
         found: list[float] = torch.stack(losses).tolist()
         return found
 

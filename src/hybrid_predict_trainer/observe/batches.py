@@ -113,6 +113,8 @@ def copied(batch: Any, *, tensors_too: bool) -> Any:
         batch: Any; objects of unknown classes are copied one level deep where they can be.
         tensors_too: Copy tensors and arrays as well, for loss functions that write into them.
     """
+    if type(batch) is tuple and not tensors_too and all(isinstance(value, Tensor) for value in batch):
+        return batch  # nothing can be taken out of it
 
     def leaf(value: Any) -> Any:
         if isinstance(value, Tensor):
