@@ -233,6 +233,59 @@ def test_where_a_recipe_is_chosen(changes: dict[str, Any], optimizer: Any, chose
     assert trainer.recipe().empty is not chosen
 
 
+class TableIsHead(Small):
+    """Its head is the embedding: the same parameter, or ``by_hand`` its transpose."""
+
+    def __init__(self, by_hand: bool = False, positions: bool = False, trains: bool = True) -> None:
+        super().__init__()
+        if by_hand:
+            del self.head
+        else:
+            self.head.weight = self.embedding.weight
+        self.positions = nn.Parameter(torch.zeros(LENGTH - 1, WIDTH)) if positions else None
+        self.embedding.weight.requires_grad_(trains)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        return self.block(x if self.positions is None else x + self.positions) @ self.embedding.weight.T
+
+
+class TwoTables(Small):
+    """Encoder and decoder share a table, and the head is another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = nn.Embedding(VOCABULARY, WIDTH)
+        self.second.weight = self.embedding.weight
+
+
+class FrozenHead(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head.requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("build", "changes", "least"),
+    [(Small, {}, 0.01), (TwoTables, {}, 0.01), (FrozenHead, {}, 0.01), (TableIsHead, {}, 0.3),
+     (lambda: TableIsHead(by_hand=True), {}, 0.3), (lambda: TableIsHead(positions=True), {}, 0.3),
+     (lambda: TableIsHead(trains=False), {}, 0.3), (TableIsHead, {"recipe": "off"}, 0.01),
+     (TableIsHead, {"min_group_factor": 0.5}, 0.5)],
+    ids=["own", "two tables", "frozen", "tied", "by hand", "positions", "frozen table", "no recipe", "asked for more"],
+)  # fmt: skip
+def test_blocks_begin_slowly_and_less_so_behind_a_table_that_is_the_head(
+    build: Any, changes: Any, least: float
+) -> None:
+    torch.manual_seed(0)
+    model = build()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1 / (1 + t))
+    settings = config(**{"max_lr_multiplier": 100.0, "min_group_factor": 0.01, **changes})
+    cuts = HybridTrainer(model, optimizer, settings, loss_fn, schedule).run.optimizer_step.scale.cuts
+    assert (min(cuts.factors), cuts.least) == (least, least)
+    assert cuts.watching
+
+
 @pytest.mark.parametrize("asked", ["auto", "prior"])
 def test_what_withdraws_all_motions_withdraws_the_recipe_too(asked: str, tmp_path: Path) -> None:
     model, optimizer = made()

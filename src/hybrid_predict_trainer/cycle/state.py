@@ -109,7 +109,7 @@ class State:
         self.follow(config, predictor)
         anneals = lr_scheduler is not None
         recipe = recipe_for(subject, self.watch, config)
-        scale = multiplier_for(subject, self.watch, config, self.judge.generator, anneals=anneals)
+        scale = multiplier_for(subject, self.watch, config, recipe, self.judge.generator, anneals=anneals)
         around = Around(
             scale=scale,
             lookahead=lookahead_for(subject, config, observing=self.windows.observing, anneals=anneals),

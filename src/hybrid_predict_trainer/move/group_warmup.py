@@ -14,8 +14,9 @@ already rises where it ended.  As in congestion control (additive increase, mult
 
 and the step of the group is shortened to f_g of itself.  In an untrained network attention and MLP matrices start at
 f_g = ``least`` and ramp up over 100 steps, because their first steps destroy more than they gain.  When m is raised
-before the edge is reached, their f_g is divided by the same factor, so that their steps do not jump.  In a network that
-has been trained every f_g starts at 1, because the same ramp loses more than it saves there (LOG.md).
+before the edge is reached, their f_g is divided by the same factor, so that their steps do not jump.  Where the head is
+the table of embeddings, and step sizes by role let it step further, ``least`` is ``LEAST_BEHIND_TABLE`` or more.  In a
+network that has been trained every f_g starts at 1, because the same ramp loses more than it saves there (LOG.md).
 
 Is it harm?  Where the blocks alone could lower the loss, a slow beginning only costs: if the loss has not fallen by
 the ``MUST_FALL``-th step, group warm-up ends and every group takes its whole step.
@@ -45,6 +46,8 @@ RECOVERY_STEPS = 100
 #: Cosines that a cut is decided on, and the least mean of them.
 NUM_COSINES, BEYOND = 3, 0.05
 CUT = 0.5
+#: No f_g is less where the head is the table of embeddings and has the larger steps of a recipe by role.
+LEAST_BEHIND_TABLE = 0.3
 #: Real steps by which the loss must have fallen below its beginning; in the language runs it has after five.
 MUST_FALL = 30
 

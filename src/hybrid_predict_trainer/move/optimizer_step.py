@@ -25,10 +25,10 @@ from ..keep.subject import Subject
 from ..observe.history import Losses
 from ..records import CheckpointError, StateDict
 from ..weights.algebra import LARGE, Move
-from ..weights.parameters import pretrained, untrained
+from ..weights.parameters import head_is_table, pretrained, untrained
 from ..weights.trained import Watch
 from .drift_storage import Storage
-from .group_warmup import is_inside_a_block
+from .group_warmup import LEAST_BEHIND_TABLE, is_inside_a_block
 from .lookahead import DriftLookahead, Lookahead, NoLookahead
 from .lr_multiplier import CHECK_STEPS, LrMultiplier
 from .matrix_step import MatrixStep
@@ -363,8 +363,9 @@ def modifiers_for(
 
 
 def multiplier_for(
-    subject: Subject, watch: Watch, config: HybridTrainerConfig, generator: Generator, *, anneals: bool
-) -> Multiplier:
+    subject: Subject, watch: Watch, config: HybridTrainerConfig, recipe: Recipe | None, generator: Generator, *,
+    anneals: bool,
+) -> Multiplier:  # fmt: skip
     """The learned multiplier, or one that stays at 1.
 
     It raises the noise that weights settle with, and counts on a schedule to take it out again.
@@ -373,19 +374,27 @@ def multiplier_for(
         subject: What is trained.
         watch: Where only the optimizer may move weights no group is shortened.
         config: Settings.
+        recipe: Step sizes by role; None: there are none.
         generator: Draws its controls.
         anneals: There is a schedule.
     """
-    least = config.min_group_factor if watch.hands_off is None else 1.0
-    if config.never_predicts or not anneals or not (config.max_lr_multiplier > 1 or least < 1):
+    if config.never_predicts or not anneals:
+        return UnitMultiplier()
+    groups = subject.groups
+    drawn = untrained(subject.parameters, groups.names)
+    by_role = recipe is not None and not recipe.empty
+    # a table that is the head steps further by the recipe, and blocks that begin too slowly behind it lose (LOG.md)
+    behind_table = drawn and by_role and "head" not in groups.roles and head_is_table(subject.model)
+    asked = max(config.min_group_factor, LEAST_BEHIND_TABLE) if behind_table else config.min_group_factor
+    least = asked if watch.hands_off is None else 1.0
+    if not (config.max_lr_multiplier > 1 or least < 1):
         return UnitMultiplier()
     # on an accelerator a check waits for the device: as often as losses are read, no more
     steps = CHECK_STEPS if subject.on_cpu else max(CHECK_STEPS, config.divergence.check_interval_steps)
     equally_long = config.step == "muon" or orthogonalizes(subject.optimizer)
     return LrMultiplier(
-        subject.groups, 1.0 if equally_long else config.max_lr_multiplier, least, steps,
-        untrained=untrained(subject.parameters, subject.groups.names), pretrained=pretrained(subject.model),
-        holdout_fraction=config.block_holdout, generator=generator,
+        groups, 1.0 if equally_long else config.max_lr_multiplier, least, steps, untrained=drawn,
+        pretrained=pretrained(subject.model), holdout_fraction=config.block_holdout, generator=generator,
     )  # fmt: skip
 
 

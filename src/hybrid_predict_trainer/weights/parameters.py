@@ -152,6 +152,24 @@ def untrained(parameters: Sequence[Tensor], names: Sequence[str]) -> bool:
     return bool(on_host([(g == g[0]).all() for g in gains]).all())
 
 
+def head_is_table(model: nn.Module) -> bool:
+    """Whether the head of a network is its table of embeddings: another layer holds it, or no other matrix can be one.
+
+    Tables that share a weight among themselves, as encoder and decoder do, are no head.  Layers that do not train count
+    as well: a frozen head is one.
+    """
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    other = False
+    for prefix, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in tables:
+                if not isinstance(module, nn.Embedding):
+                    return True
+            elif parameter.dim() > 1 and role_of(f"{prefix}.{leaf}", parameter, module) in ("head", "other"):
+                other = True
+    return bool(tables) and not other
+
+
 def pretrained(model: nn.Module) -> bool:
     """Whether a network is known to have been trained before: gains of one of its norms differ, frozen ones included.
 
