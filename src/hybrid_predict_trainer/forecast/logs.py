@@ -119,13 +119,14 @@ def _table(path: Path, columns: Columns) -> Log:
     if not head.strip():
         raise ConfigError(f"{path}: is empty")
     separator = max(",;\t", key=head.count)
-    reader = csv.DictReader(io.StringIO(text), delimiter=separator, skipinitialspace=True)
+    stream = io.StringIO(text)
     try:
-        reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
+        heads = [name.strip() for name in next(csv.reader(stream, delimiter=separator, skipinitialspace=True))]
+        reader = csv.DictReader(stream, heads, delimiter=separator, skipinitialspace=True)
         rows: list[dict[str, Any]] = list(reader)
     except csv.Error as error:
         raise ConfigError(f"{path}: is no table: {error}") from None
-    names = [name for name in reader.fieldnames or [] if name and not name.endswith(SPREADS)]
+    names = [name for name in heads if name and not name.endswith(SPREADS)]
     if separator == ";":  # where numbers have a decimal comma, cells are set apart by semicolons
         rows = [{k: v.replace(",", ".") if isinstance(v, str) else v for k, v in row.items()} for row in rows]
     return _log(str(path), names, rows, columns)
