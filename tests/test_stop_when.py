@@ -23,7 +23,7 @@ T = 1000
 def told(low: float, last: float = 2.0) -> Forecast:
     return Forecast(
         final_loss=low * 1.01, low=low, high=low * 1.02, level=0.9, step=1, total_steps=T, last_value=last,
-        power_law=None, points=(), prior=(),
+        power_law=None, log_line=None, points=(), prior=(),
     )  # fmt: skip
 
 

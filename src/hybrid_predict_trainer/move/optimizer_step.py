@@ -378,17 +378,14 @@ def multiplier_for(
         generator: Draws its controls.
         anneals: There is a schedule.
     """
-    if config.never_predicts or not anneals:
+    least = config.min_group_factor if watch.hands_off is None else 1.0
+    if config.never_predicts or not anneals or not (config.max_lr_multiplier > 1 or least < 1):
         return UnitMultiplier()
-    groups = subject.groups
+    groups, by_role = subject.groups, recipe is not None and not recipe.empty
     drawn = untrained(subject.parameters, groups.names)
-    by_role = recipe is not None and not recipe.empty
-    # a table that is the head steps further by the recipe, and blocks that begin too slowly behind it lose (LOG.md)
-    behind_table = drawn and by_role and "head" not in groups.roles and head_is_table(subject.model)
-    asked = max(config.min_group_factor, LEAST_BEHIND_TABLE) if behind_table else config.min_group_factor
-    least = asked if watch.hands_off is None else 1.0
-    if not (config.max_lr_multiplier > 1 or least < 1):
-        return UnitMultiplier()
+    if least < 1 and drawn and by_role and "head" not in groups.roles and head_is_table(subject.model):
+        # a table that is the head steps further by the recipe, and blocks that begin too slowly behind it lose (LOG.md)
+        least = max(least, LEAST_BEHIND_TABLE)
     # on an accelerator a check waits for the device: as often as losses are read, no more
     steps = CHECK_STEPS if subject.on_cpu else max(CHECK_STEPS, config.divergence.check_interval_steps)
     equally_long = config.step == "muon" or orthogonalizes(subject.optimizer)
