@@ -296,7 +296,15 @@ def test_a_probe_of_rewards_says_no_go_with_the_figures_of_the_documents(capsys:
         assert f" {found} |" in page, measured.what
 
 
-def test_a_probe_of_rewards_recommends_no_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["probe", "--rewards", "--toml", str(tmp_path / "x.toml")]) == 2
-    assert "no other settings" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("flags", "said"), [(["--toml", "x.toml"], "no other settings"), (["--task", "gpt"], "--task gpt")]
+)
+def test_a_probe_of_rewards_takes_nothing_else(
+    flags: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["probe", "--rewards", *flags]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())

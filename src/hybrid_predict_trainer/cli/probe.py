@@ -23,6 +23,8 @@ def run(args: argparse.Namespace) -> int:
     if args.rewards:
         if args.toml is not None:
             raise InputError("--toml: the defaults are what was measured with --rewards, there are no other settings")
+        if args.task is not None:
+            raise InputError(f"--task {args.task}: --rewards trains nothing; leave one of the two out")
         show(args, verdicts(), format_verdicts)
         return OK
     with as_input_error():

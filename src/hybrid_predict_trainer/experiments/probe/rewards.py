@@ -55,6 +55,7 @@ def format_verdicts() -> str:
 
     return "\n".join([
         "regime: rewards (no pilots: what was measured once)", "jumps: no-go", *map(line, JUMPS),
-        "step sizes: go", *map(line, SIZES), "tune rate and schedule first: both are worth more than any jump",
+        "step sizes: go by rollouts, not shown by tokens", *map(line, SIZES),
+        "tune rate and schedule first: both are worth more than any jump",
         f"measured on {SETTING}; '{COMMAND}' repeats it",
     ])  # fmt: skip
