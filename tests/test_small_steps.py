@@ -19,7 +19,7 @@ from hybrid_predict_trainer.keep.walk import modules_of
 from hybrid_predict_trainer.numerics.running import newest
 from hybrid_predict_trainer.numerics.tail import Tail, running_sum
 from hybrid_predict_trainer.observe import same_batch
-from hybrid_predict_trainer.observe.same_batch import SameBatch
+from hybrid_predict_trainer.observe.same_batch import Fingerprint, SameBatch
 from hybrid_predict_trainer.records import Account
 from hybrid_predict_trainer.weights import algebra as weights
 
@@ -288,3 +288,25 @@ def test_only_what_holds_no_memory_of_a_forward_is_kept_for_the_next_block() -> 
     del model[3].cache, model[0].answer
     with isolated(model, "training") as isolation:
         assert set(isolation.lasting) == {model, model[0], model[3]}
+
+
+def test_what_a_module_has_noted_between_two_proposals_is_still_there_after_the_next() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh())
+    model[1].seen = []
+    with isolated(model) as first:
+        model(torch.zeros(1, 3))
+    known = first.lasting
+    assert model[1] in known
+    model[1].seen.append("a step")
+    with isolated(model, "quiet", known):
+        model[1].seen.append("a forward")
+    assert model[1].seen == ["a step"]
+
+
+def test_a_batch_that_was_written_to_where_nobody_looks_is_not_still_the_same() -> None:
+    batch = (torch.zeros(4096),)
+    fingerprint = Fingerprint(batch)
+    assert fingerprint.still(batch)
+    for place in range(1, 4096, 97):
+        batch[0][place] += 0.0  # the number stays, and torch counts the write
+    assert not fingerprint.still(batch)
