@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hybrid_predict_trainer import cli
 from hybrid_predict_trainer.cli import plan as cli_plan
+from hybrid_predict_trainer.config.toml import loads
 from hybrid_predict_trainer.experiments import plan, plan_check
 from hybrid_predict_trainer.tasks.language.gpt import Gpt, GptConfig
 
@@ -71,7 +72,12 @@ def different_batches(size: int) -> list[Tensor]:
     return [torch.randn(size, WIDTH) for _ in range(plan_check.NUM_STEPS)]
 
 
-@pytest.mark.parametrize("changes", [{}, {"bf16": True}, {"checkpointing": True}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"bf16": True}, {"checkpointing": True}, {"activation_offload": True},
+     {"activation_offload": True, "bf16": True}, {"ternary": True}],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore")  # torchao's import
 def test_what_is_planned_is_what_is_allocated(changes: dict[str, bool]) -> None:
     setup = plan.Setup(batch_size=64, ours=False, **changes)
     row = plan_check.compared(NET, setup, different_batches(64))
@@ -94,6 +100,10 @@ def test_every_remedy_needs_less() -> None:
         for changes in ({}, {"ours": False}, {"offload": True}, {"eight_bit": True}, {"checkpointing": True},
                         {"bf16": True})
     )  # fmt: skip
+    elsewhere = plan.estimate(subject, replace(setup, activation_offload=True))
+    assert elsewhere.parts["activations"] < 0.5 * ours.parts["activations"]
+    assert elsewhere.total < ours.total
+    assert elsewhere.host - ours.host >= 3 * 2 * 1024 * 4 * WIDTH * 4, "each block's inputs: of its layers and of tanh"
     assert plain.total < ours.total > max(away.total, eight.total, again.total, half.total)
     assert "lookahead" not in plain.parts
     for name in ("lookahead", "copy to come back to", "copy before a raise", "basis"):
@@ -131,7 +141,8 @@ def test_the_check_prints_rows_as_they_come(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     row = {
-        "preset": "0.3M", "ours": True, "bf16": True, "checkpointing": False, "estimated_bytes": 1.1e6,
+        "preset": "0.3M", "ours": True, "bf16": True, "checkpointing": False, "activation_offload": False,
+        "ternary": False, "estimated_bytes": 1.1e6,
         "measured_bytes": 1e6, "error": 0.1, "within": True,
     }  # fmt: skip
     shown = []
@@ -157,9 +168,12 @@ def test_the_command_suggests_what_fits(capsys: pytest.CaptureFixture[str]) -> N
     assert len(totals) > 1
     assert totals == sorted(totals, reverse=True)
     assert totals[-1] <= told["usable_bytes"] < totals[-2]
-    patch = "\n".join(cli_plan._patch(plan.Setup(batch_size=4, bf16=True, offload=True)))
-    assert "--batch-size 4 --bf16 --config" in patch
+    patch = "\n".join(cli_plan._patch(plan.Setup(batch_size=4, bf16=True, offload=True, eight_bit=True)))
+    assert "--batch-size 4 --bf16 --optimizer adamw8bit --config" in patch
     assert patch.endswith("[predictor]\noffload = true")
+    patch = "\n".join(cli_plan._patch(plan.Setup(activation_offload=True, ternary=True)))
+    assert "--ternary" in patch
+    assert loads(patch).activation_offload is True
 
 
 @pytest.mark.parametrize(
@@ -170,6 +184,7 @@ def test_the_command_suggests_what_fits(capsys: pytest.CaptureFixture[str]) -> N
         ([], "give a size"),
         (["--params", "1B", "--task", "gpt"], "one of both"),
         (["--task", "gpt", "--preset", "none"], "none"),
+        (["--task", "digits", "--ternary"], "ternary layers need at least one hidden nn.Linear"),
     ],
 )
 def test_bad_input(argv: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:

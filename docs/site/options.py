@@ -89,7 +89,10 @@ SOURCE_OF = (
     (r"divergence\.(prediction_error_\w+|confidence_exit|check_interval_steps)", _FOUNDING),
     (r"divergence\.retry_learning_rate_factor", 'LOG.md "A full-batch run is lifted off its best"'),
     (r"divergence\.", f"[divergence](design.md#divergence); the number: {_CHOICE}"),
-    (r"metrics\.|checkpoint\.|predictor\.offload", "bookkeeping, no constant of the method"),
+    (
+        r"metrics\.|checkpoint\.|predictor\.offload|training\.activation_offload",
+        "bookkeeping, no constant of the method",
+    ),
     (r"training\.|predictor\.", _CHOICE),
 )
 #: Values that no setting takes, so that it says what it does take.

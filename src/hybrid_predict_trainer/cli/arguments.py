@@ -163,6 +163,10 @@ def add_task_flags(parser: argparse.ArgumentParser) -> None:
     task.add_argument(
         "--gradient-checkpointing", action="store_true", default=None, help="less memory, one forward more per step"
     )
+    task.add_argument(
+        "--ternary", action="store_true", default=None,
+        help="ternary weights in hidden linear layers (BitNet b1.58; extra torchao)",
+    )  # fmt: skip
     task.add_argument("--fused", action="store_true", default=None, help="fused optimizer, where there is one")
     task.add_argument(
         "--threads",

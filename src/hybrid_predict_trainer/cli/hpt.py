@@ -198,6 +198,7 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--params", metavar="N", help="weights of a GPT, such as 350M or 1B")
     plan.add_argument("--task", type=name_of("task", TASKS), metavar="NAME", help="the model of a task instead")
     plan.add_argument("--preset", metavar="NAME", help="size or variant of the task's model")
+    plan.add_argument("--ternary", action="store_true", help="with ternary weights in hidden linear layers")
     plan.add_argument("--gpu", default="16GB", metavar="SIZE", help="memory of the card (default 16GB)")
     plan.add_argument("--batch-size", type=whole, default=8, metavar="N", help="sequences per step (default 8)")
     plan.add_argument("--context", type=whole, metavar="N", help="tokens of each (default 1024, or the task's)")

@@ -16,7 +16,7 @@ TASKS = (
 SAMPLERS = ("tpe", "random")
 
 #: Values of ``tasks.base.OptimizerName`` and ``tasks.base.ScheduleName``.
-OPTIMIZERS = ("adamw", "adam", "sgd", "muon")
+OPTIMIZERS = ("adamw", "adamw8bit", "adam", "sgd", "muon")
 SCHEDULES = ("wsd", "linear", "cosine", "constant")
 
 #: Keys of ``predictors.PREDICTORS``, and what ``hpt bench predictors`` measures them against.

@@ -7,7 +7,7 @@ import re
 from dataclasses import replace
 
 from ..experiments import plan, plan_check
-from ..experiments.arms.options import InputError
+from ..experiments.arms.options import InputError, as_input_error
 from .arguments import NOT_MET, OK, show
 
 #: The hardware table of the founding document: card, memory in GB, weights in M that it says fit without and with.
@@ -41,16 +41,14 @@ def run(args: argparse.Namespace) -> int:
     if (args.params is None) == (args.task is None):
         raise InputError("give a size (--params 1B) or a task's model (--task gpt --preset 10M), one of both")
     memory = size_of(args.gpu, "--gpu")
-    try:
+    with as_input_error():
         subject = (
             plan.of_task(args.task, preset=args.preset, context=args.context)
             if args.params is None
             else plan.of_size(round(size_of(args.params, "--params")), context=args.context or 1024)
         )
-    except ValueError as error:
-        raise InputError(str(error)) from error
-    setup = plan.Setup(batch_size=args.batch_size)
-    tried, fits = plan.first_that_fits(plan.options(subject, setup), memory * plan.USABLE)
+        setup = plan.Setup(batch_size=args.batch_size, ternary=args.ternary)
+        tried, fits = plan.first_that_fits(plan.options(subject, setup), memory * plan.USABLE)
     value = {
         "subject": subject.name, "gpu_bytes": memory, "usable_bytes": memory * plan.USABLE, "fits": fits,
         "estimates": [_row(one) for one in tried],
@@ -76,13 +74,17 @@ def _row(one: plan.Estimate) -> dict[str, object]:
     setup = one.setup
     return {
         "num_parameters": one.num_parameters, "batch_size": setup.batch_size, "bf16": setup.bf16,
-        "gradient_checkpointing": setup.checkpointing, "offload": setup.offload, "eight_bit": setup.eight_bit,
+        "gradient_checkpointing": setup.checkpointing, "activation_offload": setup.activation_offload,
+        "ternary": setup.ternary, "offload": setup.offload, "eight_bit": setup.eight_bit,
         "total_bytes": one.total, "host_bytes": one.host, "parts": one.parts,
     }  # fmt: skip
 
 
 def _words(setup: plan.Setup) -> str:
-    on = {"bf16": setup.bf16, "offload": setup.offload, "checkpointing": setup.checkpointing, "8 bit": setup.eight_bit}
+    on = {
+        "ternary": setup.ternary, "bf16": setup.bf16, "offload": setup.offload, "checkpointing": setup.checkpointing,
+        "activation offload": setup.activation_offload, "8 bit": setup.eight_bit,
+    }  # fmt: skip
     return ", ".join([f"batch {setup.batch_size}", *(name for name, there in on.items() if there)])
 
 
@@ -99,18 +101,21 @@ def _text(subject: plan.Subject, tried: list[plan.Estimate], memory: float, fits
 
 def _patch(setup: plan.Setup) -> list[str]:
     """Settings as TOML; what is no setting of the trainer is a comment."""
-    flags = {"--bf16": setup.bf16, "--gradient-checkpointing": setup.checkpointing}
+    flags = {
+        "--bf16": setup.bf16, "--gradient-checkpointing": setup.checkpointing, "--ternary": setup.ternary,
+        "--optimizer adamw8bit": setup.eight_bit,
+    }  # fmt: skip
     named = " ".join([f"--batch-size {setup.batch_size}", *(flag for flag, there in flags.items() if there)])
     lines = [f"# hpt train {named} --config FILE, with FILE:"]
-    if setup.eight_bit:
-        lines.append("# and in a loop of your own torchao.optim.AdamW8bit for the optimizer")
+    if setup.activation_offload:
+        lines += ["[training]", "activation_offload = true"]
     return [*lines, "[predictor]", f"offload = {str(setup.offload).lower()}"]
 
 
 def _check(args: argparse.Namespace) -> int:
     rows = []
     if not args.json:
-        print(f"{'model':<6} {'loop':<6} {'settings':<14} {'estimated':>10} {'measured':>10} {'error':>7}", flush=True)
+        print(f"{'model':<6} {'loop':<6} {'settings':<18} {'estimated':>10} {'measured':>10} {'error':>7}", flush=True)
     for row in plan_check.rows():
         rows.append(row)
         if not args.json:  # minutes in all: each as soon as it is known
@@ -121,9 +126,10 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _check_line(row: plan_check.Row) -> str:
-    settings = "bf16" if row["bf16"] else "checkpointing" if row["checkpointing"] else "-"
+    remedies = ("bf16", "checkpointing", "activation_offload", "ternary")
+    settings = next((name for name in remedies if row[name]), "-").replace("_", " ")
     sizes = f"{row['estimated_bytes'] / 1e6:>7.2f} MB {row['measured_bytes'] / 1e6:>7.2f} MB"
-    return f"{row['preset']:<6} {'ours' if row['ours'] else 'plain':<6} {settings:<14} {sizes} {row['error']:>+7.1%}"
+    return f"{row['preset']:<6} {'ours' if row['ours'] else 'plain':<6} {settings:<18} {sizes} {row['error']:>+7.1%}"
 
 
 def _table(args: argparse.Namespace) -> int:

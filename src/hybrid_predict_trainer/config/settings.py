@@ -465,6 +465,7 @@ class HybridTrainerConfig:
     min_group_factor: float = 0.01  # smallest factor on a group's first steps (group warm-up); 1: off
     recipe: str = "auto"  # step sizes per role: auto, off, prior (untrained networks of blocks), or a recipe's file
     step: Literal["optimizer", "muon", "soap"] = "optimizer"  # who steps hidden matrices: the user's Adam, or a package
+    activation_offload: bool = False  # what a backward needs lies in host memory until then
     explore_outcomes: int = 3  # proposals made whatever the confidence, to learn what it is worth
     seed: int = 0  # of the trainer's own random generator (control group)
 
@@ -506,7 +507,7 @@ class HybridTrainerConfig:
             "training.min_predict_steps", self.min_predict_steps,
             f"at most training.max_predict_steps = {self.max_predict_steps}",
         )  # fmt: skip
-        for name in ("enabled", "collect_metrics"):
+        for name in ("enabled", "collect_metrics", "activation_offload"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"training.{name} = {getattr(self, name)!r} must be true or false")
 

@@ -618,6 +618,11 @@ def attach(
         raise ConfigError(f"schedule = {schedule!r} is unknown: must be owned, external or shared")
     if schedule != "owned" and count_of(lr_scheduler) is None:
         raise ConfigError(f'schedule="{schedule}" needs the schedule to look at: pass lr_scheduler=')
+    if config is not None and config.activation_offload:
+        raise ConfigError(
+            "training.activation_offload is for forwards that HybridTrainer makes: in a loop of your own, put yours "
+            "under torch.autograd.graph.save_on_cpu(pin_memory=True)"
+        )
     hooked = with_hooks(optimizer)
     handed = Handed(
         loss_fn=loss_fn if isinstance(loss_fn, StepLoss) else StepLoss(loss_fn),

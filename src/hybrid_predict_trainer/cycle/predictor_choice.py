@@ -31,7 +31,7 @@ from ..records import ConfigError
 from ..version import PACKAGE
 from ..weights.algebra import LARGE
 from ..weights.parameters import Groups
-from ..weights.real_views import RealView
+from ..weights.real_views import all_differentiable
 
 if TYPE_CHECKING:
     from .state import State
@@ -145,9 +145,10 @@ def parts_for(
 def _portfolio(subject: Subject, config: HybridTrainerConfig) -> Portfolio | None:
     """Closed form where there are residuals, a dense matrix where it fits, and pairs.
 
-    None where sources cannot be had: several processes, of which each has a batch of its own, and complex weights.
+    None where sources cannot be had: several processes, of which each has a batch of its own, complex weights and those
+    of a subclass of Tensor.
     """
-    if not subject.ranks.alone or any(isinstance(p, RealView) for p in subject.parameters):
+    if not subject.ranks.alone or not all_differentiable(subject.parameters):
         return None
     settings, longest = config.predictor.quasi_newton, max(config.max_predict_steps, 1)
     limited = replace(settings, form="wolfe", update="ssbfgs" if settings.update == "ssbroyden" else settings.update)

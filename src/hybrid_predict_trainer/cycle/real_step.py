@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from ..cost import PASS_UNITS
 from ..records import Decision, Phase, StepOutcome
 from ..weights import algebra as weights
+from ..weights.offload import activations_on_host
 from ..weights.parameters import optimizer_parameters
 from ..weights.shards import local_gradients
 from . import outside
@@ -30,7 +32,7 @@ from .state import State
 def run_plain(run: State, batch: Any, decision: Decision) -> StepOutcome:
     """The plain loop and nothing else: what ``enabled = False`` runs."""
     run.subject.optimizer.zero_grad(set_to_none=True)
-    loss = checked_loss(run.subject.loss_fn(run.subject.stepped, batch))
+    loss = _forward(run, batch)
     _backward(run, loss)
     if run.config.gradient_clip_norm > 0:
         torch.nn.utils.clip_grad_norm_(optimizer_parameters(run.subject.optimizer), run.config.gradient_clip_norm)
@@ -153,7 +155,7 @@ def run_full(run: State, batch: Any, decision: Decision) -> StepOutcome:
     step.begin()
     run.subject.optimizer.zero_grad(set_to_none=True)
     with run.windows.observer.watching(last=step.last):
-        loss = checked_loss(run.subject.loss_fn(run.subject.stepped, batch))
+        loss = _forward(run, batch)
         run.windows.observer.before_backward()
         _backward(run, loss)
     if not step.after_backward(loss):
@@ -166,6 +168,17 @@ def run_full(run: State, batch: Any, decision: Decision) -> StepOutcome:
         clip(run, run.config.gradient_clip_norm, step.norm)
     step.step_optimizer()
     return step.end()
+
+
+def _forward(run: State, batch: Any) -> Tensor:
+    """The loss of a batch with its graph.
+
+    Raises:
+        TypeError: see :func:`checked_loss`.
+    """
+    subject = run.subject
+    with activations_on_host(subject.model.parameters()) if run.config.activation_offload else nullcontext():
+        return checked_loss(subject.loss_fn(subject.stepped, batch))
 
 
 def clip(run: State, limit: float, norm: Tensor) -> None:

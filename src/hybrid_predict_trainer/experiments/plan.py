@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
@@ -28,7 +29,9 @@ from ..predictors import build
 from ..tasks import TaskSettings, make_task
 from ..tasks.language.batches import token_loss
 from ..tasks.language.gpt import Gpt, GptConfig
+from ..tasks.low_bit import ternary
 from ..weights.algebra import LARGE
+from ..weights.offload import activations_on_host
 
 #: Bytes of a state of AdamW in 8 bits: a code, and its share of one float32 per block of 256 (torchao).
 STATE_8BIT = 1 + 4 / 256
@@ -51,6 +54,8 @@ class Setup:
         batch_size: Sequences per step.
         bf16: Forward and backward under bfloat16 autocast; weights stay float32.
         checkpointing: Activations of blocks are computed again in the backward pass.
+        activation_offload: ``training.activation_offload``: what a backward needs lies in host memory until then.
+        ternary: Hidden linear layers of torchao's BitNet.
         eight_bit: Both moments of AdamW in 8 bits.
         offload: ``predictor.offload``: what this library remembers lies in host memory.
         ours: With this library; no: the plain loop.
@@ -59,6 +64,8 @@ class Setup:
     batch_size: int = 8
     bf16: bool = False
     checkpointing: bool = False
+    activation_offload: bool = False
+    ternary: bool = False
     eight_bit: bool = False
     offload: bool = False
     ours: bool = True
@@ -74,6 +81,7 @@ class Estimate:
         parts: Name -> bytes on the training device.
         host: Bytes that lie in host memory.
         copy_before_a_raise: What of both is held only while a raise of the rate is on trial.
+        activations_on_host: What of the host's is held from forward to backward: not when the optimizer steps.
     """
 
     setup: Setup
@@ -81,6 +89,7 @@ class Estimate:
     parts: dict[str, int]
     host: int
     copy_before_a_raise: int = 0
+    activations_on_host: int = 0
 
     @property
     def total(self) -> int:
@@ -201,13 +210,14 @@ def estimate(subject: Subject, setup: Setup) -> Estimate:
         subject: What is trained.
         setup: How.
     """
-    peak, largest, num_parameters = _peak(subject, setup.batch_size, setup.bf16, setup.checkpointing)
+    peak, largest, num_parameters = _peak(subject, replace(setup, eight_bit=False, offload=False, ours=False))
     weights, moments = peak["weights"], peak["optimizer state"]
     parts = dict(peak)
+    away = parts.pop(_AWAY)
     if setup.eight_bit:
         parts["optimizer state"] = moments = round(2 * STATE_8BIT * num_parameters)
     if not setup.ours:
-        return Estimate(setup=setup, num_parameters=num_parameters, parts=parts, host=0)
+        return Estimate(setup=setup, num_parameters=num_parameters, parts=parts, host=away, activations_on_host=away)
     held, host, snapshot = _held(num_parameters, weights, moments, setup)
     parts |= held
     # activations are gone by the time the lookahead writes, gradients are not: only what is above them counts
@@ -215,38 +225,49 @@ def estimate(subject: Subject, setup: Setup) -> Estimate:
     written = max(_landing(num_parameters, setup), moments_of_one) + 4 * num_parameters - parts["gradients"]
     over = written - parts["activations"] - parts["temporary"]
     parts["temporary"] += max(over, 0)
-    return Estimate(setup=setup, num_parameters=num_parameters, parts=parts, host=host, copy_before_a_raise=snapshot)
+    return Estimate(
+        setup=setup, num_parameters=num_parameters, parts=parts, host=host + away, copy_before_a_raise=snapshot,
+        activations_on_host=away,
+    )  # fmt: skip
+
+
+#: Name of what activation offload keeps in host memory, beside the parts on the device.
+_AWAY = "activations in host memory"
 
 
 @cache  # what this library holds and where it lies changes nothing of the step
-def _peak(subject: Subject, batch_size: int, bf16: bool, checkpointing: bool) -> tuple[dict[str, int], int, int]:
+def _peak(subject: Subject, setup: Setup) -> tuple[dict[str, int], int, int]:
     """Bytes at a step's peak by kind, the largest tensor of trained weights, and P; callers leave the dict as it is."""
     if subject.shallow is None:
-        return _step(subject, batch_size, bf16, checkpointing)
+        return _step(subject, setup)
     two, four, times = subject.shallow
-    (a, _, n), (b, largest, m) = (_peak(one, batch_size, bf16, checkpointing) for one in (two, four))
+    (a, _, n), (b, largest, m) = (_peak(one, setup) for one in (two, four))
     return {key: round(b[key] + times * (b[key] - a[key])) for key in b}, largest, round(m + times * (m - n))
 
 
-def _step(subject: Subject, batch_size: int, bf16: bool, checkpointing: bool) -> tuple[dict[str, int], int, int]:
+def _step(subject: Subject, setup: Setup) -> tuple[dict[str, int], int, int]:
     """:func:`_peak` of a second step that is taken."""
     from torch.distributed._tools.mem_tracker import MemTracker  # half a second
 
-    batch = subject.batch(batch_size)
-    made = None if subject.built_empty else subject.build(checkpointing)
+    batch = subject.batch(setup.batch_size)
+    made = None if subject.built_empty else subject.build(setup.checkpointing)
     with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
         warnings.simplefilter("ignore")
-        model = subject.build(checkpointing) if made is None else _emptied(made, mode)
+        model = subject.build(setup.checkpointing) if made is None else _emptied(made, mode)
+        model = ternary(model) if setup.ternary else model
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
         batch = _converted(batch, mode)
         tracker = MemTracker()
         tracker.track_external(model, optimizer)
+        away = Away()
         with tracker:
             for i in range(2):
                 if i:
                     tracker.reset_mod_stats()
                 optimizer.zero_grad()
-                loss = subject.loss(model, batch, bf16)
+                away.num_bytes = 0
+                with activations_on_host(model.parameters(), away) if setup.activation_offload else nullcontext():
+                    loss = subject.loss(model, batch, setup.bf16)
                 loss.backward()
                 optimizer.step()
         trained = [p.numel() for p in model.parameters() if p.requires_grad]
@@ -259,7 +280,24 @@ def _step(subject: Subject, batch_size: int, bf16: bool, checkpointing: bool) ->
     parts = dict.fromkeys(names.values(), 0)
     for kind, name in names.items():
         parts[name] += by_kind.get(kind, 0)
-    return parts, max(trained), sum(trained)
+    return {**parts, _AWAY: away.num_bytes}, max(trained), sum(trained)
+
+
+class Away(torch.autograd.graph.saved_tensors_hooks):
+    """What a backward needs is dropped and counted, and comes back as a tensor of that shape.
+
+    Attributes:
+        num_bytes: That are away, if nothing has come back.
+    """
+
+    def __init__(self) -> None:
+        """Nothing is away."""
+        self.num_bytes = 0
+        super().__init__(self._dropped, lambda kind: torch.empty(kind[0], dtype=kind[1], device=kind[2]))
+
+    def _dropped(self, tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+        self.num_bytes += tensor.numel() * tensor.element_size()
+        return tensor.shape, tensor.dtype, tensor.device
 
 
 def _emptied(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
@@ -331,7 +369,9 @@ def _landing(num_parameters: int, setup: Setup) -> int:
 
 
 #: Ways to need less, the cheapest in time first: what is switched on beside what came before.
-REMEDIES: tuple[dict[str, Any], ...] = ({"bf16": True}, {"offload": True}, {"checkpointing": True}, {"eight_bit": True})
+REMEDIES: tuple[dict[str, Any], ...] = (
+    {"bf16": True}, {"offload": True}, {"checkpointing": True}, {"activation_offload": True}, {"eight_bit": True},
+)  # fmt: skip
 
 
 def options(subject: Subject, setup: Setup) -> Iterator[Estimate]:

@@ -18,8 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .extras import missing_extra as missing_extra
+from .low_bit import ternary
+
 Batch = Tensor | tuple[Any, ...] | Mapping[str, Any]
-OptimizerName = Literal["adamw", "adam", "sgd", "muon"]
+OptimizerName = Literal["adamw", "adamw8bit", "adam", "sgd", "muon"]
 ScheduleName = Literal["wsd", "linear", "cosine", "constant"]
 
 DATA_DIR_VARIABLE = "HPT_DATA_DIR"
@@ -43,6 +46,7 @@ class TaskSettings:
         autocast_bf16: run the forward under bfloat16 autocast.
         compile: `torch.compile` the model's forward.
         gradient_checkpointing: recompute block activations in the backward, language tasks only.
+        ternary: hidden linear layers have ternary weights (`low_bit.ternary`), tasks that train networks of their own.
         device: where model and batches live.
         fused: use the optimizer's fused kernel where it has one; read by whoever calls `build_optimizer`.
     """
@@ -56,6 +60,7 @@ class TaskSettings:
     autocast_bf16: bool = False
     compile: bool = False
     gradient_checkpointing: bool = False
+    ternary: bool = False
     device: str = "cpu"
     fused: bool = False
 
@@ -65,6 +70,8 @@ class TaskSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.ternary and self.autocast_bf16 and not self.device.startswith("cuda"):
+            raise ValueError(f"torchao's ternary layers know of autocast on CUDA only: leave out bf16 on {self.device}")
         if self.dtype not in (None, "float32", "float64"):
             raise unknown_name("dtype", str(self.dtype), ("float32", "float64"))
 
@@ -178,13 +185,6 @@ def reject_settings(task: str, settings: TaskSettings, *names: str) -> None:
             raise ValueError(f"task {task!r} has no use for the setting {name!r}; leave it unset")
 
 
-def missing_extra(module: str, extra: str) -> ModuleNotFoundError:
-    """Return the one-line error for an optional library that is not installed."""
-    return ModuleNotFoundError(
-        f'{module!r} is not installed; run: pip install "hybrid-predict-trainer[{extra}]"', name=module
-    )
-
-
 def data_dir(wanted: str) -> Path:
     """Return the folder `HPT_DATA_DIR` names, or raise `FileNotFoundError` saying that `wanted` needs it."""
     value = os.environ.get(DATA_DIR_VARIABLE)
@@ -227,6 +227,8 @@ def seeded_model(build: Callable[[], nn.Module], seed: int, settings: TaskSettin
         torch.default_generator.manual_seed(seed)
         model = build()
     model = model.to(device=settings.device, dtype=dtype)
+    if settings.ternary:
+        model = ternary(model)
     if settings.compile:
         model.compile()  # in place: parameter names keep no "_orig_mod." prefix
     return model

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from .base import OptimizerName, ScheduleName, TaskDefaults, unknown_name
+from .low_bit import adamw_8bit
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -94,12 +95,15 @@ def build_optimizer(model: nn.Module, recipe: TaskDefaults, *, fused: bool = Fal
         fused: use the fused kernel where the optimizer has one.
 
     Raises:
-        ValueError: the name is not one of "adamw", "adam", "sgd", "muon".
+        ValueError: the name is none of these, or the optimizer cannot be had.
+        ModuleNotFoundError: it is of a library that is not installed.
     """
     groups = decay_groups(model, recipe.weight_decay)
     match recipe.optimizer:
         case "adamw":
             return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, fused=fused)
+        case "adamw8bit":
+            return adamw_8bit(groups, lr=recipe.lr, betas=recipe.betas)
         case "adam":
             return torch.optim.Adam(groups, lr=recipe.lr, betas=recipe.betas, fused=fused)
         case "sgd":

@@ -1,4 +1,4 @@
-"""Copies of device tensors in host memory that is taken once and written over.
+"""Device tensors in host memory: copies that are taken once and written over, and activations until their backward.
 
 On CUDA host copies are pinned, because only then are copies asynchronous.  The buffers are reused, because pinning
 memory is slow.  On other devices copies are synchronous.
@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .real_views import owner
 from .shards import local
 
 CPU = torch.device("cpu")
@@ -117,6 +119,36 @@ def write(live: Tensor, saved: Tensor) -> None:
             write(getattr(live, name), getattr(saved, name))
     else:
         live.copy_(saved)
+
+
+class activations_on_host(torch.autograd.graph.saved_tensors_hooks):  # noqa: N801 - it reads as a function
+    """Around a forward: what its backward will need lies in host memory until then, bit for bit.
+
+    As ``torch.autograd.graph.save_on_cpu``, which would copy the weights as well, at every step: they stay where they
+    are.  Copies of weights in another type, as autocast makes them, do not.
+    """
+
+    def __init__(
+        self, parameters: Iterable[Tensor], moving: torch.autograd.graph.saved_tensors_hooks | None = None
+    ) -> None:
+        """Nothing is copied yet.
+
+        Args:
+            parameters: That stay.
+            moving: What is done with the rest; None: torch's ``save_on_cpu``.
+        """
+        weights = [local(owner(p)) for p in parameters]
+        staying = {w.untyped_storage()._cdata for w in weights}
+        move = moving or torch.autograd.graph.save_on_cpu(pin_memory=any(w.is_cuda for w in weights))
+
+        def pack(tensor: Tensor) -> Any:
+            return tensor if local(tensor).untyped_storage()._cdata in staying else move.pack_hook(tensor)
+
+        def unpack(packed: Any) -> Tensor:
+            found: Tensor = packed if isinstance(packed, Tensor) else move.unpack_hook(packed)
+            return found
+
+        super().__init__(pack, unpack)
 
 
 def queued(tensors: Iterable[Tensor]) -> list[torch.cuda.Event]:

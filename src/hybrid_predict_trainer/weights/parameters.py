@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from ..notices import users_line
 from ..records import ConfigError
 from .algebra import Tensors, on_host
-from .real_views import RealView
+from .real_views import InnerView, RealView, wraps_one
 from .shards import LocalShard, Total, is_sharded, itself, size_of, whole
 
 #: Roles in the order of the coefficient rows; ``other`` takes what no rule names.
@@ -84,7 +84,7 @@ def predicted_parameters(
 
     Taken from ``optimizer.param_groups``, not from the model: that is what really moves (frozen,
     tied and sharded parameters fall out right).  Integer parameters are left alone, complex ones are given as their
-    real views, sharded ones as this rank's part.
+    real views, sharded ones as this rank's part, wrappers as what they wrap.
 
     Args:
         model: Supplies the names.
@@ -132,6 +132,8 @@ def predicted_parameters(
 def _seen(parameter: Tensor, total: Total) -> Tensor:
     if is_sharded(parameter):
         return LocalShard.of(parameter, total)
+    if wraps_one(parameter):
+        return InnerView.of(parameter)
     return RealView.of(parameter) if parameter.is_complex() else parameter
 
 

@@ -1,7 +1,8 @@
-"""Complex parameters seen as real ones of twice the numbers: what is predicted of spectral layers.
+"""Parameters that cannot be calculated with, seen as plain real ones: complex ones, and wrappers around one tensor.
 
-Inner products, means and jumps of complex weights are those of their real and imaginary parts, so everything that
-works on lists of real tensors works on these views.  A view shares its storage with the parameter: what is written to
+Complex ones, as spectral layers have them, are seen as real ones of twice the numbers.  Inner products, means and jumps
+of complex weights are those of their real and imaginary parts, so everything that works on lists of real tensors works
+on these views.  A view shares its storage with the parameter: what is written to
 one is written to both.  Gradient and ``requires_grad`` are the parameter's own.
 """
 
@@ -11,7 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class ParameterView(Tensor):
@@ -66,6 +67,46 @@ class RealView(ParameterView):
 
     def _seen(self, tensor: Tensor) -> Tensor:
         return torch.view_as_real(tensor.resolve_conj())
+
+
+class InnerView(ParameterView):
+    """The plain tensor inside of a parameter that is a wrapper around it, as weights of torchao's BitNet layers are."""
+
+    @staticmethod
+    def of(parameter: Tensor) -> InnerView:
+        """The view of ``parameter``, for which :func:`wraps_one` holds."""
+        view: InnerView = inner(parameter).detach().as_subclass(InnerView)
+        view.base = parameter
+        return view
+
+    def _seen(self, tensor: Tensor) -> Tensor:
+        return inner(tensor).detach()
+
+
+def wraps_one(tensor: Tensor) -> bool:
+    """Whether a tensor is a subclass whose numbers are those of one plain tensor inside of it."""
+    return inner(tensor) is not tensor
+
+
+def inner(tensor: Tensor) -> Tensor:
+    """The plain tensor whose numbers a wrapper shows, which shares its memory; any other tensor itself.
+
+    A wrapper shows the numbers of what is inside if that is all that it is made of, in the same type and shape; what is
+    made of codes and scales is none.
+    """
+    if type(tensor) in (Tensor, nn.Parameter) or not hasattr(tensor, "__tensor_flatten__"):
+        return tensor
+    names, _ = tensor.__tensor_flatten__()
+    if len(names) != 1:
+        return tensor
+    found: Tensor = getattr(tensor, names[0])
+    alike = type(found) is Tensor and (found.shape, found.dtype) == (tensor.shape, tensor.dtype)
+    return found if alike else tensor
+
+
+def all_differentiable(parameters: Iterable[Tensor]) -> bool:
+    """Whether whoever differentiates by the parameters in ways of their own can: by complex ones and wrappers not."""
+    return not any(isinstance(p, RealView | InnerView) for p in parameters)
 
 
 def owner(tensor: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .algebra import Tensors, gradients, norms, on_host
-from .real_views import ParameterView
+from .real_views import ParameterView, inner
 
 #: What each rank has summed over its own part -> the sum over all ranks.
 Total = Callable[[Tensor], Tensor]
@@ -66,9 +66,9 @@ def is_sharded(tensor: Any) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor, which shares its memory; any other tensor itself."""
+    """The plain tensor with the numbers: this rank's part of a DTensor, what a wrapper wraps; any other one itself."""
     if not is_sharded(tensor):
-        return tensor
+        return inner(tensor)
     part: Tensor = tensor._local_tensor  # type: ignore[attr-defined]
     return part
 

@@ -72,6 +72,7 @@ class Options:
     bf16: bool | None = None
     compile: bool | None = None
     gradient_checkpointing: bool | None = None
+    ternary: bool | None = None
     fused: bool | None = None
     device: str | None = None
     optimizer: str | None = None
@@ -102,7 +103,8 @@ def build_experiment(options: Options, config: HybridTrainerConfig | None = None
             preset=options.preset, data=options.data, data_bytes=options.data_bytes,
             batch_size=options.batch_size, context=options.context, dtype=options.dtype,  # type: ignore[arg-type]
             autocast_bf16=bool(options.bf16), compile=bool(options.compile),
-            gradient_checkpointing=bool(options.gradient_checkpointing), device=options.device or "cpu",
+            gradient_checkpointing=bool(options.gradient_checkpointing), ternary=bool(options.ternary),
+            device=options.device or "cpu",
             fused=bool(options.fused),
         )  # fmt: skip
         task: Task = make_task(options.task, settings)
@@ -193,7 +195,7 @@ def config_of(options: Options, recipe: TaskDefaults, steps_per_epoch: int | Non
     elif options.predictor in SOURCES:
         layers.append(CLOSED_FORM)
     if (steps_per_epoch or 1) > 1 and (options.predictor or recipe.predictor) == "hold":
-        name = "epochs_adam" if recipe.optimizer in ("adam", "adamw") else "epochs"
+        name = "epochs_adam" if recipe.optimizer in ("adam", "adamw", "adamw8bit") else "epochs"
         layers.append({**PRESETS[name], "predictor.window": steps_per_epoch})
     if options.task == "finetune":
         layers.append(PRESETS["finetune"])

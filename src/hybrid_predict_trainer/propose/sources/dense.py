@@ -26,7 +26,7 @@ from ...observe.batches import num_samples
 from ...predictors.quasi_newton import history_that_fits
 from ...records import BasisSpec, PhasePrediction, StateDict, Verdict
 from ...weights import algebra as weights
-from ...weights.real_views import RealView
+from ...weights.real_views import all_differentiable
 from . import price
 from .base import Material, Move, Source
 from .flat import displacement, joined, put, split
@@ -86,11 +86,13 @@ class OwnSteps(Source):
 
         Raises:
             ArithmeticError: nothing lowers the loss.
-            TypeError: parameters are complex.
+            TypeError: parameters are complex, or of a subclass of Tensor.
         """
-        if any(isinstance(p, RealView) for p in material.parameters):
+        if not all_differentiable(material.parameters):
             form = self.config.form
-            raise TypeError(f'quasi_newton.form = "{form}" needs real parameters, and some are complex: take "limited"')
+            raise TypeError(
+                f'quasi_newton.form = "{form}" needs real parameters, some are complex or of a subclass: take "limited"'
+            )
         if self._movable != material.movable:
             self.overwritten()
             self._movable = list(material.movable)

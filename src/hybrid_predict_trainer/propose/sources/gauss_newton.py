@@ -34,7 +34,7 @@ from ...cost import BACKWARD_UNITS, FORWARD_UNITS
 from ...keep.isolation import isolated
 from ...records import BasisSpec, PhasePrediction, StateDict, Verdict, Window
 from ...weights import algebra as weights
-from ...weights.real_views import RealView
+from ...weights.real_views import all_differentiable
 from . import price
 from .base import Material, Move, Source
 from .flat import displacement, flat, joined, put, split
@@ -211,8 +211,8 @@ class GaussNewton(Source):
         """
         if self._mismatch:
             raise ResidualError(self._mismatch)
-        if any(isinstance(p, RealView) for p in material.parameters):
-            raise ResidualError("gauss_newton needs real parameters, and some are complex")
+        if not all_differentiable(material.parameters):
+            raise ResidualError("gauss_newton needs real parameters, and some are complex or of a subclass of Tensor")
         self._prepare(material)
         live = [p for p, may in zip(material.parameters, material.movable, strict=True) if may]
         if not live:

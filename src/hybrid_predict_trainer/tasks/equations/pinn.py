@@ -54,7 +54,7 @@ class PinnTask:
     def __init__(self, name: str, settings: TaskSettings) -> None:
         """Place the points."""
         # bfloat16 has 8 bits: second derivatives through four layers would be noise.
-        unused = ("preset", "data", "data_bytes", "context", "autocast_bf16", "gradient_checkpointing")
+        unused = ("preset", "data", "data_bytes", "context", "autocast_bf16", "gradient_checkpointing", "ternary")
         reject_settings(name, settings, *unused)
         self.name = name
         self.defaults = DEFAULTS[name]

@@ -53,7 +53,7 @@ class RegressionTask:
 
     def __init__(self, settings: TaskSettings) -> None:
         """Draw the points."""
-        unused = ("preset", "data", "data_bytes", "context", "autocast_bf16", "gradient_checkpointing")
+        unused = ("preset", "data", "data_bytes", "context", "autocast_bf16", "gradient_checkpointing", "ternary")
         reject_settings(self.name, settings, *unused)
         self.settings = settings
         self.dtype = torch_dtype(settings.dtype)

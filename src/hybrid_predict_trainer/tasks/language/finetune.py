@@ -18,6 +18,7 @@ from ..base import (
     TaskSettings,
     count_parameters,
     data_dir,
+    reject_settings,
     seeded_model,
     torch_dtype,
     unknown_name,
@@ -169,7 +170,7 @@ class FinetuneTask(ReadsWindows):
     """A `Task`: next-token prediction that starts from a pretrained model, the same one for every seed.
 
     Args:
-        settings: all of them apply; preset is one of `PRESETS`.
+        settings: all but ternary apply; preset is one of `PRESETS`.
     """
 
     name = "finetune"
@@ -178,6 +179,7 @@ class FinetuneTask(ReadsWindows):
 
     def __init__(self, settings: TaskSettings) -> None:
         """Get the model and load the text it is to learn."""
+        reject_settings(self.name, settings, "ternary")
         self.preset = settings.preset or DEFAULT_PRESET
         if self.preset not in PRESETS:
             raise unknown_name(f"preset of task {self.name!r}", self.preset, PRESETS)

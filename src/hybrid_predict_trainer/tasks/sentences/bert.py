@@ -231,7 +231,7 @@ class BertTask(ReadsLabelled):
 
     def __init__(self, settings: TaskSettings) -> None:
         """Load and encode the examples."""
-        reject_settings(self.name, settings, "data_bytes", "gradient_checkpointing")
+        reject_settings(self.name, settings, "data_bytes", "gradient_checkpointing", "ternary")
         self.preset = settings.preset or DEFAULT_PRESET
         if self.preset not in PRESETS:
             raise unknown_name(f"preset of task {self.name!r}", self.preset, PRESETS)
