@@ -192,3 +192,54 @@ def test_without_records_it_is_one_line(content: str | None, tmp_path: Path) -> 
     with pytest.raises(ConfigError, match="records") as caught:
         read_record(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def step_lines(count: int) -> str:
+    rows = (
+        {"event": "step", "step": i, "phase": "full", "loss": 1.0, "gradient_norm": 1.0, "lr": 0.1}
+        for i in range(count)
+    )
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("content", "unread", "said"),
+    [
+        (step_lines(5), 0, "tell"),
+        (step_lines(5) + '{"event": "st', 1, "a line of the record is torn and was left out"),
+        (step_lines(5)[:-9], 1, "a line of the record is torn and was left out"),
+        (step_lines(5) + "\n\n", 0, "tell"),
+        ("\x00\x00\nnothing\n" + step_lines(5), 2, "2 lines of the record cannot be read and were left out"),
+    ],
+)
+def test_a_record_that_is_half_written_says_so(
+    content: str, unread: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text(content)
+    assert main(["doctor", str(tmp_path)]) == 0
+    assert said in capsys.readouterr().out
+    assert main(["doctor", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["num_unread"] == unread
+
+
+def test_a_record_without_a_whole_line_says_so(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"event": "step", "st')
+    with pytest.raises(ConfigError, match=r"no records of steps \(1 of its 1 lines cannot be read\)"):
+        read_record(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("places", "words"),
+    [
+        (["trials/0000", "trials/0001"], "is a folder of 2 runs and no run: name one, such as .*trials.0000"),
+        (["runs/hybrid-0"], "is a folder of a run and no run: name one, such as .*hybrid-0"),
+        (["mine"], "is a folder of a run and no run: name one, such as .*mine"),
+        ([], "no records of a run can be read"),
+    ],
+)
+def test_a_folder_of_runs_names_one(places: list[str], words: str, tmp_path: Path) -> None:
+    for place in places:
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "metrics.jsonl").write_text(step_lines(3))
+    with pytest.raises(ConfigError, match=words):
+        read_record(tmp_path)

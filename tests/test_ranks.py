@@ -20,6 +20,7 @@ from hybrid_predict_trainer import CheckpointError, ConfigError, HybridTrainer, 
 from hybrid_predict_trainer.distributed.collective import BLOCK, HEAD, OtherRankFailed, Ranks
 from hybrid_predict_trainer.keep.failures import Place
 from hybrid_predict_trainer.predictors import Secant
+from ranks import __main__ as command
 from ranks.drive import alone, apart, rank_run, with_ranks
 from ranks.material import CASES, batches, loss_fn, network, optimizer_of, schedule_of, share
 
@@ -338,3 +339,15 @@ def _exchanges(rank: int, size: int) -> None:
 
 def test_ranks_exchange_and_find_together_again(tmp_path: Path) -> None:
     with_ranks(2, tmp_path, _exchanges)
+
+
+@pytest.mark.parametrize(("differs", "status"), [(None, 0), ("step 3: phase is 'full' and 'predict'", 1)])
+def test_the_command_fails_where_one_process_is_another_run(
+    differs: str | None, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = [{"phase": "full", "kept": False, "multiplier": 1.0}]
+    monkeypatch.setattr(command, "with_ranks", lambda *_: [(facts, (1, 8), 0)])
+    monkeypatch.setattr(command, "alone", lambda *_: facts)
+    monkeypatch.setattr(command, "apart", lambda *_: differs)
+    assert command.main(["--only", "default", "--steps", "1"]) == status
+    assert f"one process with the whole batch: {differs or 'the same'}" in capsys.readouterr().out

@@ -49,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found, exchanged, together = ranks[0]
             single = "not compared"
             if name != "network":  # what a clock decides is another run every time
-                single = apart(found, alone(name, driver, chosen.steps), TOLERANCE) or "the same"
+                differs = apart(found, alone(name, driver, chosen.steps), TOLERANCE)
+                single, failed = differs or "the same", failed or bool(differs)
             phases = Counter(step["phase"] for step in found)
             jumps = sum(step["kept"] for step in found)
             print(

@@ -20,6 +20,7 @@ class Diagnosis:
 
     findings: tuple[Finding, ...]
     num_steps: int
+    num_unread: int = 0  # lines of the record that are none
 
     @property
     def patch(self) -> dict[str, Any]:
@@ -32,7 +33,13 @@ class Diagnosis:
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         findings = [{**asdict(f), "severity": f.severity.value, "patch": dict(f.patch)} for f in self.findings]
-        return {"num_steps": self.num_steps, "findings": findings, "patch": self.patch, "toml": self.as_toml()}
+        return {
+            "num_steps": self.num_steps,
+            "num_unread": self.num_unread,
+            "findings": findings,
+            "patch": self.patch,
+            "toml": self.as_toml(),
+        }
 
     def as_toml(self) -> str:
         """The patch, to be saved and passed to ``--config``; what is no setting of the trainer stands as a comment."""
@@ -47,8 +54,8 @@ class Diagnosis:
     def as_text(self) -> str:
         """For a person."""
         if not self.findings:
-            return f"nothing is wrong in {self.num_steps} steps, as far as their records tell"
-        parts = [f"{len(self.findings)} found in {self.num_steps} steps"]
+            return f"nothing is wrong in {self.num_steps} steps, as far as their records tell{self._unread()}"
+        parts = [f"{len(self.findings)} found in {self.num_steps} steps{self._unread()}"]
         for f in self.findings:
             rows = (("seen", f.seen), ("healthy", f.healthy), ("means", f.meaning), ("do", f.remedy))
             parts.append("\n".join([f"{f.severity.value.upper()}: {f.name}", *(f"  {k:<8}{v}" for k, v in rows)]))
@@ -56,6 +63,13 @@ class Diagnosis:
         if patch:
             parts.append(f"# patch: save as patch.toml, then --config patch.toml\n{patch}")
         return "\n\n".join([*parts, RULE])
+
+    def _unread(self) -> str:
+        if not self.num_unread:
+            return ""
+        if self.num_unread == 1:
+            return "; a line of the record is torn and was left out, as a kill leaves the last one"
+        return f"; {self.num_unread} lines of the record cannot be read and were left out: the file is damaged"
 
 
 def diagnose(run: RunRecord) -> Diagnosis:
@@ -66,6 +80,6 @@ def diagnose(run: RunRecord) -> Diagnosis:
     """
     worst: Mapping[Severity, int] = {Severity.CRITICAL: 0, Severity.WARNING: 1, Severity.NOTICE: 2}
     found = sorted((f for signal in SIGNALS if (f := signal(run)) is not None), key=lambda f: worst[f.severity])
-    result = Diagnosis(findings=tuple(found), num_steps=len(run.phases))
+    result = Diagnosis(findings=tuple(found), num_steps=len(run.phases), num_unread=run.num_unread)
     with_values(run.config, result.patch)
     return result

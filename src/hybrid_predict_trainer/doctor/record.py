@@ -36,6 +36,7 @@ class RunRecord:
     task: str = ""
     lr: float = math.nan  # peak
     checkpoint: str = ""  # newest, as a path
+    num_unread: int = 0  # lines that are no records: torn by a kill, damaged, or somebody else's
 
     @property
     def is_language(self) -> bool:
@@ -47,27 +48,44 @@ def read_record(path: str | Path) -> RunRecord:
     """Read a folder of ``hpt train``, or a metrics file.
 
     Raises:
-        ConfigError: there are no records of steps, or a file cannot be read.
+        ConfigError: there are no records of steps, a file cannot be read, or it is a folder of several runs.
     """
     path = Path(path)
+    if path.is_dir() and not (path / "metrics.jsonl").exists():
+        _refuse_several(path)
     file = path / "metrics.jsonl" if path.is_dir() else path
     folder = file.parent
     try:
-        events = [event for line in read_lines(file) if (event := _event(line)) is not None]
+        lines = [_event(line) for line in read_lines(file) if line.strip()]
         run = read_json_object(folder / "run.json") if (folder / "run.json").exists() else {}
         summary = read_json_object(folder / "summary.json") if (folder / "summary.json").exists() else {}
     except (UnusableFileError, OSError) as error:
         raise ConfigError(f"{path}: no records of a run can be read: {error}") from None
+    events = [event for event in lines if event is not None]
+    num_unread = len(lines) - len(events)
     if not any(event["event"] == "step" for event in events):
+        torn = f" ({num_unread} of its {len(lines)} lines cannot be read)" if num_unread else ""
         raise ConfigError(
-            f"{path}: holds no records of steps; name a folder of 'hpt train' or the file of metrics.path"
+            f"{path}: holds no records of steps{torn}; name a folder of 'hpt train' or the file of metrics.path"
         )
     config = load(folder / "config.toml") if (folder / "config.toml").exists() else HybridTrainerConfig()
     options = run.get("options")
     task = str(options.get("task", "")) if isinstance(options, dict) else ""
     checkpoints = sorted((folder / "checkpoints").glob("checkpoint_step_*"), key=lambda p: p.stat().st_mtime)
-    return _columns(events, config=config, task=task, lr=_number(summary.get("lr")),
+    return _columns(events, config=config, task=task, lr=_number(summary.get("lr")), num_unread=num_unread,
                     checkpoint=str(checkpoints[-1]) if checkpoints else "")  # fmt: skip
+
+
+def _refuse_several(path: Path) -> None:
+    """A comparison, a search or another folder of runs is told from one without any.
+
+    Raises:
+        ConfigError: there are runs below; the message names one.
+    """
+    runs = sorted(file.parent for depth in ("*", "*/*") for file in path.glob(f"{depth}/metrics.jsonl"))
+    if runs:
+        several = f"{len(runs)} runs" if len(runs) > 1 else "a run"
+        raise ConfigError(f"{path}: is a folder of {several} and no run: name one, such as {runs[0]}")
 
 
 def _event(line: bytes) -> dict[str, Any] | None:
