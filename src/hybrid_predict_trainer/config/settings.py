@@ -237,6 +237,7 @@ class PredictorConfig:
     update_budget: float = 0.01  # most of the real steps' time that a network's training may take; 0: no bound
     basis_dtype: Literal["float32", "bfloat16", "param"] = "param"
     offload: bool = False  # keep the basis in host memory
+    source_price: Literal["counted", "measured"] = "counted"  # portfolio: by sizes, alike everywhere, or by the clock
     keep_basis: bool = False  # also on large models whose displacements cannot be predicted
     secant: SecantConfig = field(default_factory=SecantConfig)
     quasi_newton: QuasiNewtonConfig = field(default_factory=QuasiNewtonConfig)
@@ -251,6 +252,7 @@ class PredictorConfig:
         _whole("predictor.window", self.window, 1, 1_000_000)
         _whole("predictor.rest_windows", self.rest_windows, 0, 1_000)
         _number("predictor.update_budget", self.update_budget, 0.0)
+        _choice("predictor.source_price", self.source_price, ("counted", "measured"))
         _choice("predictor.basis_dtype", self.basis_dtype, ("float32", "bfloat16", "param"))
 
 
@@ -554,6 +556,8 @@ AUTO, NOISY, EXACT = "auto", "secant", "quasi_newton"
 CLOSED_FORM = "gauss_newton"
 #: A choice between sources by what they bring per second; it takes closed form where residuals are handed in.
 PORTFOLIO = "portfolio"
+#: For exact losses.
+FOR_EXACT = (EXACT, PORTFOLIO)
 SOURCES = {CLOSED_FORM: CLOSED_FORM, "ntk": CLOSED_FORM, PORTFOLIO: PORTFOLIO}
 #: Those that can do nothing without residuals.
 NEED_RESIDUALS = tuple(name for name, kind in SOURCES.items() if kind == CLOSED_FORM)

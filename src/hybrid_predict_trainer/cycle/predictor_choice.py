@@ -1,8 +1,11 @@
-"""Which predictor a run has, and ``predictor.type = "auto"``: quasi-Newton where losses are exact, secant elsewhere.
+"""Which predictor a run has, and ``predictor.type = "auto"``: one for exact losses where they are, secant elsewhere.
 
 Whether losses are exact is known when the same batch has come twice and two evaluations of it agreed.  Then the run
 goes over to the settings of the preset ``full_batch``, as far as the user left them at their defaults; where other
 batches come for good it goes back.  A run whose losses are noisy all along is bit for bit one with ``secant``.
+
+For exact losses that is the portfolio where the run has ``residual_fn`` or ``output_fn``, and quasi-Newton elsewhere:
+without closed form the portfolio's own steps are no better than those (LOG.md).
 """
 
 from __future__ import annotations
@@ -12,7 +15,17 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..config import presets
-from ..config.settings import AUTO, CLOSED_FORM, EXACT, NEED_RESIDUALS, NOISY, PORTFOLIO, SOURCES, HybridTrainerConfig
+from ..config.settings import (
+    AUTO,
+    CLOSED_FORM,
+    EXACT,
+    FOR_EXACT,
+    NEED_RESIDUALS,
+    NOISY,
+    PORTFOLIO,
+    SOURCES,
+    HybridTrainerConfig,
+)
 from ..config.toml import valid_keys, with_values
 from ..keep.failures import Failures, Place
 from ..keep.subject import Subject
@@ -31,7 +44,6 @@ from ..records import ConfigError
 from ..version import PACKAGE
 from ..weights.algebra import LARGE
 from ..weights.parameters import Groups
-from ..weights.real_views import all_differentiable
 
 if TYPE_CHECKING:
     from .state import State
@@ -70,7 +82,8 @@ def settings_for(config: HybridTrainerConfig, name: str) -> HybridTrainerConfig:
 
     Args:
         config: The user's.
-        name: ``NOISY`` or ``EXACT``; the latter takes along what preset ``full_batch`` sets and the user did not.
+        name: ``NOISY``, ``EXACT`` or ``PORTFOLIO``; the latter two take along what preset ``full_batch`` sets and the
+            user did not.
     """
     chosen: dict[str, Any] = {"predictor.type": name}
     if name in COMES_WITH:
@@ -115,7 +128,7 @@ def parts_for(
     if predictor is None and config.predictor_type in NEED_RESIDUALS:
         predictor = Hold() if config.never_predicts else _closed_form(subject, config)
     if predictor is None and config.predictor_type == PORTFOLIO:
-        predictor = Hold() if config.never_predicts else _portfolio(subject, config)
+        predictor = Hold() if config.never_predicts else _portfolio(subject, config)  # None: nothing to solve for
         config = config if predictor is not None else replace(config, predictor_type=EXACT)
     if predictor is None and config.predictor_type == EXACT and not config.never_predicts:
         predictor = _own_steps(subject, config)  # None: the limited form
@@ -124,7 +137,7 @@ def parts_for(
     spec = predictor.spec
     own = type(predictor).__module__.startswith(f"{PACKAGE}.")
     time = TimeBudget(own=own, paced=isinstance(predictor, Paced), source=isinstance(predictor, Source))
-    if isinstance(predictor, Portfolio):  # what is compared is measured by one clock
+    if isinstance(predictor, Portfolio) and predictor.clock:  # what is compared is measured by one clock
         time = TimeBudget(own=own, paced=False, source=True, clock=predictor.clock)
     groups = groups.pooled() if spec.pooled else groups
     basis = Basis(
@@ -143,25 +156,20 @@ def parts_for(
 
 
 def _portfolio(subject: Subject, config: HybridTrainerConfig) -> Portfolio | None:
-    """Closed form where there are residuals, a dense matrix where it fits, and pairs.
-
-    None where sources cannot be had: several processes, of which each has a batch of its own, complex weights and those
-    of a subclass of Tensor.
-    """
-    if not subject.ranks.alone or not all_differentiable(subject.parameters):
+    """Closed form, a dense matrix where it fits, and pairs; None where the run cannot have it."""
+    if not subject.can_solve:
         return None
     settings, longest = config.predictor.quasi_newton, max(config.max_predict_steps, 1)
     limited = replace(settings, form="wolfe", update="ssbfgs" if settings.update == "ssbroyden" else settings.update)
-    sources: dict[str, Source] = {}
-    if subject.residual_fn is not None or subject.output_fn is not None:
-        closed = _closed_form(subject, config)
-        closed.search_dampings()
-        sources["gauss_newton"] = closed
+    closed = _closed_form(subject, config)
+    closed.search_dampings()
+    sources: dict[str, Source] = {"gauss_newton": closed}
     sources["wolfe"] = LimitedQuasiNewton(limited, subject.loss_fn, longest=longest)
     if fits(settings, subject.groups.num_weights, max(p.element_size() for p in subject.parameters)):
         dense = replace(settings, form="dense", update="ssbroyden")
         sources["dense"] = DenseQuasiNewton(dense, subject.loss_fn, longest=longest)
-    return Portfolio(sources, clock_for(subject.parameters[0].device))
+    measured = config.predictor.source_price == "measured"
+    return Portfolio(sources, clock_for(subject.parameters[0].device) if measured else None)
 
 
 def _closed_form(subject: Subject, config: HybridTrainerConfig) -> GaussNewton:
@@ -207,9 +215,10 @@ def choose_by_losses(run: State) -> None:
     """Between two steps: take the predictor that suits the losses, if the user left the choice."""
     if not run.proposer.chooses or run.judge.probation is not None or run.proposer.segment is not None:
         return
-    if run.proposer.predictor.name != EXACT and run.full_batch:
-        _go_over(run, EXACT, "exact")
-    elif run.proposer.predictor.name == EXACT and not run.full_batch:
+    exact = run.proposer.predictor.name in FOR_EXACT
+    if not exact and run.full_batch:
+        _go_over(run, PORTFOLIO if run.subject.can_solve else EXACT, "exact")
+    elif exact and not run.full_batch:
         noisy = run.batches.same or run.batches.same_batch.num_different >= BACK_AFTER
         if noisy:
             _go_over(run, NOISY, "noisy")

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from ..config.settings import SOURCES
+from ..config.settings import NEED_RESIDUALS
 from ..config.toml import load, to_toml
 from ..keep import housekeeping
 from ..keep.background import Write
@@ -91,7 +91,7 @@ def train(
         setup = build_experiment(request.options)
     described = setup.task.describe()
     if request.record:
-        if setup.config.predictor_type in SOURCES:
+        if setup.config.predictor_type in NEED_RESIDUALS:
             raise InputError(f"{setup.config.predictor_type} sees no windows: there is nothing to record")
         setup = replace(setup, config=recording_settings(setup.config, plain=request.plain))
     with locked(out):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config.settings import EXACT, NOISY
+from ..config.settings import FOR_EXACT, NOISY, PORTFOLIO
 from ..config.toml import flatten, parse
 from ..records import CheckpointError, StateDict
 from ..weights.parameters import optimizer_parameters
@@ -70,11 +70,16 @@ def check_identity(run: State, parts: Mapping[str, StateDict], live: Mapping[str
             raise CheckpointError(f"{key} is {saved.get(key)!r} in the checkpoint and {now[key]!r} in this run")
     check_names(parts["optimizer"], run.subject.model, run.subject.optimizer)
     predictor = parts.get("predictor")
-    chosen = (NOISY, EXACT) if run.proposer.chooses else (run.proposer.predictor.name,)
+    chosen = (NOISY, *FOR_EXACT) if run.proposer.chooses else (run.proposer.predictor.name,)
     if predictor is not None and predictor["name"] not in chosen:
         raise CheckpointError(
             f"it was written with predictor {predictor['name']!r}, this run has {run.proposer.predictor.name!r}: "
             "set predictor.type to match"
+        )
+    if predictor is not None and predictor["name"] == PORTFOLIO and not run.subject.can_solve:
+        raise CheckpointError(
+            "it was written by a run in closed form, and this run has no residuals to solve for: pass the same "
+            "residual_fn or output_fn, and train in one process"
         )
     settings = _settings(config_toml)
     same = predictor is not None and predictor["name"] == run.proposer.predictor.name

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..config.settings import EXACT, NOISY
+from ..config.settings import FOR_EXACT, NOISY
 from ..config.toml import to_toml
 from ..distributed.collective import on_all
 from ..notices import users_line, warn
@@ -330,7 +330,7 @@ def load_own_state(run: State, state: StateDict) -> None:
             schema.check(found[part], live, (part,), free=OPEN)
     except (*MALFORMED, IndexError) as error:
         raise CheckpointError(f"the state cannot be read ({type(error).__name__}: {error})") from error
-    if name != run.proposer.predictor.name and not (run.proposer.chooses and name in (NOISY, EXACT)):
+    if name != run.proposer.predictor.name and not (run.proposer.chooses and name in (NOISY, *FOR_EXACT)):
         raise CheckpointError(
             f"it was saved with predictor {name!r}, this run has {run.proposer.predictor.name!r}: set predictor.type "
             "to match"

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from ..distributed.collective import ALONE, Collective
 from ..distributed.processes import NOT_SHARED, Shared, reshard
 from ..weights.parameters import Groups, predicted_parameters
-from ..weights.real_views import ParameterView
+from ..weights.real_views import ParameterView, all_differentiable
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 #: (model, batch) -> residuals, shape (R,) or (R, C), whose mean square is the loss.
@@ -76,6 +76,12 @@ class Subject:
     ranks: Collective = ALONE
     wrapped: nn.Module | None = None
     gathering: Sequence[Any] = ()
+
+    @property
+    def can_solve(self) -> bool:
+        """Whether closed form can be had: residuals and real weights, and not a batch of its own on every rank."""
+        has = self.residual_fn is not None or self.output_fn is not None
+        return has and self.ranks.alone and all_differentiable(self.parameters)
 
     @classmethod
     def of(

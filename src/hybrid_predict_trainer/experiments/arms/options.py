@@ -13,7 +13,7 @@ import torch
 
 from ...config.preset_text import format_preset
 from ...config.presets import AUTO, CLOSED_FORM, PRESETS, choose
-from ...config.settings import SOURCES, HybridTrainerConfig
+from ...config.settings import FOR_EXACT, SOURCES, HybridTrainerConfig
 from ...config.toml import flatten, loads, parse, preset_config, read, with_values
 from ...predictors import PREDICTORS
 from ...records import CheckpointError, ConfigError, DivergenceError
@@ -162,7 +162,7 @@ def chosen_preset(options: Options, task: Task, recipe: TaskDefaults) -> tuple[O
     if name != AUTO:
         preset_config(name)  # says which there are
         return options, format_preset(name)
-    whole = (options.predictor or recipe.predictor) == "quasi_newton"
+    whole = (options.predictor or recipe.predictor) in FOR_EXACT
     num_weights = sum(p.numel() for p in task.build_model(0).parameters() if p.requires_grad)
     name, why = choose(num_weights, full_batch=whole, steps_per_epoch=task.steps_per_epoch)
     what = f"preset auto: {name or 'the settings stay as they are'}: {why}"
@@ -190,7 +190,7 @@ def config_of(options: Options, recipe: TaskDefaults, steps_per_epoch: int | Non
     recipes = {"predictor.type": recipe.predictor, "training.gradient_clip_norm": recipe.grad_clip or 0.0}
     config = with_values(HybridTrainerConfig(), recipes)
     layers: list[Mapping[str, Any]] = []
-    if (options.predictor or recipe.predictor) == "quasi_newton":
+    if (options.predictor or recipe.predictor) in FOR_EXACT:
         layers.append(PRESETS["full_batch"])  # the windows and the budget it is made for
     elif options.predictor in SOURCES:
         layers.append(CLOSED_FORM)

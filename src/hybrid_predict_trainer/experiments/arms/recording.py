@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...config.settings import HybridTrainerConfig, PredictorConfig
+from ...config.settings import FOR_EXACT, HybridTrainerConfig, PredictorConfig
 from ...keep.state_tree import decode, encode, read_tensors, write_tensors
 from ...observe.basis import Basis
 from ...observe.window import window_from_state, window_state
@@ -192,10 +192,10 @@ def recording_settings(config: HybridTrainerConfig, *, plain: bool) -> HybridTra
         ConfigError: the predictor lives on columns that are not recorded.
     """
     config = replace(config, predictor=replace(config.predictor, rest_windows=0))
-    if config.predictor_type == "quasi_newton":
+    if config.predictor_type in FOR_EXACT:
         if not plain:
             raise ConfigError(
-                "--record keeps displacements and not the gradient differences of quasi_newton: "
+                f"--record keeps displacements, and not what {config.predictor_type} goes by: "
                 "add --predictor secant, or --plain"
             )
         usual = PredictorConfig()

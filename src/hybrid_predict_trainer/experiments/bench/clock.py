@@ -141,8 +141,8 @@ def run(task: Any, method: str, seed: int, seconds: float, every: int = 0) -> di
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
     """Medians over seeds, a line per task, dtype and method, best loss first."""
     lines = []
-    cells = itertools.groupby(rows, key=lambda r: (r["task"], r["dtype"]))
-    for (task, dtype), cell in cells:
+    cells = itertools.groupby(rows, key=lambda r: (r["task"], r["dtype"], r["preset"] or "-"))
+    for (task, dtype, preset), cell in cells:
         by_method: dict[str, list[dict[str, Any]]] = {}
         for row in cell:
             by_method.setdefault(row["method"], []).append(row)
@@ -150,8 +150,8 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
         for m in sorted(medians, key=lambda m: medians[m] if math.isfinite(medians[m]) else math.inf):
             found = by_method[m]
             error, cpu = (statistics.median(r[k] for r in found) for k in ("error", "cpu_s"))
-            lines.append(f"{task:13s} {dtype} {m:13s} loss {medians[m]:.1e}  rel. error {error:.1e}  CPU {cpu:.1f} s"
-                         f"  n = {len(found)}")  # fmt: skip
+            cell_of = f"{task:13s} {dtype} {preset:4s} {m:13s}"
+            lines.append(f"{cell_of} loss {medians[m]:.1e}  rel. error {error:.1e}  CPU {cpu:.1f} s  n = {len(found)}")
     return "\n".join(lines)
 
 
@@ -163,6 +163,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--methods", default="gauss_newton,quasi_newton,lm,ssbroyden,lean-lbfgs")
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--seeds", default="0")
+    parser.add_argument("--presets", default="", help="10k, 50k, 200k: weights; the task's own where none is named")
+    parser.add_argument("--points", type=int, help="training points; the task's own where none is said")
     parser.add_argument("--fresh", type=int, default=0, metavar="N", help="points drawn afresh every N steps")
     parser.add_argument("--out")
     args = parser.parse_args(arguments)
@@ -170,18 +172,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     methods, rows = args.methods.split(","), []
     if args.fresh:
         methods = [m for m in methods if m in TAKE_NEW]
-    for name, dtype in itertools.product(args.tasks.split(","), args.dtypes.split(",")):
-        task: Any = make_task(name, TaskSettings(dtype=dtype))
+    for name, dtype, preset in itertools.product(*(v.split(",") for v in (args.tasks, args.dtypes, args.presets))):
+        task: Any = make_task(name, TaskSettings(dtype=dtype, preset=preset or None, batch_size=args.points))
+        cell = {"task": name, "dtype": dtype, "preset": preset, "points": args.points}
         for method in methods:  # what the first step of a kind takes is nobody's
             run(task, method, 1_000, 0.3, args.fresh)
         for seed in args.seeds.split(","):
             for method in methods:
-                row = {"task": name, "dtype": dtype, **run(task, method, int(seed), args.seconds, args.fresh)}
+                row = {**cell, **run(task, method, int(seed), args.seconds, args.fresh)}
                 rows.append(row)
                 if args.out:
                     with Path(args.out).open("a", encoding="utf-8") as file:
                         file.write(json.dumps(row) + "\n")
-        print(format_table([r for r in rows if (r["task"], r["dtype"]) == (name, dtype)]), flush=True)
+        print(format_table([r for r in rows if r.items() >= cell.items()]), flush=True)
     return 0
 
 

@@ -135,7 +135,7 @@ _PINN_PEERS = (*WEIGHT_PEERS, "soap", "lbfgs-20", "lbfgs-100")
 
 def _exact(name: str, task: str, *, quick: bool = False, **options: Any) -> Case:
     return Case(
-        name=name, task=task, length=task, options=options, peers=_PINN_PEERS,
+        name=name, task=task, length=task, options={"predictor": "quasi_newton", **options}, peers=_PINN_PEERS,
         quick_peers=("soap", "lbfgs-20", "lbfgs-100"), budgets=EXACT_BUDGETS,
         quick_budgets=EXACT_BUDGETS_QUICK, quick_too=quick,
     )  # fmt: skip

@@ -14,9 +14,10 @@ Rates fall in the course of a run.  A rate of earlier is a promise, not a measur
 slower than what another arm once was, that one is due after :data:`EARLY_WAIT` times its last trial, and is measured
 again.
 
-Time is counted: seconds are forwards times the price of an arm's forward, which is measured at its first calls (the
-least of :data:`CALLS` of them, since a busy machine only ever adds) and held.  From then on all decisions follow from
-numbers that a checkpoint holds, and a resumed run decides alike.
+Time is counted: an arm's seconds are its forwards times the price of one.  That price is 1 for all of them, so that a
+run comes to the same wherever and beside whatever it is made, or it is measured at an arm's first calls (the least of
+:data:`CALLS` of them, since a busy machine only ever adds) and held.  All decisions follow from numbers that a
+checkpoint holds, and a resumed run decides alike.
 
 Sources: Gagliolo & Schmidhuber, Learning dynamic algorithm portfolios, Ann. Math. Artif. Intell. 47, 2006.
 """
@@ -40,6 +41,9 @@ EARLY_WAIT = 2.0
 #: Most that a first trial may be predicted to take, as a share of the time that the run has taken; where nothing but
 #: plain steps is known.
 FIRST_SHARE, FIRST_OF_ALL = 0.25, 1.0
+#: While an arm of advantage leads, the share that a first trial may take, unless its rate has fallen to so much of its
+#: best one.
+SHARE_BESIDE, STALLED = 0.1, 1 / 3
 #: What a rate counts, and that share.
 ADVANTAGE = {"gauss_newton": 3.0}
 #: Weight of the newest block in the rate of an arm that goes on.
@@ -55,6 +59,7 @@ class Arm:
     Attributes:
         prices: Seconds per forward, of its first calls.
         rate: Fall of log L per second in its last block; None: never tried.
+        best: Highest rate so far.
         expected: Forwards that its least proposal takes, as predicted or as measured.
         due, due_early: Time from which on it is tried again; where the leader has fallen behind its rate.
         lost: Multiple of the wait, should it lose.
@@ -64,6 +69,7 @@ class Arm:
 
     prices: list[float] = field(default_factory=list)
     rate: float | None = None
+    best: float = 0.0
     expected: float = math.nan
     due: float = 0.0
     due_early: float = 0.0
@@ -76,18 +82,21 @@ class Arms:
     """Turns of arms; pure numbers, no clock of its own.
 
     Attributes:
+        timed: Prices are measured; else every forward costs 1.
         current: Whose turn it is.
         leader: Who had the highest rate.
         elapsed: Seconds so far, all arms together.
         arms: By name; plain steps are among them.
     """
 
-    def __init__(self, names: Sequence[str]) -> None:
+    def __init__(self, names: Sequence[str], *, timed: bool = True) -> None:
         """Plain steps begin.
 
         Args:
             names: Of the sources, in the order in which they are tried first where several may be.
+            timed: Measure prices.
         """
+        self.timed = timed
         self.arms = {name: Arm() for name in (*names, PLAIN)}
         self.current = self.leader = PLAIN
         self.elapsed = 0.0
@@ -98,7 +107,7 @@ class Arms:
 
     def measures(self, name: str) -> bool:
         """Whether the seconds of this arm's next call are of interest."""
-        return len(self.arms[name].prices) < CALLS
+        return self.timed and len(self.arms[name].prices) < CALLS
 
     def add_seconds(self, name: str, seconds: float, forwards: float) -> None:
         """A call of an arm took so long, and was worth so many forwards."""
@@ -107,6 +116,8 @@ class Arms:
 
     def price(self, name: str) -> float:
         """Seconds per forward; that of plain steps where nothing is known, and 1 where nothing at all is."""
+        if not self.timed:
+            return 1.0
         prices = self.arms[name].prices or self.arms[PLAIN].prices
         return min(prices) if prices and min(prices) > 0 else 1.0
 
@@ -138,6 +149,7 @@ class Arms:
             rate = self._gain / self._used if self._used > 0 else 0.0
             goes_on = arm.rate is not None and self.current == self.leader
             arm.rate = NEWEST * rate + (1 - NEWEST) * (arm.rate or 0.0) if goes_on else rate
+            arm.best = max(arm.best, arm.rate)
             self._turn()
 
     def on_idle(self, forwards: float) -> None:
@@ -159,7 +171,7 @@ class Arms:
     def choose(self) -> str:
         """Whose turn it is, now that more time may have passed: a first trial need not wait for the block's end."""
         if self.current == PLAIN and self._untried():
-            self._begin(self._untried()[0], FIRST_BLOCK)
+            self._begin(self._untried()[0], self._first_share)
         return self.current
 
     def pass_over(self) -> bool:
@@ -167,7 +179,7 @@ class Arms:
         if self.arms[self.current].rate is not None or self._may(self.current):
             return True
         untried = self._untried()
-        self._begin(untried[0] if untried else self.leader, FIRST_BLOCK)
+        self._begin(untried[0] if untried else self.leader, self._first_share)
         return self.current != PLAIN
 
     def take(self, name: str) -> None:
@@ -179,10 +191,17 @@ class Arms:
 
     def _may(self, name: str) -> bool:
         """Whether an arm's first trial is predicted to cost no more than its share."""
-        forwards, share = self.arms[name].expected, FIRST_OF_ALL if self.leader == PLAIN else FIRST_SHARE
-        if self.leader != PLAIN:
-            share *= ADVANTAGE.get(name, 1.0)
+        forwards, share = self.arms[name].expected, self._first_share * ADVANTAGE.get(name, 1.0)
         return not math.isfinite(forwards) or forwards * self.price(name) <= share * self.elapsed
+
+    @property
+    def _first_share(self) -> float:
+        """Of the time that the run has taken, that a first trial may take."""
+        if self.leader == PLAIN:
+            return FIRST_OF_ALL
+        head = self.arms[self.leader]
+        goes_well = self.leader in ADVANTAGE and (head.rate or 0.0) > STALLED * head.best
+        return SHARE_BESIDE if goes_well else FIRST_SHARE
 
     def _turn(self) -> None:
         """A block has ended: who is next."""
@@ -203,7 +222,7 @@ class Arms:
             self.leader = max(rates, key=lambda n: rates[n]) if rates else PLAIN
         leads = rates.get(self.leader, 0.0)
         if untried := self._untried():
-            self._begin(untried[0], FIRST_BLOCK)
+            self._begin(untried[0], self._first_share)
             return
         due = [
             n for n, rate in rates.items() if n != self.leader

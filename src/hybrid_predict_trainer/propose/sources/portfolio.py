@@ -51,20 +51,20 @@ class Portfolio(Source):
     Attributes:
         sources: By name, in the order of their first trials.
         arms: Their turns.
-        clock: Seconds.
+        clock: Seconds; None: what calls cost is counted, not measured.
     """
 
     name = "portfolio"
 
-    def __init__(self, sources: Mapping[str, Source], clock: Callable[[], float]) -> None:
+    def __init__(self, sources: Mapping[str, Source], clock: Callable[[], float] | None = None) -> None:
         """Bind.
 
         Args:
             sources: At least one.
-            clock: Seconds.
+            clock: See the attribute.
         """
         self.sources = dict(sources)
-        self.arms = Arms(list(self.sources))
+        self.arms = Arms(list(self.sources), timed=clock is not None)
         self.spec = BasisSpec(num_displacements=1)
         self.clock = clock
         closed = self.sources.get("gauss_newton")
@@ -155,6 +155,7 @@ class Portfolio(Source):
         """
         self._look_at(material)
         self._pending = False
+        self._plain_began = math.nan  # what comes now is no plain step's
         if self._fresh and self._closed is not None:
             self._closed.allow(math.inf)
             move = self._closed.propose(material)
@@ -169,7 +170,7 @@ class Portfolio(Source):
             source = self.sources[name]
             self._hand_over(name)
             source.allow(self.arms.room_forwards)
-            began = self.clock()
+            began = self.clock() if self.clock else 0.0
             try:
                 move = source.propose(material)
             except ArithmeticError:  # nothing is to be had here; elsewhere there may be
@@ -188,7 +189,8 @@ class Portfolio(Source):
             self._asked, self._pending = name, True
             spent = move.num_forward + move.num_matrix_forwards
             self._forwards = spent + move.num_backward * BACKWARD_UNITS / FORWARD_UNITS
-            self.arms.add_seconds(name, self.clock() - began, self._forwards)
+            if self.clock:
+                self.arms.add_seconds(name, self.clock() - began, self._forwards)
             return move
 
     def _look_at(self, material: Material) -> None:

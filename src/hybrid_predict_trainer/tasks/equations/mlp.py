@@ -11,6 +11,28 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..base import unknown_name
+
+#: Widths of three hidden layers, by the number of weights that they come to.
+SIZES = {"10k": 70, "50k": 157, "200k": 315}
+
+
+def hidden_layers(own: Sequence[int], preset: str | None) -> tuple[int, ...]:
+    """Return the widths of the hidden layers.
+
+    Args:
+        own: the problem's.
+        preset: of :data:`SIZES`; None: the problem's own.
+
+    Raises:
+        ValueError: there is no such size.
+    """
+    if preset is None:
+        return tuple(own)
+    if preset not in SIZES:
+        raise unknown_name("preset", preset, SIZES)
+    return (SIZES[preset],) * 3
+
 
 def jet_channels(orders: Sequence[int]) -> list[tuple[int, int]]:
     """Return the channels of a jet as (coordinate, order), the value first as (-1, 0).

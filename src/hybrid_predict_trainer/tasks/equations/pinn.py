@@ -20,22 +20,22 @@ from ..base import (
     seeded_model,
     torch_dtype,
 )
-from .mlp import TanhMLP, jet_channels
+from .mlp import TanhMLP, hidden_layers, jet_channels
 from .problems import PROBLEMS
 
 DEFAULTS: dict[str, TaskDefaults] = {
     # at 4e-2 one run in three loses all its units to saturation, predicted or not: not in the grid
     "pinn-poisson": TaskDefaults(
-        optimizer="adam", lr=2e-2, steps=4000, lr_grid=(2.5e-3, 5e-3, 1e-2, 2e-2), predictor="quasi_newton"
+        optimizer="adam", lr=2e-2, steps=4000, lr_grid=(2.5e-3, 5e-3, 1e-2, 2e-2), predictor="portfolio"
     ),
     "pinn-burgers": TaskDefaults(
-        optimizer="adam", lr=1e-2, steps=4000, lr_grid=(5e-3, 1e-2, 2e-2, 4e-2), predictor="quasi_newton"
+        optimizer="adam", lr=1e-2, steps=4000, lr_grid=(5e-3, 1e-2, 2e-2, 4e-2), predictor="portfolio"
     ),
     "oscillator": TaskDefaults(
-        optimizer="adam", lr=1e-2, steps=4000, lr_grid=(2.5e-3, 5e-3, 1e-2, 2e-2), predictor="quasi_newton"
+        optimizer="adam", lr=1e-2, steps=4000, lr_grid=(2.5e-3, 5e-3, 1e-2, 2e-2), predictor="portfolio"
     ),
     **dict.fromkeys(("pinn-allen-cahn", "pinn-klein-gordon", "pinn-inverse"), TaskDefaults(
-        optimizer="adam", lr=1e-2, steps=4000, lr_grid=(2.5e-3, 5e-3, 1e-2, 2e-2), predictor="quasi_newton"
+        optimizer="adam", lr=1e-2, steps=4000, lr_grid=(2.5e-3, 5e-3, 1e-2, 2e-2), predictor="portfolio"
     )),
 }  # fmt: skip
 
@@ -45,7 +45,7 @@ class PinnTask:
 
     Args:
         name: one of `PROBLEMS`.
-        settings: batch_size is the number of training points.
+        settings: batch_size is the number of training points, preset a size of `SIZES`.
     """
 
     deterministic = True
@@ -54,12 +54,13 @@ class PinnTask:
     def __init__(self, name: str, settings: TaskSettings) -> None:
         """Place the points."""
         # bfloat16 has 8 bits: second derivatives through four layers would be noise.
-        unused = ("preset", "data", "data_bytes", "context", "autocast_bf16", "gradient_checkpointing", "ternary")
+        unused = ("data", "data_bytes", "context", "autocast_bf16", "gradient_checkpointing", "ternary")
         reject_settings(name, settings, *unused)
         self.name = name
         self.defaults = DEFAULTS[name]
         self.settings = settings
         self.problem = PROBLEMS[name]
+        self._hidden = hidden_layers(self.problem.hidden, settings.preset)
         self.dtype = torch_dtype(settings.dtype, self.problem.dtype)
         self._train = self._place(self.problem.train_points(settings.batch_size or self.problem.num_points))
         self._valid = self._place(self.problem.valid_points)
@@ -69,7 +70,7 @@ class PinnTask:
         return points.to(device=self.settings.device, dtype=self.dtype)
 
     def _new_model(self) -> nn.Module:
-        sizes = len(self.problem.orders), *self.problem.hidden
+        sizes = len(self.problem.orders), *self._hidden
         return TanhMLP(sizes, self.problem.orders, len(self.problem.coefficients))
 
     def build_model(self, seed: int) -> nn.Module:
@@ -133,7 +134,7 @@ class PinnTask:
             "task": self.name,
             "data": self.problem.equation,
             "num_parameters": count_parameters(self._new_model),
-            "hidden": list(self.problem.hidden),
+            "hidden": list(self._hidden),
             "num_train_points": len(self._train),
             "num_valid_points": len(self._valid),
             "num_edge_points": len(self._edge),

@@ -20,7 +20,7 @@ from ..base import (
     seeded_model,
     torch_dtype,
 )
-from .mlp import TanhMLP
+from .mlp import TanhMLP, hidden_layers
 
 HIDDEN = (48, 48, 48)
 NUM_TRAIN, NUM_VALID = 512, 2048
@@ -41,21 +41,22 @@ class RegressionTask:
     """A `Task`: MLP 2-48-48-48-1 on a fixed sample without noise; the batch is (points (N, 2), values (N,)).
 
     Args:
-        settings: batch_size is the number of training points.
+        settings: batch_size is the number of training points, preset a size of `SIZES`.
     """
 
     name = "regression"
     deterministic = True
     steps_per_epoch = 1
     defaults = TaskDefaults(
-        optimizer="adam", lr=2e-2, steps=4000, lr_grid=(5e-3, 1e-2, 2e-2, 4e-2), predictor="quasi_newton"
+        optimizer="adam", lr=2e-2, steps=4000, lr_grid=(5e-3, 1e-2, 2e-2, 4e-2), predictor="portfolio"
     )
 
     def __init__(self, settings: TaskSettings) -> None:
         """Draw the points."""
-        unused = ("preset", "data", "data_bytes", "context", "autocast_bf16", "gradient_checkpointing", "ternary")
+        unused = ("data", "data_bytes", "context", "autocast_bf16", "gradient_checkpointing", "ternary")
         reject_settings(self.name, settings, *unused)
         self.settings = settings
+        self._hidden = hidden_layers(HIDDEN, settings.preset)
         self.dtype = torch_dtype(settings.dtype)
         self._train = self._place(uniform_points(settings.batch_size or NUM_TRAIN, seed=0))
         self._valid = self._place(uniform_points(NUM_VALID, seed=1))
@@ -65,7 +66,7 @@ class RegressionTask:
         return points.to(device, dtype), surface(points).to(device, dtype)
 
     def _new_model(self) -> nn.Module:
-        return TanhMLP((2, *HIDDEN))
+        return TanhMLP((2, *self._hidden))
 
     def build_model(self, seed: int) -> nn.Module:
         """Return a new tanh MLP."""
@@ -113,7 +114,7 @@ class RegressionTask:
             "task": self.name,
             "data": "sin(3 x) cos(2 y) + exp(-4 (x^2 + y^2)) / 2 on [-1, 1]^2, no noise",
             "num_parameters": count_parameters(self._new_model),
-            "hidden": list(HIDDEN),
+            "hidden": list(self._hidden),
             "num_train_points": len(self._train[0]),
             "num_valid_points": len(self._valid[0]),
             "dtype": str(self.dtype).removeprefix("torch."),
