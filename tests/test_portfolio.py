@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from hybrid_predict_trainer.config.presets import PRESETS
 from hybrid_predict_trainer.config.toml import with_values
 from hybrid_predict_trainer.cycle import predictor_choice
 from hybrid_predict_trainer.propose.sources.arms import BLOCK, CALLS, EARLY_WAIT, FIRST_SHARE, PLAIN, SHARE_BESIDE, Arms
+from hybrid_predict_trainer.propose.sources.base import Material
 from hybrid_predict_trainer.propose.sources.portfolio import Portfolio
 
 Batch = tuple[Tensor, Tensor]
@@ -152,21 +154,27 @@ def test_an_arm_of_advantage_that_goes_well_is_not_interrupted_early_and_one_tha
     assert 60.0 / FIRST_SHARE <= begun["stalls"] < 60.0 / SHARE_BESIDE <= begun["well"] < 1000
 
 
-def test_what_closed_form_gained_is_not_credited_to_plain_steps() -> None:
-    trainer = built(make_model("mlp").double(), training__warmup_steps=20)
-    seen: list[tuple[float, float]] = []
-    note = Arms.note
+def test_what_closed_form_gained_is_not_credited_to_plain_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, batch = built(make_model("mlp").double()), batch64()
+    source, gains = portfolio_of(trainer), list[float]()
+    trainer.fit([batch], total_steps=4)
+    monkeypatch.setattr(source.arms, "note", lambda gain, forwards, over=False: gains.append(gain))
 
-    def noted(self: Arms, gain: float, forwards: float, *, over: bool = False) -> None:
-        if self.current == PLAIN:
-            seen.append((gain, forwards))
-        note(self, gain, forwards, over=over)
+    def plain_step(loss: float) -> None:
+        source.arms.current = PLAIN
+        source.observe(SimpleNamespace(num_steps=1, loss=loss))  # type: ignore[arg-type]
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Arms, "note", noted)
-        trainer.fit([batch64()], total_steps=200)
-    assert seen
-    assert max(gain for gain, _ in seen) < 1.0, "a step of Adam at 0.01 does not lower the loss by a factor of e"
+    plain_step(1.0)
+    plain_step(0.5)
+    source.arms.current = "gauss_newton"
+    subject = trainer.run.subject
+    source.propose(Material(
+        model=subject.model, parameters=subject.parameters, movable=[True] * len(subject.parameters), batch=batch,
+        exact=True,
+    ))  # fmt: skip
+    plain_step(1e-6)
+    plain_step(5e-7)
+    assert gains == pytest.approx([0.0, math.log(2), 0.0, math.log(2)])
 
 
 def test_what_was_dropped_has_no_turn() -> None:
