@@ -94,7 +94,8 @@ def test_a_validation_loss_that_is_not_finite_is_a_divergence(
         (["train"], r"--task is needed: one of gpt, .*pinn-poisson"),
         (["train", "--task", "gtp"], r"unknown task 'gtp'; did you mean 'gpt'\?"),
         (["train", "--task", "gpt", "--preset", "10G"], r"unknown preset .*'10G'; did you mean '10M'\?"),
-        (["train", *PINN, "--preset", "big"], r"has no use for the setting 'preset'"),
+        (["train", *PINN, "--preset", "big"], r"unknown preset 'big' \(valid: 10k, 50k, 200k\)"),
+        (["train", *PINN, "--context", "8"], r"has no use for the setting 'context'"),
         (["train", *PINN, "--set", "training.ful_steps=3"], r"unknown key 'training.ful_steps'; did you mean"),
         (
             ["train", *PINN, "--set", "training.full_steps=0"],

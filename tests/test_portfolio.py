@@ -17,6 +17,7 @@ from cases import full_batch, loss_fn, make_model
 from hybrid_predict_trainer import HybridTrainer, HybridTrainerConfig
 from hybrid_predict_trainer.config.presets import PRESETS
 from hybrid_predict_trainer.config.toml import with_values
+from hybrid_predict_trainer.cost import STEP_UNITS
 from hybrid_predict_trainer.cycle import predictor_choice
 from hybrid_predict_trainer.propose.sources.arms import BLOCK, CALLS, EARLY_WAIT, FIRST_SHARE, PLAIN, SHARE_BESIDE, Arms
 from hybrid_predict_trainer.propose.sources.base import Material
@@ -303,3 +304,36 @@ def test_new_batches_are_left_to_closed_form(ticks: None) -> None:
     trainer.fit(batches(), total_steps=150)
     assert trainer.statistics()["num_jumps_accepted"] > 0
     assert math.isfinite(loss_at(model, next(batches())))
+
+
+@pytest.mark.parametrize("name", ["portfolio", "gauss_newton", "dense", "wolfe"])
+@pytest.mark.parametrize("at_rest", [range(10), range(40, 60), range(50, 1000)], ids=["begins", "pauses", "ends"])
+def test_a_rate_of_zero_is_no_failure_of_a_source(name: str, at_rest: range, recwarn: pytest.WarningsRecorder) -> None:
+    model, batch = make_model("mlp").double(), batch64()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0 if step in at_rest else 1.0)
+    source = {"predictor.type": name}
+    if name in ("dense", "wolfe"):
+        source = {"predictor.type": "quasi_newton", "predictor.quasi_newton.form": name}
+    config = with_values(HybridTrainerConfig(), {"training.warmup_steps": 5, **source})
+    trainer = HybridTrainer(model, optimizer, config, loss_fn=loss_fn, lr_scheduler=schedule, residual_fn=residuals)
+    before = loss_at(model, batch)
+    for _ in range(200):
+        trainer.step(batch)
+    assert trainer.statistics()["num_predictor_failures"] == 0
+    assert [w for w in recwarn if "failed" in str(w.message)] == []
+    assert loss_at(model, batch) < 0.1 * before
+    if name == "portfolio":
+        assert portfolio_of(trainer).arms.left == ["gauss_newton", "wolfe", "dense"]
+
+
+@pytest.mark.parametrize("name", ["portfolio", "gauss_newton", "dense", "wolfe"])
+@pytest.mark.parametrize("steps", [40, 83, 150])
+def test_a_run_costs_what_was_planned(name: str, steps: int) -> None:
+    source: dict[str, Any] = {"predictor__type": name}
+    if name in ("dense", "wolfe"):
+        source = {"predictor__type": "quasi_newton", "predictor__quasi_newton__form": name}
+    trainer = built(make_model("mlp").double(), **source)
+    trainer.fit([batch64()], total_steps=steps)
+    beyond = trainer.run.meter.cost_units - steps * STEP_UNITS
+    assert beyond < (25 if name in ("dense", "wolfe") else 10), "a few steps of their own; a trial and the way back"

@@ -236,7 +236,7 @@ def test_the_command_writes_settings(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main([*told, "--toml", str(path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["regime"] == "deterministic"
-    assert load_config(path).predictor_type == "quasi_newton"
+    assert load_config(path).predictor_type == "portfolio"
     assert main(["probe"]) == 2
 
 

@@ -494,7 +494,7 @@ def test_missing_data_fall_back_or_say_so(tmp_path: Path, monkeypatch: pytest.Mo
         ({"arms": ("hybird",)}, "unknown arm 'hybird'; did you mean 'hybrid'"),
         ({"predictors": ("sekant",)}, "unknown predictor 'sekant'; did you mean 'secant'"),
         ({"set": ("training.ful_steps=3",)}, "unknown key 'training.ful_steps'"),
-        ({"options": {"preset": "0.3M"}}, "has no use for the setting 'preset'"),
+        ({"options": {"context": 8}}, "has no use for the setting 'context'"),
     ],
 )
 def test_wrong_names_are_said_in_one_line(tmp_path: Path, changes: dict[str, Any], words: str) -> None:

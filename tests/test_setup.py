@@ -18,7 +18,7 @@ def config(task: str, *sets: str, predictor: str | None = None):
 @pytest.mark.parametrize("task", ["regression", "pinn-poisson", "pinn-burgers", "oscillator"])
 def test_full_batch_tasks_propose_at_every_step(task: str) -> None:
     found, _ = config(task)
-    assert (found.predictor_type, found.predictor.window, found.correct_steps) == ("quasi_newton", 1, 0)
+    assert (found.predictor_type, found.predictor.window, found.correct_steps) == ("portfolio", 1, 0)
     assert found.gate.overhead_budget_exact == 1.0
 
 

@@ -50,7 +50,8 @@ HARM_SETTINGS = (
     "gpt-modern-b4-wsd", "gpt-bf16", "gpt-modern-muon", "gpt-schedule-free", "gpt-arithmetic",
     "gpt-arithmetic-short", "gpt-tied-arithmetic-short", "gpt-tied-b8-cosine", "gpt-modern-arithmetic",
     "gpt-finetune-b2", "gpt-finetune-b2-low-rate", "gpt-finetune-b2-high-rate", "gpt-finetune-b8", "gpt-lora",
-    "pinn-fixed", "pinn-resampled", "pinn-fresh",
+    "pinn-fixed", "pinn-fixed-residuals", "pinn-resampled-residuals", "regression-residuals",
+    "pinn-resampled", "pinn-fresh",
 )  # fmt: skip
 
 #: Small models of ``hpt bench overhead`` and ``hpt bench profile``.

@@ -39,12 +39,17 @@ def preview_proposal(run: State) -> Preview:
         return Preview(horizon)
     due = phases.current is Phase.FULL and phases.num_forced_full_steps == 0
     due = due and phases.num_real_steps_since_predict >= num_full_steps_due(run)
-    due = due and run.judge.ledger.wait_windows == 0 and predictor_ready(run) and affordable(run)
+    due = due and windows_to_wait(run) == 0 and predictor_ready(run) and affordable(run)
     promising = False
     if due:
         horizon, promising = _considered(run, horizon)
     # asked after the prediction: the predictor may have failed in it for the last time
     return Preview(horizon, ready=predictor_ready(run), promising=promising)
+
+
+def windows_to_wait(run: State) -> int:
+    """Before the next proposal; none where a run goes on for the way back to better weights only."""
+    return 0 if run.proposer.asked else run.judge.ledger.wait_windows
 
 
 def goes_on(run: State) -> bool:
@@ -74,7 +79,7 @@ def inputs(run: State, preview: Preview) -> Signals:
         horizon=preview.horizon,
         affordable=closed and affordable(run),
         promising=preview.promising,
-        num_windows_to_wait=run.judge.ledger.wait_windows,
+        num_windows_to_wait=windows_to_wait(run),
         switched_off=run.judge.ledger.switched_off or run.safety.guard.comparing,
         num_full_steps_due=num_full_steps_due(run),
         num_forced_full_steps=phases.num_forced_full_steps,
@@ -125,10 +130,11 @@ def _considered(run: State, horizon: int) -> tuple[int, bool]:
 
 def predictor_ready(run: State) -> bool:
     """Whether the predictor has something to say; one that raises has not."""
+    source = run.proposer.source
     try:
         return (
             run.windows.observing
-            and (run.windows.basis.ready or run.proposer.source is not None)
+            and (run.windows.basis.ready if source is None else any(run.watch.trained.movable))
             and ended_by(run) is None
             and run.proposer.predictor.ready
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..cost import FORWARD_UNITS
 from ..judge.candidates import judge
 from ..judge.probation import Probation
 from ..keep.failures import Place
@@ -79,9 +81,11 @@ def transact(run: State, batch: Any, decision: Decision, accept: Accept) -> tupl
 
 def _moved(run: State, batch: Any) -> tuple[PhasePrediction | None, list[Move], Verdict | None]:
     """Ask a source for a move and book what it took; a verdict means that it is refused already."""
+    planned = run.meter.planned_units
+    room = max(planned - run.meter.cost_units, 0.0) / FORWARD_UNITS if planned else math.inf
     material = Material(
         model=run.subject.model, parameters=run.subject.parameters, movable=list(run.watch.trained.movable),
-        batch=batch, exact=run.judged_exactly,
+        batch=batch, exact=run.judged_exactly, room=room,
     )  # fmt: skip
     return propose_move(run.proposer, material, run.meter)
 

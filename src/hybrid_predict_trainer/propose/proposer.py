@@ -82,6 +82,11 @@ class Proposer:
         self._longest_chain = num_proposals
 
     @property
+    def asked(self) -> bool:
+        """Whether the run goes on for what a source owes only: it does not wait for that, whatever was refused."""
+        return self.source is not None and self.source.asked
+
+    @property
     def goes_on(self) -> bool:
         """Whether a source may propose again right after a proposal of its own."""
         source = self.source

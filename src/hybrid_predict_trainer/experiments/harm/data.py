@@ -216,17 +216,27 @@ def _derivatives(net: nn.Module, x: Tensor, bounded: Callable[[Tensor, Tensor], 
     return u, du, ddu
 
 
-def poisson(net: nn.Module, x: Tensor) -> Tensor:
-    """Mean squared residual of u'' = f on (0, 1), u = 0 at both ends, f of two frequencies."""
+def poisson_residuals(net: nn.Module, x: Tensor) -> Tensor:
+    """Residuals (N, 1) of u'' = f on (0, 1), u = 0 at both ends, f of two frequencies."""
     _, _, ddu = _derivatives(net, x.detach(), lambda x, n: x * (1 - x) * n)
     f = -(math.pi**2) * (torch.sin(math.pi * x) + 3 * torch.sin(3 * math.pi * x))
-    return (ddu - f).square().mean()
+    return ddu - f
+
+
+def poisson(net: nn.Module, x: Tensor) -> Tensor:
+    """Their mean square."""
+    return poisson_residuals(net, x).square().mean()
+
+
+def oscillator_residuals(net: nn.Module, x: Tensor) -> Tensor:
+    """Residuals (N, 1) of u'' + 2 u' + 40 u = 0 on (0, 1), u(0) = 1, u'(0) = 0."""
+    u, du, ddu = _derivatives(net, x.detach(), lambda x, n: 1 + x * x * n)
+    return ddu + 2 * du + 40 * u
 
 
 def oscillator(net: nn.Module, x: Tensor) -> Tensor:
-    """Mean squared residual of u'' + 2 u' + 40 u = 0 on (0, 1), u(0) = 1, u'(0) = 0."""
-    u, du, ddu = _derivatives(net, x.detach(), lambda x, n: 1 + x * x * n)
-    return (ddu + 2 * du + 40 * u).square().mean() / 40
+    """A fortieth of their mean square."""
+    return oscillator_residuals(net, x).square().mean() / 40
 
 
 def points(batch: int, order: int, every: int) -> Iterator[Tensor]:

@@ -31,6 +31,7 @@ class Problem:
         loss: (model, batch) -> scalar with a graph.
         valid: batch of the validation loss.
         valid_loss: without label smoothing.
+        residuals: (model, batch) -> (R,), whose mean square is the loss; None: nobody has said.
     """
 
     source: str
@@ -38,6 +39,7 @@ class Problem:
     loss: Callable[[nn.Module, Any], Tensor]
     valid: Any
     valid_loss: Callable[[nn.Module, Any], Tensor]
+    residuals: Callable[[nn.Module, Any], Tensor] | None = None
 
     def validate(self, model: nn.Module) -> float:
         """The final validation loss; the model is left in training mode."""
@@ -71,7 +73,10 @@ def build_problem(setting: Setting) -> Problem:
             return torch.stack([train_loss(model, piece) for piece in group]).mean()
 
         return Problem(source=told, batches=grouped, loss=mean_loss, valid=valid, valid_loss=_loss)
-    return Problem(source=told, batches=batches, loss=train_loss, valid=valid, valid_loss=_loss)
+    residuals = _errors if setting.residuals else None
+    return Problem(
+        source=told, batches=batches, loss=train_loss, valid=valid, valid_loss=_loss, residuals=residuals
+    )  # fmt: skip
 
 
 def _loss(model: nn.Module, batch: Any, label_smoothing: float = 0.0) -> Tensor:
@@ -80,6 +85,12 @@ def _loss(model: nn.Module, batch: Any, label_smoothing: float = 0.0) -> Tensor:
     if y.is_floating_point():
         return functional.mse_loss(out, y)
     return functional.cross_entropy(out.flatten(0, -2), y.flatten(), label_smoothing=label_smoothing)
+
+
+def _errors(model: nn.Module, batch: Any) -> Tensor:
+    x, y = batch
+    errors: Tensor = model(x) - y
+    return errors.flatten()
 
 
 def _batches(setting: Setting) -> tuple[Callable[[int], Iterator[Any]], data.Samples, str]:
@@ -129,6 +140,14 @@ def _draws(setting: Setting) -> tuple[data.Draw, data.Draw, int, str]:
 
 def _equation(setting: Setting) -> Problem:
     residual = data.poisson if setting.source == "poisson" else data.oscillator
+
+    def residuals(net: nn.Module, x: Tensor) -> Tensor:
+        errors, scale = (
+            (data.poisson_residuals, 1.0) if setting.source == "poisson" else (data.oscillator_residuals, 40.0)
+        )
+        found: Tensor = errors(net, x) / scale**0.5
+        return found
+
     grid = torch.linspace(0, 1, NUM_GRID)[:, None]
     return Problem(
         source=f"equation: {setting.source}",
@@ -136,4 +155,5 @@ def _equation(setting: Setting) -> Problem:
         loss=residual,
         valid=grid,
         valid_loss=residual,
+        residuals=residuals if setting.residuals else None,
     )

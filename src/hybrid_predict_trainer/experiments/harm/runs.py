@@ -176,7 +176,10 @@ def build_trainer(setting: Setting, parts: Parts, changes: Mapping[str, Any]) ->
     """The default configuration; of its settings only the clipping, where the bare loop clips, and ``changes``."""
     config = HybridTrainerConfig(gradient_clip_norm=setting.clip) if setting.clip > 0 else HybridTrainerConfig()
     config = with_values(config, changes) if changes else config
-    return HybridTrainer(parts.model, parts.optimizer, config, loss_fn=parts.problem.loss, lr_scheduler=parts.schedule)
+    return HybridTrainer(
+        parts.model, parts.optimizer, config, loss_fn=parts.problem.loss, lr_scheduler=parts.schedule,
+        residual_fn=parts.problem.residuals,
+    )  # fmt: skip
 
 
 def _ours(setting: Setting, parts: Parts, seed: int, changes: Mapping[str, Any]) -> Result:

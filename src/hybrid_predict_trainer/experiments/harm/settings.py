@@ -48,6 +48,7 @@ class Setting:
         warmup: steps of linear warm-up.
         clip: largest global norm of the gradient; 0: no clipping.
         label_smoothing: of the training loss; validation is without.
+        residuals: the trainer is handed what the loss is the mean square of.
         accumulate: micro-batches whose mean loss is one step's, each of ``batch`` samples.
         steps: length.
         num_seeds: judged runs.
@@ -73,6 +74,7 @@ class Setting:
     warmup: int = 0
     clip: float = 0.0
     label_smoothing: float = 0.0
+    residuals: bool = False
     accumulate: int = 1
     num_seeds: int = NUM_SEEDS
     rate: Literal["usual", "low", "high"] = "usual"
@@ -204,9 +206,13 @@ _SEQUENCES = (
 
 _EQUATIONS = (
     _equation("pinn-fixed", about="the same points at every step"),
+    _equation("pinn-fixed-residuals", residuals=True, about="and residuals are handed in", quick_steps=300),
+    _equation("pinn-resampled-residuals", source="oscillator", samples=50, lr=4e-3, residuals=True,
+              about="new points every 50 steps"),
+    _regression("regression-residuals", 0.03, residuals=True, about="full batch, residuals are handed in"),
     _equation("pinn-resampled", source="oscillator", samples=50, lr=4e-3, about="new points every 50 steps"),
     _equation("pinn-fresh", samples=1, about="new points at every step", quick_steps=600),
-)
+)  # fmt: skip
 
 SETTINGS: dict[str, Setting] = {s.name: s for s in (*_IMAGES, *_TABLES, *_SEQUENCES, *_EQUATIONS)}
 

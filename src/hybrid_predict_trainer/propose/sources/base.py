@@ -25,6 +25,7 @@ class Material:
         movable: Which of them may be moved now.
         batch: That the proposal will be judged on.
         exact: Every batch is the same, and losses are exact.
+        room: Forwards that are left until the run's planned end; infinite where there is none.
     """
 
     model: nn.Module
@@ -32,6 +33,7 @@ class Material:
     movable: list[bool]
     batch: Any
     exact: bool
+    room: float = math.inf
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +96,11 @@ class Source:
     def on_asked(self) -> None:
         """A run that might have ended goes on for the proposal that it owes."""
         self._num_asked += 1
+
+    @property
+    def asked(self) -> bool:
+        """Whether the run goes on for the proposal that it owes only."""
+        return self._num_asked > 0
 
     @property
     def owes(self) -> bool:

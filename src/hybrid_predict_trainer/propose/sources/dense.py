@@ -114,9 +114,9 @@ class OwnSteps(Source):
                     parts = [torch.zeros_like(p) if g is None else g for p, g in zip(live, found, strict=True)]
                     return float(loss.detach()), joined(parts, x)
 
-                num_steps = self._walk(
-                    joined([p.detach() for p in live], _widest(live)), at, lambda: EVALUATION * passes
-                )
+                room = min(self.allowance, material.room)
+                begin = joined([p.detach() for p in live], _widest(live))
+                num_steps = self._walk(begin, at, lambda: room - EVALUATION * passes)
             assert self._x is not None, "walked"
             end = [t.clone() for t in split(self._x, live)]
         finally:
@@ -131,12 +131,14 @@ class OwnSteps(Source):
         return Move(prediction=prediction, delta=delta, num_forward=passes, num_backward=passes,
                     num_matrix_forwards=matrix)  # fmt: skip
 
-    def _walk(self, x: Tensor, at: Evaluate, spent: Callable[[], float]) -> int:
-        """Steps from x, or from where the last one ended where that is better; returns how many."""
+    def _walk(self, x: Tensor, at: Evaluate, room: Callable[[], float]) -> int:
+        """Steps from x, or from where the last one ended where that is better, for as long as there is room."""
         self._start(x, at)
         assert self._inverse is not None, "started"
+        assert self._x is not None, "started"
         inverse, fails, done = self._inverse, 0, 0
-        while done < NUM_STEPS and fails < 2 and (done < LEAST_STEPS or spent() < self.allowance):
+        least = LEAST_STEPS if torch.equal(self._x, x) else 0  # the way back is a proposal by itself
+        while done < NUM_STEPS and fails < 2 and (done < least or room() > 0):
             assert self._x is not None, "started"
             x, f, g, d = self._x, self._f, self._g, -inverse.Hg
             slope, t = float(g @ d), min(1.0, 1.0 / float(g.abs().sum())) if inverse.first else 1.0

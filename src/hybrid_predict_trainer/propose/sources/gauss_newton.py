@@ -228,7 +228,7 @@ class GaussNewton(Source):
                     spent.forward()
                     return self._at(material, graph=graph)
 
-                walk, first = self._walk(flat(live), at, spent)
+                walk, first = self._walk(flat(live), at, spent, min(self.allowance, material.room))
             end = [t.clone() for t in split(walk.x, live)]
         finally:
             weights.copy_(live, before)
@@ -258,7 +258,7 @@ class GaussNewton(Source):
         with torch.enable_grad():
             return self._problem.at(material.model, material.batch)
 
-    def _walk(self, x: Tensor, at: Callable[..., Point], spent: _Spent) -> tuple[_Walk, float]:
+    def _walk(self, x: Tensor, at: Callable[..., Point], spent: _Spent, room: float) -> tuple[_Walk, float]:
         """Moves from x, or from the best weights known where these are better; returns the loss at x as well."""
         if self.stream.fresh:
             return self._walk_on_new_batch(x, at, spent)
@@ -266,10 +266,11 @@ class GaussNewton(Source):
         if not math.isfinite(walk.point.loss):
             raise ArithmeticError("the loss of the residuals is not finite")
         errors: list[float] = []
+        leads_back = not torch.equal(walk.x, x)  # which is a proposal by itself
         for number in range(self.config.linearizations):
-            if number and spent.in_forwards >= self.allowance:
+            if (number or leads_back) and spent.in_forwards >= room:
                 break
-            if not self._step(walk, at, spent, errors, check=number == 0):
+            if not self._step(walk, at, spent, errors, room, check=number == 0):
                 break
         if errors:
             self.linearity = sum(errors) / len(errors)
@@ -295,7 +296,7 @@ class GaussNewton(Source):
         if not math.isfinite(point.loss):
             raise ArithmeticError("the loss of the residuals is not finite")
         walk, errors = _Walk(start, point), list[float]()
-        moved = self._step(walk, at, spent, errors, check=self.num_moves == 0)
+        moved = self._step(walk, at, spent, errors, math.inf, check=self.num_moves == 0)
         if errors:
             self.linearity = sum(errors) / len(errors)
         if moved and not fell_back:
@@ -320,7 +321,9 @@ class GaussNewton(Source):
             self._best_loss, self._best_is_stale = math.inf, False
         return _Walk(x, point), point.loss
 
-    def _step(self, walk: _Walk, at: Callable[..., Point], spent: _Spent, errors: list[float], *, check: bool) -> bool:
+    def _step(
+        self, walk: _Walk, at: Callable[..., Point], spent: _Spent, errors: list[float], room: float, *, check: bool
+    ) -> bool:
         """Linearise, and move as far as the linear model holds; False where no damping lowers the loss."""
         assert self._linearizer is not None
         A = self._linearizer.jacobian(walk.point.outputs, walk.point.cotangents, check=check)
@@ -328,7 +331,7 @@ class GaussNewton(Source):
         found, believed = None, self.damping
         for _ in range(MAX_TRIES if model.scale > 0 else 0):
             found = self._tried(walk, model, at, errors)
-            if found is not None or self.damping >= MOST:
+            if found is not None or self.damping >= MOST or spent.in_forwards >= room:
                 break
         if found is not None and self.searches and (self._searching or self.num_moves % SEARCH_EVERY == 0):
             self._searching = True
