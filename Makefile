@@ -46,11 +46,14 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-# Beyond what `make test` installs: TRL, Weights & Biases, trackio (400 MB more).
+# Beyond what `make test` installs: TRL, Weights & Biases, trackio (400 MB more).  trackio takes no pillow beyond 12, and
+# matplotlib here takes any.
 frameworks:
 	$(PYTHON) -m venv $(VENV)-frameworks
 	$(VENV)-frameworks/bin/python -m pip install --quiet --constraint constraints.txt "torch==2.13.0"
-	$(VENV)-frameworks/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[frameworks]"
+	grep -v '^pillow==' constraints.txt > $(VENV)-frameworks/constraints.txt
+	$(VENV)-frameworks/bin/python -m pip install --quiet --constraint $(VENV)-frameworks/constraints.txt \
+		--editable ".[frameworks]"
 	$(VENV)-frameworks/bin/python -m pytest tests/test_adapter*.py tests/test_trackers.py
 
 # The oldest versions that pyproject.toml allows, in an environment of its own.

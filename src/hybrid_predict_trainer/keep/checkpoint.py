@@ -60,6 +60,7 @@ from .manifest import (
 )
 from .manifest import verify as verify
 from .merged import merged
+from .narrowed import narrowed
 from .spread import tensors_of
 from .state_tree import Json, decode, encode, read_tensors, write_tensors
 from .state_tree import TensorSpec as TensorSpec
@@ -97,6 +98,12 @@ class Draft:
     keep_last_n: int | None = None
 
 
+def _compact(part: str, state: StateDict) -> tuple[Json, dict[str, Tensor]]:
+    tree, tensors = merged(*encode(state))
+    # states of an optimizer are left as they are: others may want to read them
+    return (tree, tensors) if part == "optimizer" else narrowed(tree, tensors)
+
+
 def draft(
     step: int,
     parts: Mapping[str, StateDict],
@@ -130,7 +137,7 @@ def draft(
         raise ValueError(f"keep_last_n must be at least 1 or None, got {keep_last_n}")
     # the part ``model`` is a plain file of weights for others to read: every name is in it
     encoded = (
-        {part: encode(state) if part == "model" else merged(*encode(state)) for part, state in parts.items()}
+        {part: encode(state) if part == "model" else _compact(part, state) for part, state in parts.items()}
         if trees is None
         else dict(trees)
     )

@@ -19,7 +19,7 @@ from pathlib import Path
 from ..records import CheckpointError, DamagedCheckpointError
 from .state_tree import Json, TensorSpec
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 #: The oldest format that is still read; what it lacks is filled in from the live run (``migration``).
 OLDEST_VERSION = 2
 #: No build will ever get there.

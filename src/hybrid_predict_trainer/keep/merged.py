@@ -53,15 +53,29 @@ def merged(tree: Tree, tensors: Mapping[str, Tensor]) -> tuple[Tree, dict[str, T
     return (_renamed(tree, instead) if instead else tree), kept
 
 
-def check_growth(tree: Tree, tensors: Mapping[str, Tensor]) -> None:
+def grows_too_much(tree: Tree, tensors: Mapping[str, Tensor], num_stored: int) -> bool:
+    """Whether equal tensors come to over ``MAX_GROWTH`` times the bytes of the file.
+
+    Raises:
+        KeyError: the tree names a tensor that is not there.
+    """
+    wanted = sum(tensors[leaf["$equal"][0]].nbytes for leaf in _leaves(tree, "$equal"))
+    return wanted > MAX_GROWTH * num_stored
+
+
+def check_growth(tree: Tree, tensors: Mapping[str, Tensor], num_stored: int) -> None:
     """Refuse a tree that asks for far more memory than its file holds.
+
+    Args:
+        tree: Of a state.
+        tensors: By name, as they come back.
+        num_stored: Bytes of them in the file.
 
     Raises:
         ValueError: it does.
         KeyError: it names a tensor that is not there.
     """
-    wanted = sum(tensors[leaf["$equal"][0]].nbytes for leaf in _leaves(tree, "$equal"))
-    if wanted > MAX_GROWTH * sum(tensor.nbytes for tensor in tensors.values()):
+    if grows_too_much(tree, tensors, num_stored):
         raise ValueError(f"malformed state tree: equal tensors of over {MAX_GROWTH} times what is stored")
 
 

@@ -7,6 +7,7 @@ object with one key that starts with ``$``::
     {"$tensor": "layer.weight"}           a tensor, by its name in the safetensors file
     {"$complex": "layer.phase"}           the same, stored as pairs of reals
     {"$equal": ["stored", "own"]}         a tensor of its own with the contents of one that is stored (``merged``)
+    {"$narrow": [tree, {name: shape}]}    at the root alone: float64 tensors in fewer bytes (``narrowed``)
     {"$strided": [tensor, [1, 4]]}        a dense tensor whose memory is in another order, by its strides
     {"$array": [tensor, "<f4", [2, 3]]}   a numpy array: its bytes, its dtype and its shape
     {"$tuple": [...]}                     a tuple; likewise $set, $frozenset
@@ -40,6 +41,7 @@ from torch import Tensor
 
 from ..records import CheckpointError
 from .merged import check_growth
+from .narrowed import widened
 from .plain_values import NUMPY_KINDS, TYPES, decode_value, encode_value, numpy_dtype
 
 #: What ``json.dumps(..., allow_nan=False)`` takes.
@@ -102,7 +104,9 @@ def decode(tree: Json, tensors: Mapping[str, Tensor]) -> Any:
     """
     used: dict[str, Tensor] = {}
     try:
-        check_growth(tree, tensors)
+        num_stored = sum(tensor.nbytes for tensor in tensors.values())
+        tree, tensors = widened(tree, tensors)
+        check_growth(tree, tensors, num_stored)
         state = _decode(tree, tensors, used, 0)
     except (TypeError, LookupError, OverflowError, RuntimeError, struct.error) as error:
         raise ValueError(f"malformed state tree: {error}") from error
