@@ -1,7 +1,8 @@
 """Which trial of a search trains next, and how far: freeze and thaw (Swersky, Snoek & Adams, arXiv 1406.3896).
 
 Every trial trains to its first look.  Then whichever is expected to end best goes on to its next one, and trials that
-cannot win stop, until one is complete that no other can beat.  A trial that waits costs nothing.
+cannot win stop, until one is complete that no other can beat.  A trial that waits costs nothing.  Who goes on is a
+matter of `joint`, which knows most of how ends differ; a trial stops where neither it nor `ends` says that it can win.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from .curves import LOOKS, TrialCurve
 from .decide import bar_of, cannot_win, most_promising
 from .ends import End, Model, ends_of
+from .joint import ends_jointly
 
 #: A trial that is expected to end above this share of all waits for a new one.
 NEW_SHARE = 0.25
@@ -79,8 +81,9 @@ def stopped(curves: Sequence[TrialCurve], ends: Sequence[End], alive: Sequence[b
 
 
 def next_slice(
-    curves: Sequence[TrialCurve], alive: Sequence[bool], rules: Rules, busy: Sequence[int] = ()
-) -> tuple[Slice | None, list[int], list[End]]:
+    curves: Sequence[TrialCurve], alive: Sequence[bool], rules: Rules, busy: Sequence[int] = (),
+    new: Sequence[int] = (),
+) -> tuple[Slice | None, list[int], list[End]]:  # fmt: skip
     """What to train next.
 
     Args:
@@ -88,16 +91,20 @@ def next_slice(
         alive: Whether each may still go on; complete ones may not.
         rules: Of the search.
         busy: Indices of those that another worker trains now.
+        new: Indices of those that nobody has begun: they go by their forecasts, others without a report go first.
 
     Returns:
         The slice (None: nothing is left to do, or all that is left is busy), the trials to stop, and all ends.
     """
-    ends = ends_of(curves, model=rules.model, rate_names=rules.rate_names)
+    ends = ends_jointly(curves, rate_names=rules.rate_names)
     stop = stopped(curves, ends, alive, rules)
+    if stop:
+        alone = ends_of(curves, model=rules.model, rate_names=rules.rate_names, asked=stop)
+        stop = sorted({*stop} & {*stopped(curves, alone, alive, rules)})
     going = [i for i, a in enumerate(alive) if a and i not in stop and i not in busy and not curves[i].complete]
     if not going:
         return None, stop, ends
-    chosen = most_promising(curves, ends, going, rules.quantile)
+    chosen = most_promising(curves, ends, going, rules.quantile, new)
     return Slice(chosen, next_stop(curves[chosen])), stop, ends
 
 

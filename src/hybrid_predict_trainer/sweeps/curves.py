@@ -157,6 +157,21 @@ class TrialCurve:
             found[len(self.looks) - 1] = Stand(float(self.values[-1]), 0.0, 0.0, 0.0, 0.0)
         return found
 
+    @functools.cached_property
+    def levels(self) -> tuple[tuple[float, float, float, float], ...]:
+        """What its reports say of each look after the warm-up, the end left out.
+
+        Logarithm of the share of the run, rate over the largest to the law's power, level, the level's scatter.
+        """
+        found = []
+        for look in self.looks[:-1]:
+            step = look * self.total_steps
+            if look <= self.share + LATE and step >= self.first:
+                level = self.level(step)
+                if level is not None:
+                    found.append((math.log(look), self.power_at(step), level, self.scatter(step)))
+        return tuple(found)
+
     def power_at(self, step: float) -> float:
         """Rate over the largest to the power whose drop lowers the loss; after the last step that of the last."""
         at = min(max(math.ceil(step), 1), self.total_steps) - 1
@@ -194,6 +209,18 @@ class TrialCurve:
                 return None
         return self._line(step, start, upto)[1]
 
+    def scatter(self, step: float) -> float:
+        """Standard deviation of a level at a step, from how the reports around it scatter; 0 where fewer than three."""
+        upto = int(np.searchsorted(self.steps, step + 1e-9, side="right"))
+        start, since = self._rows(SLOPE_SINCE * step, step)[0], self._rows(LEVEL_SINCE * step, step)[0]
+        return self._scatter(start, upto) / math.sqrt(max(upto - since, 1)) if upto - start >= 3 else 0.0
+
+    def _scatter(self, start: int, upto: int) -> float:
+        """Standard deviation of single reports, see :meth:`_noise`; at least two of them."""
+        order = min(3, max(upto - start - 2, 1))
+        rest = np.diff(self.values[start:upto], order)
+        return math.sqrt(float(rest @ rest) / len(rest) / math.comb(2 * order, order))
+
     def _noise(self, step: float) -> tuple[float, float, float]:
         """Standard deviations of single reports, of the level and of the slope that are read off at a step.
 
@@ -202,9 +229,7 @@ class TrialCurve:
         """
         start, upto = self._rows(SLOPE_SINCE * step, step)
         start = min(start, upto - 2)
-        order = min(3, max(upto - start - 2, 1))
-        rest = np.diff(self.values[start:upto], order)
-        each = math.sqrt(float(rest @ rest) / len(rest) / math.comb(2 * order, order))
+        each = self._scatter(start, upto)
         first, _ = self._rows(LEVEL_SINCE * step, step)
         near, x = self._log_progress[first:upto], self._log_progress[start:upto]
         if len(near) < 2:

@@ -68,7 +68,9 @@ def cannot_win(curve: TrialCurve, end: End, bar: Bar, error: float, min_gain: fl
     return optimistic(end, error if bar.exact else error / 2) > bar.value - min_gain
 
 
-def most_promising(curves: Sequence[TrialCurve], ends: Sequence[End], going: Sequence[int], quantile: float) -> int:
+def most_promising(
+    curves: Sequence[TrialCurve], ends: Sequence[End], going: Sequence[int], quantile: float, new: Sequence[int] = ()
+) -> int:
     """Index of the trial to go on with: those of which nothing is known first, then the best optimistic end.
 
     Args:
@@ -76,10 +78,11 @@ def most_promising(curves: Sequence[TrialCurve], ends: Sequence[End], going: Seq
         ends: Of its trials.
         going: Indices of those that may go on, at least one.
         quantile: Of the end that counts; 0.5 is what is expected.
+        new: Indices of those that nobody has begun; they do not go first.
     """
 
     def rank(i: int) -> tuple[float, float, int]:
-        if ends[i].look == 0.0:
+        if ends[i].look == 0.0 and i not in new:
             return -math.inf, curves[i].share, i
         return optimistic(ends[i], quantile), curves[i].share, i
 

@@ -232,6 +232,23 @@ def _covariance(a: Points, b: Points, near: Nearness, model: Model, *, own: bool
 
 
 @dataclass(frozen=True, slots=True)
+class Apart:
+    """Squared distances of all pairs of trials, (n, n) each.
+
+    Attributes:
+        others: in all parameters but rate and schedule, at most 1 for each of them.
+        rate: in the peak rate's logarithm, at most 1.
+        schedule: between the courses of the rate.
+        length: in the number of steps.
+    """
+
+    others: Array
+    rate: Array
+    schedule: Array
+    length: Array
+
+
+@dataclass(frozen=True, slots=True)
 class Nearness:
     """Of all pairs of trials.
 
@@ -246,22 +263,24 @@ class Nearness:
     @staticmethod
     def of(curves: Sequence[TrialCurve], rate_names: Sequence[str] = ()) -> Nearness:
         """From parameters and schedules."""
+        parts = Nearness.parts(curves, rate_names)
+        distance2 = parts.others + parts.rate + parts.schedule
+        return Nearness(distance2 + parts.length, (parts.others == 0).astype(np.float64))
+
+    @staticmethod
+    def parts(curves: Sequence[TrialCurve], rate_names: Sequence[str] = ()) -> Apart:
+        """What the distance consists of."""
         count = len(curves)
-        distance2, group = np.zeros((count, count)), np.ones((count, count))
-        for name in sorted({name for curve in curves for name in curve.params}):
-            column = _column([curve.params.get(name) for curve in curves])
-            if name in rate_names:
-                continue  # rate and schedule are compared as they are, below
-            distance2 += column
-            group *= column == 0
+        others = np.zeros((count, count))
+        for name in sorted({name for curve in curves for name in curve.params} - set(rate_names)):
+            # rate and schedule are compared as they are, below
+            others += _column([curve.params.get(name) for curve in curves])
         peaks = np.log([curve.peak for curve in curves])
-        distance2 += _spread(peaks)
         at = np.linspace(0, 1, 65)[1:]
         shapes = np.array([np.interp(at * c.total_steps, np.arange(1, c.total_steps + 1), c.factor) for c in curves])
         apart = np.abs(shapes[:, None] - shapes[None]).mean(-1) if count else np.zeros((0, 0))
-        distance2 += (2 * apart) ** 2
         lengths = np.log([float(curve.total_steps) for curve in curves])
-        return Nearness(distance2 + _spread(lengths), group)
+        return Apart(others, _spread(peaks), (2 * apart) ** 2, _spread(lengths))
 
     def parameters(self, length: float) -> Array:
         """Squared exponential of the distance, (n, n)."""

@@ -25,7 +25,8 @@ from ..forecast.schedules import planned_rates
 from ..records import ConfigError
 from .curves import LOOKS, Array, Scale, TrialCurve
 from .decide import bar_of, cannot_win
-from .ends import End, Model, ends_of, nearest
+from .ends import End, nearest
+from .joint import Surface, ends_jointly
 from .looks import spent_at_a_look
 
 try:
@@ -58,8 +59,8 @@ RATE_NAMES = ("lr", "learning_rate", "max_lr", "peak_lr", "schedule", "lr_schedu
 class HybridPruner(BasePruner):  # type: ignore[misc]
     """Prunes a trial when its forecast says with stated confidence that it will not end below the best one.
 
-    The final value is foretold from the trial's own curve, its remaining learning rates, and what the other trials did
-    after the same share of their runs (``sweeps.ends``).  A trial is judged at the first report after 6, 9, 13, 19, 27,
+    The final value is foretold from the trial's own curve and learning rates, and from what the other trials did, the
+    more the nearer their parameters are (``sweeps.joint``).  A trial is judged at the first report after 6, 9, 13, 19, 27,
     38, 53 and 73 % of its run, and the confidence holds for all of these looks together (``sweeps.looks``).  Before two
     reports after its warm-up nothing is decided, and the best trial so far is never pruned.
 
@@ -77,7 +78,7 @@ class HybridPruner(BasePruner):  # type: ignore[misc]
         min_gain: float = 0.0,
         rate_names: Sequence[str] = RATE_NAMES,
         count_running: bool = False,
-        model: Model = Model(),  # noqa: B008
+        surface: Surface = Surface(),  # noqa: B008
     ) -> None:
         """Args: schedule: of all trials, or trial -> its own; None: each trial's user attribute ``schedule``.
 
@@ -87,7 +88,7 @@ class HybridPruner(BasePruner):  # type: ignore[misc]
             the value's units.
         rate_names: parameters about learning rate and schedule; trials that share all others share what they do.
         count_running: a running trial's forecast is a bar, too.  Off by default: one that was killed never ends.
-        model: of the forecast's errors.
+        surface: of the forecast.
 
         Raises:
             ConfigError: a value is out of range, or scipy is missing.
@@ -96,7 +97,7 @@ class HybridPruner(BasePruner):  # type: ignore[misc]
         if not (math.isfinite(min_gain) and min_gain >= 0):
             raise ConfigError(f"min_gain must be at least 0, not {min_gain}")
         self._schedule, self._total_steps = schedule, total_steps
-        self._min_gain, self._rate_names, self._model = min_gain, tuple(rate_names), model
+        self._min_gain, self._rate_names, self._surface = min_gain, tuple(rate_names), surface
         self._count_running = count_running
         self._rates: dict[tuple[str, int], Array | None] = {}
         self._finished: dict[tuple[str, int], tuple[Scale, TrialCurve | None]] = {}
@@ -140,8 +141,7 @@ class HybridPruner(BasePruner):  # type: ignore[misc]
             return False
         kept = nearest(curves, 0, MOST_KNOWN, self._rate_names)
         near = [curves[i] for i in kept]
-        asked = None if self._count_running else [0]
-        found = ends_of(near, model=self._model, rate_names=self._rate_names, asked=asked)
+        found = ends_jointly(near, surface=self._surface, rate_names=self._rate_names)
         ends = dict(zip(kept, found, strict=True))
         for i, curve in enumerate(curves):
             if i not in ends and curve.complete:

@@ -19,7 +19,7 @@ import numpy as np
 from ...sweeps.allocate import Rules, first_look, next_slice
 from ...sweeps.curves import LATE, LOOKS, TrialCurve
 from ...sweeps.decide import bar_of, cannot_win
-from ...sweeps.ends import ends_of
+from ...sweeps.joint import ends_jointly, spread_first
 from ...sweeps.looks import spent_at_a_look
 from .grids import Trial
 
@@ -28,6 +28,8 @@ REGRET = 0.002
 RATE_NAMES = ("lr", "schedule")
 KEPT = 0.75
 QUARTER = 0.25
+#: Trials of a search that are begun before any is preferred.
+FIRST = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +133,7 @@ def one_by_one(trials: Sequence[Trial], *, confidence: float = 0.95, min_gain: f
             if max(now.stands, default=-1) != k:
                 continue
             curves = [now, *seen]
-            ends = ends_of(curves, rate_names=RATE_NAMES, asked=[0])
+            ends = ends_jointly(curves, rate_names=RATE_NAMES)
             bar = bar_of(curves, ends, error, [False, *[c.complete for c in seen]])
             if cannot_win(now, ends[0], bar, error, math.log1p(min_gain)):
                 rows = row
@@ -141,21 +143,41 @@ def one_by_one(trials: Sequence[Trial], *, confidence: float = 0.95, min_gain: f
     return book.outcome()
 
 
-def freeze_thaw(trials: Sequence[Trial], *, confidence: float = 0.95, min_gain: float = REGRET) -> Outcome:
-    """What ``hpt sweep`` does: the most promising trial goes on to its next look."""
+def freeze_thaw(
+    trials: Sequence[Trial], *, share: float = 1.0, first: int = FIRST, confidence: float = 0.95,
+    min_gain: float = REGRET,
+) -> Outcome:  # fmt: skip
+    """What ``hpt sweep`` does: the most promising trial goes on to its next look.
+
+    Args:
+        trials: Of the problem; the search may begin any of them at any time.
+        share: Of the compute of all, after which it ends.
+        first: Trials that are begun before any is preferred, as different from one another as can be.
+        confidence, min_gain: Of stopping.
+    """
     book = Book(trials)
     rules = Rules(error=spent_at_a_look(confidence), min_gain=math.log1p(min_gain), rate_names=RATE_NAMES)
     curves = [curve_of(i, trial, 0) for i, trial in enumerate(trials)]
-    alive = [True] * len(trials)
-    for i, trial in enumerate(trials):  # all to their first look: nothing can be said before
-        _read(book, curves, alive, i, trial, LOOKS[first_look(curves[i])] * trial.steps)
-    while True:
-        step, stop, _ = next_slice(curves, alive, rules)
+    alive, new = [True] * len(trials), set(range(len(trials)))
+
+    def go_on(i: int, until: float) -> None:
+        new.discard(i)
+        _read(book, curves, alive, i, trials[i], until)
+
+    for i in spread_first(curves, first, RATE_NAMES):
+        go_on(i, LOOKS[first_look(curves[i])] * trials[i].steps)
+    total = sum(trial.cost for trial in trials)
+    while book.spent < share * total:
+        step, stop, _ = next_slice(curves, alive, rules, new=sorted(new))
         for i in stop:
             alive[i] = False
         if step is None:
-            return book.outcome()
-        _read(book, curves, alive, step.index, trials[step.index], step.until)
+            break
+        done = min(step.until / trials[step.index].steps, 1.0) - curves[step.index].share
+        if book.spent + done * trials[step.index].cost > share * total + 1e-9:
+            break
+        go_on(step.index, step.until)
+    return book.outcome()
 
 
 def lowest_first(trials: Sequence[Trial]) -> Outcome:
