@@ -144,6 +144,29 @@ def test_the_budget_holds_and_a_larger_one_goes_on(tmp_path: Path) -> None:
     assert Worker(plan, setup, plans.Allowance(budget=0.05), tmp_path / "out").turn() is Turn.DONE
 
 
+@pytest.mark.parametrize(("workers", "budget"), [(1, 1.05), (2, 1.3)])
+def test_a_budget_of_a_run_completes_one_whoever_takes_turns(tmp_path: Path, workers: int, budget: float) -> None:
+    plan = plan_of(tmp_path, plain=True)
+    setup = plans.checked(plan)
+    plans.agreed(tmp_path / "out", plan)
+    joined = [Worker(plan, setup, plans.Allowance(budget=budget), tmp_path / "out") for _ in range(workers)]
+    for k in range(60):
+        if joined[k % workers].turn() is Turn.DONE:
+            break
+    assert any(t.state.name == "COMPLETE" for t in joined[0].standing())
+
+
+def test_while_another_worker_has_the_one_trial_that_can_end_nobody_spends_its_rest(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, plain=True)
+    plans.agreed(tmp_path / "out", plan)
+    worker = Worker(plan, plans.checked(plan), plans.Allowance(budget=1.0), tmp_path / "out")
+    assert worker.turn() is Turn.WORKED
+    with runs.claimed(tmp_path / "out", "00000"):
+        assert worker.turn() is Turn.WAITING
+    assert len(worker.standing()) == 1
+    assert worker.turn() is Turn.WORKED
+
+
 @pytest.mark.filterwarnings("ignore:Adam leaves")
 def test_a_trial_that_diverges_fails_and_the_search_goes_on(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, "lr = [1e30, 0.01]\n", plain=True, sampler="random", seed=9)

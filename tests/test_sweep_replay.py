@@ -113,11 +113,12 @@ def test_verdicts_compare_with_pruners_that_find_the_best_as_often() -> None:
     def row(compute: float, met: float) -> dict[str, float]:
         return {"compute": compute, "regret_met": met, "winner_stopped": 1 - met}
 
-    rows = {"all": row(1.0, 1.0), "freeze and thaw": row(0.2, 0.96), "MedianPruner": row(0.1, 0.5),
+    rows = {"all": row(1.0, 1.0), program.QUARTER: row(0.2, 0.96), "freeze and thaw": row(0.7, 0.96),
+            "HybridPruner": row(0.7, 0.97), "MedianPruner": row(0.1, 0.5),
             "Hyperband": row(0.4, 0.97), "random, a quarter": row(0.25, 1.0)}  # fmt: skip
     found = program.verdicts(rows)
     assert found["best_other"] == "Hyperband"
     assert found["times_less"] == pytest.approx(2.0)
     assert all(found["verdicts"].values())
-    rows["freeze and thaw"] = row(0.3, 0.9)
+    rows[program.QUARTER], rows["freeze and thaw"] = row(0.3, 0.9), row(0.7, 0.9)
     assert list(program.verdicts(rows)["verdicts"].values()) == [False, False, False, False]

@@ -82,7 +82,7 @@ def stopped(curves: Sequence[TrialCurve], ends: Sequence[End], alive: Sequence[b
 
 def next_slice(
     curves: Sequence[TrialCurve], alive: Sequence[bool], rules: Rules, busy: Sequence[int] = (),
-    new: Sequence[int] = (),
+    new: Sequence[int] = (), only: Sequence[int] = (),
 ) -> tuple[Slice | None, list[int], list[End]]:  # fmt: skip
     """What to train next.
 
@@ -92,6 +92,7 @@ def next_slice(
         rules: Of the search.
         busy: Indices of those that another worker trains now.
         new: Indices of those that nobody has begun: they go by their forecasts, others without a report go first.
+        only: Indices of those that may go on, busy ones among them; empty: all that are not busy.
 
     Returns:
         The slice (None: nothing is left to do, or all that is left is busy), the trials to stop, and all ends.
@@ -101,11 +102,39 @@ def next_slice(
     if stop:
         alone = ends_of(curves, model=rules.model, rate_names=rules.rate_names, asked=stop)
         stop = sorted({*stop} & {*stopped(curves, alone, alive, rules)})
-    going = [i for i, a in enumerate(alive) if a and i not in stop and i not in busy and not curves[i].complete]
+    left = only if only else [i for i in range(len(curves)) if i not in busy]
+    going = [i for i in left if alive[i] and i not in stop and not curves[i].complete]
     if not going:
         return None, stop, ends
     chosen = most_promising(curves, ends, going, rules.quantile, new)
     return Slice(chosen, next_stop(curves[chosen])), stop, ends
+
+
+def kept_for(curves: Sequence[TrialCurve], alive: Sequence[bool], left: float, steps: int) -> list[int]:
+    """Indices of the trials that the rest of a budget is kept for, so that one of them comes to its end.
+
+    A budget that is spent on many beginnings ends without any result.  As long as no trial is complete, what the
+    cheapest end costs is therefore kept back, beside one slice of every trial that another worker may be training and
+    the first slice of a new one.
+
+    Args:
+        curves: Of the search.
+        alive: Whether each may still go on.
+        left: Of the budget, in runs of ``steps``.
+        steps: Of a run.
+
+    Returns:
+        Those that the rest can complete; nothing where there is enough, where there is a complete trial, or where the
+        rest completes none.
+    """
+    going = [curve for curve, a in zip(curves, alive, strict=True) if a]
+    if not going or any(curve.complete for curve in curves):
+        return []
+    rest = {i: (c.total_steps - c.last_step) / steps for i, c in enumerate(curves) if alive[i]}
+    fit = [i for i, cost in rest.items() if cost <= left + 1e-9]
+    slices = sum((next_stop(c) - c.last_step) / steps for c in going)
+    first = max(LOOKS[first_look(c)] * c.total_steps / steps for c in going)
+    return fit if fit and left < min(rest[i] for i in fit) + slices + first else []
 
 
 def wants_new(ends: Sequence[End], chosen: int | None) -> bool:

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .curves import Array, TrialCurve
 from .ends import End, Nearness
@@ -116,7 +117,7 @@ def spread_first(curves: Sequence[TrialCurve], count: int, rate_names: Sequence[
 class _Points:
     """(n,) trial, log(share of its run), rate over the peak to the law's power, value and its scatter."""
 
-    trial: Array
+    trial: NDArray[np.intp]
     time: Array
     power: Array
     value: Array
@@ -155,7 +156,11 @@ def _alike(curves: Sequence[TrialCurve], rate_names: Sequence[str], surface: Sur
     """Correlation of trials by parameters, peak rate and schedule, (n, n)."""
     parts = Nearness.parts(curves, rate_names)
     found: Array = np.exp(
-        -(surface.rate * parts.rate + surface.others * (parts.others + parts.length) + surface.schedule * parts.schedule)
+        -(
+            surface.rate * parts.rate
+            + surface.others * (parts.others + parts.length)
+            + surface.schedule * parts.schedule
+        )
     )
     return found
 
@@ -171,9 +176,7 @@ def _from_length(
     scale2 = 0.0
     for _ in range(2):  # the scatter is known in units of the values, the process up to its scale
         matrix = plain.copy()
-        matrix[np.diag_indices_from(matrix)] += surface.noise**2 + (
-            points.scatter**2 / scale2 if scale2 > 0 else 0.0
-        )
+        matrix[np.diag_indices_from(matrix)] += surface.noise**2 + (points.scatter**2 / scale2 if scale2 > 0 else 0.0)
         factor = np.linalg.cholesky(matrix)
         white = np.linalg.solve(factor, rest)
         scale2 = (float(white @ white) + least) / (len(rest) + surface.doubt)

@@ -60,9 +60,9 @@ class HybridPruner(BasePruner):  # type: ignore[misc]
     """Prunes a trial when its forecast says with stated confidence that it will not end below the best one.
 
     The final value is foretold from the trial's own curve and learning rates, and from what the other trials did, the
-    more the nearer their parameters are (``sweeps.joint``).  A trial is judged at the first report after 6, 9, 13, 19, 27,
-    38, 53 and 73 % of its run, and the confidence holds for all of these looks together (``sweeps.looks``).  Before two
-    reports after its warm-up nothing is decided, and the best trial so far is never pruned.
+    more the nearer their parameters are (``sweeps.joint``).  A trial is judged at the first report after 6, 9, 13, 19,
+    27, 38, 53 and 73 % of its run, and the confidence holds for all of these looks together (``sweeps.looks``).  Before
+    two reports after its warm-up nothing is decided, and the best trial so far is never pruned.
 
     Example::
 

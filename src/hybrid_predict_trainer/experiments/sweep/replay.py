@@ -153,7 +153,8 @@ def freeze_thaw(
         trials: Of the problem; the search may begin any of them at any time.
         share: Of the compute of all, after which it ends.
         first: Trials that are begun before any is preferred, as different from one another as can be.
-        confidence, min_gain: Of stopping.
+        confidence: Of stopping.
+        min_gain: Of stopping.
     """
     book = Book(trials)
     rules = Rules(error=spent_at_a_look(confidence), min_gain=math.log1p(min_gain), rate_names=RATE_NAMES)
@@ -240,7 +241,7 @@ def summary(outcomes: Sequence[Outcome]) -> dict[str, float]:
         "regret_met": float(np.mean([o.regret <= REGRET for o in outcomes])),
         "regret_95": float(np.quantile([min(o.regret, 10.0) for o in outcomes], 0.95)),
         "winner_stopped": float(np.mean([o.winner_stopped for o in outcomes])),
-        "found_after": float(np.mean([o.found_after for o in outcomes])),
+        "found_after": float(np.median([o.found_after for o in outcomes])),
         "found_after_95": float(np.quantile([o.found_after for o in outcomes], 0.95)),
         "quarter": float(np.median([min(o.quarter, 10.0) for o in outcomes])),
     }  # fmt: skip

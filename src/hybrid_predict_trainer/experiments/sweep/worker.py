@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ...records import ConfigError
-from ...sweeps.allocate import Rules, next_slice, next_stop, wants_new
+from ...sweeps.allocate import Rules, kept_for, next_slice, next_stop, wants_new
 from ...sweeps.curves import Array, Scale, TrialCurve
 from ...sweeps.ends import End
 from ...sweeps.looks import optimistic, pessimistic, spent_at_a_look
@@ -188,16 +188,26 @@ class Worker:
             if self.spent(found) >= self._allowance.budget:
                 return Turn.DONE
             ready, curves, alive, busy = self._ready(found)
-            chosen = None
+            kept = self._kept(found, curves, [a and i not in busy for i, a in enumerate(alive)])
             while True:
-                chosen, stop, ends = next_slice(curves, alive, self._rules, busy)
+                chosen, stop, ends = next_slice(curves, alive, self._rules, busy, only=kept)
                 for i in stop:
                     self._stop(found[ready[i]])
                     alive[i] = False
-                if self._may_begin(found) and (
-                    self._begun(found) < self._plan.first or wants_new(ends, None if chosen is None else chosen.index)
+                if kept and chosen is not None and chosen.index in busy:
+                    return Turn.WAITING  # the rest of the budget is for the one that another worker has
+                if (
+                    not kept
+                    and self._may_begin(found)
+                    and (
+                        self._begun(found) < self._plan.first
+                        or wants_new(ends, None if chosen is None else chosen.index)
+                    )
                 ):
                     return self._begin()
+                if chosen is None and kept:
+                    kept = []  # none of them can win: the rest is for whoever can
+                    continue
                 if chosen is None:
                     return Turn.WAITING if busy else Turn.DONE
                 number = found[ready[chosen.index]].number
@@ -239,7 +249,8 @@ class Worker:
         with ExitStack() as stack:
             with runs.claimed(self._out, "ask", wait=True):
                 found = self.standing()
-                if not self._may_begin(found):
+                _, curves, alive, _ = self._ready(found)
+                if not self._may_begin(found) or self._kept(found, curves, alive):
                     return Turn.WORKED  # another one was quicker
                 self.study.sampler = sampler_of(self._plan, len(found), self._url is not None)
                 trial = self.study.ask(fixed_distributions=dict(self._plan.space))
@@ -316,6 +327,10 @@ class Worker:
     def spent(self, found: Sequence[Any]) -> float:
         """Compute of trials, in runs of the plan's length."""
         return sum((t.last_step or 0) for t in found) / self._setup.steps
+
+    def _kept(self, found: Sequence[Any], curves: Sequence[TrialCurve], alive: Sequence[bool]) -> list[int]:
+        """Indices of the trials that the rest of the budget is kept for."""
+        return kept_for(curves, alive, self._allowance.budget - self.spent(found), self.steps)
 
     def _bury(self, found: Sequence[Any]) -> None:
         """End trials whose worker was killed before it could introduce them."""
