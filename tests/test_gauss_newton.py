@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import re
 import warnings
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from cases import WIDTH, full_batch, loss_fn, make_batches, make_model, plain_lo
 from hybrid_predict_trainer import HybridTrainer, HybridTrainerConfig, attach
 from hybrid_predict_trainer.config.toml import with_values
 from hybrid_predict_trainer.propose.sources.least_squares import Convex, LeastSquares, ResidualError
+from hybrid_predict_trainer.propose.sources.portfolio import Portfolio
 from hybrid_predict_trainer.records import ConfigError, Phase
 
 Batch = tuple[Tensor, Tensor]
@@ -372,3 +374,31 @@ def test_chains_are_bounded() -> None:
     phases = [trainer.step(batch).phase for _ in range(40)]
     runs = [len(list(group)) for phase, group in itertools.groupby(phases) if phase is Phase.PREDICT]
     assert max(runs) == 3
+
+
+@pytest.mark.parametrize("name", ["gauss_newton", "portfolio"])
+def test_residuals_that_differentiate_inside_are_never_read_at_other_weights(name: str) -> None:
+    """Their graph is always there, and that of a trial that was given up is none of the present weights."""
+
+    def burgers(model: nn.Module, points: Tensor) -> Tensor:
+        x = points.clone().requires_grad_(True)
+        u = model(x)
+        slopes = torch.autograd.grad(u.sum(), x, create_graph=True)[0]
+        curvature = torch.autograd.grad(slopes[:, 0].sum(), x, create_graph=True)[0][:, 0]
+        inside = slopes[:, 1] + u[:, 0] * slopes[:, 0] - 0.03 * curvature
+        start = torch.stack([torch.linspace(-1, 1, 20, dtype=x.dtype), torch.zeros(20, dtype=x.dtype)], dim=1)
+        return torch.cat([inside, (model(start) + torch.sin(math.pi * start[:, :1]))[:, 0]])
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 12), nn.Tanh(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 1)).double()
+    points = torch.rand(80, 2, dtype=torch.float64) * torch.tensor([2.0, 1.0]) - torch.tensor([1.0, 0.0])
+    trainer = HybridTrainer(
+        model, torch.optim.Adam(model.parameters(), lr=1e-2), HybridTrainerConfig(predictor_type=name),
+        loss_fn=lambda m, b: burgers(m, b).square().mean(), residual_fn=burgers,
+    )  # fmt: skip
+    trainer.fit(itertools.repeat(points), total_steps=200)
+    assert trainer.statistics()["num_predictor_failures"] == 0
+    source = trainer.run.proposer.source
+    if isinstance(source, Portfolio):
+        assert "gauss_newton" in source.arms.left
+    assert burgers(model, points).square().mean().item() < 1e-3

@@ -396,7 +396,7 @@ class GaussNewton(Source):
         with_correction = self.config.second_order
         point = at(bent, graph=not with_correction)
         errors_here = math.nan
-        best, x = point, bent
+        best, newest, x = point, point, bent
         if with_correction and math.isfinite(point.loss):
             moved = point.outputs.detach().to(change.dtype) - before.outputs.detach().to(change.dtype)
             missing = before.folded(moved) - change
@@ -404,14 +404,14 @@ class GaussNewton(Source):
             correction = model.move(missing, damping, self.config.filter)
             if float(correction.norm()) <= MAX_BEND / 2 * float(d.norm()):
                 bent = walk.x + d + correction
-                corrected = at(bent, graph=True)
-                if corrected.loss < point.loss:
-                    best, x = corrected, bent
+                newest = at(bent, graph=True)
+                if newest.loss < point.loss:
+                    best, x = newest, bent
         gain = before.loss - best.loss
         if not gain > 0:
             self.damping = min(self.damping * RAISE, MOST)
             return None
-        if not best.outputs.requires_grad:
+        if best is not newest or not best.outputs.requires_grad:  # a graph is of the weights that were evaluated last
             best = at(x, graph=True)
         errors.append(errors_here)
         walk.predicted += max(expected, 0.0)
