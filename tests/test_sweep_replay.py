@@ -122,3 +122,11 @@ def test_verdicts_compare_with_pruners_that_find_the_best_as_often() -> None:
     assert all(found["verdicts"].values())
     rows[program.QUARTER], rows["freeze and thaw"] = row(0.3, 0.9), row(0.7, 0.9)
     assert list(program.verdicts(rows)["verdicts"].values()) == [False, False, False, False]
+
+
+def test_what_forecasts_of_a_known_error_would_find() -> None:
+    trials = [trial(k) for k in range(8)]
+    share = trials[0].cost / sum(t.cost for t in trials)
+    assert replay.foretold(trials, 0.2, 0.0, 0) == pytest.approx(0.2 + 0.8 * share)
+    found = [replay.foretold(trials, 0.2, 5.0, seed) for seed in range(20)]
+    assert min(found) < 0.5 < max(found) <= 1.0

@@ -201,6 +201,25 @@ def lowest_first(trials: Sequence[Trial]) -> Outcome:
     return book.outcome()
 
 
+def foretold(trials: Sequence[Trial], at: float, error: float, seed: int) -> float:
+    """Share of the compute after which the best is complete, with forecasts that are this good.
+
+    All trials train until a share of their runs; then they are completed in the order of forecasts that are their ends
+    with normal errors.
+
+    Args:
+        trials: Of the problem.
+        at: Share of a run.
+        error: Standard deviation of the forecasts, of the loss's logarithm.
+        seed: Of the errors.
+    """
+    ends = np.log([min(trial.final, 1e30) for trial in trials])
+    order = np.argsort(ends + error * np.random.default_rng(seed).standard_normal(len(ends)))
+    total, best = sum(trial.cost for trial in trials), math.log1p(REGRET) + float(ends.min())
+    upto = next(k for k, i in enumerate(order) if ends[i] <= best) + 1
+    return at + (1 - at) * sum(trials[i].cost for i in order[:upto]) / total
+
+
 def _read(book: Book, curves: list[TrialCurve], alive: list[bool], i: int, trial: Trial, until: float) -> None:
     rows = min(int(np.searchsorted(trial.at, until - 1e-6)) + 1, len(trial.at))
     book.read(i, rows)
