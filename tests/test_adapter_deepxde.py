@@ -13,7 +13,7 @@ import pytest
 import torch
 
 os.environ.setdefault("DDE_BACKEND", "pytorch")
-dde = pytest.importorskip("deepxde", reason="extra deepxde")
+dde = pytest.importorskip("deepxde", reason="pip install deepxde")
 EXAMPLE = Path(__file__).parents[1] / "examples" / "pinn_deepxde.py"
 
 
