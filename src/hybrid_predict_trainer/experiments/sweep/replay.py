@@ -217,7 +217,8 @@ def foretold(trials: Sequence[Trial], at: float, error: float, seed: int) -> flo
     order = np.argsort(ends + error * np.random.default_rng(seed).standard_normal(len(ends)))
     total, best = sum(trial.cost for trial in trials), math.log1p(REGRET) + float(ends.min())
     upto = next(k for k, i in enumerate(order) if ends[i] <= best) + 1
-    return at + (1 - at) * sum(trials[i].cost for i in order[:upto]) / total
+    share = sum(trials[i].cost for i in order[:upto]) / total
+    return float(at + (1 - at) * share)
 
 
 def _read(book: Book, curves: list[TrialCurve], alive: list[bool], i: int, trial: Trial, until: float) -> None:
