@@ -114,7 +114,10 @@ def test_a_validation_loss_that_is_not_finite_is_a_divergence(
             r"unknown preset 'smal': .*did you mean 'small'\?",
         ),
         (["train", *PINN, "--predictor", "sekant"], r"unknown predictor 'sekant'; did you mean 'secant'\?"),
-        (["train", *PINN, "--optimizer", "lbfgs"], r"unknown optimizer 'lbfgs'.* \(valid: adamw, adamw8bit, adam, sgd, muon\)"),
+        (
+            ["train", *PINN, "--optimizer", "lbfgs"],
+            r"unknown optimizer 'lbfgs'.* \(valid: adamw, adamw8bit, adam, sgd, muon\)",
+        ),
         (["train", *PINN, "--schedule", "step"], r"unknown schedule 'step'"),
         (["train", *PINN, "--device", "warp"], r"unknown device 'warp'"),
         (["train", *PINN, "--device", "cuda:77"], r"device 'cuda:77' is not available"),

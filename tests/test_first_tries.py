@@ -64,7 +64,7 @@ def test_the_trainer_says_what_it_is() -> None:
 
 def test_presets_have_a_form_in_python() -> None:
     assert HybridTrainerConfig.preset("full_batch") == preset_config("full_batch")
-    assert HybridTrainerConfig.preset("full_batch").predictor_type == "quasi_newton"
+    assert HybridTrainerConfig.preset("full_batch").predictor_type == "portfolio"
     with pytest.raises(ConfigError, match="did you mean 'full_batch'"):
         HybridTrainerConfig.preset("fullbatch")
     with pytest.raises(ConfigError, match="unknown preset"):

@@ -65,10 +65,10 @@ def test_residuals_of_the_tasks_have_their_loss(name: str) -> None:
 
 def test_the_clock_prints_a_line_per_method(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [
-        {"task": "t", "dtype": "float64", "method": m, "seed": s, "cpu_s": 1.0, "loss": loss, "error": 0.1}
+        {"task": "t", "dtype": "float64", "preset": "", "method": m, "seed": s, "cpu_s": 1.0, "loss": loss, "error": 0.1}
         for m, loss in (("slow", 1.0), ("good", 1e-3)) for s in (0, 1)
     ]  # fmt: skip
     lines = clock.format_table(rows).splitlines()
-    assert [line.split()[2] for line in lines] == ["good", "slow"]
+    assert [line.split()[3] for line in lines] == ["good", "slow"]
     assert clock.main(["--tasks", "regression", "--dtypes", "float64", "--methods", "adam", "--seconds", "0.05"]) == 0
     assert "adam" in capsys.readouterr().out
