@@ -65,7 +65,8 @@ def test_residuals_of_the_tasks_have_their_loss(name: str) -> None:
 
 def test_the_clock_prints_a_line_per_method(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [
-        {"task": "t", "dtype": "float64", "preset": "", "method": m, "seed": s, "cpu_s": 1.0, "loss": loss, "error": 0.1}
+        {"task": "t", "dtype": "float64", "preset": "", "method": m, "seed": s, "cpu_s": 1.0, "loss": loss,
+         "error": 0.1}
         for m, loss in (("slow", 1.0), ("good", 1e-3)) for s in (0, 1)
     ]  # fmt: skip
     lines = clock.format_table(rows).splitlines()
