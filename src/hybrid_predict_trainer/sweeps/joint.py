@@ -36,7 +36,8 @@ WIDE, WIDE_LENGTH = 5.0, 3.0
 class Surface:
     """Standard deviations, in units of the differences between trials, and lengths of the process.
 
-    Chosen on the recorded grid ``gpt-source`` by how soon searches find its best; the other grids are their test.
+    Chosen on the recorded grid ``gpt-source`` by how soon searches find its best.  Between the last variants of the
+    process all four recorded grids decided, on other random problems (LOG.md): none of them is a clean judge.
 
     Attributes:
         rate, others, schedule: inverse squared lengths, of distances that are 1 across the whole range.
