@@ -337,3 +337,25 @@ def test_a_run_costs_what_was_planned(name: str, steps: int) -> None:
     trainer.fit([batch64()], total_steps=steps)
     beyond = trainer.run.meter.cost_units - steps * STEP_UNITS
     assert beyond < (25 if name in ("dense", "wolfe") else 10), "a few steps of their own; a trial and the way back"
+
+
+@pytest.mark.parametrize("name", ["portfolio", "gauss_newton"])
+def test_a_plan_that_is_over_binds_no_proposal(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, batch = built(make_model("mlp").double(), predictor__type=name), batch64()
+    trainer.fit([batch], total_steps=20)
+    rooms: list[float] = []
+    source = trainer.run.proposer.source
+    assert source is not None
+    propose = source.propose
+
+    def seen(material: Material) -> Any:
+        rooms.append(material.room)
+        return propose(material)
+
+    monkeypatch.setattr(source, "propose", seen)
+    for _ in range(20):
+        trainer.step(batch)
+    assert rooms
+    assert set(rooms) == {math.inf}
+    trainer.fit([batch], total_steps=trainer.run.position + 20)
+    assert rooms[-1] < math.inf

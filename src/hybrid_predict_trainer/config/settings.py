@@ -554,7 +554,7 @@ class HybridTrainerConfig:
 AUTO, NOISY, EXACT = "auto", "secant", "quasi_newton"
 #: Sources of proposals that look at residuals, by the names that settings may give them.
 CLOSED_FORM = "gauss_newton"
-#: A choice between sources by what they bring per second; it takes closed form where residuals are handed in.
+#: A choice between sources by what they bring per second; without residuals it is ``EXACT``.
 PORTFOLIO = "portfolio"
 #: For exact losses.
 FOR_EXACT = (EXACT, PORTFOLIO)

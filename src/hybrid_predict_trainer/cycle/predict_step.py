@@ -81,7 +81,7 @@ def transact(run: State, batch: Any, decision: Decision, accept: Accept) -> tupl
 
 def _moved(run: State, batch: Any) -> tuple[PhasePrediction | None, list[Move], Verdict | None]:
     """Ask a source for a move and book what it took; a verdict means that it is refused already."""
-    planned = run.meter.planned_units
+    planned = run.meter.planned_units if run.schedule.end is not None else 0.0  # what is over binds nobody
     room = max(planned - run.meter.cost_units, 0.0) / FORWARD_UNITS if planned else math.inf
     material = Material(
         model=run.subject.model, parameters=run.subject.parameters, movable=list(run.watch.trained.movable),

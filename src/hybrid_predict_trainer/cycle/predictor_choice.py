@@ -5,7 +5,7 @@ goes over to the settings of the preset ``full_batch``, as far as the user left 
 batches come for good it goes back.  A run whose losses are noisy all along is bit for bit one with ``secant``.
 
 For exact losses that is the portfolio where the run has ``residual_fn`` or ``output_fn``, and quasi-Newton elsewhere:
-without closed form the portfolio's own steps are no better than those (LOG.md).
+without closed form the portfolio's own steps end above it (LOG.md).
 """
 
 from __future__ import annotations

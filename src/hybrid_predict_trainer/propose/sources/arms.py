@@ -32,8 +32,8 @@ from ...records import StateDict
 
 #: Real steps of the base optimizer, as an arm.
 PLAIN = "plain"
-#: Length of a block, as a share of the time that the run has taken; of an arm's first one.
-BLOCK, FIRST_BLOCK = 0.05, 0.25
+#: Length of a block, as a share of the time that the run has taken; that of a first trial is as long as it may cost.
+BLOCK = 0.05
 #: Time that passes before a trial that was lost is repeated, in lengths of the trial; longest multiple of it.
 WAIT, MOST_LOST = 10.0, 4.0
 #: The same where the leader has become slower than the arm was.
