@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from hybrid_predict_trainer.config.settings import HybridTrainerConfig
 from hybrid_predict_trainer.experiments.baselines import baseline_of, run_baseline
-from hybrid_predict_trainer.experiments.baselines.roles import by_role, muon_flops, mup
+from hybrid_predict_trainer.experiments.baselines.roles import by_role, found_recipe, muon_flops, mup
 from hybrid_predict_trainer.experiments.run_arm import Arm, Experiment
-from hybrid_predict_trainer.move.recipe import PRIOR, for_run
+from hybrid_predict_trainer.move.recipe import PRIOR, Recipe, for_run
 from hybrid_predict_trainer.tasks import TaskSettings, make_task
 from hybrid_predict_trainer.tasks.base import count_parameters
 from hybrid_predict_trainer.tasks.language.modern import PRESETS, ModernGpt
@@ -129,6 +129,21 @@ def test_mup_speeds_up_what_does_not_grow_with_the_width() -> None:
     assert found["lm_head.weight"] == found["blocks.0.attention.q_proj.weight"] == 1.0
     with pytest.raises(ValueError, match="embedding"):
         mup(nn.Linear(2, 2), setup.recipe, SMALL, values)
+
+
+def test_a_recipe_found_by_a_short_run_is_taken_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def counted(setup: Experiment, lr: float, steps: int, seed: int) -> Recipe:
+        asked.append((steps, seed))
+        return replace(found_recipe(setup, lr, steps, seed), multiplier=2.0)
+
+    monkeypatch.setattr("hybrid_predict_trainer.experiments.baselines.roles.found_recipe", counted)
+    found = run_baseline(experiment(), Arm(name="taken-home-3", kind="peer", lr=1e-3), seed=3)
+    assert asked == [(2, 2003)]
+    by_hand = run_baseline(experiment(), Arm(name="four-rates", kind="peer", lr=2e-3), seed=3)
+    assert found.final_val_loss == by_hand.final_val_loss
+    assert baseline_of("taken-home-10").grid(experiment().recipe) == (3e-3,)
 
 
 @pytest.mark.parametrize("name", ["two-rates", "four-rates", "mup", "muon", "normuon", "soap"])

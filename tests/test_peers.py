@@ -131,7 +131,7 @@ def test_a_peer_says_what_it_is_and_has_as_many_rates_as_the_recipe(name: str) -
     assert "\n" not in peer.about
     for grid in ((), (0.1,), (0.1, 0.2, 0.4, 0.8)):
         rates = peer.grid(replace(Points.defaults, lr_grid=grid))
-        assert len(rates) == max(len(grid), 1)
+        assert len(rates) == (1 if name.startswith("taken-home") else max(len(grid), 1))
         assert list(rates) == sorted(set(rates))
         assert min(rates) > 0
 

@@ -69,6 +69,13 @@ def test_lengths_in_epochs_are_whole_passes() -> None:
     assert regimes.num_steps(lm, None, quick=True) == regimes.LENGTHS["lm"].quick
 
 
+@pytest.mark.parametrize(
+    ("chosen", "wanted"), [(3.0, (1.0, 3.0)), (1.0, (0.3, 1.0, 3.0)), (0.3, (0.3, 1.0))]
+)  # fmt: skip
+def test_other_lengths_choose_among_the_rate_and_its_neighbours(chosen: float, wanted: tuple[float, ...]) -> None:
+    assert regime_runs.neighbours((3.0, 0.3, 1.0), chosen) == wanted
+
+
 def test_a_quick_grid_is_the_middle_of_the_full_one() -> None:
     assert regimes.trimmed((1e-3, 1e-2, 3e-3, 3e-2, 1e-1), 3e-3, 3) == (1e-3, 1e-2, 3e-3)
     assert regimes.trimmed((1.0,), 7.0, 3) == (1.0,)
@@ -428,6 +435,22 @@ def test_tuned_arms_have_sweeps_of_one_size_and_plain_budgets_share_one(tmp_path
     chosen = {"plain": 1.0, "hybrid": 2.0, "snoo": 3.0, "soap": 4.0, "lbfgs-20": 5.0}
     rates = {arm.name: arm.lr for arm, _, _ in arms_of(p, chosen)}
     assert rates == {**chosen, "jump-of-zero": 2.0, "plain@0.5": 1.0, "plain@2": 1.0}
+
+
+def test_other_lengths_have_trials_of_their_own_where_that_is_asked_for(tmp_path: Path) -> None:
+    request = asked(tmp_path, arms=("hybrid",), tune_budgets=True, lr_grid=(0.01, 0.02, 0.04, 0.08))
+    p = prepare(request, case_of("tuned"))
+    sweep = regime_runs.Bench(request, [p], lambda line: None).sweep(p)
+    chosen = sweep["chosen"]
+    assert set(chosen) == {"plain", "hybrid", "plain@0.5", "plain@2"}
+    for name in ("plain@0.5", "plain@2"):
+        trials = sweep["trials"][name]
+        assert {t["lr"] for t in trials} == set(regime_runs.neighbours((0.01, 0.02, 0.04, 0.08), chosen["plain"]))
+        cost = {t["cost_units"] for t in trials}
+        assert cost == {float(name.partition("@")[2]) * t["cost_units"] for t in sweep["trials"]["plain"]}
+    rates = {arm.name: arm.lr for arm, _, _ in arms_of(p, {**chosen, "plain@2": 0.5})}
+    assert rates["plain@2"] == 0.5
+    assert not prepare(request, case_of("slow")).tune_budgets, "a rate that is fixed is fixed at every length"
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,8 @@ def run_regimes(args: argparse.Namespace) -> Shown:
     request = Request(
         regime=args.regime, out=args.out, quick=args.quick, seeds=args.seeds, first_seed=args.seed,
         sweep_seeds=args.sweep_seeds, jobs=args.jobs, fresh=args.fresh, cases=tuple(args.case), arms=args.arms,
-        predictors=args.predictors, steps=args.steps, budgets=args.budgets, lr_grid=args.lr_grid, set=tuple(args.set),
+        predictors=args.predictors, steps=args.steps, budgets=args.budgets, lr_grid=args.lr_grid,
+        tune_budgets=args.tune_budgets, set=tuple(args.set),
         options={name: v for name in TASK_OPTIONS if (v := getattr(args, name)) is not None},
     )  # fmt: skip
     with as_input_error():
@@ -72,11 +73,8 @@ def run_regimes(args: argparse.Namespace) -> Shown:
 
 def run_rollouts(args: argparse.Namespace) -> Shown:
     """Jumps in policy optimization: a task of its own, which has no loss to compare by."""
-    unused = [
-        f"--{name.replace('_', '-')}"
-        for name in ("sweep_seeds", "jobs", "case", "predictors", "budgets", "lr_grid", "set", *TASK_OPTIONS)
-        if getattr(args, name)
-    ]
+    names_of = ("sweep_seeds", "jobs", "case", "predictors", "budgets", "lr_grid", "tune_budgets", "set", *TASK_OPTIONS)
+    unused = [f"--{name.replace('_', '-')}" for name in names_of if getattr(args, name)]
     if unused:
         raise InputError(f"{unused[0]} does not apply to --regime rl, whose task, rate and lengths are given")
     request = rollouts.RolloutRequest(

@@ -241,6 +241,9 @@ def _add_regimes(benchmarks: Benchmarks) -> None:
     parser.add_argument(
         "--lr-grid", type=numbers(positive), default=(), metavar="R,R", help="rates of the sweeps (default the case's)"
     )
+    parser.add_argument(
+        "--tune-budgets", action="store_true", help="runs of other lengths choose a rate of their own, out of three"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the hybrid's settings")
     parser.add_argument(
         "--jobs", type=number(int, 1, 256), metavar="N", help="processes of a sweep (default 1; quick: 2)"

@@ -16,8 +16,18 @@ from torch.optim import AdamW, Optimizer
 from ...move.recipe import Recipe
 from ...tasks import TaskDefaults, TaskSettings, build_optimizer
 from ...tasks.recipes import decay_groups
-from ..arms.drive import Hooks
-from .base import BaselineRun, Values
+from ...trainer import HybridTrainer
+from ..arms.drive import (
+    ArmRun,
+    Experiment,
+    Hooks,
+    recipe_for,
+    recipe_optimizer,
+    recipe_schedule,
+    seeded_model,
+    steps_of,
+)
+from .base import BaselineJob, BaselineRun, Values, in_loop
 from .flops import forward_flops
 from .optimizers import library
 
@@ -53,6 +63,53 @@ def by_role(model: nn.Module, recipe: TaskDefaults, factors: Mapping[str, float]
 def role_rates(model: nn.Module, recipe: TaskDefaults, settings: TaskSettings, values: Values) -> Optimizer:
     """Rates per role as the peer's values name them."""
     return by_role(model, recipe, values, fused=settings.fused)
+
+
+#: Added to a run's seed where its recipe is looked for: another model and another order of the data.
+FINDING_SEED_OFFSET = 2000
+
+
+def found_recipe(setup: Experiment, lr: float, steps: int, seed: int) -> Recipe:
+    """What the trainer's own recipe is after a run of ``steps`` steps at the settings' defaults.
+
+    Args:
+        setup: Task, recipe and trainer settings.
+        lr: Rate of the run, which the recipe's factors are multiples of.
+        steps: Its length.
+        seed: Of its model and data.
+    """
+    model = seeded_model(setup, seed)
+    recipe = recipe_for(setup, lr=lr, steps=steps)
+    optimizer = recipe_optimizer(model, recipe, setup.settings)
+    trainer = HybridTrainer(
+        model, optimizer, replace(setup.config, seed=setup.config.seed + seed), loss_fn=setup.task.loss_fn,
+        lr_scheduler=recipe_schedule(optimizer, recipe),
+    )  # fmt: skip
+    trainer.keep_no_checkpoints()
+    trainer.fit(setup.task.batches(seed), total_steps=steps)
+    return trainer.recipe()
+
+
+def taken_home(order: BaselineJob) -> ArmRun:
+    """The plain loop with the recipe that a run of ours has found, which was so many times shorter.
+
+    The rate is the task's default, tuned by nobody, times the multiplier that was found.  The run that found it is a
+    run of its own and is not charged.
+    """
+    setup, times = order.setup, order.values["times_longer"]
+    short = max(round(steps_of(setup, order.arm.budget) / times), 1)
+    found = found_recipe(setup, order.arm.lr, short, order.seed + FINDING_SEED_OFFSET)
+
+    def optimizer(model: nn.Module, recipe: TaskDefaults, settings: TaskSettings, values: Values) -> Optimizer:
+        own = replace(recipe, lr=recipe.lr * found.multiplier)
+        return by_role(model, own, found.rates, fused=settings.fused)
+
+    return in_loop(optimizer=optimizer)(order)
+
+
+def default_rate(recipe: TaskDefaults) -> tuple[float, ...]:
+    """The task's own rate and no other."""
+    return (recipe.lr,)
 
 
 def mup(model: nn.Module, recipe: TaskDefaults, settings: TaskSettings, values: Values) -> Optimizer:

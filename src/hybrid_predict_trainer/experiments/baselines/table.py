@@ -17,9 +17,21 @@ from .optimizers import (
     soap_optimizer,
 )
 from .outer import ema_nesterov, snoo
-from .roles import muon, mup, newton_schulz, normuon, role_rates
+from .roles import default_rate, muon, mup, newton_schulz, normuon, role_rates, taken_home
 from .warmup import block_warmup, long_warmup
 from .wnn import wnn_plus
+
+
+def _taken_home(times: int) -> Baseline:
+    return Baseline(
+        about=f"a plain loop with the recipe of a run of ours of 1/{times} of the length, at the task's default rate",
+        source="-",
+        family="schedule",
+        weights_only=False,
+        values={"times_longer": times},
+        grid=default_rate,
+        train=taken_home,
+    )
 
 
 def _lbfgs(history: int) -> Baseline:
@@ -153,6 +165,8 @@ BASELINES: dict[str, Baseline] = {
         grid=recipe_grid,
         train=in_loop(optimizer=role_rates),
     ),
+    "taken-home-3": _taken_home(3),
+    "taken-home-10": _taken_home(10),
     "mup": Baseline(
         about="the plain recipe, embedding and vectors faster by the width over a base width of 32",
         source="arXiv 2203.03466",

@@ -30,6 +30,8 @@ class Request:
         cases, arms, predictors: names to restrict to (arms) or to add (predictors; ``("all",)`` for all).
         options: fields of ``setup.Options`` that override those of every case (device, preset, ...).
         jobs: worker processes of a sweep; 1: none.
+        tune_budgets: runs of other budgets than 1 that S is read off choose their own rate, among that of budget 1
+            and its neighbours in the grid.
     """
 
     regime: str
@@ -46,6 +48,7 @@ class Request:
     steps: int | None = None
     budgets: tuple[float, ...] = ()
     lr_grid: tuple[float, ...] = ()
+    tune_budgets: bool = False
     set: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -80,6 +83,12 @@ class PreparedCase:
     sweep_seeds: tuple[int, ...]
     contestants: list[UntunedArm]
     notes: list[str]
+    tune_budgets: bool = False
+
+    @property
+    def curves(self) -> list[UntunedArm]:
+        """Arms that are run at all budgets: plain, and the bases that are there."""
+        return [self.contestant("plain"), *(c for c in self.contestants if c.name in self.case.bases)]
 
     def contestant(self, name: str) -> UntunedArm:
         """By name."""
@@ -115,6 +124,7 @@ def prepare(request: Request, case: regimes.Case) -> PreparedCase:
     return PreparedCase(
         case=case, setup=setup, threads=threads, budgets=tuple(sorted({1.0, *budgets})),
         sweep_seeds=sweep_seeds_of(request, case), contestants=contestants, notes=[*notes, *why_not],
+        tune_budgets=request.tune_budgets and case.rate is None,
     )  # fmt: skip
 
 
@@ -229,11 +239,10 @@ def arms_of(p: PreparedCase, chosen: Mapping[str, float]) -> list[tuple[Arm, Unt
             if c.kind == "jump-of-zero":
                 lr = chosen.get("hybrid", rate)
             found.append((Arm(name=c.name, kind=c.kind, lr=lr), c, c.kind))
-    curves = [plain, *(c for c in p.contestants if c.name in p.case.bases)]
-    for c, budget in itertools.product(curves, p.budgets):
+    for c, budget in itertools.product(p.curves, p.budgets):
         if budget != 1.0:
-            lr = rate if c is plain else chosen.get(c.name, rate)
-            found.append((Arm(name=f"{c.name}@{budget:g}", kind=c.kind, lr=lr, budget=budget), c, c.kind))
+            name, own = f"{c.name}@{budget:g}", rate if c is plain else chosen.get(c.name, rate)
+            found.append((Arm(name=name, kind=c.kind, lr=chosen.get(name, own), budget=budget), c, c.kind))
     for budget in tuned_budgets(p):
         arm = Arm(name=f"tuned@{budget:g}", kind="plain", lr=chosen["plain"], budget=budget)
         found.append((arm, plain, "tuned"))

@@ -264,6 +264,21 @@ _LM_LOWLR = tuple(
     for rate in LOW_RATES
 )
 
+#: From how far off the tuned rate ours still ends where it ends from the tuned one.
+_OFF_RATES = (1 / 3, 3.0)
+
+
+def _modern_off(rate: float) -> Case:
+    """Today's model from a rate that is a multiple of plain training's tuned one."""
+    case = _modern("lm-1000", 4)
+    return replace(
+        case, name=f"{case.name}-x{rate:.3g}", rate=rate, peers=("four-rates",), quick_peers=(), bases=(),
+        budgets=(1.0, 2.0), quick_budgets=(1.0, 2.0),
+    )  # fmt: skip
+
+
+_LM_LOWLR = (*_LM_LOWLR, *(_modern_off(rate) for rate in _OFF_RATES))
+
 _MUON_OPTIONS: dict[str, Any] = {"preset": "0.3M", "optimizer": "muon"}
 
 _LM_MUON = tuple(
@@ -277,6 +292,19 @@ _LM_MUON = tuple(
     for data in ("tinystories", None)
     for schedule in ("wsd", "linear")
 )
+
+
+def _modern_muon(turn: int) -> Case:
+    """Today's model with Muon for its matrices, in all arms."""
+    case = _modern("lm-1000", turn)
+    options = {"optimizer": "muon"}
+    return replace(
+        case, options={**case.options, **options}, fallback={**(case.fallback or {}), **options}, peers=(),
+        quick_peers=(), bases=(),
+    )  # fmt: skip
+
+
+_LM_MUON = (*_LM_MUON, *(_modern_muon(turn) for turn in range(3, 6)))
 
 # ---- for the tests --------------------------------------------------------------------------------------
 

@@ -57,6 +57,13 @@ def train(setup: Experiment, arm: Arm, seed: int) -> TimedRun:
     return TimedRun(run=run, time_share=share)
 
 
+def neighbours(grid: Sequence[float], chosen: float) -> tuple[float, ...]:
+    """A rate of a grid and the ones beside it, in the grid's order."""
+    rates = sorted(grid)
+    at = rates.index(chosen)
+    return tuple(rates[max(at - 1, 0) : at + 2])
+
+
 def failed(setup: Experiment, arm: Arm, seed: int, error: str) -> ArmRun:
     """A run that ended in an exception: nothing is known but that."""
     return ArmRun(
@@ -98,6 +105,9 @@ class Bench:
         left, runs = {}, 0
         for p in prepared:
             num_trials = sum(len(c.grid) for c in p.contestants) * len(p.sweep_seeds)
+            if p.tune_budgets:
+                others = [b for b in p.budgets if b != 1.0]
+                num_trials += len(p.sweep_seeds) * sum(min(len(c.grid), 3) for c in p.curves) * len(others)
             at_one = [c for c in p.contestants if c.kind != "plain" and c.name not in p.case.bases]
             num_curves = 1 + sum(c.name in p.case.bases for c in p.contestants)
             budgets = [*(1.0 for _ in at_one), *num_curves * p.budgets, *tuned_budgets(p)]
@@ -141,10 +151,29 @@ class Bench:
 
     def sweep(self, p: PreparedCase) -> dict[str, Any]:
         """A trial per rate and sweep seed of every arm that has a grid; which rate each arm is to take."""
+        trials = self._trials(p, [(c.name, c, c.grid, 1.0) for c in p.contestants])
+        chosen = {name: best_rate(found, p.setup.recipe.lr) for name, found in trials.items()}
+        grids = {c.name: c.grid for c in p.contestants if len(c.grid) > 1}
+        at_edge = sorted(n for n, grid in grids.items() if chosen[n] in (min(grid), max(grid)))
+        if p.tune_budgets:
+            others = [
+                (f"{c.name}@{budget:g}", c, neighbours(c.grid, chosen[c.name]), budget)
+                for c in p.curves if c.name in chosen
+                for budget in p.budgets if budget != 1.0
+            ]  # fmt: skip
+            more = self._trials(p, others)
+            trials |= more
+            chosen |= {name: best_rate(found, p.setup.recipe.lr) for name, found in more.items()}
+        return {"seeds": list(p.sweep_seeds), "chosen": chosen, "at_edge_of_grid": at_edge, "trials": trials}
+
+    def _trials(
+        self, p: PreparedCase, wanted: Sequence[tuple[str, UntunedArm, Sequence[float], float]]
+    ) -> dict[str, list[dict[str, Any]]]:
+        """Final losses by name; wanted: (name, arm, rates, budget)."""
         jobs = [
-            Job(p.case.name, c, Arm(name=c.name, kind=c.kind, lr=lr), seed)
-            for c in p.contestants
-            for lr in c.grid
+            Job(p.case.name, c, Arm(name=name, kind=c.kind, lr=lr, budget=budget), seed)
+            for name, c, rates, budget in wanted
+            for lr in rates
             for seed in p.sweep_seeds
         ]
         trials: dict[str, list[dict[str, Any]]] = {}
@@ -157,10 +186,7 @@ class Bench:
                 "cost_units": run.cost_units,
             }
             trials.setdefault(job.arm.name, []).append(trial)
-        chosen = {name: best_rate(found, p.setup.recipe.lr) for name, found in trials.items()}
-        grids = {c.name: c.grid for c in p.contestants if len(c.grid) > 1}
-        at_edge = sorted(n for n, grid in grids.items() if chosen[n] in (min(grid), max(grid)))
-        return {"seeds": list(p.sweep_seeds), "chosen": chosen, "at_edge_of_grid": at_edge, "trials": trials}
+        return trials
 
     def _untimed(self, p: PreparedCase, jobs: Sequence[Job]) -> Iterator[tuple[Job, TimedRun]]:
         """Trials from the store, then the others, in worker processes where there are some."""
