@@ -203,18 +203,38 @@ def test_points_that_change_keep_the_curvature_and_lose_the_loss() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "weights", "products", "measured"),
-    # benchmarks/matrix_price.py, one run: (kernel + factor) / forward, in CPU time
-    [(258, 2209, 1.63e6, 5.0), (130, 2209, 8.2e5, 1.8), (512, 4897, 2.51e6, 36.3), (1217, 3297, 1.52e7, 55.9),
-     (1092, 2241, 1.14e7, 26.3), (612, 2243, 5.13e6, 16.6), (128, 4897, 6.27e5, 2.5)],
+    ("rows", "weights", "of_product", "of_matrix", "measured"),
+    # benchmarks/matrix_price.py, one run: (kernel + factor + a product) / forward, in CPU time
+    [(258, 2209, 1.63e6, 7.37e7, 8.6), (130, 2209, 8.2e5, 1.87e7, 4.2), (512, 4897, 2.51e6, 7.62e7, 21.9),
+     (1217, 3297, 1.52e7, 2.46e9, 77.3), (1092, 2241, 1.14e7, 1.35e9, 48.3), (612, 2243, 5.13e6, 4.25e8, 18.6),
+     (258, 10151, 7.71e6, 1.26e8, 9.7), (512, 10221, 5.23e6, 1.03e8, 16.6), (1217, 10221, 4.9e7, 4.82e9, 67.8),
+     (258, 50084, 3.84e7, 2.44e8, 8.5), (512, 50241, 2.57e7, 2.05e8, 11.2), (1217, 50241, 2.43e8, 9.33e9, 37.3),
+     (258, 200026, 1.54e8, 4.6e8, 6.8), (512, 200341, 1.03e8, 3.92e8, 8.0), (1217, 200341, 9.72e8, 1.75e10, 21.8)],
 )  # fmt: skip
-def test_matrices_are_charged_what_they_take(rows: int, weights: int, products: float, measured: float) -> None:
-    charged = price.least_squares(rows, weights, products, num_products=1, factorised=True)
-    assert measured / 2 < charged < 2 * measured
+def test_matrices_are_charged_what_they_take(
+    rows: int, weights: int, of_product: float, of_matrix: float, measured: float
+) -> None:
+    charged = price.least_squares(rows, weights, of_product, of_matrix, num_products=1, num_factors=1)
+    assert measured / 2.2 < charged < 2.2 * measured
 
 
 def test_what_was_not_factorised_is_charged_for_its_products_alone() -> None:
-    one, ten = (price.least_squares(9000, 8000, 1e8, num_products=n, factorised=False) for n in (1, 10))
+    one, ten = (price.least_squares(9000, 8000, 1e9, 0.0, num_products=n, num_factors=0) for n in (1, 10))
     assert ten == pytest.approx(10 * one)
-    assert one == pytest.approx(price.GRAM, rel=0.05)
+    assert one == pytest.approx(price.PRODUCT, rel=0.05)
+
+
+def test_every_damping_is_charged_a_factor() -> None:
+    none, one, three = (price.least_squares(1000, 8000, 1e6, 1e9, num_products=1, num_factors=n) for n in (0, 1, 3))
+    assert three - none == pytest.approx(3 * (one - none))
+    assert one - none == pytest.approx(price.FACTOR * 1000**3 / 6 / (price.CALLS + 1e6))
+
+
+def test_rows_one_by_one_are_dearer_than_rows_at_once() -> None:
+    wide, narrow = price.rows_one_by_one(512, 200_000, 64), price.rows_one_by_one(512, 100, 64)
+    assert 400 < wide < 512 + 8
+    assert 8 <= narrow < 12, "nearly all of it is calls, of which there are 512 / 64"
+
+
+def test_steps_are_charged_alike() -> None:
     assert price.dense_steps(3, 2209, 256) == pytest.approx(3 * price.dense_steps(1, 2209, 256))

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hybrid_predict_trainer.numerics.closed_form import Damped, Nystroem, Spectrum, conjugate_gradients, gram
+from hybrid_predict_trainer.numerics.closed_form import (
+    Damped,
+    Nystroem,
+    Spectrum,
+    conjugate_gradients,
+    gram,
+    outer_gram_pays,
+)
 from hybrid_predict_trainer.propose.sources.jacobian import Linearizer
 from hybrid_predict_trainer.propose.sources.solve import Linearized, form_for
 
@@ -271,3 +278,49 @@ def test_gram_by_halves(monkeypatch: pytest.MonkeyPatch) -> None:
     closed_form._gram_into(out, A)
     torch.testing.assert_close(out, A @ A.T)
     torch.testing.assert_close(gram(A), A @ A.T)
+
+
+@pytest.mark.parametrize(
+    ("rows", "c", "a", "b"), [(7, 1, 3, 5), (150, 1, 4, 2), (150, 3, 4, 5), (61, 4, 2, 2), (0, 2, 3, 3)]
+)
+def test_gram_of_outer_products(rows: int, c: int, a: int, b: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hybrid_predict_trainer.numerics import closed_form
+
+    monkeypatch.setattr(closed_form, "PIECE", 64 * rows)  # several pieces, the last one shorter
+    left, right = torch.randn(rows, c, a, dtype=D), torch.randn(rows, c, b, dtype=D)
+    written = torch.einsum("rka,rkb->rab", left, right).flatten(1)
+    found = closed_form.outer_gram(left, right)
+    torch.testing.assert_close(found, written @ written.T)
+
+
+def test_outer_products_are_written_out_where_that_is_cheaper() -> None:
+    assert outer_gram_pays(512, 1, 48, 48), "one product per row: 48 + 48 multiplications instead of 48 x 48"
+    assert outer_gram_pays(1217, 4, 70, 70)
+    assert not outer_gram_pays(1217, 4, 32, 32), "sixteen pairs of products per pair of rows"
+    assert not outer_gram_pays(258, 1, 70, 1)
+
+
+def test_what_matrices_take_is_known_before_they_are_made() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 40), torch.nn.Tanh(), torch.nn.Linear(40, 1)).double()
+    x = torch.randn(20, 3, dtype=D)
+    linearizer = Linearizer(list(model.parameters()), chunk_rows=3, memory_mb=10)
+    out = model(x)[:, 0]
+    before = linearizer.counted(out, [torch.ones(20, dtype=D)])
+    A = linearizer.jacobian(out, [torch.ones(20, dtype=D)], check=False)
+    assert before == A.counts
+    assert (before.num_rows, before.num_weights) == (20, 201)
+    written = 20 * 201
+    assert before.num_products == written, "a single outer product per row has as many multiplications as columns"
+    assert before.num_gram_products < written * 20 / 2 + written
+    assert before.num_normal_products == written * 201 / 2 + before.num_products
+    assert linearizer.num_backward(1, 20) == 1
+
+
+def test_rows_that_cannot_be_read_off_are_counted_as_written_out() -> None:
+    weight = torch.randn(6, 6, dtype=D, requires_grad=True)
+    out = torch.linalg.solve(weight, torch.randn(6, 1, dtype=D))[:, 0]  # a layer that nothing is known of
+    linearizer = Linearizer([weight], chunk_rows=4, memory_mb=10)
+    counts = linearizer.counted(out, [torch.ones(6, dtype=D)])
+    assert linearizer.separable is False
+    assert (counts.num_products, counts.num_gram_products, counts.num_normal_products) == (216, 648, 3888)
+    assert linearizer.num_backward(1, 6) == pytest.approx(2, rel=1e-3), "6 rows, 4 at a time, hardly any arithmetic"

@@ -29,6 +29,12 @@ Product = Callable[[Tensor], Tensor]
 
 #: Up to so many rows a product with its own transpose is made in one piece.
 WHOLE_ROWS = 256
+#: Elements of a piece of a kernel that is made of outer products: two of them stay in the cache.
+PIECE = 131072
+#: Pieces that such a kernel is made in at least: half of all that is below the diagonal is not computed.
+PIECES = 4
+#: Multiplications that an element of such a kernel takes as long as, beside those of its two inner products.
+ELEMENTWISE = 50
 #: Eigenvalues below this share of the largest are rounding: in those directions nothing is known.
 RANK_TOLERANCE = 1e-15
 
@@ -56,6 +62,45 @@ def _gram_into(out: Tensor, A: Tensor, depth: int = 3) -> None:
     corner = A[half:] @ A[:half].T
     out[half:, :half] = corner
     out[:half, half:] = corner.T
+
+
+def outer_gram(left: Tensor, right: Tensor) -> Tensor:
+    """A A' (R, R) of rows that are sums of c outer products, without writing them out.
+
+    The inner product of two outer products is the product of two inner products.  Pieces stay in the cache, and those
+    below the diagonal are copied.
+
+    Args:
+        left: (R, c, a).
+        right: (R, c, b); row r is sum_k left[r, k] x right[r, k], a * b columns.
+    """
+    rows = len(left)
+    each = [(a.contiguous(), b.contiguous()) for a, b in zip(left.unbind(1), right.unbind(1), strict=True)]
+    out = left.new_zeros(rows, rows)
+    step = max(min(PIECE // max(rows, 1), rows // PIECES), 32)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        piece = out[start:stop, start:]
+        for a, b in each:
+            for other_a, other_b in each:
+                piece.addcmul_(a[start:stop] @ other_a[start:].T, b[start:stop] @ other_b[start:].T)
+        out[stop:, start:stop] = out[start:stop, stop:].T
+    return out
+
+
+def outer_gram_pays(rows: int, c: int, a: int, b: int) -> bool:
+    """Whether :func:`outer_gram` is cheaper than writing the rows out: (R, c, a) and (R, c, b)."""
+    return outer_gram_products(rows, c, a, b) < written_gram_products(rows, c, a, b)
+
+
+def outer_gram_products(rows: int, c: int, a: int, b: int) -> float:
+    """Multiplications that :func:`outer_gram` takes as long as."""
+    return float(rows * c) ** 2 * (a + b + ELEMENTWISE) / 2
+
+
+def written_gram_products(rows: int, c: int, a: int, b: int) -> float:
+    """Multiplications of writing such rows out, and of :func:`gram` of them."""
+    return float(rows) ** 2 * a * b / 2 + float(rows) * c * a * b
 
 
 def flow_filter(s: Tensor, t: float) -> Tensor:

@@ -36,16 +36,17 @@ TASKS = (
 #: Steps that no run reaches: it ends by its time.
 ENDLESS = 10_000_000
 
-Method = Callable[[Any, torch.nn.Module, Iterator[Any], float], None]
+#: (task, model, batches, seconds, first learning rate)
+Method = Callable[[Any, torch.nn.Module, Iterator[Any], float, float], None]
 
 
 def _ours(predictor: str, **values: Any) -> Method:
-    def train(task: Any, model: torch.nn.Module, batches: Iterator[Any], seconds: float) -> None:
+    def train(task: Any, model: torch.nn.Module, batches: Iterator[Any], seconds: float, rate: float) -> None:
         config = HybridTrainerConfig()
         config = preset_config("full_batch") if predictor == "quasi_newton" else config
         config = with_values(config, {"predictor.type": predictor, **values})
         started = time.process_time()
-        optimizer = torch.optim.Adam(model.parameters(), FIRST_RATE)
+        optimizer = torch.optim.Adam(model.parameters(), rate)
 
         def share() -> float:
             return max(0.0, 1 - (time.process_time() - started) / seconds)
@@ -61,7 +62,7 @@ def _ours(predictor: str, **values: Any) -> Method:
 
 
 def _flat(make: Callable[[Any, Flat], Iterator[float]]) -> Method:
-    def train(task: Any, model: torch.nn.Module, batches: Iterator[Any], seconds: float) -> None:
+    def train(task: Any, model: torch.nn.Module, batches: Iterator[Any], seconds: float, rate: float) -> None:
         started = time.process_time()
         for _ in make(task, Flat(model, task.loss_fn, next(batches))):
             if time.process_time() - started > seconds:
@@ -71,11 +72,11 @@ def _flat(make: Callable[[Any, Flat], Iterator[float]]) -> Method:
 
 
 def _first_order(build: Callable[[Any], torch.optim.Optimizer]) -> Method:
-    def train(task: Any, model: torch.nn.Module, batches: Iterator[Any], seconds: float) -> None:
+    def train(task: Any, model: torch.nn.Module, batches: Iterator[Any], seconds: float, rate: float) -> None:
         started, optimizer = time.process_time(), build(model.parameters())
         while (left := 1 - (time.process_time() - started) / seconds) > 0:
             for group in optimizer.param_groups:
-                group["lr"] = FIRST_RATE * left
+                group["lr"] = rate * left
             optimizer.zero_grad()
             task.loss_fn(model, next(batches)).backward()
             optimizer.step()
@@ -113,7 +114,7 @@ METHODS: dict[str, Method] = {
 TAKE_NEW = ("portfolio", "gauss_newton", "quasi_newton", "dense", "wolfe", "soap", "adam")
 
 
-def run(task: Any, method: str, seed: int, seconds: float, every: int = 0) -> dict[str, Any]:
+def run(task: Any, method: str, seed: int, seconds: float, every: int = 0, rate: float = FIRST_RATE) -> dict[str, Any]:
     """Train from one seed for so much CPU time.
 
     Args:
@@ -122,6 +123,7 @@ def run(task: Any, method: str, seed: int, seconds: float, every: int = 0) -> di
         seed: Of the weights, and of points that change.
         seconds: CPU time.
         every: Steps after which the points are drawn afresh; 0: never.
+        rate: First learning rate of Adam and SOAP, ours among them; it falls to zero.
 
     Returns:
         Loss on the training points (points that change: on the validation points), error against the true solution.
@@ -130,7 +132,7 @@ def run(task: Any, method: str, seed: int, seconds: float, every: int = 0) -> di
     batches = task.new_batches(seed, every) if every else iter(task.batches(seed))
     batch = next(iter(task.batches(seed)))
     started, wall = time.process_time(), time.perf_counter()
-    METHODS[method](task, model, batches, seconds)
+    METHODS[method](task, model, batches, seconds, rate)
     spent, wall = time.process_time() - started, time.perf_counter() - wall
     with torch.no_grad():
         loss = task.evaluate(model) if every else float(task.loss_fn(model, batch))
@@ -166,6 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--presets", default="", help="10k, 50k, 200k: weights; the task's own where none is named")
     parser.add_argument("--points", type=int, help="training points; the task's own where none is said")
     parser.add_argument("--fresh", type=int, default=0, metavar="N", help="points drawn afresh every N steps")
+    parser.add_argument("--rate", type=float, default=FIRST_RATE, help="first learning rate of Adam and SOAP")
     parser.add_argument("--out")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -174,12 +177,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         methods = [m for m in methods if m in TAKE_NEW]
     for name, dtype, preset in itertools.product(*(v.split(",") for v in (args.tasks, args.dtypes, args.presets))):
         task: Any = make_task(name, TaskSettings(dtype=dtype, preset=preset or None, batch_size=args.points))
-        cell = {"task": name, "dtype": dtype, "preset": preset, "points": args.points}
+        cell = {"task": name, "dtype": dtype, "preset": preset, "points": args.points, "rate": args.rate}
         for method in methods:  # what the first step of a kind takes is nobody's
-            run(task, method, 1_000, 0.3, args.fresh)
+            run(task, method, 1_000, 0.3, args.fresh, args.rate)
         for seed in args.seeds.split(","):
             for method in methods:
-                row = {**cell, **run(task, method, int(seed), args.seconds, args.fresh)}
+                row = {**cell, **run(task, method, int(seed), args.seconds, args.fresh, args.rate)}
                 rows.append(row)
                 if args.out:
                     with Path(args.out).open("a", encoding="utf-8") as file:

@@ -114,9 +114,12 @@ class OwnSteps(Source):
                     parts = [torch.zeros_like(p) if g is None else g for p, g in zip(live, found, strict=True)]
                     return float(loss.detach()), joined(parts, x)
 
-                room = min(self.allowance, material.room)
                 begin = joined([p.detach() for p in live], _widest(live))
-                num_steps = self._walk(begin, at, lambda: room - EVALUATION * passes)
+
+                def spent(num_steps: int) -> float:
+                    return EVALUATION * passes + self._price(num_steps, len(begin), num_samples(material.batch))
+
+                num_steps = self._walk(begin, at, spent, material.room)
             assert self._x is not None, "walked"
             end = [t.clone() for t in split(self._x, live)]
         finally:
@@ -131,23 +134,35 @@ class OwnSteps(Source):
         return Move(prediction=prediction, delta=delta, num_forward=passes, num_backward=passes,
                     num_matrix_forwards=matrix)  # fmt: skip
 
-    def _walk(self, x: Tensor, at: Evaluate, room: Callable[[], float]) -> int:
-        """Steps from x, or from where the last one ended where that is better, for as long as there is room."""
+    def _walk(self, x: Tensor, at: Evaluate, spent: Callable[[int], float], room: float) -> int:
+        """Steps from x, or from where the last one ended where that is better, for as long as there is room.
+
+        Args:
+            x: (P,).
+            at: Loss and gradient.
+            spent: Forwards that this proposal has cost, with so many steps.
+            room: Forwards until the run's end, which not even the least number of steps exceeds.
+        """
         self._start(x, at)
         assert self._inverse is not None, "started"
         assert self._x is not None, "started"
         inverse, fails, done = self._inverse, 0, 0
         least = LEAST_STEPS if torch.equal(self._x, x) else 0  # the way back is a proposal by itself
-        while done < NUM_STEPS and fails < 2 and (done < least or room() > 0):
+        while done < NUM_STEPS and fails < 2 and (done < least or spent(done) < self.allowance):
+            most = int(min((room - spent(done + 1)) / EVALUATION, MAX_LINE_SEARCH))
+            if most < 1:
+                break
             assert self._x is not None, "started"
             x, f, g, d = self._x, self._f, self._g, -inverse.Hg
             slope, t = float(g @ d), min(1.0, 1.0 / float(g.abs().sum())) if inverse.first else 1.0
             f2, g2 = math.inf, g
             if slope < 0:
                 f2, g2, t, _ = _strong_wolfe(
-                    lambda x, t, d: at(x + t * d), x, t, d, f, g, slope, max_ls=MAX_LINE_SEARCH, tolerance_change=0.0
+                    lambda x, t, d: at(x + t * d), x, t, d, f, g, slope, max_ls=most, tolerance_change=0.0
                 )
             if not f2 < f:
+                if most < MAX_LINE_SEARCH:  # the search was cut short, which says nothing of the matrix
+                    break
                 fails += 1
                 inverse.forget(g)
                 continue

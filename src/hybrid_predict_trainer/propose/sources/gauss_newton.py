@@ -38,9 +38,9 @@ from ...weights.real_views import all_differentiable
 from . import price
 from .base import Material, Move, Source
 from .flat import displacement, flat, joined, put, split
-from .jacobian import Jacobian, Linearizer
+from .jacobian import Counts, Jacobian, Linearizer
 from .least_squares import Convex, LeastSquares, Point, ResidualError
-from .solve import Averaged, Linearized, form_for
+from .solve import Averaged, Form, Linearized, form_for
 from .stream import Stream
 
 #: Dampings tried at one linearisation, at most.
@@ -78,6 +78,15 @@ WORSE = 1.01
 LAZY = 0.1
 
 
+def matrices(model: Linearized) -> float:
+    """Forwards that a linearisation's matrix, its factors, and products beside them have been worth so far."""
+    A = model.A
+    return price.least_squares(
+        A.num_rows, A.num_weights, A.num_products, model.num_matrix_products, num_products=model.num_products,
+        num_factors=model.num_factors,
+    )  # fmt: skip
+
+
 class _Spent:
     """What a proposal has cost so far.
 
@@ -93,14 +102,13 @@ class _Spent:
         """One was made."""
         self.forwards += 1
 
-    def linearized(self, model: Linearized, num_backward: int) -> None:
-        """The matrix, its factor, and products beside them."""
-        A = model.A
-        self.backwards += num_backward
-        self.matrix_forwards += price.least_squares(
-            A.num_rows, A.num_weights, float(A.num_products), num_products=model.num_products,
-            factorised=model.form != "cg",
-        )  # fmt: skip
+    def backward(self, number: float) -> None:
+        """So many were made."""
+        self.backwards += number
+
+    def linearized(self, model: Linearized) -> None:
+        """The matrix, its factors, and products beside them."""
+        self.matrix_forwards += matrices(model)
 
     @property
     def in_forwards(self) -> float:
@@ -174,6 +182,7 @@ class GaussNewton(Source):
         self._proposed: tuple[float, list[Tensor]] | None = None  # loss before, weights it leads to
         self._linearizer: Linearizer | None = None
         self._movable: list[bool] = []
+        self._price_of_move = 0.0  # forwards, of the last one
 
     def search_dampings(self) -> None:
         """Where a move is good, try smaller dampings at the same linearisation from here on."""
@@ -228,7 +237,7 @@ class GaussNewton(Source):
                     spent.forward()
                     return self._at(material, graph=graph)
 
-                walk, first = self._walk(flat(live), at, spent, min(self.allowance, material.room))
+                walk, first = self._walk(flat(live), at, spent, material.room)
             end = [t.clone() for t in split(walk.x, live)]
         finally:
             weights.copy_(live, before)
@@ -261,14 +270,15 @@ class GaussNewton(Source):
     def _walk(self, x: Tensor, at: Callable[..., Point], spent: _Spent, room: float) -> tuple[_Walk, float]:
         """Moves from x, or from the best weights known where these are better; returns the loss at x as well."""
         if self.stream.fresh:
-            return self._walk_on_new_batch(x, at, spent)
+            return self._walk_on_new_batch(x, at, spent, room)
         walk, first = self._start(x, at)
         if not math.isfinite(walk.point.loss):
             raise ArithmeticError("the loss of the residuals is not finite")
         errors: list[float] = []
         leads_back = not torch.equal(walk.x, x)  # which is a proposal by itself
         for number in range(self.config.linearizations):
-            if (number or leads_back) and spent.in_forwards >= room:
+            before = spent.in_forwards
+            if before + self._price_of_move > room or ((number or leads_back) and before >= self.allowance):
                 break
             if not self._step(walk, at, spent, errors, room, check=number == 0):
                 break
@@ -276,7 +286,9 @@ class GaussNewton(Source):
             self.linearity = sum(errors) / len(errors)
         return walk, first
 
-    def _walk_on_new_batch(self, x: Tensor, at: Callable[..., Point], spent: _Spent) -> tuple[_Walk, float]:
+    def _walk_on_new_batch(
+        self, x: Tensor, at: Callable[..., Point], spent: _Spent, room: float
+    ) -> tuple[_Walk, float]:
         """One move, from the best of the weights here, where the last jump led, and where this block began.
 
         A batch that none of them has fitted compares them.
@@ -296,7 +308,9 @@ class GaussNewton(Source):
         if not math.isfinite(point.loss):
             raise ArithmeticError("the loss of the residuals is not finite")
         walk, errors = _Walk(start, point), list[float]()
-        moved = self._step(walk, at, spent, errors, math.inf, check=self.num_moves == 0)
+        moved = spent.in_forwards + self._price_of_move <= room and self._step(
+            walk, at, spent, errors, room, check=self.num_moves == 0
+        )
         if errors:
             self.linearity = sum(errors) / len(errors)
         if moved and not fell_back:
@@ -324,19 +338,36 @@ class GaussNewton(Source):
     def _step(
         self, walk: _Walk, at: Callable[..., Point], spent: _Spent, errors: list[float], room: float, *, check: bool
     ) -> bool:
-        """Linearise, and move as far as the linear model holds; False where no damping lowers the loss."""
+        """Linearise, and move as far as the linear model holds; False where no damping lowers the loss, or no room is.
+
+        Args:
+            walk: Is moved.
+            at: Evaluates.
+            spent: So far.
+            errors: Of the linear model, are added.
+            room: Forwards that the proposal may cost in all.
+            check: Whether rows that are read off are checked.
+        """
         assert self._linearizer is not None
+        before, num_cotangents = spent.in_forwards, len(walk.point.cotangents)
         A = self._linearizer.jacobian(walk.point.outputs, walk.point.cotangents, check=check)
+        spent.backward(self._linearizer.num_backward(num_cotangents, A.num_rows) + check)
+        needed = LEAST_PASSES + self._price_of_matrices(A.counts)
+        if before + needed > room:
+            self._price_of_move = needed
+            return False
         model = self._linearized(A)
         found, believed = None, self.damping
         for _ in range(MAX_TRIES if model.scale > 0 else 0):
             found = self._tried(walk, model, at, errors)
-            if found is not None or self.damping >= MOST or spent.in_forwards >= room:
+            over = spent.in_forwards >= self.allowance or spent.in_forwards + matrices(model) >= room
+            if found is not None or self.damping >= MOST or over:
                 break
         if found is not None and self.searches and (self._searching or self.num_moves % SEARCH_EVERY == 0):
             self._searching = True
             found = self._searched(walk, model, at, found)
-        spent.linearized(model, len(walk.point.cotangents) + check)
+        spent.linearized(model)
+        self._price_of_move = spent.in_forwards - before
         if found is None:
             self.damping = believed  # nothing helps here, whatever the damping
             return False
@@ -370,10 +401,24 @@ class GaussNewton(Source):
             else:
                 self._curvature += (H - self._curvature) / self._num_averaged
             return Averaged(A, self._curvature, self._num_averaged)
-        form = c.form if c.form != "auto" else form_for(
-            A.num_rows, A.num_weights, largest=c.largest_matrix, memory_mb=c.memory_mb
+        return Linearized(
+            A, self._form(A.num_rows, A.num_weights), rank=c.cg_rank, max_iterations=c.cg_iterations, seed=self._seed
+        )
+
+    def _form(self, rows: int, num_weights: int) -> Form:
+        c = self.config
+        return c.form if c.form != "auto" else form_for(
+            rows, num_weights, largest=c.largest_matrix, memory_mb=c.memory_mb
         )  # fmt: skip
-        return Linearized(A, form, rank=c.cg_rank, max_iterations=c.cg_iterations, seed=self._seed)
+
+    def _price_of_matrices(self, counts: Counts) -> float:
+        """Forwards that the matrices of a move are worth with one damping."""
+        form = self._form(counts.num_rows, counts.num_weights)
+        matrix = {"kernel": counts.num_gram_products, "weight": counts.num_normal_products, "cg": 0.0}[form]
+        return price.least_squares(
+            counts.num_rows, counts.num_weights, counts.num_products, matrix,
+            num_products=2 * self.config.cg_iterations if form == "cg" else 3, num_factors=int(form != "cg"),
+        )  # fmt: skip
 
     def _tried(
         self, walk: _Walk, model: Linearized, at: Callable[..., Point], errors: list[float]
@@ -468,19 +513,16 @@ class GaussNewton(Source):
             self._best = end if verdict.accepted else self._best
 
     def least_price(self, material: Material) -> float:
-        """A few moves: matrices, products, and forwards; how many residuals there are is asked of the model."""
-        num_weights = sum(p.numel() for p, may in zip(material.parameters, material.movable, strict=True) if may)
+        """A few moves: matrices, products, and forwards; what they are made of is asked of the model."""
+        self._prepare(material)
+        assert self._linearizer is not None
         with isolated(material.model, "training" if material.exact else "quiet") as isolation:
             isolation.begin()
-            rows = len(self._at(material, graph=False).rho)
-        c = self.config
-        form = c.form if c.form != "auto" else form_for(
-            rows, num_weights, largest=c.largest_matrix, memory_mb=c.memory_mb
-        )  # fmt: skip
-        products = 2 * c.cg_iterations if form == "cg" else 3
-        of_forward = float(rows) * num_weights
-        matrix = price.least_squares(rows, num_weights, of_forward, num_products=products, factorised=form != "cg")
-        return TRIAL_MOVES * (LEAST_PASSES + matrix)
+            point = self._at(material, graph=True)
+            counts = self._linearizer.counted(point.outputs, point.cotangents)
+        backwards = self._linearizer.num_backward(len(point.cotangents), counts.num_rows)
+        more = (backwards - 1) * BACKWARD_UNITS / FORWARD_UNITS  # one is among the passes
+        return TRIAL_MOVES * (LEAST_PASSES + more + self._price_of_matrices(counts))
 
     def know(self, best: list[Tensor], loss: float, *, stale: bool) -> None:
         """See :class:`Source`."""
@@ -516,7 +558,7 @@ class GaussNewton(Source):
             "anchor": None if self._anchor is None else [t.clone() for t in self._anchor],
             "curvature": None if self._curvature is None else self._curvature.clone(),
             "searching": self._searching, "num_averaged": self._num_averaged, "stream": self.stream.state_dict(),
-            "num_asked": self._num_asked,
+            "num_asked": self._num_asked, "price_of_move": self._price_of_move,
         }  # fmt: skip
 
     def load_state_dict(self, state: StateDict) -> None:
@@ -532,6 +574,7 @@ class GaussNewton(Source):
         self._curvature = None if state["curvature"] is None else state["curvature"].clone()
         self._num_averaged = state["num_averaged"]
         self._searching = state["searching"]
+        self._price_of_move = state.get("price_of_move", 0.0)  # states of before it was held have none
         self.stream.load_state_dict(state["stream"])
         self._linearizer, self._proposed = None, None
 

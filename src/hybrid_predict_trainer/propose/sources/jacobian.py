@@ -18,8 +18,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ...numerics.closed_form import gram
+from ...numerics.closed_form import gram, outer_gram, outer_gram_pays, outer_gram_products, written_gram_products
 from ...weights import algebra as weights
+from . import price
 from .graph import (
     Entry,
     NotSeparableError,
@@ -66,6 +67,10 @@ class Block(Protocol):
     def num_products(self) -> int:
         """Multiplications of a product with a vector."""
 
+    @property
+    def num_gram_products(self) -> float:
+        """Multiplications of :meth:`gram`, half of a product of a matrix with its own transpose."""
+
 
 @dataclass(frozen=True, slots=True)
 class Dense:
@@ -108,6 +113,11 @@ class Dense:
         """See :class:`Block`."""
         return self.rows.numel()
 
+    @property
+    def num_gram_products(self) -> float:
+        """See :class:`Block`."""
+        return len(self.rows) * self.rows.numel() / 2
+
 
 @dataclass(frozen=True, slots=True)
 class Outer:
@@ -135,12 +145,7 @@ class Outer:
 
     def gram(self) -> Tensor:
         """See :class:`Block`."""
-        rows, c, a = self.left.shape
-        b = self.right.shape[2]
-        if c * c * (a + b + 8) < a * b / 2 + c * a * b / rows:
-            both = gram(self.left.flatten(0, 1)) * gram(self.right.flatten(0, 1))
-            return both if c == 1 else both.view(rows, c, rows, c).sum((1, 3))
-        return gram(self.written_out())
+        return outer_gram(self.left, self.right) if outer_gram_pays(*self._sizes) else gram(self.written_out())
 
     def written_out(self) -> Tensor:
         """(R, a * b)."""
@@ -166,6 +171,34 @@ class Outer:
         """See :class:`Block`."""
         rows, c, a = self.left.shape
         return rows * c * a * self.right.shape[2]
+
+    @property
+    def num_gram_products(self) -> float:
+        """See :class:`Block`."""
+        return min(outer_gram_products(*self._sizes), written_gram_products(*self._sizes))
+
+    @property
+    def _sizes(self) -> tuple[int, int, int, int]:
+        """R, c, a, b."""
+        return *self.left.shape, self.right.shape[2]
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What matrices of a Jacobian take, in multiplications.
+
+    Attributes:
+        num_rows, num_weights: R and P.
+        num_products: Of a product with a vector.
+        num_gram_products: Of A A'.
+        num_normal_products: Of A'A.
+    """
+
+    num_rows: int
+    num_weights: int
+    num_products: float
+    num_gram_products: float
+    num_normal_products: float
 
 
 class Jacobian:
@@ -213,9 +246,17 @@ class Jacobian:
         return sum(block.squared_norm() for block in self.blocks)
 
     @property
-    def num_products(self) -> int:
-        """Multiplications of a product with a vector: R P, or fewer where the columns stay outer products."""
-        return sum(block.num_products for block in self.blocks)
+    def num_products(self) -> float:
+        """Multiplications of a product with a vector."""
+        return float(sum(block.num_products for block in self.blocks))
+
+    @property
+    def counts(self) -> Counts:
+        """What its matrices take."""
+        of_gram = sum(block.num_gram_products for block in self.blocks)
+        written = float(self.num_rows) * self.num_weights
+        of_normal = written * self.num_weights / 2 + self.num_products
+        return Counts(self.num_rows, self.num_weights, self.num_products, of_gram, of_normal)
 
     def dense(self) -> Tensor:
         """A written out, (R, P)."""
@@ -314,6 +355,25 @@ class Linearizer:
                 self.separable = True
                 return found
         return self._row_by_row(outputs, cotangents)
+
+    def num_backward(self, num_cotangents: int, num_rows: int) -> float:
+        """Backwards that a Jacobian takes."""
+        if self.separable is False:
+            return price.rows_one_by_one(num_rows, self.num_weights, self._chunk)
+        return float(num_cotangents)
+
+    def counted(self, outputs: Tensor, cotangents: Sequence[Tensor]) -> Counts:
+        """What a Jacobian and its matrices would take, for at most a backward per cotangent; see :meth:`jacobian`."""
+        rows, num_weights = len(cotangents) * len(outputs), float(self.num_weights)
+        if self.separable is not False:
+            try:
+                A = self._read_off(outputs, cotangents)
+            except NotSeparableError as error:
+                self.separable, self.why_not = False, str(error)
+            else:
+                return A.counts
+        written = rows * num_weights
+        return Counts(rows, self.num_weights, written, written * rows / 2, written * num_weights / 2)
 
     # ---- one backward for all residuals ----------------------------------------------------------------
 

@@ -1,34 +1,43 @@
 """What matrix work costs, in forwards of the model, from counts alone: a resumed run is charged the same.
 
-Networks small enough for these sources spend most of a forward on calls, not on arithmetic, so a forward counts as its
-multiplications and a constant beside them.  ``benchmarks/matrix_price.py`` measures all of it; the charges are within a
-factor of two of what it found for 66 to 1,217 residuals and 2,209 to 4,897 weights (LOG.md).
+The unit is a multiplication in the forward of a wide network, about 0.05 ns on the machine of the measurements.  Narrow
+networks spend most of a forward on calls, not on arithmetic, so a forward counts as its multiplications and a constant
+beside them.  ``benchmarks/matrix_price.py`` measures all of it (LOG.md).
 """
 
 from __future__ import annotations
 
+import math
+
 #: Multiplications that the calls of a forward take as long as.
-CALLS = 3.2e6
-#: Price of a multiplication in those of a forward: in a matrix times its own transpose and in products with it, in a
-#: Cholesky factor, and in passes over a dense inverse, which wait for memory.
-GRAM, FACTOR, PASS = 0.32, 0.9, 2.0
+CALLS = 1.1e7
+#: Price of a multiplication: in a matrix times its own transpose, in a product of a Jacobian with a vector, in a
+#: Cholesky factor, in passes over a dense inverse, and over the pairs of a limited one; the last ones wait for memory.
+GRAM, PRODUCT, FACTOR, PASS, PAIRS = 1.1, 2.0, 2.5, 1.6, 8.0
 
 
-def least_squares(rows: int, weights: int, of_forward: float, *, num_products: int, factorised: bool) -> float:
+def least_squares(
+    rows: int, weights: int, of_product: float, of_matrix: float, *, num_products: int, num_factors: int
+) -> float:
     """Forwards that a linearisation's matrices are worth.
 
     Args:
         rows: R.
         weights: P.
-        of_forward: Multiplications of a product with the Jacobian, and of a forward.
-        num_products: Such products.
-        factorised: The smaller matrix was formed and factorised.
+        of_product: Multiplications of a product with the Jacobian, and of a forward.
+        of_matrix: Multiplications of the smaller of A A' and A'A; 0 where it was not formed.
+        num_products: Products with the Jacobian.
+        num_factors: Factorisations of that matrix.
     """
-    side = min(rows, weights)
-    matrix = GRAM * num_products * of_forward
-    if factorised:
-        matrix += GRAM * side * rows * weights / 2 + FACTOR * side**3 / 6
-    return matrix / (CALLS + of_forward)
+    matrix = PRODUCT * num_products * of_product + GRAM * of_matrix
+    matrix += FACTOR * num_factors * min(rows, weights) ** 3 / 6
+    return matrix / (CALLS + of_product)
+
+
+def rows_one_by_one(rows: int, weights: int, at_a_time: int) -> float:
+    """Backwards that a Jacobian is worth of which every row takes one of its own, batched."""
+    arithmetic = float(rows) * weights
+    return math.ceil(rows / at_a_time) + rows * arithmetic / (CALLS + arithmetic)
 
 
 def dense_steps(num_steps: int, weights: int, samples: int) -> float:
@@ -38,4 +47,4 @@ def dense_steps(num_steps: int, weights: int, samples: int) -> float:
 
 def limited_steps(num_steps: int, num_pairs: int, weights: int, samples: int) -> float:
     """Forwards that steps of limited memory are worth: two passes over the pairs."""
-    return PASS * num_steps * 4 * num_pairs * float(weights) / (CALLS + float(weights) * samples)
+    return PAIRS * num_steps * 4 * num_pairs * float(weights) / (CALLS + float(weights) * samples)

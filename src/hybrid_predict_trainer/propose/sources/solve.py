@@ -46,6 +46,7 @@ class Linearized:
         form: How they are solved for.
         scale: Mean eigenvalue of the smaller of A A' and A'A: what dampings are relative to.
         num_products: Products with A or A' that were spent beside factorisations.
+        num_factors: Factorisations, one per damping.
     """
 
     def __init__(self, A: Jacobian, form: Form, *, rank: int, max_iterations: int, seed: int) -> None:
@@ -63,7 +64,7 @@ class Linearized:
         """
         self.A, self.form = A, form
         self._rank, self._max_iterations, self._seed = rank, max_iterations, seed
-        self.num_products = 0
+        self.num_products = self.num_factors = 0
         self._kernel = form == "kernel" or (form == "cg" and A.num_rows <= A.num_weights)
         self._M: Tensor | None = None
         if form != "cg":
@@ -78,6 +79,13 @@ class Linearized:
         self._damping = math.nan
         self._spectrum: Spectrum | None = None
         self._nystroem: Nystroem | None = None
+
+    @property
+    def num_matrix_products(self) -> float:
+        """Multiplications that the matrix took; 0 where there is none."""
+        if self._M is None:
+            return 0.0
+        return self.A.counts.num_gram_products if self._kernel else self.A.counts.num_normal_products
 
     def move(self, rho: Tensor, damping: float, kind: Filter = "damped") -> Tensor:
         """d (P,) for residuals rho (R,).
@@ -96,6 +104,7 @@ class Linearized:
             return self._iterated(rho, damping)
         if self._factor is None or damping != self._damping:
             self._factor, self._damping = Damped(self._M, damping), damping
+            self.num_factors += 1
         self.num_products += 1
         if self._kernel:
             return -self.A.vjp(self._factor.solve(rho))
@@ -159,7 +168,8 @@ class Averaged(Linearized):
         Raises:
             ArithmeticError: the mean is not finite.
         """
-        self.A, self.form, self.num_products = A, "weight", 0
+        self.A, self.form = A, "weight"
+        self.num_products = self.num_factors = 0
         self._kernel, self._M, self._num_batches = False, curvature, num_batches
         self.scale = float(curvature.diagonal().sum()) / max(A.num_weights, 1)
         if not math.isfinite(self.scale):
