@@ -247,3 +247,12 @@ def test_a_disabled_run_does_not_look() -> None:
         batch = tuple(t.clone() for t in make_batches(1)[0])
     trainer.step(tuple(t.clone() for t in batch))
     assert trainer.run.batches.same_batch.num_seen == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.bfloat16])
+def test_views_are_sampled_in_the_order_of_their_numbers(dtype: torch.dtype) -> None:
+    whole = (100 * torch.rand(9, 31)).to(dtype)
+    for view in (whole, whole[:, :-1], whole[:, 1:], whole.t(), whole[::2]):
+        step = view.numel() // same_batch.NUM_SAMPLED
+        wanted = view.contiguous().reshape(-1)[::step].contiguous().view(torch.uint8).numpy().tobytes()
+        assert same_batch._sampled(view) == wanted

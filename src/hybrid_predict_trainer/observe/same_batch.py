@@ -88,14 +88,14 @@ def _sampled(tensor: Tensor) -> bytes | None:
     if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_conj() or tensor.is_neg():
         return b""  # the digest tells
     values = tensor.detach()
+    step = max(1, values.numel() // NUM_SAMPLED)
+    if values.device.type == "cpu" and values.dtype in _OF_NUMPY:  # in a third of the time, strided in a twentieth
+        flat = values.numpy().reshape(-1) if values.is_contiguous() else values.numpy().flat
+        return bytes(flat[::step].tobytes())
     if values.is_contiguous():
-        size = values.numel()
-        step = max(1, size // NUM_SAMPLED)
-        if values.device.type == "cpu" and values.dtype in _OF_NUMPY:  # in a third of the time
-            return bytes(values.numpy().reshape(-1)[::step].tobytes())
-        picked = values.as_strided((-(-size // step),), (step,))
+        picked = values.as_strided((-(-values.numel() // step),), (step,))
     else:
-        places = torch.arange(0, values.numel(), max(1, values.numel() // NUM_SAMPLED), device=values.device)
+        places = torch.arange(0, values.numel(), step, device=values.device)
         picked = values[torch.unravel_index(places, values.shape)]
     return bytes(picked.cpu().contiguous().view(torch.uint8).numpy().tobytes())
 

@@ -64,16 +64,23 @@ class PreparedWorkload:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
-    """Seconds of one step of either, and whether the trainer closed a window in it."""
+    """Seconds of one step of either, by the wall and of the processor; whether the trainer closed a window in it."""
 
     bare_s: float
     trainer_s: float
     window: bool
+    bare_cpu_s: float = math.nan
+    trainer_cpu_s: float = math.nan
 
     @property
     def ratio(self) -> float:
         """Trainer over bare loop."""
         return self.trainer_s / self.bare_s
+
+    @property
+    def cpu_ratio(self) -> float:
+        """The same by processor time, which other work on the machine does not count in."""
+        return self.trainer_cpu_s / self.bare_cpu_s
 
 
 class BareLoop:
@@ -187,17 +194,20 @@ def bring_up(trainer: HybridTrainer, bare: BareLoop | None, batches: Iterator[Ba
 def timed_pair(bare: BareLoop, trainer: HybridTrainer, batch: Batch, *, trainer_first: bool) -> Pair:
     """One step of either with the same batch."""
 
-    def timed(step: Callable[[Batch], object]) -> float:
+    def timed(step: Callable[[Batch], object]) -> tuple[float, float]:
         wait_for_device(trainer)
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), time.process_time()
         step(batch)
         wait_for_device(trainer)
-        return time.perf_counter() - started
+        return time.perf_counter() - started, time.process_time() - cpu
 
-    trainer_s = timed(trainer.step) if trainer_first else math.nan
-    bare_s = timed(bare.step)
-    trainer_s = trainer_s if trainer_first else timed(trainer.step)
-    return Pair(bare_s=bare_s, trainer_s=trainer_s, window=trainer.run.windows.just_closed)
+    found = timed(trainer.step) if trainer_first else None
+    bare_s, bare_cpu_s = timed(bare.step)
+    trainer_s, trainer_cpu_s = found or timed(trainer.step)
+    return Pair(
+        bare_s=bare_s, trainer_s=trainer_s, window=trainer.run.windows.just_closed, bare_cpu_s=bare_cpu_s,
+        trainer_cpu_s=trainer_cpu_s,
+    )  # fmt: skip
 
 
 def figures(pairs: Sequence[Pair]) -> dict[str, Any]:
@@ -208,6 +218,8 @@ def figures(pairs: Sequence[Pair]) -> dict[str, Any]:
     return {
         "full_step_ratio_median": statistics.median(ratios),
         "full_step_ratio_mean": sum(p.trainer_s for p in pairs) / sum(p.bare_s for p in pairs),
+        "cpu_ratio_median": statistics.median(p.cpu_ratio for p in pairs),
+        "cpu_ratio_mean": sum(p.trainer_cpu_s for p in pairs) / sum(p.bare_cpu_s for p in pairs),
         "ratio_p10": deciles[0],
         "ratio_p90": deciles[-1],
         "window_step_ratio_median": statistics.median(closing) if closing else None,
@@ -318,6 +330,7 @@ def format_text(result: Mapping[str, Any]) -> str:
         f"FULL step over bare step  median {result['full_step_ratio_median']:.4f}  p10 {result['ratio_p10']:.4f}  "
         f"p90 {result['ratio_p90']:.4f}",
         f"with window closes        mean   {result['full_step_ratio_mean']:.4f}",
+        f"by processor time         median {result['cpu_ratio_median']:.4f}  mean {result['cpu_ratio_mean']:.4f}",
         f"memory on the device      {result['memory_ratio_training_device']:.3f}, with offload "
         f"{result['memory_ratio_training_device_offload']:.3f} ({result['memory_note']})",
         f"tensor reads per step     {result['tensor_reads_per_step']:g}, "
