@@ -8,12 +8,13 @@
 #   benchmarks/gpu.sh --tiny                     the same path at tiny size on the CPU
 #
 # Parts: a environment; b acceptance of a 100M-class model; c one pass over text at 124 M in bfloat16; d overhead, late
-# reading of losses, memory; e the whole stack; f ResNet-18, BERT, GPT-2.
+# reading of losses, memory; e the whole stack; f ResNet-18, BERT, GPT-2; g today's GPT at equal
+# wall-clock: plain, four rates, ours.
 # Files: UNIT.json result, status/UNIT.json what became of it, log/UNIT.log, runs/UNIT the comparison's own folder.
 # Exit status: 0 all that was asked for is there (or cannot be had here), 1 a unit failed or is still to do, 2 bad usage.
 set -u
 
-usage() { sed -n '2,14p' "$0" | sed 's/^# \{0,1\}//'; }
+usage() { sed -n '2,15p' "$0" | sed 's/^# \{0,1\}//'; }
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 TINY=
@@ -29,26 +30,28 @@ while [ $# -gt 0 ]; do
   shift
 done
 
-PARTS=${PARTS:-a b c d e f}
+PARTS=${PARTS:-a b c d e f g}
 LIMIT_S=${LIMIT_S:-540}
 BUDGET_S=${BUDGET_S:-0}
 if [ -n "$TINY" ]; then
   OUT=${OUT:-$ROOT/results/gpu-tiny} DEVICE=${DEVICE:-cpu} PRESET=${PRESET:-0.3M} SEEDS=${SEEDS:-1} STEPS=${STEPS:-4}
   BATCH=${BATCH:-2} CONTEXT=${CONTEXT:-16} PAIRS=${PAIRS:-30} STACK_STEPS=${STACK_STEPS:-6} ROUNDS=${ROUNDS:-3}
+  SECONDS_EACH=${SECONDS_EACH:-0.2} EQUAL=(--data-bytes 200000 --pilot-steps 2)
   SIZE=(--data-bytes 200000 --threads 1) FAST=() STACK=(--data-bytes 200000 --without compile)
   IMAGES=(--task cifar --batch-size 4) BERT=(--task bert --batch-size 2) GPT2=(--task gpt --preset "$PRESET" --batch-size 2 --context 16 "${SIZE[@]}")
 else
   OUT=${OUT:-$ROOT/results/gpu} DEVICE=${DEVICE:-cuda} PRESET=${PRESET:-124M} SEEDS=${SEEDS:-3} STEPS=${STEPS:-300}
   BATCH=${BATCH:-16} CONTEXT=${CONTEXT:-1024} PAIRS=${PAIRS:-40} STACK_STEPS=${STACK_STEPS:-100} ROUNDS=${ROUNDS:-10}
   SIZE=() FAST=(--bf16 --fused --compile) STACK=()
+  SECONDS_EACH=${SECONDS_EACH:-150} EQUAL=(--bf16 --fused)
   # TinyStories where it is at hand, else the text that comes with Python
   DATA=${DATA:-$([ -d "${HPT_DATA_DIR:-/nonexistent}/text/tinystories" ] && echo tinystories)}
-  if [ -n "$DATA" ]; then SIZE=(--data "$DATA") STACK=(--data "$DATA"); fi
+  if [ -n "$DATA" ]; then SIZE=(--data "$DATA") STACK=(--data "$DATA") EQUAL+=(--data "$DATA"); fi
   IMAGES=(--task cifar --preset resnet18 --bf16 --fused) BERT=(--task bert --preset bert-base --bf16 --fused)
   GPT2=(--task gpt --preset gpt2 "${FAST[@]}" "${SIZE[@]}")
 fi
 for part in $PARTS; do
-  case $part in [a-f]) ;; *) echo "gpu.sh: unknown part $part: a b c d e f" >&2; exit 2 ;; esac
+  case $part in [a-g]) ;; *) echo "gpu.sh: unknown part $part: a b c d e f g" >&2; exit 2 ;; esac
 done
 mkdir -p "$OUT/status" "$OUT/log" "$OUT/runs" || exit 2
 OUT=$(cd "$OUT" && pwd)
@@ -147,6 +150,12 @@ part_f() {
   compare f-resnet18 optional 0 "${IMAGES[@]}" --budgets 0.5,2
   compare f-bert optional 0 "${BERT[@]}" --budgets 0.5,2
   compare f-gpt2 optional 0 "${GPT2[@]}" --budgets 0.5,2
+}
+
+# Three runs of equal wall-clock in one unit: 150 s each, and short ones before that say how long a step takes.
+part_g() {
+  unit g-equal-time required "${MORE[@]}" equal-time --device "$DEVICE" --preset "$PRESET" --batch-size "$BATCH" \
+    --context "$CONTEXT" --seconds "$SECONDS_EACH" "${EQUAL[@]}"
 }
 
 # ---- all of it; whatever was started ends with the script

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from hybrid_predict_trainer.experiments.arms.environment import environment
-from hybrid_predict_trainer.experiments.arms.options import InputError, as_input_error, check_device
-from hybrid_predict_trainer.experiments.bench import accelerator, acceptance, stack
+from hybrid_predict_trainer.experiments.arms.options import InputError, Options, as_input_error, check_device
+from hybrid_predict_trainer.experiments.bench import accelerator, acceptance, equal_time, stack
 from hybrid_predict_trainer.records import ConfigError
 from hybrid_predict_trainer.tell.sinks import jsonable
 
@@ -62,6 +62,17 @@ def show_accelerator(args: argparse.Namespace) -> Shown:
     return result, accelerator.format_text(result)
 
 
+def show_equal_time(args: argparse.Namespace) -> Shown:
+    """Today's GPT at equal wall-clock: one rate, four rates, ours."""
+    options = Options(
+        task="gpt-modern", preset=args.preset, device=args.device, batch_size=args.batch_size, context=args.context,
+        data=args.data, data_bytes=args.data_bytes, bf16=args.bf16, fused=args.fused, compile=args.compile,
+        schedule="wsd",
+    )  # fmt: skip
+    result = equal_time.measure(options, seconds=args.seconds, seed=args.seed, pilot_steps=args.pilot_steps, note=say)
+    return result, equal_time.format_text(result)
+
+
 def show_acceptance(args: argparse.Namespace) -> Shown:
     """Comparisons against the published criteria."""
     with as_input_error():
@@ -81,7 +92,8 @@ def build_parser() -> argparse.ArgumentParser:
         return found
 
     part("environment", show_environment).add_argument("--device", default="cpu")
-    for name, run in (("stack", show_stack), ("accelerator", show_accelerator)):
+    sized = (("stack", show_stack), ("accelerator", show_accelerator), ("equal-time", show_equal_time))
+    for name, run in sized:
         found = part(name, run)
         found.add_argument("--preset", default="0.9M")
         found.add_argument("--device", default="cpu")
@@ -94,6 +106,12 @@ def build_parser() -> argparse.ArgumentParser:
         found.add_argument("--data")
         found.add_argument("--data-bytes", type=int)
         found.add_argument("--without", action="append", default=[])
+    timed = parts.choices["equal-time"]
+    timed.add_argument("--seconds", type=float, default=150.0)
+    timed.add_argument("--seed", type=int, default=0)
+    timed.add_argument("--pilot-steps", type=int, default=equal_time.PILOT_STEPS)
+    for name in ("bf16", "fused", "compile"):
+        timed.add_argument(f"--{name}", action="store_true", default=None)
     judged = part("acceptance", show_acceptance)
     judged.add_argument("comparisons", type=Path, nargs="+")
     judged.add_argument("--stack", type=Path)

@@ -56,6 +56,7 @@ PRESETS: dict[str, ModernConfig] = {
     "0.3M-swiglu": replace(_SMALL, mlp="swiglu"),
     "0.9M": ModernConfig(num_layers=4, width=128, num_heads=4),
     "3M": ModernConfig(num_layers=6, width=192, num_heads=6, context=256, lr=2e-3),
+    "124M": ModernConfig(num_layers=17, width=768, num_heads=12, context=1024, lr=1e-3, batch_size=16),
 }
 DEFAULT_PRESET = "0.3M"
 
