@@ -1,7 +1,7 @@
 """What the closed form's matrices cost, in forwards, and what is charged for them.
 
-``python benchmarks/matrix_price.py``: per task and size the CPU time of the residuals' forward, and of kernel, factor and
-a product, their ratio, and what ``propose/sources/price.py`` makes of the counts; then steps with a dense inverse and
+``python benchmarks/matrix_price.py``: per task and size the CPU time of the residuals' forward, of kernel, factor and a
+product, their ratio, and what ``propose/sources/price.py`` makes of the counts; then steps with a dense inverse and
 with a limited one; one thread, least of the repeats.
 """
 
@@ -54,9 +54,7 @@ def row(name: str, size: str) -> str:
     with torch.no_grad():
         forward_s = least_seconds(lambda: problem.at(model, batch))
     matrix_s = least_seconds(solved)
-    charged = price.least_squares(
-        A.num_rows, A.num_weights, A.num_products, model_.num_matrix_products, num_products=1, num_factors=1
-    )
+    charged = price.least_squares(A.counts, model_.num_matrix_products, num_products=1, num_factors=1)
     return (
         f"{name + ' ' + size:22} {A.num_rows:9} {A.num_weights:8} {1e3 * forward_s:7.2f} {1e3 * matrix_s:10.2f} "
         f"{matrix_s / forward_s:9.1f} {charged:8.1f}"

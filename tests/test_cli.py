@@ -317,8 +317,9 @@ def test_an_interrupted_run_resumes_bit_for_bit(
     assert status == 0
     straight = json.loads(out)
     counts = straight["statistics"]
-    rows = map(json.loads, (tmp_path / "straight" / "metrics.jsonl").read_text().splitlines())
-    jumps = [row["step"] for row in rows if row["event"] == "jump"]
+    rows = [json.loads(line) for line in (tmp_path / "straight" / "metrics.jsonl").read_text().splitlines()]
+    last = max(row["step"] for row in rows if "step" in row)
+    jumps = [row["step"] for row in rows if row["event"] == "jump" and row["step"] + 1 < last]  # a run may end with one
     assert jumps
     # the batch of a refused proposal is used again: stop just after one, and after the step that does so
     stops = (3, jumps[0], *(step + 1 for step in jumps[:4]))

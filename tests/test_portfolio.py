@@ -132,6 +132,22 @@ def test_a_trial_that_was_lost_comes_later_every_time() -> None:
     assert arms.arms["a"].spent < 0.1 * arms.elapsed
 
 
+def test_a_first_trial_that_was_chosen_before_its_price_was_known_has_room_for_it() -> None:
+    arms = Arms(["gauss_newton"], timed=False)
+    arms.on_idle(3.0)
+    assert arms.choose() == "gauss_newton", "nothing is known of its price, and it may be tried"
+    assert arms.room_forwards == 3
+    arms.on_idle(60.0)
+    arms.expect("gauss_newton", 150.0)
+    assert arms.pass_over()
+    assert arms.room_forwards == 150
+    other = Arms(["gauss_newton"], timed=False)
+    other.on_idle(3.0)
+    other.choose()
+    other.expect("gauss_newton", 150.0)
+    assert not other.pass_over(), "now it is known to be too dear"
+
+
 def test_the_price_is_the_least_of_the_first_calls_and_held() -> None:
     arms = Arms(["a"])
     for seconds in (9.0, 2.0, 4.0, 0.1):

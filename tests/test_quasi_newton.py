@@ -166,18 +166,28 @@ def test_other_displacements_scale_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("num_weights", "memory_mb", "wanted"),
-    [(2_209, 256.0, 400), (200_000, 256.0, 167), (100_000, 256.0, 167), (10**9, 256.0, 20), (2_209, 0.1, 20)],
+    [
+        (2_209, 64.0, 400),
+        (10_221, 64.0, 400),
+        (200_000, 64.0, 41),
+        (200_000, 256.0, 167),
+        (100_000, 256.0, 167),
+        (10**9, 64.0, 20),
+        (2_209, 0.1, 20),
+    ],
 )
 def test_the_history_fits_the_memory(num_weights: int, memory_mb: float, wanted: int) -> None:
     """Two vectors per pair, of 8 bytes per weight for small models and of 4 for others."""
-    config = QuasiNewtonConfig(memory_mb=memory_mb)
+    config = QuasiNewtonConfig(pairs_memory_mb=memory_mb)
     assert history_that_fits(config, num_weights) == wanted
     assert history_that_fits(replace(config, history=7), num_weights) == 7
 
 
 def test_a_model_gets_the_history_that_fits() -> None:
     model = nn.Linear(1_000, 1_000, bias=False)
-    config = with_values(HybridTrainerConfig(), {**PRESETS["full_batch"], "predictor.quasi_newton.memory_mb": 200.0})
+    config = with_values(
+        HybridTrainerConfig(), {**PRESETS["full_batch"], "predictor.quasi_newton.pairs_memory_mb": 200.0}
+    )
     trainer = HybridTrainer(model, torch.optim.Adam(model.parameters()), config)
     assert trainer.run.proposer.predictor.spec.num_displacements == 26
     assert trainer.run.windows.groups.num_groups == 1

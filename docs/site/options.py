@@ -64,7 +64,7 @@ SOURCE_OF = (
     (r"predictor\.basis_dtype", _POISSON),
     (r"predictor\.memory_budget_mb", _FOUNDING),
     (r"predictor\.secant\.", "saddle-free Newton, arXiv 1406.2572; the number: " + _CHOICE),
-    (r"predictor\.quasi_newton\.(history|shrink|form|memory_mb)", _NEWTON),
+    (r"predictor\.quasi_newton\.(history|shrink|form|memory_mb|pairs_memory_mb)", _NEWTON),
     (r"predictor\.quasi_newton\.", f"Al-Baali 1998; {_NEWTON}"),
     (r"predictor\.gauss_newton\.second_order", f"geodesic acceleration, arXiv 1207.4999; {_CLOSED}"),
     (r"predictor\.gauss_newton\.(filter|initial_damping|linearizations|chain)", _CLOSED),

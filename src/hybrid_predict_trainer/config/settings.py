@@ -77,7 +77,8 @@ class QuasiNewtonConfig:
     """Limited-memory BFGS step from the gradients of real steps; for full-batch training."""
 
     history: int = 400  # most pairs kept: on small networks 100 end ten times as high
-    memory_mb: float = 256.0  # for the pairs; larger models keep fewer, but no fewer than MIN_HISTORY
+    pairs_memory_mb: float = 64.0  # larger models keep fewer pairs, but no fewer than MIN_HISTORY
+    memory_mb: float = 256.0  # for the matrix of the dense form
     self_scaling: bool = True  # divide the matrix by tau before an update; without, it is L-BFGS
     shrink: tuple[float, ...] = (1.0, 0.3, 0.05)  # multiples of the step tried until the loss falls
     form: Literal["limited", "wolfe", "dense", "auto"] = "limited"  # dense: all weights; auto: where that fits
@@ -86,6 +87,7 @@ class QuasiNewtonConfig:
     def __post_init__(self) -> None:
         """Check ranges."""
         _whole("predictor.quasi_newton.history", self.history, 1, 10_000)
+        _number("predictor.quasi_newton.pairs_memory_mb", self.pairs_memory_mb, 0.0, open_low=True)
         _number("predictor.quasi_newton.memory_mb", self.memory_mb, 0.0, open_low=True)
         _check(len(self.shrink) > 0, "predictor.quasi_newton.shrink", self.shrink, "a list of at least one number")
         for value in self.shrink:

@@ -69,7 +69,7 @@ MAX_LOG_GROWTH = 200.0
 def history_that_fits(config: QuasiNewtonConfig, num_weights: int) -> int:
     """K: as many pairs as the memory holds, at most those asked for."""
     per_pair = 2 * (8 if num_weights < FLOAT64_BELOW else 4) * max(num_weights, 1)
-    return min(config.history, max(MIN_HISTORY, int(config.memory_mb * 2**20 / per_pair)))
+    return min(config.history, max(MIN_HISTORY, int(config.pairs_memory_mb * 2**20 / per_pair)))
 
 
 def with_history_that_fits(config: HybridTrainerConfig, num_weights: int) -> HybridTrainerConfig:

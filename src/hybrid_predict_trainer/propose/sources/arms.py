@@ -176,7 +176,11 @@ class Arms:
 
     def pass_over(self) -> bool:
         """The current arm has turned out to be too dear for a first trial now; returns whether another one has it."""
-        if self.arms[self.current].rate is not None or self._may(self.current):
+        if self.arms[self.current].rate is not None:
+            return True
+        if self._may(self.current):
+            if self._used == 0:  # the block may have begun before that was known
+                self._begin(self.current, self._first_share)
             return True
         untried = self._untried()
         self._begin(untried[0] if untried else self.leader, self._first_share)

@@ -38,7 +38,7 @@ from ...weights.real_views import all_differentiable
 from . import price
 from .base import Material, Move, Source
 from .flat import displacement, flat, joined, put, split
-from .jacobian import Counts, Jacobian, Linearizer
+from .jacobian import Jacobian, Linearizer
 from .least_squares import Convex, LeastSquares, Point, ResidualError
 from .solve import Averaged, Form, Linearized, form_for
 from .stream import Stream
@@ -80,11 +80,9 @@ LAZY = 0.1
 
 def matrices(model: Linearized) -> float:
     """Forwards that a linearisation's matrix, its factors, and products beside them have been worth so far."""
-    A = model.A
     return price.least_squares(
-        A.num_rows, A.num_weights, A.num_products, model.num_matrix_products, num_products=model.num_products,
-        num_factors=model.num_factors,
-    )  # fmt: skip
+        model.A.counts, model.num_matrix_products, num_products=model.num_products, num_factors=model.num_factors
+    )
 
 
 class _Spent:
@@ -280,7 +278,7 @@ class GaussNewton(Source):
             before = spent.in_forwards
             if before + self._price_of_move > room or ((number or leads_back) and before >= self.allowance):
                 break
-            if not self._step(walk, at, spent, errors, room, check=number == 0):
+            if not self._step(walk, at, spent, errors, room, first=number == 0):
                 break
         if errors:
             self.linearity = sum(errors) / len(errors)
@@ -309,7 +307,7 @@ class GaussNewton(Source):
             raise ArithmeticError("the loss of the residuals is not finite")
         walk, errors = _Walk(start, point), list[float]()
         moved = spent.in_forwards + self._price_of_move <= room and self._step(
-            walk, at, spent, errors, room, check=self.num_moves == 0
+            walk, at, spent, errors, room, first=self.num_moves == 0
         )
         if errors:
             self.linearity = sum(errors) / len(errors)
@@ -336,7 +334,7 @@ class GaussNewton(Source):
         return _Walk(x, point), point.loss
 
     def _step(
-        self, walk: _Walk, at: Callable[..., Point], spent: _Spent, errors: list[float], room: float, *, check: bool
+        self, walk: _Walk, at: Callable[..., Point], spent: _Spent, errors: list[float], room: float, *, first: bool
     ) -> bool:
         """Linearise, and move as far as the linear model holds; False where no damping lowers the loss, or no room is.
 
@@ -346,12 +344,12 @@ class GaussNewton(Source):
             spent: So far.
             errors: Of the linear model, are added.
             room: Forwards that the proposal may cost in all.
-            check: Whether rows that are read off are checked.
+            first: Of this proposal: rows that are read off are checked, and dampings tried until one helps.
         """
         assert self._linearizer is not None
         before, num_cotangents = spent.in_forwards, len(walk.point.cotangents)
-        A = self._linearizer.jacobian(walk.point.outputs, walk.point.cotangents, check=check)
-        spent.backward(self._linearizer.num_backward(num_cotangents, A.num_rows) + check)
+        A = self._linearizer.jacobian(walk.point.outputs, walk.point.cotangents, check=first)
+        spent.backward(self._linearizer.num_backward(num_cotangents, A.num_rows) + first)
         needed = LEAST_PASSES + self._price_of_matrices(A.counts)
         if before + needed > room:
             self._price_of_move = needed
@@ -360,7 +358,8 @@ class GaussNewton(Source):
         found, believed = None, self.damping
         for _ in range(MAX_TRIES if model.scale > 0 else 0):
             found = self._tried(walk, model, at, errors)
-            over = spent.in_forwards >= self.allowance or spent.in_forwards + matrices(model) >= room
+            allowed = math.inf if first else self.allowance  # without a move a linearisation has been for nothing
+            over = spent.in_forwards >= allowed or spent.in_forwards + matrices(model) >= room
             if found is not None or self.damping >= MOST or over:
                 break
         if found is not None and self.searches and (self._searching or self.num_moves % SEARCH_EVERY == 0):
@@ -411,14 +410,12 @@ class GaussNewton(Source):
             rows, num_weights, largest=c.largest_matrix, memory_mb=c.memory_mb
         )  # fmt: skip
 
-    def _price_of_matrices(self, counts: Counts) -> float:
+    def _price_of_matrices(self, counts: price.Counts) -> float:
         """Forwards that the matrices of a move are worth with one damping."""
         form = self._form(counts.num_rows, counts.num_weights)
         matrix = {"kernel": counts.num_gram_products, "weight": counts.num_normal_products, "cg": 0.0}[form]
-        return price.least_squares(
-            counts.num_rows, counts.num_weights, counts.num_products, matrix,
-            num_products=2 * self.config.cg_iterations if form == "cg" else 3, num_factors=int(form != "cg"),
-        )  # fmt: skip
+        products = 2 * self.config.cg_iterations if form == "cg" else 3
+        return price.least_squares(counts, matrix, num_products=products, num_factors=int(form != "cg"))
 
     def _tried(
         self, walk: _Walk, model: Linearized, at: Callable[..., Point], errors: list[float]

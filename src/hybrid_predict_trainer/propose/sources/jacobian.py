@@ -68,6 +68,10 @@ class Block(Protocol):
         """Multiplications of a product with a vector."""
 
     @property
+    def num_units(self) -> int:
+        """Outputs of a layer that the columns tell of."""
+
+    @property
     def num_gram_products(self) -> float:
         """Multiplications of :meth:`gram`, half of a product of a matrix with its own transpose."""
 
@@ -117,6 +121,11 @@ class Dense:
     def num_gram_products(self) -> float:
         """See :class:`Block`."""
         return len(self.rows) * self.rows.numel() / 2
+
+    @property
+    def num_units(self) -> int:
+        """See :class:`Block`."""
+        return 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,27 +187,15 @@ class Outer:
         return min(outer_gram_products(*self._sizes), written_gram_products(*self._sizes))
 
     @property
+    def num_units(self) -> int:
+        """See :class:`Block`; a weight is (outputs, inputs) or the other way round."""
+        rows, c, a, b = self._sizes
+        return rows * c * max(a, b)
+
+    @property
     def _sizes(self) -> tuple[int, int, int, int]:
         """R, c, a, b."""
         return *self.left.shape, self.right.shape[2]
-
-
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """What matrices of a Jacobian take, in multiplications.
-
-    Attributes:
-        num_rows, num_weights: R and P.
-        num_products: Of a product with a vector.
-        num_gram_products: Of A A'.
-        num_normal_products: Of A'A.
-    """
-
-    num_rows: int
-    num_weights: int
-    num_products: float
-    num_gram_products: float
-    num_normal_products: float
 
 
 class Jacobian:
@@ -206,9 +203,12 @@ class Jacobian:
 
     Attributes:
         num_rows, num_weights: R and P.
+        double: The model is in float64.
     """
 
-    def __init__(self, blocks: Sequence[Block], num_rows: int, num_weights: int, like: Tensor) -> None:
+    def __init__(
+        self, blocks: Sequence[Block], num_rows: int, num_weights: int, like: Tensor, *, double: bool = False
+    ) -> None:
         """Bind.
 
         Args:
@@ -216,7 +216,9 @@ class Jacobian:
             num_rows: R.
             num_weights: P.
             like: Of the type and on the device of all products.
+            double: See the attribute.
         """
+        self.double = double
         self.blocks, self.num_rows, self.num_weights = list(blocks), num_rows, num_weights
         self._like = like
 
@@ -251,12 +253,15 @@ class Jacobian:
         return float(sum(block.num_products for block in self.blocks))
 
     @property
-    def counts(self) -> Counts:
+    def counts(self) -> price.Counts:
         """What its matrices take."""
         of_gram = sum(block.num_gram_products for block in self.blocks)
         written = float(self.num_rows) * self.num_weights
         of_normal = written * self.num_weights / 2 + self.num_products
-        return Counts(self.num_rows, self.num_weights, self.num_products, of_gram, of_normal)
+        units = sum(block.num_units for block in self.blocks)
+        return price.Counts(
+            self.num_rows, self.num_weights, self.num_products, of_gram, of_normal, units, double=self.double
+        )
 
     def dense(self) -> Tensor:
         """A written out, (R, P)."""
@@ -362,7 +367,7 @@ class Linearizer:
             return price.rows_one_by_one(num_rows, self.num_weights, self._chunk)
         return float(num_cotangents)
 
-    def counted(self, outputs: Tensor, cotangents: Sequence[Tensor]) -> Counts:
+    def counted(self, outputs: Tensor, cotangents: Sequence[Tensor]) -> price.Counts:
         """What a Jacobian and its matrices would take, for at most a backward per cotangent; see :meth:`jacobian`."""
         rows, num_weights = len(cotangents) * len(outputs), float(self.num_weights)
         if self.separable is not False:
@@ -373,7 +378,10 @@ class Linearizer:
             else:
                 return A.counts
         written = rows * num_weights
-        return Counts(rows, self.num_weights, written, written * rows / 2, written * num_weights / 2)
+        return price.Counts(
+            rows, self.num_weights, written, written * rows / 2, written * num_weights / 2,
+            double=outputs.dtype == torch.float64,
+        )  # fmt: skip
 
     # ---- one backward for all residuals ----------------------------------------------------------------
 
@@ -431,7 +439,10 @@ class Linearizer:
                 size = self._parameters[use.place].numel()
                 written.append((use.place, _scattered(use, layout, parts, offset, size)))
         merged = [(key[0], block) for key, group in outers.items() for block in _merged(group)]
-        return Jacobian(_without_common_columns(merged, written), len(found) * count, self.num_weights, like)
+        return Jacobian(
+            _without_common_columns(merged, written), len(found) * count, self.num_weights, like,
+            double=outputs.dtype == torch.float64,
+        )  # fmt: skip
 
     def _check(self, found: Jacobian, outputs: Tensor, cotangents: Sequence[Tensor]) -> None:
         """Compare a product with the rows and a backward of its own.
@@ -478,7 +489,8 @@ class Linearizer:
                         columns = slice(self._offsets[place], self._offsets[place + 1])
                         A[k * count + start : k * count + stop, columns] = g.flatten(1).to(wide)
         index = torch.arange(self.num_weights, device=outputs.device)
-        return Jacobian([Dense(A, index)], len(A), self.num_weights, like)
+        double = outputs.dtype == torch.float64
+        return Jacobian([Dense(A, index)], len(A), self.num_weights, like, double=double)
 
 
 def _batched(outputs: Tensor, parameters: Sequence[Tensor], seeds: Tensor) -> Sequence[Tensor | None]:
