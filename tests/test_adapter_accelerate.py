@@ -134,6 +134,51 @@ def test_a_state_without_ours_is_said(tmp_path: Path) -> None:
         ours.accelerator.load_state(str(tmp_path))
 
 
+def test_two_engines_keep_their_gradients_and_states_apart(tmp_path: Path) -> None:
+    accelerator = accelerate.Accelerator(cpu=True)
+    batches, made = sequences(12 * 6).split(12), []
+    for seed, lr in ((0, 3e-3), (1, 1e-3)):
+        model = accelerator.prepare(gpt2(seed=seed))
+        optimizer = accelerator.prepare(torch.optim.AdamW(model.parameters(), lr=lr))
+        norms: list[float] = []
+        sink = type("Sink", (), {"write": lambda _, r, n=norms: n.append(r["gradient_norm"])
+                                 if r["event"] == "step" else None})()  # fmt: skip
+        engine = ride_along(accelerator, model, optimizer, config=willing(**QUIET), sinks=[sink])
+        made.append((model, optimizer, engine, norms))
+    for batch in batches:
+        losses = [model(input_ids=batch, labels=batch).loss for model, *_ in made]  # both under way at the first clip
+        for (model, optimizer, *_), loss in zip(made, losses, strict=True):
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(parameters=model.parameters(), max_norm=1e-3)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert all(len(norms) == len(batches) and min(norms) > 1e-2 for *_, norms in made)  # as before they are clipped
+    accelerator.save_state(str(tmp_path))
+    rates = [engine.run.schedule.peak for _, _, engine, _ in made]
+    assert rates == [3e-3, 1e-3]
+    for _, _, engine, _ in made:
+        engine.run.schedule.update_peak(1.0)
+    accelerator.load_state(str(tmp_path))
+    assert [engine.run.schedule.peak for _, _, engine, _ in made] == rates
+    for _, _, engine, _ in made:
+        engine.detach()
+    again = ride_along(accelerator, made[0][0], made[0][1], config=willing())
+    accelerator.load_state(str(tmp_path))
+    assert again.run.schedule.peak == rates[0]
+
+
+def test_a_schedule_that_follows_a_metric_stays_the_loops() -> None:
+    run = Run(None)
+    followed = torch.optim.lr_scheduler.ReduceLROnPlateau(run.optimizer.optimizer, patience=STEPS - 4)
+    engine = ride_along(run.accelerator, run.model, run.optimizer, followed, willing(), total_steps=STEPS)
+    run.scheduler = type("Worse", (), {"step": lambda _: followed.step(1.0)})()
+    run.train()
+    assert engine.statistics()["num_jumps_proposed"] > 0
+    assert engine.owed_schedule_steps() == 0
+    assert followed.last_epoch == STEPS
+    assert run.optimizer.param_groups[0]["lr"] == pytest.approx(3e-4)
+
+
 def test_a_loss_function_of_ones_own(tmp_path: Path) -> None:
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
     torch.manual_seed(0)

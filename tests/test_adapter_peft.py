@@ -18,7 +18,10 @@ framework("accelerate")
 from hybrid_predict_trainer.adapters.hf import HybridCallback  # noqa: E402
 
 transformers.logging.set_verbosity_error()
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated"),
+    pytest.mark.filterwarnings("ignore:Could not find a config file"),  # of PEFT 0.15 without a network
+]
 
 
 def train(out: Path, callback: Any, **changes: Any) -> Any:

@@ -20,8 +20,10 @@ loop's; what claimed steps and the price of proposals have put the clock ahead b
 
 from __future__ import annotations
 
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 from torch import nn
 from torch.optim import Optimizer
@@ -35,8 +37,11 @@ from .missing import framework
 
 framework("accelerate", "transformers")
 
-#: Folder of ours in a state that accelerate has saved.
+#: Folder of ours in a state that accelerate has saved; of a second engine with ``_1`` behind it, and so on.
 FOLDER = "hybrid_predict_trainer"
+
+#: Places of the engines that ride along with an accelerator.
+_TAKEN: WeakKeyDictionary[Any, set[int]] = WeakKeyDictionary()
 
 
 def ride_along(
@@ -71,13 +76,22 @@ def ride_along(
     )
     if loss_fn is not None:
         stations.backward(accelerator)
-    stations.clip(accelerator, "clip_grad_norm_")
-    stations.clip(accelerator, "clip_grad_value_")
-    state = _Kept(engine)
+    stations.clip(accelerator, "clip_grad_norm_", of=optimizer)
+    stations.clip(accelerator, "clip_grad_value_", of=optimizer)
+    state = _Kept(engine, _folder_for(accelerator, engine))
     stations.replaced.wrap(accelerator, "load_state", state.load)
     engine.on_detach(accelerator.register_save_state_pre_hook(state.save).remove)
     engine.on_detach(accelerator.register_load_state_pre_hook(state.find).remove)
     return engine
+
+
+def _folder_for(accelerator: Any, engine: Engine) -> str:
+    """A name that no other engine has which rides along now: numbered in the order of ``ride_along``."""
+    taken = _TAKEN.setdefault(accelerator, set())
+    place = next(i for i in count() if i not in taken)
+    taken.add(place)
+    engine.on_detach(lambda: taken.discard(place))
+    return f"{FOLDER}_{place}" if place else FOLDER
 
 
 class _Kept:
@@ -87,17 +101,17 @@ class _Kept:
     one could not be loaded at all.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, name: str) -> None:
+        self._engine, self._name = engine, name
         self._folder: Path | None = None
 
     def save(self, models: Any, weights: Any, output_dir: str) -> None:
         """Write, before accelerate does."""
-        self._engine.save_state(Path(output_dir) / FOLDER)
+        self._engine.save_state(Path(output_dir) / self._name)
 
     def find(self, models: Any, input_dir: str) -> None:
         """Remember where the state comes from: accelerate chooses the newest where it is not told."""
-        self._folder = Path(input_dir) / FOLDER
+        self._folder = Path(input_dir) / self._name
 
     def load(self, load: Any, *args: Any, **kwargs: Any) -> Any:
         """Read, after accelerate has."""
@@ -106,5 +120,5 @@ class _Kept:
         if folder is not None and folder.is_dir():
             self._engine.load_state(folder)
         elif folder is not None:
-            warn(f"{folder.parent} was saved without {FOLDER}: prediction begins anew")
+            warn(f"{folder.parent} was saved without {self._name}: prediction begins anew")
         return found

@@ -270,7 +270,9 @@ class TrainerLoss(StepLoss):
 
     def _share(self, batch: Mapping[str, Any], num_items: Any) -> Tensor:
         trainer = self._trainer
-        model = trainer.model if _is_ddp(trainer) else trainer.model_wrapped
+        # a compiled one would be compiled anew for every mode and hook that judging sets
+        inner = _is_ddp(trainer) or hasattr(trainer.model_wrapped, "_orig_mod")
+        model = trainer.model if inner else trainer.model_wrapped
         inputs = trainer._prepare_inputs(dict(batch))
         with trainer.compute_loss_context_manager():
             loss = trainer.compute_loss(model, inputs, num_items_in_batch=num_items)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 from ..cycle.engine import Engine
 from ..records import Phase
 from .replaced import Replaced
@@ -40,16 +42,33 @@ class Stations:
 
         self.replaced.wrap(owner, "backward", around)
 
-    def clip(self, owner: Any, name: str) -> None:
-        """Gradients are looked at before ``owner.name`` clips them."""
+    def clip(self, owner: Any, name: str, *, of: Any = None) -> None:
+        """Gradients are looked at before ``owner.name`` clips them.
+
+        Args:
+            owner: Of the method.
+            name: Of the method.
+            of: An optimizer whose weights are the engine's, where the method takes ``parameters`` first: where it is
+                called with others it is another engine's turn.  None: whatever is clipped is the engine's.
+        """
 
         def around(clip: Any, *args: Any, **kwargs: Any) -> Any:
-            if self._complete() and self.engine.in_step:
+            ours = True
+            if of is not None:
+                given, rest = (args[0], args[1:]) if args else (kwargs.pop("parameters"), ())
+                weights = given if isinstance(given, Tensor) else list(given)  # one may be gone through once only
+                args, ours = (weights, *rest), _share(of, weights)
+            if ours and self._complete() and self.engine.in_step:
                 self._unscale()
                 self.engine.after_backward()
             return clip(*args, **kwargs)
 
         self.replaced.wrap(owner, name, around)
+
+
+def _share(optimizer: Any, weights: Tensor | list[Tensor]) -> bool:
+    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return any(id(p) in own for p in ([weights] if isinstance(weights, Tensor) else weights))
 
 
 def figures(engine: Engine) -> dict[str, float]:

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ..config.settings import HybridTrainerConfig
 from ..forecast.final_loss import Forecast
@@ -601,6 +602,7 @@ def attach(
         schedule: ``"owned"``: the engine steps it.  ``"external"``: the loop does, once per step of the optimizer, and
             may ask for :meth:`Engine.owed_schedule_steps`; a jump that is taken back leaves the schedule where it is.
             ``"shared"``: the loop does as well, and what it owes is taken right before the optimizer's next step.
+            Either way a ``ReduceLROnPlateau`` stays the loop's: it is owed nothing.
         total_steps: Planned end of the run on the configured clock, for the budget; None: not known.
         sinks: Objects of your own that get every record, beside the file that ``metrics.path`` names.
         modifiers: Of your own, around every step of the optimizer (:class:`.StepModifier`).
@@ -623,6 +625,8 @@ def attach(
             "training.activation_offload is for forwards that HybridTrainer makes: in a loop of your own, put yours "
             "under torch.autograd.graph.save_on_cpu(pin_memory=True)"
         )
+    if schedule != "owned" and isinstance(_inner_schedule(lr_scheduler), ReduceLROnPlateau):
+        lr_scheduler, schedule = None, "owned"  # it follows a metric that the loop knows, and no clock
     hooked = with_hooks(optimizer)
     handed = Handed(
         loss_fn=loss_fn if isinstance(loss_fn, StepLoss) else StepLoss(loss_fn),
