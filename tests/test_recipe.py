@@ -407,6 +407,10 @@ def test_a_miniature_is_a_complete_run() -> None:
     assert factors[-1] < 0.1
 
 
+def test_peak_rates_are_factor_times_multiplier_times_rate() -> None:
+    assert Recipe({"head": 8.0}, multiplier=2.0).peak_rates(0.1) == {"head": pytest.approx(1.6), "others": 0.2}
+
+
 def test_the_command_line_takes_a_recipe_home(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from hybrid_predict_trainer import cli
 
@@ -415,6 +419,9 @@ def test_the_command_line_takes_a_recipe_home(tmp_path: Path, capsys: pytest.Cap
     capsys.readouterr()
     assert cli.main(["recipe", str(tmp_path / "first"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["rates"] == PRIOR
+    told = json.loads((tmp_path / "first" / "summary.json").read_text())
+    wanted = {role: factor * told["lr"] for role, factor in PRIOR.items()}
+    assert told["peak_rates"] == pytest.approx(wanted | {"others": told["lr"]})
     assert cli.main(["recipe", str(tmp_path)]) == 2
     file = tmp_path / "first" / "recipe.toml"
     assert cli.main([*run, "--out", str(tmp_path / "second"), "--set", f"training.recipe={file}"]) == 0

@@ -572,11 +572,12 @@ def test_a_run_without_jumps_says_what_was_done_instead_and_has_no_empty_section
     path = tmp_path / "mine" / "summary.json"
     counts = {"learned_scale": 4.0, "num_raises_taken_back": 1, "num_early_cuts": 12, "lookahead_effect": -0.25,
               "lookahead_switched_off": False, "cost_units": 310.0}  # fmt: skip
-    told = {"arm": "hybrid", "statistics": counts, "wall_s": 12.3}
+    peaks = {"head": 0.024, "attention_q": 0.009, "attention_k": 0.009, "<b>": "x", "others": 0.003}
+    told = {"arm": "hybrid", "statistics": counts, "wall_s": 12.3, "peak_rates": peaks}
     path.write_text(json.dumps({**json.loads(path.read_text()), **told}))
     text = Page(build_report(tmp_path / "mine")).text
     assert "Steps of the optimizer" in text
-    assert "4\u00d7 1 12 \u22120.25 in use" in text
+    assert "4\u00d7 1 12 \u22120.25 in use head 0.024; attention q, attention k 0.009; others 0.003" in text
     assert "Wall time, mine 12.3 s at the cost of 100.0 plain steps" in text
     assert not any(head in text for head in ("3. Jumps", "4. The ledger", "5. Confidence"))
 

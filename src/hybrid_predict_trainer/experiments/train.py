@@ -312,5 +312,6 @@ def _result(
         "task": setup.task.name, "seed": request.seed or 0, "arm": "plain" if request.plain else "hybrid",
         "steps": setup.steps, "lr": setup.recipe.lr, "completed": ended, "final_val_loss": val_loss,
         "wall_s": wall_s, "environment": environment(setup.settings.device), "task_settings": setup.task.describe(),
+        "peak_rates": trainer.recipe().peak_rates(setup.recipe.lr),
         **trainer.summary(),
     }  # fmt: skip

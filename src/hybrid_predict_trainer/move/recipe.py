@@ -114,6 +114,15 @@ class Recipe:
             for factor, group in sorted(by_factor.items())
         ]
 
+    def peak_rates(self, lr: float) -> dict[str, float]:
+        """Learning rate by role where that of the schedule is ``lr``, multiplier included; "others": of further roles.
+
+        Args:
+            lr: Of the schedule: what ``get_last_lr`` shows.
+        """
+        total = lr * self.multiplier
+        return {role: total * self.rate_of(role) for role in self.rates} | {"others": total}
+
     def lines(self) -> str:
         """The recipe as a TOML file."""
         rows = [f'origin = "{_escaped(self.origin)}"', f"multiplier = {self.multiplier:.6g}", "", "[rates]"]

@@ -267,7 +267,8 @@ def drive(
 def write_run(folder: Path, trainer: HybridTrainer, run: ArmRun) -> None:
     """Write what belongs beside the metrics of a run."""
     trainer.metrics.sink.close()
-    write_json(folder / "summary.json", {**summary_of(run), **trainer.summary()})
+    peaks = {"peak_rates": trainer.recipe().peak_rates(run.arm.lr)}
+    write_json(folder / "summary.json", {**summary_of(run), **peaks, **trainer.summary()})
     write_text(folder / "config.toml", to_toml(trainer.config))
     trainer.recipe().save(folder / "recipe.toml")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .charts import escape
-from .data import Report, number, table_of
+from .data import Record, Report, number, table_of
 from .parts import UNKNOWN, format_value, html_table
 
 #: Counts that the section shows, as ``statistics()`` names them.
@@ -24,11 +24,23 @@ def steps_table(report: Report) -> str:
             escape(run.name, 60), UNKNOWN if factor is None else f"{factor:.3g}&times;",
             format_value(counts.get("num_raises_taken_back")), format_value(counts.get("num_early_cuts")),
             UNKNOWN if effect is None else f"{effect:+.2g}".replace("-", "&minus;"), f"text:{state}",
+            f"text:{rates_words(run.summary)}",
         ])  # fmt: skip
     if not rows:
         return ""
     head = ["Run", "Multiplier of the learning rate", "Raises taken back", "Group warm-up: cuts",
-            "Extrapolation and damping: effect on the loss", "text:Lookahead"]  # fmt: skip
+            "Extrapolation and damping: effect on the loss", "text:Lookahead", "text:Peak rates by role"]  # fmt: skip
     told = "What needs no jump: longer steps, slower first steps of groups, and the low-pass between steps. "
-    told += "An effect that its holdout has not shown is not measured."
+    told += "An effect that its holdout has not shown is not measured. Peak rates: the schedule's peak, times the "
+    told += "multiplier and the recipe's factor of the role."
     return f"<h2>Steps of the optimizer</h2>{html_table(head, rows)}<p><small>{told}</small></p>"
+
+
+def rates_words(summary: Record) -> str:
+    """Peak rates by role, those of the same size together."""
+    rates = {role: number(rate) for role, rate in table_of(summary.get("peak_rates")).items()}
+    roles: dict[str, list[str]] = {}
+    for role, rate in rates.items():
+        if rate is not None:
+            roles.setdefault(f"{rate:.3g}", []).append(escape(role.replace("_", " "), 40))
+    return "; ".join(f"{', '.join(names)} {rate}" for rate, names in roles.items()) or UNKNOWN
