@@ -19,9 +19,10 @@ from torch.nn import functional as F
 from cases import WIDTH, full_batch, loss_fn, make_batches, make_model, plain_loop
 from hybrid_predict_trainer import HybridTrainer, HybridTrainerConfig, attach
 from hybrid_predict_trainer.config.toml import with_values
+from hybrid_predict_trainer.propose.sources.gauss_newton import GaussNewton
 from hybrid_predict_trainer.propose.sources.least_squares import Convex, LeastSquares, ResidualError
 from hybrid_predict_trainer.propose.sources.portfolio import Portfolio
-from hybrid_predict_trainer.records import ConfigError, Phase
+from hybrid_predict_trainer.records import ConfigError, Phase, Reason, Verdict
 
 Batch = tuple[Tensor, Tensor]
 
@@ -220,6 +221,21 @@ def test_bad_residuals_are_one_clear_line_and_no_end(name: str) -> None:
     assert re.search(said, texts[0]), texts[0]
     assert trainer.statistics()["num_predictor_failures"] == 3
     assert trainer.run.meter.num_real_steps >= 8
+
+
+@pytest.mark.parametrize(("ours", "theirs", "same"), [(9.7e-9, 6.6e-9, True), (2e-3, 1e-3, False), (1.0, 0.995, True)])
+def test_a_loss_that_is_all_rounding_is_the_same_loss(ours: float, theirs: float, same: bool) -> None:
+    """A fitted network's cross-entropy in float32 is 1e-8, and off by as much."""
+    trainer = built(make_model("mlp"))
+    source = trainer.run.proposer.source
+    assert isinstance(source, GaussNewton)
+    source._proposed = ours, []
+    verdict = Verdict(accepted=False, reason=Reason.NO_DESCENT, loss_before=theirs, loss_after=theirs)
+    if same:
+        source.on_verdict(verdict)
+    else:
+        with pytest.raises(ResidualError, match="they must be the same"):
+            source.on_verdict(verdict)
 
 
 def test_a_function_of_residuals_is_asked_for() -> None:

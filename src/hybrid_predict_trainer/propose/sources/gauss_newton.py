@@ -56,8 +56,9 @@ POOR = 0.25
 LEAST, MOST = 1e-16, 1e8
 #: Longest correction of second order, in lengths of half the step (Transtrum & Sethna, section 4).
 MAX_BEND = 0.75
-#: Relative difference between the run's loss and the one of the residuals that passes for rounding.
-SAME_LOSS = 1e-2
+#: Relative difference between the run's loss and the one of the residuals that passes for rounding, and an absolute one
+#: where the loss is a difference of larger numbers, as a cross-entropy in float32 is.
+SAME_LOSS, ROUNDING = 1e-2, 1e-6
 #: Where the predicted loss curve is told, as shares of the time that is believed.
 CURVE = (0.25, 0.5, 1.0)
 #: Passes of one move, in forwards: two at its beginning with a backward, and two on trial.
@@ -496,10 +497,10 @@ class GaussNewton(Source):
         first, end = proposed
         before = verdict.loss_before
         known, self._compared = self._compared, True  # later losses may be small enough to differ by rounding
-        if not known and math.isfinite(before) and abs(before - first) > SAME_LOSS * max(abs(before), abs(first)):
-            self._mismatch = (
-                f"the mean square of residual_fn is {first:.6g}, and the loss is {before:.6g}: they must be the same"
-            )
+        passes = SAME_LOSS * max(abs(before), abs(first)) + ROUNDING
+        if not known and math.isfinite(before) and abs(before - first) > passes:
+            whose = "the loss of output_fn" if isinstance(self._problem, Convex) else "the mean square of residual_fn"
+            self._mismatch = f"{whose} is {first:.6g}, and the loss is {before:.6g}: they must be the same"
             raise ResidualError(self._mismatch)
         if self.stream.fresh:  # losses of different batches say nothing of which weights are better
             self._best = end if verdict.accepted else self._best
