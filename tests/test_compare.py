@@ -323,7 +323,7 @@ def test_a_comparison_end_to_end(tmp_path: Path) -> None:
             folder = tmp_path / "runs" / f"{arm['name']}-s{seed}"
             records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
             validations = [r for r in records if r["event"] == "validation"]
-            assert 15 <= len(validations) <= 22
+            assert 12 <= len(validations) <= 22, "20 looks, fewer where a proposal goes past one"
             assert json.loads((folder / "summary.json").read_text())["final_val_loss"] == validations[-1]["val_loss"]
             assert (folder / "config.toml").exists()
     assert found["arms"][0]["cost_units"] == pytest.approx(60 * STEP_UNITS)
