@@ -138,14 +138,26 @@ def test_a_first_trial_that_was_chosen_before_its_price_was_known_has_room_for_i
     assert arms.choose() == "gauss_newton", "nothing is known of its price, and it may be tried"
     assert arms.room_forwards == 3
     arms.on_idle(60.0)
-    arms.expect("gauss_newton", 150.0)
+    arms.expect("gauss_newton", 50.0)
     assert arms.pass_over()
-    assert arms.room_forwards == 150
+    assert arms.room_forwards == 63
     other = Arms(["gauss_newton"], timed=False)
     other.on_idle(3.0)
     other.choose()
-    other.expect("gauss_newton", 150.0)
+    other.expect("gauss_newton", 50.0)
     assert not other.pass_over(), "now it is known to be too dear"
+
+
+@pytest.mark.parametrize(("left", "tried"), [(1000.0, True), (220.0, True), (180.0, False), (math.inf, True)])
+def test_nobody_is_tried_first_at_the_end_of_a_run(left: float, tried: bool) -> None:
+    arms = Arms(["a", "b"], timed=False)
+    arms.on_idle(400.0)
+    arms.expect("a", 10.0)
+    arms.expect("b", 50.0)
+    assert arms.choose() == "a"
+    arms.plan(400.0 + left)
+    arms.note(5.0, 400.0)  # it leads
+    assert (arms.current == "b") is tried
 
 
 def test_the_price_is_the_least_of_the_first_calls_and_held() -> None:

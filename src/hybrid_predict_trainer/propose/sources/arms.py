@@ -5,10 +5,11 @@ fall of log L per second.  The arm of the highest rate goes on.  The others are 
 bounded: a block that is a trial takes a stated share of the time that the run has taken so far, or one proposal where
 that takes longer, and no trial of the same arm begins before the run has gone on for :data:`WAIT` times its length,
 twice that after another one that was lost, and so on.  A first trial waits until what it is predicted to cost is a
-stated share of what was spent: on large problems a factorisation may take longer than the whole run.
+stated share of what was spent, and is not made where it is more than a share of what is left of the plan: on large
+problems a factorisation may take longer than the whole run, and what is found at its end is of no use.
 
 Closed form speeds up while its damping falls, quasi-Newton steps do not, and from raw weights they may end in spurious
-solutions between the points (LOG.md): its rate counts :data:`ADVANTAGE` times, and so does that share.
+solutions between the points (LOG.md): its rate counts :data:`ADVANTAGE` times, and so does the latter share.
 
 Rates fall in the course of a run.  A rate of earlier is a promise, not a measurement: where the leader has become
 slower than what another arm once was, that one is due after :data:`EARLY_WAIT` times its last trial, and is measured
@@ -41,6 +42,8 @@ EARLY_WAIT = 2.0
 #: Most that a first trial may be predicted to take, as a share of the time that the run has taken; where nothing but
 #: plain steps is known.
 FIRST_SHARE, FIRST_OF_ALL = 0.25, 1.0
+#: Most that it may be predicted to take, as a share of the time that is left of the plan; all where plain steps lead.
+LEFT_SHARE = 0.25
 #: While an arm of advantage leads, the share that a first trial may take, unless its rate has fallen to so much of its
 #: best one.
 SHARE_BESIDE, STALLED = 0.1, 1 / 3
@@ -87,6 +90,7 @@ class Arms:
         leader: Who had the highest rate.
         elapsed: Seconds so far, all arms together.
         arms: By name; plain steps are among them.
+        end: Elapsed seconds at which the plan ends; infinite where there is none.
     """
 
     def __init__(self, names: Sequence[str], *, timed: bool = True) -> None:
@@ -99,7 +103,7 @@ class Arms:
         self.timed = timed
         self.arms = {name: Arm() for name in (*names, PLAIN)}
         self.current = self.leader = PLAIN
-        self.elapsed = 0.0
+        self.elapsed, self.end = 0.0, math.inf
         self._used = self._gain = 0.0  # of the block: seconds, fall of log L
         self._room = 0.0  # seconds of the block
 
@@ -124,6 +128,10 @@ class Arms:
     def expect(self, name: str, forwards: float) -> None:
         """The least proposal of an arm takes so many forwards."""
         self.arms[name].expected = forwards
+
+    def plan(self, forwards: float) -> None:
+        """So many forwards are left of the run."""
+        self.end = self.elapsed + forwards * self.price(PLAIN)
 
     @property
     def room_forwards(self) -> float:
@@ -194,9 +202,11 @@ class Arms:
         return [name for name in self.left if self.arms[name].rate is None and self._may(name)]
 
     def _may(self, name: str) -> bool:
-        """Whether an arm's first trial is predicted to cost no more than its share."""
-        forwards, share = self.arms[name].expected, self._first_share * ADVANTAGE.get(name, 1.0)
-        return not math.isfinite(forwards) or forwards * self.price(name) <= share * self.elapsed
+        """Whether an arm's first trial is predicted to cost no more than its shares."""
+        seconds = self.arms[name].expected * self.price(name)
+        of_left = FIRST_OF_ALL if self.leader == PLAIN else LEFT_SHARE * ADVANTAGE.get(name, 1.0)
+        may = seconds <= self._first_share * self.elapsed and seconds <= of_left * (self.end - self.elapsed)
+        return not math.isfinite(seconds) or may
 
     @property
     def _first_share(self) -> float:
@@ -250,12 +260,14 @@ class Arms:
     def state_dict(self) -> StateDict:
         """Plain containers."""
         return {
-            "current": self.current, "leader": self.leader, "elapsed": self.elapsed, "used": self._used,
-            "gain": self._gain, "room": self._room, "arms": {name: asdict(arm) for name, arm in self.arms.items()},
+            "current": self.current, "leader": self.leader, "elapsed": self.elapsed, "end": self.end,
+            "used": self._used, "gain": self._gain, "room": self._room,
+            "arms": {name: asdict(arm) for name, arm in self.arms.items()},
         }  # fmt: skip
 
     def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
         self.current, self.leader, self.elapsed = state["current"], state["leader"], state["elapsed"]
+        self.end = state.get("end", math.inf)  # states of before it was held have none
         self._used, self._gain, self._room = state["used"], state["gain"], state["room"]
         self.arms = {name: Arm(**{**v, "prices": list(v["prices"])}) for name, v in state["arms"].items()}

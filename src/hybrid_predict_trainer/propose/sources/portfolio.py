@@ -154,6 +154,7 @@ class Portfolio(Source):
             Exception: what the last source has raised.
         """
         self._look_at(material)
+        self.arms.plan(material.room)
         self._pending = False
         self._plain_began = math.nan  # what comes now is no plain step's
         if self._fresh and self._closed is not None:
