@@ -77,7 +77,7 @@ class QuasiNewtonConfig:
     """Limited-memory BFGS step from the gradients of real steps; for full-batch training."""
 
     history: int = 400  # most pairs kept: on small networks 100 end ten times as high
-    pairs_memory_mb: float = 64.0  # larger models keep fewer pairs, but no fewer than MIN_HISTORY
+    pairs_memory_mb: float = 256.0  # larger models keep fewer pairs, but no fewer than MIN_HISTORY
     memory_mb: float = 256.0  # for the matrix of the dense form
     self_scaling: bool = True  # divide the matrix by tau before an update; without, it is L-BFGS
     shrink: tuple[float, ...] = (1.0, 0.3, 0.05)  # multiples of the step tried until the loss falls
