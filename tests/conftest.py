@@ -29,11 +29,13 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _repeatable(_one_thread: None) -> None:
+def _repeatable(_one_thread: None) -> Iterator[None]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     np.random.seed(0)
     random.seed(0)
+    yield
+    assert torch.get_default_dtype() == torch.float32, "later tests would train in other numbers"
 
 
 class _Collecting(logging.Handler):

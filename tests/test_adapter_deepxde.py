@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +16,13 @@ import torch
 os.environ.setdefault("DDE_BACKEND", "pytorch")
 dde = pytest.importorskip("deepxde", reason="pip install deepxde")
 EXAMPLE = Path(__file__).parents[1] / "examples" / "pinn_deepxde.py"
+
+
+@pytest.fixture(autouse=True)
+def _float32_again() -> Iterator[None]:
+    """What it is told about numbers holds for everything else that torch makes in this process."""
+    yield
+    dde.config.set_default_float("float32")
 
 
 @pytest.fixture(scope="module")

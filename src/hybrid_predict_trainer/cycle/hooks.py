@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -128,12 +130,31 @@ class _Once:
         return loss
 
 
+#: What the compiler says where a loop asks for one graph of a model with hooks of ours inside.
+INSIDE = "hybrid_predict_trainer looks at this model's forward: attach the compiled model instead, or pass loss_fn="
+
+
 def on_forward(module: nn.Module, before: Callable[..., None], after: Callable[..., None]) -> list[RemovableHandle]:
-    """Call functions around every forward: ``before(args, kwargs)`` and ``after(args, kwargs, output)``."""
+    """Call functions around every forward: ``before(args, kwargs)`` and ``after(args, kwargs, output)``.
+
+    Where the loop calls what ``torch.compile`` has made of the module they lie inside of what is traced: the compiler
+    is told to leave them out, and compiles the module's forward alone.
+    """
+    hook = _untraced()
     return [
-        module.register_forward_pre_hook(Hook(module, before), with_kwargs=True),
-        module.register_forward_hook(Hook(module, after), with_kwargs=True),
+        module.register_forward_pre_hook(hook(module, before), with_kwargs=True),
+        module.register_forward_hook(hook(module, after), with_kwargs=True),
     ]
+
+
+@cache
+def _untraced() -> type[Hook]:
+    """Hooks that the compiler leaves out; made late, because the compiler is a heavy import (an optimizer makes it)."""
+
+    class Untraced(Hook):
+        __call__ = torch.compiler.disable(Hook.__call__, reason=INSIDE)
+
+    return Untraced
 
 
 class OwnForwards:

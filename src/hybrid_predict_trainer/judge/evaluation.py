@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..keep.failures import Failures, Place
 from ..keep.isolation import Isolation, Known, Mode, isolated, uses_batch_statistics
-from ..keep.loss_modules import modules_beside
+from ..keep.loss_modules import Reach
 from ..keep.subject import LossFn, NegatedScore, Subject
 from ..observe import batches
 from ..records import Reason, StateDict
@@ -52,6 +52,7 @@ class Evaluation:
         self._score: LossFn | None = None if subject.judge_fn is None else NegatedScore(subject.judge_fn)
         self._known: Known = {}  # what is lasting of the last block
         self._asked: LossFn | None = None  # in place of what is judged by, while something else is evaluated
+        self._of_loss, self._of_score = Reach(subject.loss_fn), Reach(self._score)
         self.needs_grad_mode = False
         self.quiet_fails = False
         self.loss_writes: bool | None = None
@@ -65,6 +66,10 @@ class Evaluation:
     @property
     def _fn(self) -> LossFn:
         return self._judged if self._asked is None else self._asked
+
+    @property
+    def _reach(self) -> Reach:
+        return self._of_loss if self._fn is self._subject.loss_fn else self._of_score
 
     def loss(self, batch: Any) -> Tensor:
         """Loss of a batch without a graph; falls back on grad mode for losses that differentiate inside."""
@@ -142,12 +147,9 @@ class Evaluation:
 
     @contextmanager
     def _isolated(self, mode: Mode) -> Iterator[Isolation]:
-        """A block without a trace, in what the loss uses beside a compiled model as well: no hook sees that."""
-        with isolated(self._subject.model, mode, self._known) as isolation:
+        """A block without a trace."""
+        with isolated(self._subject.model, mode, self._known, self._reach) as isolation:
             self._known = isolation.lasting
-            if isolation.compiled:
-                for module in modules_beside(self._fn, self._subject.model):
-                    isolation.met(module, ())
             yield isolation
 
     def attempt(self, work: Callable[[Isolation], T], *, exact: bool) -> T:

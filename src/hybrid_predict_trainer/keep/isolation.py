@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from ..weights import offload as host
 from ..weights.algebra import without_graph
 from .buffers import has_extra_state, same
+from .loss_modules import Reach, is_compiled
 from .rng import RandomStates
 from .walk import modules_of
 
@@ -40,11 +41,6 @@ _PLAIN = frozenset({bool, int, float, str, type(None), OrderedDict})
 def uses_batch_statistics(model: nn.Module) -> bool:
     """Whether a norm takes its statistics from the batch in a training step: it needs two samples at least."""
     return any(isinstance(m, _BatchNorm) and (m.training or m.running_mean is None) for m in model.modules())
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    """Whether calls of the module itself are traced by ``torch.compile``."""
-    return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
 
 
 class _Kept:
@@ -147,22 +143,23 @@ class Isolation:
     """One block of evaluations; made by :func:`isolated`.
 
     Attributes:
-        compiled: Calls of the model are traced by ``torch.compile``.
+        compiled: Calls of the model, or what is evaluated of it, are traced by ``torch.compile``.
     """
 
-    def __init__(self, model: nn.Module, known: Known | None = None) -> None:
+    def __init__(self, model: nn.Module, known: Known | None = None, reach: Reach | None = None) -> None:
         """Keep what a forward of ``model`` may change.
 
         Args:
             model: All its modules are looked at.
             known: What :attr:`lasting` was of an earlier block: it is kept again where it is still so.
+            reach: Of the function that is evaluated.
         """
         known = known or {}
         self._kept: Known = {}
         for module in modules_of(model):
             old = known.get(module)
             self._kept[module] = old if old is not None and old.still() else _Kept(module)
-        self.compiled = any(map(_is_compiled, self._kept))
+        self.compiled = any(map(is_compiled, self._kept)) or (reach is not None and reach.compiled(model))
         self._gradients: list[tuple[Tensor, Tensor | None]] = [
             (p, grad) for p in self._parameters() if (grad := p.grad) is not None
         ]
@@ -189,13 +186,15 @@ class Isolation:
         for p, _ in self._gradients:
             p.grad = None
 
-    def met(self, module: nn.Module, args: Any) -> None:
-        """A module is about to be called: keep what it holds if it is not one of the model's."""
-        if module not in self._kept:
-            for m in module.modules():
-                if m not in self._kept:
-                    self._kept[m] = _Kept(m)
-                    self._gradients += [(p, p.grad) for p in m.parameters(recurse=False)]
+    def met(self, module: nn.Module) -> bool:
+        """A module is about to be called: keep what it holds if it is not one of the model's; whether that is so."""
+        if module in self._kept:
+            return False
+        for m in module.modules():
+            if m not in self._kept:
+                self._kept[m] = _Kept(m)
+                self._gradients += [(p, p.grad) for p in m.parameters(recurse=False)]
+        return True
 
     def begin(self) -> None:
         """Before an evaluation that is to see what the first one saw."""
@@ -236,22 +235,36 @@ class Isolation:
 
 
 @contextmanager
-def isolated(model: nn.Module, mode: Mode = "quiet", known: Known | None = None) -> Iterator[Isolation]:
+def isolated(
+    model: nn.Module, mode: Mode = "quiet", known: Known | None = None, reach: Reach | None = None
+) -> Iterator[Isolation]:
     """A block whose forward passes leave no trace in ``model``, in modules called beside it, or in random states.
 
     Args:
         model: Any.
         mode: Of its modules.
         known: What was lasting in the last block, which spares a part of the work.
+        reach: Of the function that is evaluated: where something in it is compiled, modules beside the model are those
+            that it is seen to hold.
     """
-    isolation = Isolation(model, known)
+    isolation = Isolation(model, known, reach)
     grad_enabled = torch.is_grad_enabled()
-    hook = None
+    hook: RemovableHandle | None = None
+
+    def met(module: nn.Module, args: Any) -> None:
+        if isolation.met(module) and is_compiled(module) and hook is not None:
+            hook.remove()  # before its forward is traced, or it would be traced with this hook
+            if reach is not None:
+                reach.on_compiled()
+
     try:  # twice: where leaving is interrupted it is done again
         try:
             isolation.enter(mode)
             if not isolation.compiled:  # a hook on all modules would have everything compiled anew
-                hook = nn.modules.module.register_module_forward_pre_hook(isolation.met)
+                hook = nn.modules.module.register_module_forward_pre_hook(met)
+            elif reach is not None:
+                for module in reach.beside(model):
+                    isolation.met(module)
             yield isolation
         finally:
             _leave(isolation, hook, grad_enabled=grad_enabled)

@@ -4,6 +4,8 @@ Where a step is skipped, or the gate's forwards leave no trace, what was done to
 They are looked for where Python keeps what a function uses: its closure, its defaults, the globals it names, the object
 it is a method of, and what these hold.  A hook on all modules finds every one, but is a cost at every step, and a
 compiled model would be traced anew with it.
+
+The same search finds what ``torch.compile`` has made of the model or of a function, where the loss calls that.
 """
 
 from __future__ import annotations
@@ -35,11 +37,63 @@ def modules_beside(loss_fn: Any, model: nn.Module) -> list[nn.Module]:
         return []
 
 
+class Reach:
+    """What a function calls beside the model, looked for when it is asked for.
+
+    Attributes:
+        fn: The function.
+    """
+
+    def __init__(self, fn: Any) -> None:
+        """Nothing is looked for yet.
+
+        Args:
+            fn: Of the loss, the residuals, a score; or an object that holds it.
+        """
+        self.fn = fn
+        self._compiled: bool | None = None
+
+    def compiled(self, model: nn.Module) -> bool:
+        """Whether it calls something that ``torch.compile`` has made; looked for once."""
+        if self._compiled is None:
+            try:
+                self._compiled = any(map(_holds_compiled, _reached(self.fn, model)))
+            except Exception:  # as above
+                self._compiled = False
+        return self._compiled
+
+    def on_compiled(self) -> None:
+        """It was seen to call something compiled, further away than was looked."""
+        self._compiled = True
+
+    def beside(self, model: nn.Module) -> list[nn.Module]:
+        """See :func:`modules_beside`."""
+        return modules_beside(self.fn, model)
+
+
+def is_compiled(value: Any) -> bool:
+    """Whether calls of a module or function are traced by ``torch.compile``."""
+    if isinstance(value, nn.Module):
+        return type(value).__name__ == "OptimizedModule" or getattr(value, "_compiled_call_impl", None) is not None
+    return isinstance(value, types.FunctionType) and hasattr(value, "_torchdynamo_orig_callable")
+
+
+def _holds_compiled(value: Any) -> bool:
+    return any(map(is_compiled, value.modules() if isinstance(value, nn.Module) else (value,)))
+
+
 def _found(loss_fn: Any, model: nn.Module) -> list[nn.Module]:
     own = set(map(id, model.modules()))
-    found: list[nn.Module] = []
+    found = [v for v in _reached(loss_fn, model) if isinstance(v, nn.Module) and id(v) not in own]
+    inner = {id(m) for outer in found for m in outer.modules() if m is not outer}
+    return [m for m in found if id(m) not in inner]
+
+
+def _reached(fn: Any, model: nn.Module) -> Iterator[Any]:
+    """Objects that a function reaches, the nearest first; those inside a module that is none of the model's are not."""
+    own = set(map(id, model.modules()))
     seen: set[int] = set()
-    front: list[Any] = [loss_fn]
+    front: list[Any] = [fn]
     for _ in range(MAX_DEPTH):
         reached: list[Any] = []
         for value in front:
@@ -47,12 +101,10 @@ def _found(loss_fn: Any, model: nn.Module) -> list[nn.Module]:
                 continue
             seen.add(id(value))
             if isinstance(value, nn.Module) and id(value) not in own:
-                found.append(value)
                 seen.update(map(id, value.modules()))
+            yield value
             reached += _held_by(value)
         front = reached
-    inner = {id(m) for outer in found for m in outer.modules() if m is not outer}
-    return [m for m in found if id(m) not in inner]
 
 
 def _held_by(value: Any) -> Iterator[Any]:

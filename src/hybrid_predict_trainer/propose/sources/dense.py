@@ -20,6 +20,7 @@ from torch.optim.lbfgs import _strong_wolfe
 
 from ...config.settings import QuasiNewtonConfig
 from ...keep.isolation import isolated
+from ...keep.loss_modules import Reach
 from ...keep.subject import LossFn
 from ...numerics.dense_inverse import DenseInverse
 from ...observe.batches import num_samples
@@ -66,6 +67,7 @@ class OwnSteps(Source):
             longest: Steps that a move may claim to be worth, at most.
         """
         self.config, self._loss_fn, self._longest = config, loss_fn, longest
+        self._reach = Reach(loss_fn)
         self.spec = BasisSpec(num_displacements=1)
         self._inverse: DenseInverse | LimitedInverse | None = None
         self._x: Tensor | None = None  # (P,) where the last step ended
@@ -101,7 +103,7 @@ class OwnSteps(Source):
             raise ArithmeticError("no parameter may be moved")
         before, passes = weights.clone(live), 0
         try:
-            with isolated(material.model, "training" if material.exact else "quiet") as isolation:
+            with isolated(material.model, "training" if material.exact else "quiet", reach=self._reach) as isolation:
 
                 def at(x: Tensor) -> tuple[float, Tensor]:
                     nonlocal passes

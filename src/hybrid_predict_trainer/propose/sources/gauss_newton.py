@@ -32,6 +32,7 @@ from torch import Tensor
 from ...config.settings import GaussNewtonConfig
 from ...cost import BACKWARD_UNITS, FORWARD_UNITS
 from ...keep.isolation import isolated
+from ...keep.loss_modules import Reach
 from ...records import BasisSpec, PhasePrediction, StateDict, Verdict, Window
 from ...weights import algebra as weights
 from ...weights.real_views import all_differentiable
@@ -163,6 +164,7 @@ class GaussNewton(Source):
         self._longest = longest
         self.config, self.chain = config, config.chain
         self._problem, self._rate, self._seed = problem, rate, seed
+        self._reach = Reach(problem)
         self.spec = BasisSpec(num_displacements=1)
         self.damping = config.initial_damping
         self.searches = self._searching = False
@@ -228,7 +230,7 @@ class GaussNewton(Source):
         before = weights.clone(live)
         spent = _Spent()
         try:
-            with isolated(material.model, "training" if material.exact else "quiet") as isolation:
+            with isolated(material.model, "training" if material.exact else "quiet", reach=self._reach) as isolation:
 
                 def at(x: Tensor, *, graph: bool) -> Point:
                     put(live, x)
@@ -514,7 +516,7 @@ class GaussNewton(Source):
         """A few moves: matrices, products, and forwards; what they are made of is asked of the model."""
         self._prepare(material)
         assert self._linearizer is not None
-        with isolated(material.model, "training" if material.exact else "quiet") as isolation:
+        with isolated(material.model, "training" if material.exact else "quiet", reach=self._reach) as isolation:
             isolation.begin()
             point = self._at(material, graph=True)
             counts = self._linearizer.counted(point.outputs, point.cotangents)
