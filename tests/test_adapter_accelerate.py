@@ -30,7 +30,7 @@ class Run:
     """The loop that accelerate's documentation shows."""
 
     def __init__(self, settings: HybridTrainerConfig | None, *, accumulate: int = 1, precision: str = "no",
-                 dropout: float = 0.1) -> None:  # fmt: skip
+                 dropout: float = 0.1, total_steps: int | None = STEPS) -> None:  # fmt: skip
         self.accelerator = accelerate.Accelerator(
             cpu=True, gradient_accumulation_steps=accumulate, mixed_precision=precision
         )
@@ -46,11 +46,12 @@ class Run:
         self.engine: Engine | None = None
         if settings is not None:
             self.engine = ride_along(
-                self.accelerator, self.model, self.optimizer, self.scheduler, settings, total_steps=STEPS
+                self.accelerator, self.model, self.optimizer, self.scheduler, settings, total_steps=total_steps
             )
         self.losses: list[float] = []
+        self.rates: list[float] = []
 
-    def train(self, *, skip: int = 0, stop: int | None = None, clip: float = 0.5) -> Run:
+    def train(self, *, skip: int = 0, stop: int | None = None, clip: float = 0.5, leave: bool = True) -> Run:
         for i, batch in enumerate(self.loader):
             if i < skip:
                 continue
@@ -63,9 +64,10 @@ class Run:
                 self.scheduler.step()
                 self.optimizer.zero_grad()
             self.losses.append(float(loss.detach()))
+            self.rates.append(self.optimizer.param_groups[0]["lr"])
             if i + 1 == stop:
                 break
-            if self.engine is not None and self.engine.finished:
+            if leave and self.engine is not None and self.engine.finished:
                 break
         return self
 
@@ -101,6 +103,26 @@ def test_jumps_are_made_and_the_schedule_ends_with_the_clock(accumulate: int) ->
     assert engine.report()["num_jumps_proposed"] > 0
     assert engine.position == STEPS >= ours.bare.last_epoch > engine.statistics()["num_real_steps"]
     assert "steps gained by jumps" in engine.report_text()
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_the_loop_of_two_lines_makes_all_steps_and_its_schedule_ends_with_it(accumulate: int) -> None:
+    ours, plain = (Run(s, accumulate=accumulate, dropout=0.0, total_steps=None).train() for s in (willing(), None))
+    engine = ours.engine
+    assert engine is not None
+    assert engine.report()["num_jumps_proposed"] > 0
+    assert engine.position > STEPS == engine.statistics()["num_real_steps"], "what proposals cost comes on top"
+    assert ours.rates == plain.rates
+    assert ours.rates[-accumulate - 1] > 0.0
+
+
+def test_a_loop_that_goes_on_behind_its_end_is_told_so_once() -> None:
+    run = Run(willing(), dropout=0.0)
+    with pytest.warns(UserWarning, match=r"total_steps=20 is at its end .* leave it where engine.finished") as told:
+        run.train(leave=False)
+    assert len(told) == 1
+    assert len(run.losses) == STEPS
+    assert run.rates[-1] == 0.0
 
 
 def test_accumulated_losses_are_the_mean_of_their_micro_batches() -> None:
@@ -167,6 +189,7 @@ def test_two_engines_keep_their_gradients_and_states_apart(tmp_path: Path) -> No
     assert again.run.schedule.peak == rates[0]
 
 
+@pytest.mark.filterwarnings("ignore:the run of total_steps")
 def test_a_schedule_that_follows_a_metric_stays_the_loops() -> None:
     run = Run(None)
     followed = torch.optim.lr_scheduler.ReduceLROnPlateau(run.optimizer.optimizer, patience=STEPS - 4)

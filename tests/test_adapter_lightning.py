@@ -217,7 +217,9 @@ def test_several_optimizers_are_refused() -> None:
 
 
 class Fabricated:
-    def __init__(self, settings: Any, *, accumulate: int = 1, precision: str = "32-true") -> None:
+    def __init__(
+        self, settings: Any, *, accumulate: int = 1, precision: str = "32-true", total_steps: int | None = STEPS
+    ) -> None:
         self.fabric = lightning.Fabric(accelerator="cpu", devices=1, precision=precision)
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 12), nn.Tanh(), nn.Linear(12, 1))
@@ -229,7 +231,7 @@ class Fabricated:
         if settings is not None:
             self.engine = ride_along(
                 self.fabric, self.model, self.optimizer, self.schedule, settings, loss_fn=self.loss,
-                accumulate=accumulate, total_steps=STEPS,
+                accumulate=accumulate, total_steps=total_steps,
             )  # fmt: skip
 
     @staticmethod
@@ -267,6 +269,25 @@ def test_without_a_jump_it_is_the_plain_fabric_loop(settings: Any, accumulate: i
     assert_same(ours.everything(), plain.everything())
     assert ours.engine is not None
     assert ours.engine.statistics()["num_real_steps"] == STEPS
+
+
+def test_the_fabric_loop_of_two_lines_makes_all_steps_and_its_schedule_ends_with_it() -> None:
+    run = Fabricated(willing(), total_steps=None).train()
+    assert run.engine is not None
+    assert run.engine.statistics()["num_jumps_proposed"] > 0
+    assert run.engine.position > STEPS == run.engine.statistics()["num_real_steps"] == run.schedule.last_epoch
+
+
+def test_a_trainer_without_a_planned_end_makes_all_its_steps_on_its_own_schedule() -> None:
+    class Stop(lightning.Callback):  # type: ignore[misc]
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            trainer.should_stop = trainer.global_step >= STEPS
+
+    callback = HybridCallback(willing(), say=False)
+    trainer = fit(Module(), callback, callbacks=[Stop()], max_steps=-1, max_epochs=-1)
+    assert callback.report is not None
+    assert callback.report["num_jumps_proposed"] > 0
+    assert [trainer.global_step] == [STEPS] == [c.scheduler.last_epoch for c in trainer.lr_scheduler_configs]
 
 
 def test_fabric_saves_and_goes_on_bit_for_bit(tmp_path: Path) -> None:

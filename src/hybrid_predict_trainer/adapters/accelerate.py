@@ -14,7 +14,9 @@
             optimizer.zero_grad()
 
 Steps are those of the optimizer: micro-batches whose gradients are only accumulated are none.  The schedule stays the
-loop's; what claimed steps and the price of proposals have put the clock ahead by is taken before the next step.
+loop's and ends with it, and what proposals cost comes on top.  With ``total_steps=`` what claimed steps and the price
+of proposals have put the clock ahead by is taken from the schedule before the next step; leave the loop where
+``engine.finished``.
 ``accelerator.save_state`` and ``load_state`` include what is ours.
 """
 
@@ -32,7 +34,7 @@ from ..config.settings import HybridTrainerConfig
 from ..cycle.engine import Engine, attach
 from ..keep.subject import LossFn
 from ..notices import warn
-from .loops import Stations
+from .loops import Stations, schedule_of_loop
 from .missing import framework
 
 framework("accelerate", "transformers")
@@ -59,7 +61,9 @@ def ride_along(
         config: Defaults if None.
         loss_fn: (model, batch) -> loss, where the model does not return its loss; then the loop hands every batch over
             as well: ``engine.note(batch=batch)``.
-        total_steps: Steps of the optimizer that the run has, for the budget; None: not known.
+        total_steps: Steps of the optimizer that the run has: the schedule takes what proposals cost, and the loop is to
+            be left where ``engine.finished``.  None: the schedule ends with the loop, which makes all of its steps, and
+            what proposals cost comes on top.
         lr_interval: What one step of the schedule stands for; None: as configured.
         more: Other arguments of :func:`hybrid_predict_trainer.attach`.
 
@@ -68,7 +72,7 @@ def ride_along(
     """
     engine = attach(
         model, optimizer, config, loss_fn=loss_fn, lr_scheduler=scheduler, lr_interval=lr_interval,
-        schedule="owned" if scheduler is None else "shared", total_steps=total_steps,
+        schedule=schedule_of_loop(scheduler, total_steps), total_steps=total_steps,
         grad_scaler=getattr(accelerator, "scaler", None), **more,
     )  # fmt: skip
     stations = Stations(

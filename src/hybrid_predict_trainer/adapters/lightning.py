@@ -35,7 +35,7 @@ from ..predictors import Predictor
 from ..records import ConfigError, StateDict
 from ..tell.account import format_text
 from ..tell.sinks import Sink, Writer
-from .loops import Stations, figures
+from .loops import Stations, figures, schedule_of_loop
 from .missing import framework
 from .replaced import Replaced
 
@@ -115,12 +115,12 @@ class HybridCallback(Callback):  # type: ignore[misc]
         scheduler, interval = _schedule_of(trainer)
         self._accumulate = trainer.accumulate_grad_batches if automatic else 1
         planned = trainer.estimated_stepping_batches if automatic else trainer.max_steps
+        total_steps = int(planned) if 0 < planned < float("inf") else None
         self.engine = attach(
             trainer.strategy.model if _is_ddp(trainer) else pl_module, trainer.optimizers[0], self.config,
             loss_fn=self._loss_fn or ModuleLoss(trainer, pl_module),
             lr_scheduler=scheduler, lr_interval=interval, auto=False,
-            schedule="owned" if scheduler is None else "shared",
-            total_steps=int(planned) if 0 < planned < float("inf") else None,
+            schedule=schedule_of_loop(scheduler, total_steps), total_steps=total_steps,
             grad_scaler=getattr(trainer.precision_plugin, "scaler", None), **self._handed,
         )  # fmt: skip
         self.report, self._ended = None, False
@@ -307,7 +307,9 @@ def ride_along(
         loss_fn: (model, batch) -> loss, where the model does not return its loss; then the loop hands every batch over
             as well: ``engine.note(batch=batch)``.
         accumulate: What the loop divides its losses by, with ``loss_fn``.
-        total_steps: Steps of the optimizer that the run has, for the budget; None: not known.
+        total_steps: Steps of the optimizer that the run has: the schedule takes what proposals cost, and the loop is to
+            be left where ``engine.finished``.  None: the schedule ends with the loop, which makes all of its steps, and
+            what proposals cost comes on top.
         lr_interval: What one step of the schedule stands for; None: as configured.
         more: Other arguments of :func:`hybrid_predict_trainer.attach`.
 
@@ -317,7 +319,7 @@ def ride_along(
     precision = fabric.strategy.precision
     engine = attach(
         model, optimizer, config, loss_fn=loss_fn, lr_scheduler=scheduler, lr_interval=lr_interval,
-        schedule="owned" if scheduler is None else "shared", total_steps=total_steps,
+        schedule=schedule_of_loop(scheduler, total_steps), total_steps=total_steps,
         grad_scaler=getattr(precision, "scaler", None), **more,
     )  # fmt: skip
     stations = Stations(

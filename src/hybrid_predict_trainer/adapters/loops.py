@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from ..cycle.engine import Engine
 from ..records import Phase
 from .replaced import Replaced
+
+
+def schedule_of_loop(scheduler: Any, total_steps: int | None) -> Literal["owned", "external", "shared"]:
+    """Who moves a schedule that the loop steps.
+
+    Args:
+        scheduler: None: there is none.
+        total_steps: That the run has; where that is not known the loop makes all of its steps, and a schedule that
+            also took what proposals cost would be at its end before the loop is.
+    """
+    if scheduler is None:
+        return "owned"
+    return "external" if total_steps is None else "shared"
 
 
 class Stations:

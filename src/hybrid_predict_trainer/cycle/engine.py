@@ -51,7 +51,7 @@ from .keeping import EngineKeeper
 from .learning import settle_readings
 from .passes import has_ended
 from .proposals import Proposals
-from .said import LATE, MID_STEP, NOT_ASKED, SaidOnce
+from .said import LATE, MID_STEP, NOT_ASKED, PAST_END, SaidOnce
 from .state import State
 from .transaction import interrupted
 from .under_way import StepUnderWay
@@ -172,6 +172,8 @@ class Engine:
                 if not self.run.config.enabled:
                     self._step.prepare_plain()
                 else:
+                    if self.finished:
+                        self._said.say(PAST_END.format(end=self.run.schedule.end))
                     self._catch_up()
                     self._step.prepare()
             except BaseException:

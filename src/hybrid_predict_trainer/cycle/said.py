@@ -34,6 +34,11 @@ CHANGED = (
     "gradients were multiplied by {factor:.2g} between backward and optimizer.step(): where the loop clips, call "
     "engine.after_backward() before it does; where a scaler unscales, pass attach(..., grad_scaler=scaler)"
 )
+#: Of a loop that goes on behind the end that it has told.
+PAST_END = (
+    "the run of total_steps={end} is at its end on its clock, and the loop makes another step, beyond its schedule: "
+    "leave it where engine.finished"
+)
 #: Of a loop that would have to ask for proposals.
 NOT_ASKED = "auto=False, and the loop does not call engine.between_steps()"
 
