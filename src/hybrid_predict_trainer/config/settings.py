@@ -107,6 +107,7 @@ class GaussNewtonConfig:
     filter: Literal["damped", "flow"] = "damped"  # limit of damping, or gradient flow for a time (eigenvectors)
     form: Literal["auto", "kernel", "weight", "cg"] = "auto"  # auto: the smaller matrix, cg where neither fits
     initial_damping: float = 1e-2  # relative to the mean eigenvalue of the kernel
+    rows: Literal["auto", "all"] = "auto"  # auto: a sample of the residuals for as long as it tells what all would
     second_order: bool = True  # correct every move by the second derivative along it
     linearizations: int = 8  # moves of one proposal, each from where the last one ended
     chain: int = 8  # proposals in a row without a real step between them
@@ -119,6 +120,7 @@ class GaussNewtonConfig:
     def __post_init__(self) -> None:
         """Check ranges."""
         _choice("predictor.gauss_newton.filter", self.filter, ("damped", "flow"))
+        _choice("predictor.gauss_newton.rows", self.rows, ("auto", "all"))
         _choice("predictor.gauss_newton.form", self.form, ("auto", "kernel", "weight", "cg"))
         _number("predictor.gauss_newton.initial_damping", self.initial_damping, 0.0, 1e8, open_low=True)
         for name in ("linearizations", "chain", "largest_matrix", "chunk_rows", "cg_iterations", "cg_rank"):

@@ -96,6 +96,7 @@ def _soap(parameters: Any) -> torch.optim.Optimizer:
 METHODS: dict[str, Method] = {
     "gauss_newton": _ours("gauss_newton"),
     "portfolio": _ours("portfolio"),
+    "gauss_newton-all": _ours("gauss_newton", **{"predictor.gauss_newton.rows": "all"}),
     "quasi_newton": _ours("quasi_newton"),
     "dense": _ours(
         "quasi_newton", **{"predictor.quasi_newton.form": "dense", "predictor.quasi_newton.update": "ssbroyden"}
@@ -111,7 +112,7 @@ METHODS: dict[str, Method] = {
 
 
 #: Methods that take batches which change.
-TAKE_NEW = ("portfolio", "gauss_newton", "quasi_newton", "dense", "wolfe", "soap", "adam")
+TAKE_NEW = ("portfolio", "gauss_newton-all", "gauss_newton", "quasi_newton", "dense", "wolfe", "soap", "adam")
 
 
 def run(task: Any, method: str, seed: int, seconds: float, every: int = 0, rate: float = FIRST_RATE) -> dict[str, Any]:

@@ -13,6 +13,10 @@ factorisation for that difference bends the step back on to the curve.  It costs
 valleys, which the losses of differential equations are, it is worth a factor of ten to a thousand in the final loss
 (docs/benchmarks.md).
 
+Where there are many residuals, their kernel is formed of a sample of them (:mod:`.sample`).  The Jacobian is that of
+all, since it costs little beside the kernel: it tells before any forward how much of what the sample promises holds for
+those left out.  Where too little does, the sample grows.
+
 A proposal is a chain of such moves.  The gate judges where it ends by the run's own loss function.
 
 Where every batch is a new one (:mod:`.stream`) a proposal is one move, and what becomes of it is seen on the next
@@ -24,7 +28,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,7 +45,8 @@ from .base import Material, Move, Source
 from .flat import displacement, flat, joined, put, split
 from .jacobian import Jacobian, Linearizer
 from .least_squares import Convex, LeastSquares, Point, ResidualError
-from .solve import Averaged, Form, Linearized, form_for
+from .sample import GOLDEN
+from .solve import Averaged, Form, Linearized, Sampled, form_for
 from .stream import Stream
 
 #: Dampings tried at one linearisation, at most.
@@ -74,17 +79,21 @@ SEARCH_EVERY = 8
 JUDGED = 2.0
 #: Weights up to which a curvature is averaged over batches.
 LARGEST_AVERAGED = 1024
+#: Rows of a sample, at least; share of all rows from which on all are taken.
+LEAST_ROWS, MOST_SHARE = 64, 0.6
+#: Price of the first sample's matrix, in prices of a move's passes through the model.
+BALANCE = 0.5
+#: Share of what a sample promises that all rows must confirm; factor by which it grows where they do not.
+CONFIRMED, GROWTH = 0.25, 1.5
+#: The same where the linear model is taken for exact.
+GROWTH_LINEAR = 4.0
 #: Ratio of losses on a batch that neither has seen from which on weights are the worse ones.
 WORSE = 1.01
 #: Relative error of the linear model below which training counts as lazy.
 LAZY = 0.1
 
 
-def matrices(model: Linearized) -> float:
-    """Forwards that a linearisation's matrix, its factors, and products beside them have been worth so far."""
-    return price.least_squares(
-        model.A.counts, model.num_matrix_products, num_products=model.num_products, num_factors=model.num_factors
-    )
+Solver = Linearized | Sampled
 
 
 class _Spent:
@@ -106,9 +115,9 @@ class _Spent:
         """So many were made."""
         self.backwards += number
 
-    def linearized(self, model: Linearized) -> None:
+    def linearized(self, model: Solver) -> None:
         """The matrix, its factors, and products beside them."""
-        self.matrix_forwards += matrices(model)
+        self.matrix_forwards += model.price
 
     @property
     def in_forwards(self) -> float:
@@ -184,6 +193,7 @@ class GaussNewton(Source):
         self._linearizer: Linearizer | None = None
         self._movable: list[bool] = []
         self._price_of_move = 0.0  # forwards, of the last one
+        self._growth = 1.0  # of the sample of rows, since the first one
 
     def search_dampings(self) -> None:
         """Where a move is good, try smaller dampings at the same linearisation from here on."""
@@ -353,16 +363,17 @@ class GaussNewton(Source):
         before, num_cotangents = spent.in_forwards, len(walk.point.cotangents)
         A = self._linearizer.jacobian(walk.point.outputs, walk.point.cotangents, check=first)
         spent.backward(self._linearizer.num_backward(num_cotangents, A.num_rows) + first)
-        needed = LEAST_PASSES + self._price_of_matrices(A.counts)
+        number = self._sample(A.counts, spent.in_forwards - before)
+        needed = LEAST_PASSES + self._price_of_matrices(A.counts, number)
         if before + needed > room:
             self._price_of_move = needed
             return False
-        model = self._linearized(A)
+        model = self._linearized(A, walk.point.rho, number)
         found, believed = None, self.damping
         for _ in range(MAX_TRIES if model.scale > 0 else 0):
-            found = self._tried(walk, model, at, errors)
+            found = self._tried(walk, model, at, errors, room - spent.in_forwards)
             allowed = math.inf if first else self.allowance  # without a move a linearisation has been for nothing
-            over = spent.in_forwards >= allowed or spent.in_forwards + matrices(model) >= room
+            over = spent.in_forwards >= allowed or spent.in_forwards + model.price >= room
             if found is not None or self.damping >= MOST or over:
                 break
         if found is not None and self.searches and (self._searching or self.num_moves % SEARCH_EVERY == 0):
@@ -378,13 +389,13 @@ class GaussNewton(Source):
         return True
 
     def _searched(
-        self, walk: _Walk, model: Linearized, at: Callable[..., Point], found: tuple[Tensor, Point]
+        self, walk: _Walk, model: Solver, at: Callable[..., Point], found: tuple[Tensor, Point]
     ) -> tuple[Tensor, Point]:
         """The best of a move and those with smaller dampings, for which the matrix is there already."""
         for _ in range(MAX_SEARCH):
             damping, predicted, duration = self.damping, walk.predicted, walk.time
             self.damping = max(damping * SEARCH, LEAST)
-            other = self._tried(walk, model, at, [])
+            other = self._tried(walk, model, at, [], 0.0)
             if other is None or not other[1].loss < found[1].loss:
                 self._searching = False
                 self.damping, walk.predicted, walk.time = damping, predicted, duration
@@ -392,7 +403,22 @@ class GaussNewton(Source):
             found = other
         return found
 
-    def _linearized(self, A: Jacobian) -> Linearized:
+    def _sample(self, counts: price.Counts, passes: float) -> int:
+        """Rows of a sample whose matrix costs half of what the passes of a move do, times its growth since; or all.
+
+        Args:
+            counts: Of all rows.
+            passes: Forwards that the backward passes of a linearisation are worth.
+        """
+        number = rows = counts.num_rows
+        if self.config.rows == "all":
+            return rows
+        while number > LEAST_ROWS and self._price_of_matrices(counts, number) > BALANCE * (LEAST_PASSES + passes):
+            number = round(number / GROWTH**0.5)
+        number = round(number * self._growth)
+        return rows if number >= MOST_SHARE * rows else number
+
+    def _linearized(self, A: Jacobian, rho: Tensor, number: int) -> Solver:
         """The matrix of this batch, or one averaged over batches where that is wanted and small enough."""
         c = self.config
         if self.stream.fresh and self.stream.memory > 1 and A.num_weights <= LARGEST_AVERAGED:
@@ -403,9 +429,14 @@ class GaussNewton(Source):
             else:
                 self._curvature += (H - self._curvature) / self._num_averaged
             return Averaged(A, self._curvature, self._num_averaged)
-        return Linearized(
-            A, self._form(A.num_rows, A.num_weights), rank=c.cg_rank, max_iterations=c.cg_iterations, seed=self._seed
-        )
+
+        def solver(part: Jacobian) -> Linearized:
+            form = self._form(part.num_rows, part.num_weights)
+            return Linearized(part, form, rank=c.cg_rank, max_iterations=c.cg_iterations, seed=self._seed)
+
+        if number < A.num_rows:
+            return Sampled(A, rho, number, solver, start=self.num_moves * GOLDEN % 1)
+        return solver(A)
 
     def _form(self, rows: int, num_weights: int) -> Form:
         c = self.config
@@ -413,17 +444,28 @@ class GaussNewton(Source):
             rows, num_weights, largest=c.largest_matrix, memory_mb=c.memory_mb
         )  # fmt: skip
 
-    def _price_of_matrices(self, counts: price.Counts) -> float:
-        """Forwards that the matrices of a move are worth with one damping."""
-        form = self._form(counts.num_rows, counts.num_weights)
-        matrix = {"kernel": counts.num_gram_products, "weight": counts.num_normal_products, "cg": 0.0}[form]
-        products = 2 * self.config.cg_iterations if form == "cg" else 3
-        return price.least_squares(counts, matrix, num_products=products, num_factors=int(form != "cg"))
+    def _price_of_matrices(self, counts: price.Counts, number: int) -> float:
+        """Forwards that the matrices of a move are worth with one damping, and with so many rows."""
+        form, share = self._form(number, counts.num_weights), number / counts.num_rows
+        gram, normal = counts.num_gram_products * share**2, counts.num_normal_products * share
+        matrix = {"kernel": gram, "weight": normal, "cg": 0.0}[form]
+        products = 2 * self.config.cg_iterations * share if form == "cg" else 3
+        return price.least_squares(
+            replace(counts, num_rows=number), matrix, num_products=products, num_factors=int(form != "cg")
+        )
 
     def _tried(
-        self, walk: _Walk, model: Linearized, at: Callable[..., Point], errors: list[float]
+        self, walk: _Walk, model: Solver, at: Callable[..., Point], errors: list[float], room: float
     ) -> tuple[Tensor, Point] | None:
-        """One damping: where it leads if that lowers the loss; the damping is set for what comes next."""
+        """One damping: where it leads if that lowers the loss; damping and sample are set for what comes next.
+
+        Args:
+            walk: Is not moved.
+            model: Linearised there.
+            at: Evaluates.
+            errors: Of the linear model, are added.
+            room: Forwards that matrices may cost in all, should the sample have to grow.
+        """
         damping, before = self.damping * model.scale, walk.point
         try:
             d = model.move(before.rho, damping, self.config.filter)
@@ -438,6 +480,12 @@ class GaussNewton(Source):
         if not math.isfinite(expected) or not bool(torch.isfinite(d).all()):
             self.damping = min(self.damping * RAISE, MOST)
             return None
+        if isinstance(model, Sampled) and expected < CONFIRMED * model.promised(d):  # it fits itself, not the others
+            more = self._price_of_matrices(model.A.counts, round(GROWTH * model.num_rows))
+            if model.price + more <= room:
+                self._growth *= GROWTH
+                model.enlarge(GROWTH)
+                return None
         with_correction = self.config.second_order
         point = at(bent, graph=not with_correction)
         errors_here = math.nan
@@ -459,6 +507,8 @@ class GaussNewton(Source):
         if best is not newest or not best.outputs.requires_grad:  # a graph is of the weights that were evaluated last
             best = at(x, graph=True)
         errors.append(errors_here)
+        if isinstance(model, Sampled) and errors_here < LINEAR:  # nothing but the sample keeps it from the end
+            self._growth *= GROWTH_LINEAR
         walk.predicted += max(expected, 0.0)
         walk.time += 1 / max(damping, torch.finfo(torch.float64).tiny)
         factor = LOWER if gain >= POOR * expected else HOLD
@@ -522,7 +572,8 @@ class GaussNewton(Source):
             counts = self._linearizer.counted(point.outputs, point.cotangents)
         backwards = self._linearizer.num_backward(len(point.cotangents), counts.num_rows)
         more = (backwards - 1) * BACKWARD_UNITS / FORWARD_UNITS  # one is among the passes
-        return TRIAL_MOVES * (LEAST_PASSES + more + self._price_of_matrices(counts))
+        number = self._sample(counts, more)
+        return TRIAL_MOVES * (LEAST_PASSES + more + self._price_of_matrices(counts, number))
 
     def know(self, best: list[Tensor], loss: float, *, stale: bool) -> None:
         """See :class:`Source`."""
@@ -558,7 +609,7 @@ class GaussNewton(Source):
             "anchor": None if self._anchor is None else [t.clone() for t in self._anchor],
             "curvature": None if self._curvature is None else self._curvature.clone(),
             "searching": self._searching, "num_averaged": self._num_averaged, "stream": self.stream.state_dict(),
-            "num_asked": self._num_asked, "price_of_move": self._price_of_move,
+            "num_asked": self._num_asked, "price_of_move": self._price_of_move, "growth": self._growth,
         }  # fmt: skip
 
     def load_state_dict(self, state: StateDict) -> None:
@@ -575,6 +626,7 @@ class GaussNewton(Source):
         self._num_averaged = state["num_averaged"]
         self._searching = state["searching"]
         self._price_of_move = state.get("price_of_move", 0.0)  # states of before it was held have none
+        self._growth = state.get("growth", 1.0)
         self.stream.load_state_dict(state["stream"])
         self._linearizer, self._proposed = None, None
 

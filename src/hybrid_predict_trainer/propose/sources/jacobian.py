@@ -60,6 +60,12 @@ class Block(Protocol):
     def some(self, rows: slice) -> Block:
         """These rows of it."""
 
+    def weighted(self, rows: Tensor, factors: Tensor) -> Block:
+        """Rows (n,) of it, each times its factor (n,)."""
+
+    def row_squares(self) -> Tensor:
+        """(R,) squared norms of its rows."""
+
     def squared_norm(self) -> float:
         """Sum of the squares of all entries."""
 
@@ -108,9 +114,17 @@ class Dense:
         """See :class:`Block`."""
         return Dense(self.rows[rows], self.index)
 
+    def weighted(self, rows: Tensor, factors: Tensor) -> Block:
+        """See :class:`Block`."""
+        return Dense(self.rows[rows] * factors[:, None], self.index)
+
+    def row_squares(self) -> Tensor:
+        """See :class:`Block`."""
+        return self.rows.square().sum(1)
+
     def squared_norm(self) -> float:
         """See :class:`Block`."""
-        return float(self.rows.square().sum())
+        return float(self.row_squares().sum())
 
     @property
     def num_products(self) -> int:
@@ -170,10 +184,18 @@ class Outer:
         """See :class:`Block`."""
         return Outer(self.left[rows], self.right[rows], self.index)
 
-    def squared_norm(self) -> float:
+    def weighted(self, rows: Tensor, factors: Tensor) -> Block:
+        """See :class:`Block`."""
+        return Outer(self.left[rows] * factors[:, None, None], self.right[rows], self.index)
+
+    def row_squares(self) -> Tensor:
         """See :class:`Block`."""
         inner = torch.bmm(self.left, self.left.transpose(1, 2)) * torch.bmm(self.right, self.right.transpose(1, 2))
-        return float(inner.sum())
+        return inner.sum((1, 2))
+
+    def squared_norm(self) -> float:
+        """See :class:`Block`."""
+        return float(self.row_squares().sum())
 
     @property
     def num_products(self) -> int:
@@ -246,6 +268,18 @@ class Jacobian:
     def squared_norm(self) -> float:
         """Sum of the squares of all entries."""
         return sum(block.squared_norm() for block in self.blocks)
+
+    def row_squares(self) -> Tensor:
+        """(R,) squared norms of its rows."""
+        out = self._like.new_zeros(self.num_rows)
+        for block in self.blocks:
+            out += block.row_squares()
+        return out
+
+    def weighted(self, rows: Tensor, factors: Tensor) -> Jacobian:
+        """Rows (n,) of it, each times its factor (n,)."""
+        blocks = [block.weighted(rows, factors) for block in self.blocks]
+        return Jacobian(blocks, len(rows), self.num_weights, self._like, double=self.double)
 
     @property
     def num_products(self) -> float:

@@ -39,7 +39,7 @@ class Counts:
     double: bool = False
 
 
-def least_squares(counts: Counts, of_matrix: float, *, num_products: int, num_factors: int) -> float:
+def least_squares(counts: Counts, of_matrix: float, *, num_products: float, num_factors: int) -> float:
     """Forwards that a linearisation's matrices are worth.
 
     Args:

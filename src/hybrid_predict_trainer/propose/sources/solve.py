@@ -8,13 +8,17 @@ Letters: ``R`` residuals, ``P`` weights.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ...numerics.closed_form import Damped, Nystroem, Spectrum, conjugate_gradients
+from . import price
 from .jacobian import Jacobian
+from .sample import probabilities, systematic
 
 Form = Literal["kernel", "weight", "cg"]
 Filter = Literal["damped", "flow"]
@@ -86,6 +90,13 @@ class Linearized:
         if self._M is None:
             return 0.0
         return self.A.counts.num_gram_products if self._kernel else self.A.counts.num_normal_products
+
+    @property
+    def price(self) -> float:
+        """Forwards that the matrix, its factors, and products beside them have been worth so far."""
+        return price.least_squares(
+            self.A.counts, self.num_matrix_products, num_products=self.num_products, num_factors=self.num_factors
+        )
 
     def move(self, rho: Tensor, damping: float, kind: Filter = "damped") -> Tensor:
         """d (P,) for residuals rho (R,).
@@ -181,3 +192,76 @@ class Averaged(Linearized):
     def move(self, rho: Tensor, damping: float, kind: Filter = "damped") -> Tensor:
         """See :class:`Linearized`; this batch has a share of one in ``num_batches``."""
         return super().move(rho, damping, kind) / self._num_batches
+
+
+class Sampled:
+    """A linearised model that is solved for on a sample of its rows; see :mod:`.sample`.
+
+    Attributes:
+        A: (R, P), all rows: what a move does to those left out is known.
+        scale: Mean eigenvalue of the smaller of A A' and A'A, of all rows.
+    """
+
+    def __init__(
+        self, A: Jacobian, rho: Tensor, number: int, solver: Callable[[Jacobian], Linearized], *, start: float
+    ) -> None:
+        """Draw a sample and form its matrix.
+
+        Args:
+            A: (R, P).
+            rho: (R,) residuals at the point of linearisation.
+            number: Rows, about.
+            solver: Of a part of the rows.
+            start: Of the sample, from 0 to 1; see :func:`.sample.systematic`.
+
+        Raises:
+            ArithmeticError: the Jacobian is not finite.
+        """
+        self.A, self._rho, self._solver, self._start = A, rho, solver, start
+        self._squares = A.row_squares().to(rho.dtype)
+        self.scale = float(self._squares.sum()) / max(min(A.num_rows, A.num_weights), 1)
+        if not math.isfinite(self.scale):
+            raise ArithmeticError("the Jacobian is not finite")
+        self._spent = 0.0
+        self._draw(number)
+
+    def _draw(self, number: int) -> None:
+        # few numbers, and sums in an order that devices do not promise
+        chance = probabilities(self._squares.cpu(), self._rho.cpu(), number)
+        rows = systematic(chance, self._start)
+        self._rows, self._factors = rows.to(self._rho.device), chance[rows].rsqrt().to(self._rho)
+        self._part = self.A.weighted(self._rows, self._factors)
+        self._inner = self._solver(self._part)
+
+    @property
+    def num_rows(self) -> int:
+        """Of the sample."""
+        return len(self._rows)
+
+    def enlarge(self, factor: float) -> None:
+        """Draw a sample of so many times as many rows."""
+        self._spent = self.price
+        self._draw(min(round(self.num_rows * factor), self.A.num_rows))
+
+    @property
+    def price(self) -> float:
+        """See :class:`Linearized`."""
+        counts, inner = self.A.counts, self._inner
+        share = self.num_rows / counts.num_rows  # products with the sample are so much cheaper
+        return self._spent + price.least_squares(
+            replace(counts, num_rows=self.num_rows), inner.num_matrix_products,
+            num_products=share * inner.num_products, num_factors=inner.num_factors,
+        )  # fmt: skip
+
+    def move(self, rho: Tensor, damping: float, kind: Filter = "damped") -> Tensor:
+        """See :class:`Linearized`; rho is that of all rows."""
+        return self._inner.move(self._picked(rho), damping, kind)
+
+    def promised(self, d: Tensor) -> float:
+        """Reduction of half a square that the sample predicts of a move d (P,)."""
+        before = self._picked(self._rho)
+        after = before + self._part.jvp(d)
+        return 0.5 * float(before @ before - after @ after)
+
+    def _picked(self, rho: Tensor) -> Tensor:
+        return rho[self._rows] * self._factors
