@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -44,6 +46,18 @@ def test_the_mean_square_of_the_residuals_is_the_sum_of_its_losses(example: Modu
     theirs = sum(loss.item() for loss in model.outputs_losses_train(*data.train_next_batch())[1])
     ours = example.residuals_of(data)(net, torch.from_numpy(data.train_x)).square().mean().item()
     assert ours == pytest.approx(theirs, rel=1e-12)
+
+
+def test_evaluations_beside_the_loop_leave_no_graph_alive(example: ModuleType) -> None:
+    """The library remembers derivatives by tensor (1.15.0): without clearing, every judgement would leak a graph."""
+    data: Any = example.problem()
+    net, residuals = dde.nn.FNN([2, 8, 8, 1], "tanh", "Glorot normal"), example.residuals_of(data)
+    outputs: list[weakref.ref[torch.Tensor]] = []
+    net.register_forward_hook(lambda module, args, u: outputs.append(weakref.ref(u)))
+    for _ in range(5):
+        residuals(net, torch.from_numpy(data.train_x).float()).square().mean().backward()
+    gc.collect()
+    assert sum(ref() is not None for ref in outputs) <= 1  # the last one, until the next evaluation clears it
 
 
 def test_the_example_ends_far_below_the_loop_of_the_library(
