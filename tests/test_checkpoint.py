@@ -289,11 +289,31 @@ def test_plain_values_come_back_exactly(value: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float8_e8m0fnu, torch.float4_e2m1fn_x2, torch.complex128, torch.uint16])
 def test_types_that_are_stored_and_hardly_computed_with(dtype: torch.dtype, tmp_path: Path) -> None:
+    if dtype not in state_tree.STORED_DTYPES | state_tree.PAIRED_DTYPES:
+        with pytest.raises(TypeError, match=r"state\['t'\] is a tensor of type .* a newer one can"):
+            through_bytes({"t": torch.zeros(8, dtype=torch.uint8).view(dtype)}, tmp_path / "x")
+        return
     raw = torch.arange(6 * dtype.itemsize, dtype=torch.uint8)
     tensor = raw.view(dtype).reshape(2, 3)
     found = through_bytes({"t": tensor}, tmp_path / "x")["t"]
     assert (found.dtype, found.shape) == (dtype, (2, 3))
     assert bits(found) == bytes(raw.tolist())
+
+
+def test_a_safetensors_of_old_stores_complex_numbers_in_pairs_and_names_what_it_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lacks = frozenset({torch.complex64, torch.uint16})
+    monkeypatch.setattr(state_tree, "STORED_DTYPES", state_tree.STORED_DTYPES - lacks)
+    monkeypatch.setattr(state_tree, "PAIRED_DTYPES", frozenset({torch.complex64, torch.complex128}))
+    value = torch.randn(2, 3, dtype=torch.complex64)
+    found = through_bytes({"t": value}, tmp_path / "x")["t"]
+    assert found.dtype is torch.complex64
+    assert torch.equal(found, value)
+    stored = state_tree.read_tensors(tmp_path / "x")
+    assert [t.dtype for t in stored.values()] == [torch.float32]
+    with pytest.raises(TypeError, match=r"is a tensor of type torch.uint16, which a checkpoint cannot hold with"):
+        state_tree.encode({"t": torch.zeros(2, dtype=torch.uint16)})
 
 
 @pytest.mark.parametrize("layout", ["transposed", "channels_last", "permuted", "column of one"])

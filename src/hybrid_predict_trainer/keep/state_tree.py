@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -53,8 +54,8 @@ MAX_DEPTH = 100
 #: Beyond this a JSON reader that knows only doubles no longer keeps an int apart from its neighbours.
 MAX_JSON_INT = 2**53
 
-#: Types that safetensors stores as they are.
-STORED_DTYPES = frozenset(
+#: Types that safetensors stores as they are, its newest version all of them.
+NEWEST_DTYPES = frozenset(
     {
         *(torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64),
         *(torch.int8, torch.int16, torch.int32, torch.int64),
@@ -63,8 +64,10 @@ STORED_DTYPES = frozenset(
         *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64),
     }
 )
-#: Types that safetensors lacks and that are stored as pairs of reals.
-PAIRED_DTYPES = frozenset({torch.complex128})
+#: Those that the installed version stores: 0.4.5 knows neither complex numbers nor most of the unsigned ones.
+STORED_DTYPES = NEWEST_DTYPES & frozenset(getattr(safetensors.torch, "_SIZE", NEWEST_DTYPES))
+#: Types that it lacks and that are stored as pairs of reals.
+PAIRED_DTYPES = frozenset({torch.complex64, torch.complex128}) - STORED_DTYPES
 
 #: Types of keys that come back exactly.
 KEY_TYPES = (str, int, bool, float, type(None), bytes, tuple)
@@ -359,7 +362,8 @@ def _check_tensor(tensor: Tensor, path: tuple[object, ...]) -> None:
     if tensor.device.type == "meta":
         raise refuse("a tensor without data (device meta)")
     if tensor.dtype not in STORED_DTYPES | PAIRED_DTYPES:
-        raise refuse(f"a tensor of type {tensor.dtype}")
+        newer = f" with safetensors {safetensors.__version__}; a newer one can" if tensor.dtype in NEWEST_DTYPES else ""
+        raise TypeError(f"{refuse(f'a tensor of type {tensor.dtype}')}{newer}")
 
 
 def _decode(tree: Json, tensors: Mapping[str, Tensor], used: dict[str, Tensor], depth: int) -> Any:
