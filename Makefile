@@ -56,7 +56,8 @@ frameworks:
 		--editable ".[frameworks]"
 	$(VENV)-frameworks/bin/python -m pytest tests/test_adapter*.py tests/test_trackers.py
 
-# The oldest versions that pyproject.toml allows, in an environment of its own (9 GB, where PyTorch comes with CUDA).
+# The oldest versions that pyproject.toml allows, in an environment of its own (7 GB, where PyTorch comes with CUDA: for
+# less, install its CPU build of that version there first, and it is kept).
 # TRL and trackio are left out: what they bring asks for a newer numpy or has no versions that go together any more.
 test-oldest:
 	$(PYTHON) -m venv $(VENV)-oldest
