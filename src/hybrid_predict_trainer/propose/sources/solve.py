@@ -227,7 +227,7 @@ class Sampled:
 
     def _draw(self, number: int) -> None:
         # few numbers, and sums in an order that devices do not promise
-        chance = probabilities(self._squares.cpu(), self._rho.cpu(), number)
+        chance = probabilities(self._squares.cpu().double(), self._rho.cpu().double(), number)
         rows = systematic(chance, self._start)
         self._rows, self._factors = rows.to(self._rho.device), chance[rows].rsqrt().to(self._rho)
         self._part = self.A.weighted(self._rows, self._factors)
