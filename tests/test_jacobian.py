@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from hybrid_predict_trainer.numerics.closed_form import (
     gram,
     outer_gram_pays,
 )
-from hybrid_predict_trainer.propose.sources.jacobian import Linearizer
+from hybrid_predict_trainer.propose.sources.jacobian import Linearizer, completed
 from hybrid_predict_trainer.propose.sources.solve import Linearized, form_for
 
 D = torch.float64
@@ -142,6 +143,70 @@ def test_rows_that_wake_up_are_found_again() -> None:
         A = linearizer.jacobian(r, [torch.ones_like(r)], check=False)
         torch.testing.assert_close(A.dense(), by_rows(r, list(model.parameters()), [torch.ones_like(r)]))
     assert linearizer.separable
+
+
+def test_rows_that_show_nothing_lie_as_all_others_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of a ReLU layer's units are off, others every time: which rows lead where is found out once."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 9), nn.ReLU(), nn.Linear(9, 9), nn.ReLU(), nn.Linear(9, 1)).to(D)
+    x, ends = torch.randn(20, 3, dtype=D), torch.randn(5, 3, dtype=D)
+    linearizer = Linearizer(list(model.parameters()), chunk_rows=4, memory_mb=10)
+    learnt = 0
+    learn = Linearizer._learn
+
+    def counted(self: Linearizer, *args: Any) -> None:
+        nonlocal learnt
+        learnt += 1
+        learn(self, *args)
+
+    monkeypatch.setattr(Linearizer, "_learn", counted)
+    for seed in range(6):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.normal_(std=0.7)
+        r = torch.cat([model(x)[:, 0], 3 * model(ends)[:, 0]])
+        A = linearizer.jacobian(r, [torch.ones_like(r)], check=True)
+        torch.testing.assert_close(A.dense(), by_rows(r, list(model.parameters()), [torch.ones_like(r)]))
+    assert linearizer.separable
+    assert learnt == 1
+
+
+def test_rows_that_do_not_lie_as_the_others_are_found_out() -> None:
+    """Two samples change places, and nothing shows it while their units are off."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1)).to(D)
+    with torch.no_grad():
+        model[0].weight.abs_()
+        model[0].bias.zero_()
+    linearizer = Linearizer(list(model.parameters()), chunk_rows=4, memory_mb=10)
+    x = torch.rand(6, 3, dtype=D)
+    for sign in (-1.0, 1.0, 1.0):
+        x[2:4] = sign * x[2:4].abs()
+        r = model(x)[[0, 1, 3, 2, 4, 5], 0]
+        A = linearizer.jacobian(r, [torch.ones_like(r)], check=True)
+        torch.testing.assert_close(A.dense(), by_rows(r, list(model.parameters()), [torch.ones_like(r)]))
+    assert linearizer.separable
+
+
+@pytest.mark.parametrize(
+    ("known", "count", "wanted"),
+    [
+        ([0, 0, -1, 1, -1, 2], 3, [0, 0, 1, 1, 2, 2]),
+        ([-1, 4, -1, 6], 8, [3, 4, 5, 6]),
+        ([0, -1, 2, 0, 1, -1], 3, [0, 1, 2, 0, 1, 2]),
+        ([0, 1, 1, -1], 3, None),
+        ([-1, -1, -1, 0], 1, None),
+        ([-1, -1, 0, 1], 2, [0, 1, 0, 1]),
+        ([-1, -1, 0, 1, 2], 3, None),  # the first ones would lie before all residuals
+        ([0, 1, -1, -1], 3, None),
+        ([2, -1, 1, 0], 4, None),
+    ],
+)
+def test_what_rows_lead_to_is_completed_where_the_order_is_regular(
+    known: list[int], count: int, wanted: list[int] | None
+) -> None:
+    assert completed(torch.tensor(known), count).tolist() == (known if wanted is None else wanted)
 
 
 def test_one_row_for_two_residuals_is_no_mistake() -> None:

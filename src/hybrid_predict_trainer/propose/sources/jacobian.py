@@ -329,6 +329,40 @@ class _Layout:
     unknown: Tensor
 
 
+def completed(residual: Tensor, count: int) -> Tensor:
+    """Which residual rows lead to, where that of some is unknown and those that are known lie in a regular order.
+
+    A unit that is cut off (ReLU) has no gradient, and so its row shows nothing.  Rows of nearly all models lie sample
+    by sample or unit by unit; where all that are known do, so do the others.  What is made of them is compared with a
+    backward of its own once a proposal.
+
+    Args:
+        residual: (M,) numbers, -1 where unknown.
+        count: Residuals.
+
+    Returns:
+        (M,) the same, completed where that is possible.
+    """
+    rows, known = len(residual), (residual >= 0).nonzero()[:, 0]
+    if len(known) == rows or len(known) < 2:
+        return residual
+    place = torch.arange(rows, device=residual.device)
+    first, last = int(known[0]), int(known[-1])
+    low, gap = int(residual[first]), int(residual[last] - residual[first])
+    guesses = []
+    if gap > 0:  # sample by sample, k rows each, beginning anywhere
+        most = rows if gap == 1 else (last - first) // (gap - 1) + 1
+        sizes = [k for k in range(max((last - first) // (gap + 1), 1), most + 1) if rows % k == 0]
+        guesses = [low - first // k + place // k for k in sizes]
+    if rows % count == 0:  # unit by unit
+        guesses.append(place % count)
+    fitting = [
+        g for g in guesses if int(g[0]) >= 0 and int(g[-1]) < count and torch.equal(g[known], residual[known])
+    ]  # fmt: skip
+    alike = all(torch.equal(g, fitting[0]) for g in fitting[1:])
+    return fitting[0] if fitting and alike else residual
+
+
 def _layout_of(residual: Tensor, count: int) -> _Layout:
     """Group rows by the residual that they lead to."""
     rows = len(residual)
@@ -369,6 +403,7 @@ class Linearizer:
         self._signature: tuple[Any, ...] | None = None
         self._entries: list[Entry] = []
         self._layouts: list[_Layout] = []
+        self._regular = True  # rows of which nothing is known are taken to lie as all others do
 
     @property
     def num_weights(self) -> int:
@@ -383,12 +418,15 @@ class Linearizer:
             cotangents: Each of the outputs' shape; row (k, n) is the gradient of ``cotangents[k][n] . outputs[n]``.
             check: Compare one product with what a backward of its own says.
         """
-        if self.separable is not False:
+        while self.separable is not False:
             try:
                 found = self._read_off(outputs, cotangents)
                 if check:
                     self._check(found, outputs, cotangents)
             except NotSeparableError as error:
+                if self._regular:  # rows that were taken to lie as all others do
+                    self._regular, self._signature = False, None
+                    continue
                 self.separable, self.why_not = False, str(error)
             else:
                 self.separable = True
@@ -441,7 +479,8 @@ class Linearizer:
 
     def _learn(self, outputs: Tensor, uses: Sequence[Use], known: tuple[Any, ...]) -> None:
         self._signature = None
-        self._layouts = [_layout_of(r, len(outputs)) for r in residual_of_rows(outputs, uses)]
+        count, found = len(outputs), residual_of_rows(outputs, uses)
+        self._layouts = [_layout_of(completed(r, count) if self._regular else r, count) for r in found]
         self._signature = known
 
     def _assembled(
