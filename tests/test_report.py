@@ -19,6 +19,7 @@ from hybrid_predict_trainer.experiments.report import charts as svg
 from hybrid_predict_trainer.experiments.report import confidence
 from hybrid_predict_trainer.experiments.report import page as page_module
 from hybrid_predict_trainer.experiments.report.confidence import Point, pooled, pooled_error, reliability_chart
+from hybrid_predict_trainer.experiments.report.data import load
 from hybrid_predict_trainer.experiments.report.page import build_report, format_value, mean_std, number, write_report
 from hybrid_predict_trainer.experiments.report_withdrawn import COUNTS
 
@@ -368,6 +369,15 @@ def test_one_run_without_comparison(tmp_path: Path) -> None:
     assert "Run: mine" in text
     assert "no speed-up is claimed" in text
     assert "Steps gained, mine 41.5 95 % confidence interval 12 to 70.25 steps" in text
+
+
+def test_a_folder_of_runs_needs_no_folder_named_runs(tmp_path: Path) -> None:
+    for seed, name in enumerate(("a", "b")):
+        fake_run(tmp_path / name, "plain", seed, 40)
+    (tmp_path / "notes").mkdir()
+    text = Page(build_report(tmp_path)).text
+    assert f"Runs: {tmp_path.name}" in text
+    assert [run.name for run in load(tmp_path).runs] == ["a", "b"]
 
 
 def test_torn_tail_is_left_out_with_a_notice(tmp_path: Path) -> None:

@@ -147,12 +147,15 @@ def read_metrics(path: Path) -> tuple[tuple[Step, ...], dict[str, tuple[Record, 
 
 
 def load(run_dir: Path) -> Report:
-    """Read a directory of ``compare.json`` and ``runs/``, or of one run's ``metrics.jsonl``."""
+    """Read a directory of ``compare.json`` and ``runs/``, or of runs, or of one run's ``metrics.jsonl``."""
     if not run_dir.is_dir():
         raise FileNotFoundError(f"{run_dir}: no such directory")
     compare = read_json(run_dir / "compare.json") if (run_dir / "compare.json").exists() else None
     runs, notices = [], []
-    for file in sorted([*run_dir.glob("runs/*/metrics.jsonl"), *run_dir.glob("metrics.jsonl")]):
+    files = [*run_dir.glob("runs/*/metrics.jsonl"), *run_dir.glob("metrics.jsonl")]
+    if compare is None and not files:
+        files = [*run_dir.glob("*/metrics.jsonl")]
+    for file in sorted(files):
         steps, events, remarks = read_metrics(file)
         folder = file.parent
         summary = read_json(folder / "summary.json") if (folder / "summary.json").exists() else {}
@@ -161,7 +164,9 @@ def load(run_dir: Path) -> Report:
         runs.append(Run(name, named[1] if named else name, steps, events, summary))
         notices += [f"{name}: {remark}" for remark in remarks]
     if compare is None and not runs:
-        raise FileNotFoundError(f"{run_dir}: nothing to report: no compare.json, no runs/*/metrics.jsonl")
+        raise FileNotFoundError(
+            f"{run_dir}: nothing to report: no compare.json, and no metrics.jsonl in it, in */ or in runs/*/"
+        )
     by_arm: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
         by_arm[run.arm].append(run)
