@@ -36,6 +36,8 @@ from hybrid_predict_trainer.experiments.run_arm import COUNTS, Arm, ArmRun, Expe
 from hybrid_predict_trainer.tasks import TaskDefaults, TaskSettings
 
 STEPS = 40
+#: What needs no rate, or has one already.
+ONE_RATE = ("taken-home-3", "taken-home-10", "lbfgs-400", "ssbfgs", "ssbroyden", "nysnewton-cg", "lm")
 IN_LOOP = [name for name, peer in BASELINES.items() if not peer.deterministic_only]
 
 
@@ -131,16 +133,19 @@ def test_a_peer_says_what_it_is_and_has_as_many_rates_as_the_recipe(name: str) -
     assert "\n" not in peer.about
     for grid in ((), (0.1,), (0.1, 0.2, 0.4, 0.8)):
         rates = peer.grid(replace(Points.defaults, lr_grid=grid))
-        assert len(rates) == (1 if name.startswith("taken-home") else max(len(grid), 1))
+        assert len(rates) == (1 if name in ONE_RATE else max(len(grid), 1))
         assert list(rates) == sorted(set(rates))
         assert min(rates) > 0
 
 
 def test_peers_that_need_one_batch_are_not_offered_others() -> None:
     assert set(baselines_for(Points())) == set(IN_LOOP)  # type: ignore[arg-type]
-    assert set(baselines_for(Points(deterministic=True))) == set(BASELINES)  # type: ignore[arg-type]
+    assert set(baselines_for(Points(deterministic=True))) == set(BASELINES) - {"lm"}  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="same batch at every step") as told:
         run_with(setup_for(Points()), "lbfgs-20")
+    assert "\n" not in str(told.value)
+    with pytest.raises(ValueError, match="it needs residuals") as told:
+        run_with(setup_for(Points(deterministic=True)), "lm")
     assert "\n" not in str(told.value)
 
 

@@ -76,6 +76,7 @@ class ArmRun:
     curve: tuple[tuple[float, float], ...]  # (cost units, validation loss)
     error: str = ""
     cpu_s: float = math.nan  # processor time of all threads, without validation
+    solution_error: float = math.nan  # relative L2 error against the true solution, where the task knows one
 
     @property
     def cost_units(self) -> float:
@@ -257,7 +258,7 @@ def drive(
     run = ArmRun(
         arm=arm, seed=seed, steps=steps, final_val_loss=final, wall_s=wall_s,
         counts={name: float(statistics[name]) for name in COUNTS}, curve=tuple(validation.curve), error=error,
-        cpu_s=cpu_s,
+        cpu_s=cpu_s, solution_error=math.nan if error or validation.error is None else validation.error,
     )  # fmt: skip
     if folder is not None:
         write_run(folder, trainer, run)

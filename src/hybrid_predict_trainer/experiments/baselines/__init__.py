@@ -1,6 +1,7 @@
 """Baseline methods as arms of a comparison.
 
-Reading order: ``base`` (what a baseline is), ``outer``, ``averaging``, ``optimizers``, ``wnn``, ``lbfgs``, ``table``.
+Reading order: ``base`` (what a baseline is), ``outer``, ``averaging``, ``optimizers``, ``wnn``, ``own_loop``,
+``lbfgs``, ``second_order``, ``flat``, ``table``.
 Packages come with ``pip install "hybrid-predict-trainer[bench]"`` and are imported when a baseline that needs one runs.
 """
 
@@ -31,7 +32,7 @@ def baseline_of(name: str) -> Baseline:
 
 def baselines_for(task: Task) -> tuple[str, ...]:
     """Names of the baselines that make sense on a task."""
-    return tuple(name for name, peer in BASELINES.items() if task.deterministic or not peer.deterministic_only)
+    return tuple(name for name, peer in BASELINES.items() if not peer.why_not(task))
 
 
 def run_baseline(
@@ -46,7 +47,7 @@ def run_baseline(
         seed: Of model, data order and dropout.
         peer: One with other hyper-parameters than those of the table.
         folder: Where ``metrics.jsonl`` and ``summary.json`` go; None: nowhere.
-        watch: Asked once for something to call after every step; not by L-BFGS, whose steps are not a trainer's.
+        watch: Asked once for something to call after every step; not by those with loops of their own.
         label: What ``watch`` is to call the run.
 
     Raises:
@@ -55,10 +56,9 @@ def run_baseline(
         FileNotFoundError: its checkpoint is not there.
     """
     peer = peer or baseline_of(arm.name)
-    if peer.deterministic_only and not setup.task.deterministic:
+    if why_not := peer.why_not(setup.task):
         fit = ", ".join(baselines_for(setup.task))
-        raise ValueError(f"peer {arm.name!r} needs the same batch at every step, which task {setup.task.name!r} "
-                         f"does not give (peers that fit: {fit})")  # fmt: skip
+        raise ValueError(f"peer {arm.name!r} does not fit: {why_not} (peers that fit: {fit})")
     return peer.train(
         BaselineJob(setup=setup, arm=arm, seed=seed, values=peer.values, folder=folder, watch=watch, label=label)
     )

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from ...cost import FORWARD_UNITS
 from ...cycle.state import State as TrainerState
-from ...tasks import TaskDefaults, TaskSettings
+from ...tasks import Task, TaskDefaults, TaskSettings
 from ...trainer import HybridTrainer
 from ...weights import algebra as weights
 from ..arms.drive import (
@@ -35,7 +35,7 @@ from ..arms.drive import (
     steps_of,
 )
 
-Family = Literal["outer loop", "averaging", "forecast", "optimizer", "quasi-Newton", "schedule"]
+Family = Literal["outer loop", "averaging", "forecast", "optimizer", "quasi-Newton", "Gauss-Newton", "schedule"]
 Values = Mapping[str, float]
 
 
@@ -67,6 +67,7 @@ class Baseline:
         family: what kind of method it is.
         weights_only: whether it changes nothing but the weights, between the steps of the recipe's own optimizer.
         deterministic_only: whether it needs every batch to be the same.
+        needs_residuals: whether it needs a task that tells its residuals apart.
         values: hyper-parameters by name, as published; learning rates are not among them.
         grid: rates to choose from, as many as the recipe's own grid has.
         train: one run.
@@ -77,9 +78,18 @@ class Baseline:
     family: Family
     weights_only: bool
     deterministic_only: bool = False
+    needs_residuals: bool = False
     values: Values
     grid: Callable[[TaskDefaults], tuple[float, ...]]
     train: Callable[[BaselineJob], ArmRun]
+
+    def why_not(self, task: Task) -> str:
+        """Why it makes no sense on a task; "" where it does."""
+        if self.deterministic_only and not task.deterministic:
+            return f"it needs the same batch at every step, which task {task.name!r} does not give"
+        if self.needs_residuals and not hasattr(task, "residual_fn"):
+            return f"it needs residuals, and task {task.name!r} tells a loss only"
+        return ""
 
 
 def recipe_grid(recipe: TaskDefaults) -> tuple[float, ...]:

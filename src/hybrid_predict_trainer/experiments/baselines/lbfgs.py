@@ -1,26 +1,24 @@
 """L-BFGS with a strong Wolfe line search, for losses that are the same function at every step.
 
-Its own loop, because a step evaluates the loss several times; model, seeds, validation marks and units are those of
-the other arms.  Weight decay and learning-rate schedules are not part of the method and do not apply.
+It has a loop of its own (:mod:`.own_loop`), because a step evaluates the loss several times.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.optim import LBFGS
 
-from ...cost import BACKWARD_UNITS, FAIR_PASS_UNITS, FORWARD_UNITS, PASS_UNITS, STEP_UNITS, UPDATE_UNITS
+from ...cost import BACKWARD_UNITS, FAIR_PASS_UNITS, FORWARD_UNITS, PASS_UNITS, UPDATE_UNITS
 from ...tasks import TaskDefaults
 from ...weights import algebra as weights
-from ..arms.drive import COUNTS, NUM_VALIDATIONS, ArmRun, seeded_model, steps_of, summary_of, write_json
+from ..arms.drive import ArmRun
 from .base import BaselineJob, recipe_grid
+from .own_loop import OwnLoop
 
 #: Evaluations of a line search, the package's default.
 MAX_LINE_SEARCH = 25
@@ -214,55 +212,22 @@ def train(order: BaselineJob) -> ArmRun:
     Raises:
         ValueError: batches differ from step to step.
     """
-    setup, arm = order.setup, order.arm
-    history = int(order.values["history"])
-    steps = steps_of(setup, arm.budget)
-    budget = STEP_UNITS * steps
-    model = seeded_model(setup, order.seed)
-    batch = next(iter(setup.task.batches(order.seed)))
-    meter = Meter(budget)
-    parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
-    objective = Objective(lambda: setup.task.loss_fn(model, batch), parameters, meter)
-    curve: list[tuple[float, float]] = []
-    every = budget / NUM_VALIDATIONS
-    outside_s, outside_cpu_s, started, started_cpu = 0.0, 0.0, time.perf_counter(), time.process_time()
-
-    def validate() -> float:
-        nonlocal outside_s, outside_cpu_s
-        began, began_cpu = time.perf_counter(), time.process_time()
-        loss = setup.task.evaluate(model)
-        curve.append((meter.cost_units, loss))
-        outside_s += time.perf_counter() - began
-        outside_cpu_s += time.process_time() - began_cpu
-        return loss
-
-    def after_iteration(loss: float) -> None:
-        if meter.cost_units >= every * (1 + (curve[-1][0] // every if curve else 0)):
-            validate()
-
-    error = minimize(objective, history=history, lr=arm.lr, after_iteration=after_iteration)
-    wall_s = time.perf_counter() - started - outside_s
-    cpu_s = time.process_time() - started_cpu - outside_cpu_s
-    measured = bool(curve) and curve[-1][0] == meter.cost_units
-    final = math.nan if error else curve[-1][1] if measured else validate()
-    counts = dict.fromkeys(COUNTS, 0.0) | {
+    loop = OwnLoop(order)
+    meter = Meter(loop.budget)
+    parameters: list[Tensor] = [p for p in loop.model.parameters() if p.requires_grad]
+    objective = Objective(lambda: order.setup.task.loss_fn(loop.model, loop.batch), parameters, meter)
+    error = minimize(
+        objective, history=int(order.values["history"]), lr=order.arm.lr,
+        after_iteration=lambda loss: loop.after_iteration(meter.cost_units),
+    )  # fmt: skip
+    counts = {
         "cost_units": meter.cost_units,
         "fair_cost_units": meter.cost_units + (FAIR_PASS_UNITS - PASS_UNITS) * meter.num_passes,
         "num_forward": float(meter.num_evaluations),
         "num_backward": float(meter.num_evaluations),
         "num_real_steps": float(meter.num_iterations),
     }
-    run = ArmRun(
-        arm=arm, seed=order.seed, steps=steps, final_val_loss=final, wall_s=wall_s, counts=counts,
-        curve=tuple(curve), error=error, cpu_s=cpu_s,
-    )  # fmt: skip
-    if order.folder is not None:
-        _write(order.folder, run)
-    return run
-
-
-def _write(folder: Path, run: ArmRun) -> None:
-    write_json(folder / "summary.json", {**summary_of(run), "statistics": run.counts, "curve": list(run.curve)})
+    return loop.ended(counts, error)
 
 
 def grid(recipe: TaskDefaults) -> tuple[float, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import lbfgs
+from . import flat, lbfgs
 from .averaging import ema, lawa
 from .base import Baseline, in_loop, recipe_grid
 from .optimizers import (
@@ -18,6 +18,7 @@ from .optimizers import (
 )
 from .outer import ema_nesterov, snoo
 from .roles import default_rate, muon, mup, newton_schulz, normuon, role_rates, taken_home
+from .second_order import dense, levenberg_marquardt, limited, nys_newton_cg
 from .warmup import block_warmup, long_warmup
 from .wnn import wnn_plus
 
@@ -44,6 +45,20 @@ def _lbfgs(history: int) -> Baseline:
         values={"history": history},
         grid=lbfgs.grid,
         train=lbfgs.train,
+    )
+
+
+def _full_batch(about: str, source: str, iterations: flat.Iterations, *, residuals: bool = False) -> Baseline:
+    return Baseline(
+        about=about,
+        source=source,
+        family="Gauss-Newton" if residuals else "quasi-Newton",
+        weights_only=False,
+        deterministic_only=True,
+        needs_residuals=residuals,
+        values={},
+        grid=flat.one_rate,
+        train=flat.train(iterations),
     )
 
 
@@ -196,4 +211,30 @@ BASELINES: dict[str, Baseline] = {
     ),
     "lbfgs-20": _lbfgs(20),
     "lbfgs-100": _lbfgs(100),
+    "lbfgs-400": _full_batch(
+        "100 steps of Adam, then self-scaled L-BFGS, strong Wolfe, 400 pairs, lean",
+        "Al-Baali 1998; own",
+        lambda task, weights: limited(weights, 400),
+    ),
+    "ssbfgs": _full_batch(
+        "100 steps of Adam, then dense self-scaled BFGS, strong Wolfe",
+        "Al-Baali 1998, arXiv 2405.04230; own",
+        lambda task, weights: dense(weights, "ssbfgs"),
+    ),
+    "ssbroyden": _full_batch(
+        "100 steps of Adam, then dense self-scaled Broyden, strong Wolfe",
+        "Al-Baali 1998, arXiv 2405.04230; own",
+        lambda task, weights: dense(weights, "ssbroyden"),
+    ),
+    "nysnewton-cg": _full_batch(
+        "100 steps of Adam, 100 of L-BFGS, then Newton's method by sketched conjugate gradients",
+        "arXiv 2402.01868; own",
+        lambda task, weights: nys_newton_cg(weights),
+    ),
+    "lm": _full_batch(
+        "Levenberg-Marquardt on the residuals",
+        "Levenberg 1944, Marquardt 1963; own",
+        lambda task, weights: levenberg_marquardt(weights, task.residual_fn),
+        residuals=True,
+    ),
 }

@@ -28,7 +28,7 @@ from ...config.settings import HybridTrainerConfig
 from ...config.toml import preset_config, with_values
 from ...tasks import TaskSettings, make_task
 from ...trainer import HybridTrainer
-from ..baselines.second_order import FIRST_RATE, Flat, dense, levenberg_marquardt, limited
+from ..baselines.second_order import FIRST_RATE, Flat, dense, levenberg_marquardt, limited, nys_newton_cg
 
 TASKS = (
     "pinn-poisson", "oscillator", "regression", "pinn-burgers", "pinn-allen-cahn", "pinn-klein-gordon", "pinn-inverse",
@@ -106,6 +106,7 @@ METHODS: dict[str, Method] = {
     "ssbroyden": _flat(lambda task, flat: dense(flat, "ssbroyden")),
     "ssbfgs": _flat(lambda task, flat: dense(flat, "ssbfgs")),
     "lean-lbfgs": _flat(lambda task, flat: limited(flat, 400)),
+    "nysnewton-cg": _flat(lambda task, flat: nys_newton_cg(flat)),
     "soap": _first_order(_soap),
     "adam": _first_order(lambda parameters: torch.optim.Adam(parameters)),
 }

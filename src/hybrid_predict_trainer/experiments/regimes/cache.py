@@ -145,6 +145,7 @@ def measured_of(value: Mapping[str, Any]) -> TimedRun:
             "final_val_loss": _number(told["final_val_loss"]),
             "wall_s": _number(told["wall_s"]),
             "cpu_s": _number(told["cpu_s"]),
+            "solution_error": _number(told.get("solution_error")),
             "counts": {k: _number(v) for k, v in told["counts"].items()},
             "curve": tuple(_pairs(told["curve"])),
         }

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ...config.settings import SOURCES
 from ...predictors import PREDICTORS
 from ...tasks.base import unknown_name
 from ..arms.options import InputError, Options, as_input_error, build_experiment, config_of
@@ -156,7 +157,8 @@ def _contestants(
     shared = () if fixed else grid
     found = [UntunedArm(name="plain", kind="plain", blueprint=blueprint, grid=grid)]
     found.append(UntunedArm(name="hybrid", kind="hybrid", blueprint=blueprint, grid=shared))
-    for name in predictors_of(request, recipe.predictor if not request.options.get("predictor") else ""):
+    own_predictor = recipe.predictor if not request.options.get("predictor") else ""
+    for name in dict.fromkeys((*case.sources, *predictors_of(request, own_predictor))):
         options = replace(blueprint.options, predictor=name)
         with as_input_error():
             config_of(options, recipe)
@@ -168,8 +170,8 @@ def _contestants(
     notes = []
     for name in dict.fromkeys((*(case.quick_peers if request.quick else case.peers), *named)):
         peer = baseline_of(name)
-        if peer.deterministic_only and not setup.task.deterministic:
-            notes.append(f"{case.name}: {name} left out: it needs the same batch at every step")
+        if why_not := peer.why_not(setup.task):
+            notes.append(f"{case.name}: {name} left out: {why_not}")
             continue
         own = tuple(peer.grid(replace(recipe, lr_grid=grid)))
         kept = own if not fixed or name in regimes.RATE_FREE else ()
@@ -191,10 +193,11 @@ def predictors_of(request: Request, default: str) -> tuple[str, ...]:
     """
     named = tuple(name.removeprefix("hybrid-") for name in request.arms if name.startswith("hybrid-"))
     wanted = tuple(PREDICTORS) if "all" in request.predictors else request.predictors
+    known = (*PREDICTORS, *SOURCES)
     for name in wanted:
-        if name not in PREDICTORS:
-            raise InputError(str(unknown_name("predictor", name, PREDICTORS)))
-    asked = dict.fromkeys((*wanted, *(n for n in named if n in PREDICTORS)))
+        if name not in known:
+            raise InputError(str(unknown_name("predictor", name, known)))
+    asked = dict.fromkeys((*wanted, *(n for n in named if n in known)))
     return tuple(n for n in asked if n != default or n in named)
 
 

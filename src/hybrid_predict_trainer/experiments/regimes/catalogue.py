@@ -29,6 +29,9 @@ LENGTHS: dict[str, Length] = {
     "pinn-burgers": Length(full=4000, quick=1000),
     "oscillator": Length(full=4000, quick=1500),
     "regression": Length(full=4000, quick=2000),
+    "pinn-allen-cahn": Length(full=4000, quick=1000),
+    "pinn-klein-gordon": Length(full=4000, quick=1000),
+    "pinn-inverse": Length(full=4000, quick=1000),
     "cifar": Length(full=12, unit="epochs"),
     "digits-mlp": Length(full=12, quick=12, unit="epochs"),
     "finetune": Length(full=600, quick=100),
@@ -87,6 +90,7 @@ class Case:
         quick_too: whether ``--quick`` runs the case.
         sweep_seeds: of every sweep's trial, where the usual number is too few to tell rates apart; 0: the usual.
         bases: peers that are run at all budgets of the plain arm, so that S is known over them, too.
+        sources: closed-form sources that get an arm of their own beside the hybrid's predictor.
         first_seed: of the judged runs, where the first ones have been looked at while constants were chosen.
     """
 
@@ -105,6 +109,7 @@ class Case:
     quick_too: bool = False
     sweep_seeds: int = 0
     bases: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
     first_seed: int = 0
 
     def __post_init__(self) -> None:
@@ -130,14 +135,17 @@ class Regime:
 
 # ---- pinn: deterministic -----------------------------------------------------------------------------
 
-_PINN_PEERS = (*WEIGHT_PEERS, "soap", "lbfgs-20", "lbfgs-100")
+#: What experts use on full batches; they search their steps, and have no rate to tune.
+_SECOND_ORDER = ("lm", "ssbroyden", "ssbfgs", "lbfgs-400", "nysnewton-cg")
+_PINN_PEERS = (*WEIGHT_PEERS, "soap", "lbfgs-20", "lbfgs-100", *_SECOND_ORDER)
 
 
 def _exact(name: str, task: str, *, quick: bool = False, **options: Any) -> Case:
+    """A full-batch task: with what a run without residuals takes, and with what one that hands them in does."""
     return Case(
         name=name, task=task, length=task, options={"predictor": "quasi_newton", **options}, peers=_PINN_PEERS,
-        quick_peers=("soap", "lbfgs-20", "lbfgs-100"), budgets=EXACT_BUDGETS,
-        quick_budgets=EXACT_BUDGETS_QUICK, quick_too=quick,
+        quick_peers=("soap", "lbfgs-20", "lbfgs-100", *_SECOND_ORDER), budgets=EXACT_BUDGETS,
+        quick_budgets=EXACT_BUDGETS_QUICK, quick_too=quick, sources=("portfolio", "gauss_newton"),
     )  # fmt: skip
 
 
@@ -147,6 +155,9 @@ _PINN = (
     _exact("oscillator", "oscillator", quick=True),
     _exact("regression", "regression"),
     _exact("regression-float64", "regression", dtype="float64"),
+    _exact("pinn-allen-cahn", "pinn-allen-cahn", dtype="float64"),
+    _exact("pinn-klein-gordon", "pinn-klein-gordon", dtype="float64"),
+    _exact("pinn-inverse", "pinn-inverse", dtype="float64"),
 )
 
 # ---- epochs: many epochs over small data ----------------------------------------------------------------

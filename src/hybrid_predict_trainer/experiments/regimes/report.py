@@ -59,6 +59,8 @@ def load_results(folder: Path) -> list[Record]:
 HEAD = ("arm", "S by cost", "S by wall-clock", "S by CPU time", "final loss", "at equal cost", "p", "backward saved",
         "prediction, cost / time", "jumps", "lr")  # fmt: skip
 
+#: Columns of tasks whose true solution is known.
+ERROR, CPU = "relative L2 error", "CPU s"
 #: Of the columns of S against another base than plain.
 OVER = "S over "
 
@@ -91,13 +93,16 @@ def head_of(found: Sequence[Record]) -> tuple[str, ...]:
     """Column names; more where the rate is not the tuned one, and where stronger recipes were run at all budgets."""
     tuned = ("cost / tuned run's",) if any("cost_vs_tuned" in r for r in found) else ()
     bases = dict.fromkeys(name for r in found for name in table_of(r.get("S_over")))
-    return (*HEAD, *tuned, *(f"{OVER}{name}" for name in bases))
+    solved = (ERROR, CPU) if any("solution_error" in r for r in found) else ()
+    return (*HEAD, *tuned, *(f"{OVER}{name}" for name in bases), *solved)
 
 
 def line_of(row: Record, head: Sequence[str]) -> tuple[str, ...]:
     """Cells for the columns of :func:`head_of`."""
     more = [
-        s_cell(table_of(table_of(row.get("S_over")).get(name.removeprefix(OVER))))
+        plain_cell(row.get("solution_error" if name == ERROR else "cpu_s"), ".2g")
+        if name in (ERROR, CPU)
+        else s_cell(table_of(table_of(row.get("S_over")).get(name.removeprefix(OVER))))
         if name.startswith(OVER)
         else s_cell(row, "cost_vs_tuned")
         for name in head[len(HEAD) :]

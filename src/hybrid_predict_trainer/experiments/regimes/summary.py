@@ -131,6 +131,7 @@ def row(case: str, entry: ArmRuns, base: ArmRuns, plain: Sequence[ArmRuns], tune
         "cost_units_counted": _mean([r.cost_units for r in runs]),
         "wall_s": _mean([r.wall_s for r in runs]),
         "cpu_s": _mean([r.cpu_s for r in runs]),
+        **_error_of(runs),
         "gap_pct": gap if entry is not base else None,
         "backward_reduction": None if is_baseline else backward_reduction(by_cost, runs, [m.run for m in base.runs]),
         "prediction_share": prediction_share(entry),
@@ -145,6 +146,12 @@ def row(case: str, entry: ArmRuns, base: ArmRuns, plain: Sequence[ArmRuns], tune
         found |= cost_vs_tuned(speedup(entry, tuned, units))
     found["verdict"] = verdict(entry, by_cost, gap, num_jumps=found["jumps"]["accepted"] if found["jumps"] else None)
     return found
+
+
+def _error_of(runs: Sequence[ArmRun]) -> dict[str, Any]:
+    """Median relative L2 error against the true solution, where there is one."""
+    found = [r.solution_error for r in runs if not math.isnan(r.solution_error)]
+    return {"solution_error": statistics.median(found)} if found else {}
 
 
 def _figures(s: Speedup, is_baseline: bool) -> dict[str, Any]:
