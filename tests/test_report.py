@@ -380,6 +380,24 @@ def test_a_folder_of_runs_needs_no_folder_named_runs(tmp_path: Path) -> None:
     assert [run.name for run in load(tmp_path).runs] == ["a", "b"]
 
 
+def test_a_hundred_runs_stay_readable(tmp_path: Path) -> None:
+    for k in range(100):
+        fake_run(
+            tmp_path / f"{'hybrid' if k < 50 else 'plain'}-{k:02}", "hybrid" if k < 50 else "plain", k, 40, lead=1.0
+        )
+    html = build_report(tmp_path)
+    page = Page(html)
+    assert "80 more" in page.text, "rows beyond twenty are folded up"
+    assert "and 80 more" in page.text, "names of a legend are counted"
+    assert "The first 12 of 50 runs." in page.text
+    assert "the first 12 of 50 arms" in page.text
+    charts = re.findall(r'<svg viewBox="0 0 [\d.]+ ([\d.]+)" role="img"(.*?)</svg>', html, re.DOTALL)
+    named = [(float(height), re.findall(r'y="(-?[\d.]+)" class="direct', inside)) for height, inside in charts]
+    assert sum(len(places) > 10 for _, places in named) >= 2
+    for height, places in named:
+        assert all(0 < float(y) < height for y in places), "a name has left its chart"
+
+
 def test_torn_tail_is_left_out_with_a_notice(tmp_path: Path) -> None:
     fake_run(tmp_path / "runs" / "plain-s0", "plain", 0, 40)
     file = tmp_path / "runs" / "plain-s0" / "metrics.jsonl"

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 Point = tuple[float, float]
 
+#: Height of one name of a curve.
+NAME_PX = 15
 #: Width of one character of the 12-pixel labels, for margins.  Arbitrary, errs on the wide side.
 CHARACTER_PX = 6.7
 #: Most horizontal and vertical ticks, on pages and on phones.
@@ -345,7 +347,8 @@ def line_chart(curves: Sequence[Curve], width: int, x_title: str, y_title: str) 
 def _name_curves(drawn: Drawing, ends: Sequence[tuple[str, str, Point]], top: float, right: float) -> None:
     """Names right of the ends of curves, in one column at the margin and in one per group of early ends.
 
-    Ends that are less than a name apart make a group, whose names keep their distance from one another.
+    Ends that are less than a name apart make a group, whose names keep their distance from one another.  Where they
+    are more than the chart is high, those that end lowest have theirs.
     """
     left, bottom = drawn.axes.get_position().x0 * drawn.width, drawn.height - 42
     margin = right - 0.06 * (right - left)
@@ -355,8 +358,11 @@ def _name_curves(drawn: Drawing, ends: Sequence[tuple[str, str, Point]], top: fl
         x, before = end[2][0], groups[-1][-1][2][0] if groups else -math.inf
         joins = bool(groups) and x - before < apart and (x > margin) == (before > margin)
         groups[-1].append(end) if joins else groups.append([end])
+    room = int((bottom - 5 - top) / NAME_PX) + 1
     for group in groups:
-        for (name, style, (x, _)), y in zip(group, spread([e[2][1] for e in group], 15, top, bottom - 5), strict=True):
+        named = sorted(group, key=lambda e: -e[2][1])[:room]
+        wanted = [e[2][1] for e in named]
+        for (name, style, (x, _)), y in zip(named, spread(wanted, NAME_PX, top, bottom - 5), strict=True):
             drawn.text((right if x > margin else x) + 8, y + 4, name, f"direct {style}")
 
 

@@ -276,12 +276,13 @@ def ledger_figure(report: Report) -> str:
         "what ordinary steps alone change over the same stretch." + thinning(*marks.values()),
         lambda w: svg.scatter_chart(clouds, w, "gain at the gate", "gain left", same=False), 470,
     )  # fmt: skip
-    bars = []
-    for arm in dict.fromkeys(r.arm for r, _ in kept):
+    bars, arms = [], list(dict.fromkeys(r.arm for r, _ in kept))
+    for arm in arms[:MAX_STRIPS]:
         for word, key, colour in (("spent", "spent_units", "c0"), ("returned", "returned_units", "c1")):
             units = [v for r, g in kept if r.arm == arm and (v := number(g.get(key))) is not None]
             bars += [(f"{arm}, {word}", statistics.fmean(units), colour)] if units else []
-    side = bar_list("Spent and returned, cost units per run", bars) if bars else ""
+    which = f", the first {MAX_STRIPS} of {len(arms)} arms" if len(arms) > MAX_STRIPS else ""
+    side = bar_list(f"Spent and returned, cost units per run{which}", bars) if bars else ""
     head = ["Run", "Steps gained", "text:95&nbsp;% interval", "Loss a jump takes off", "text:95&nbsp;% interval",
             "Persistence", "Treated", "Controls", "text:State"]  # fmt: skip
     rows = [

@@ -13,6 +13,8 @@ T = TypeVar("T")
 
 #: Timelines and spans beyond which a strip is drawn as a majority vote per column.  Arbitrary.
 MAX_STRIPS, MAX_SPANS, MAX_MARKS = 12, 400, 600
+#: Rows of a table, and names in a legend, beyond which the rest is folded up or only counted.  Arbitrary.
+MAX_ROWS, MAX_KEYS = 20, 20
 WIDE, SLIM = 860, 380
 UNKNOWN = '<span class="none">not measured</span>'
 
@@ -81,12 +83,22 @@ def interval(value: object, unit: str = "") -> str:
 
 
 def html_table(head: Sequence[str], rows: Iterable[Sequence[str]], class_: str = "") -> str:
-    """A table of ready HTML cells; a cell that starts with ``text:`` is set flush left."""
+    """A table of ready HTML cells; a cell that starts with ``text:`` is set flush left.
+
+    Of a table with a head the rows beyond ``MAX_ROWS`` are folded up, unless they are few.
+    """
 
     def cell(content: str) -> tuple[bool, str]:
         return content.startswith("text:"), content.removeprefix("text:")
 
-    return macro("table", [cell(h) for h in head], [[cell(c) for c in row] for row in rows], class_)
+    def table(part: Sequence[Sequence[str]]) -> str:
+        return macro("table", [cell(h) for h in head], [[cell(c) for c in row] for row in part], class_)
+
+    every = list(rows)
+    if not head or len(every) <= 1.25 * MAX_ROWS:
+        return table(every)
+    rest = every[MAX_ROWS:]
+    return f"{table(every[:MAX_ROWS])}<details><summary>{len(rest)} more</summary>{table(rest)}</details>"
 
 
 def figure(title: str, caption: str, draw: Callable[[int], str], wide: int = WIDE) -> str:
@@ -95,8 +107,10 @@ def figure(title: str, caption: str, draw: Callable[[int], str], wide: int = WID
 
 
 def legend(entries: Iterable[tuple[str, str, str]]) -> str:
-    """Names beside swatches; an entry is (name, kind of mark, classes)."""
-    return macro("legend", list(entries))
+    """Names beside swatches; an entry is (name, kind of mark, classes).  Beyond ``MAX_KEYS`` they are only counted."""
+    every = list(entries)
+    more = f"<p><small>and {len(every) - MAX_KEYS} more</small></p>" if len(every) > MAX_KEYS else ""
+    return macro("legend", every[:MAX_KEYS]) + more
 
 
 def bar_list(title: str, items: Sequence[tuple[str, float, str]]) -> str:
