@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -77,7 +79,7 @@ def test_residuals_of_the_tasks_have_their_loss(name: str) -> None:
     assert r.square().mean().item() == pytest.approx(task.loss_fn(model, batch).item(), rel=1e-12)
 
 
-def test_the_clock_prints_a_line_per_method(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_clock_prints_a_line_per_method(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     rows = [
         {"task": "t", "dtype": "float64", "preset": "", "method": m, "seed": s, "cpu_s": 1.0, "loss": loss,
          "error": 0.1}
@@ -85,8 +87,16 @@ def test_the_clock_prints_a_line_per_method(capsys: pytest.CaptureFixture[str]) 
     ]  # fmt: skip
     lines = clock.format_table(rows).splitlines()
     assert [line.split()[3] for line in lines] == ["good", "slow"]
-    assert clock.main(["--tasks", "regression", "--dtypes", "float64", "--methods", "adam", "--seconds", "0.05"]) == 0
+    picture, kept = tmp_path / "loss.svg", tmp_path / "rows.jsonl"
+    told = ["--tasks", "regression,oscillator,pinn-poisson", "--dtypes", "float64", "--methods", "adam,lm,portfolio"]
+    assert clock.main([*told, "--seconds", "0.05", "--plot", str(picture), "--out", str(kept)]) == 0
     assert "adam" in capsys.readouterr().out
+    drawn = picture.read_text(encoding="utf-8")
+    assert all(name in drawn for name in ("regression float64", "lm", "portfolio", "CPU seconds"))
+    for line in kept.read_text(encoding="utf-8").splitlines():
+        seconds, losses = zip(*json.loads(line)["curve"], strict=True)
+        assert list(seconds) == sorted(seconds)
+        assert list(losses) == sorted(losses, reverse=True)
 
 
 def test_newtons_method_ends_a_quadratic_in_few_steps() -> None:

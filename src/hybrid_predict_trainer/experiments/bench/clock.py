@@ -35,13 +35,19 @@ TASKS = (
 )  # fmt: skip
 #: Steps that no run reaches: it ends by its time.
 ENDLESS = 10_000_000
+#: Points of a curve.
+LOOKS = 200
 
-#: (task, model, batches, seconds, first learning rate)
-Method = Callable[[Any, torch.nn.Module, Iterator[Any], float, float], None]
+#: Called with the loss at the weights that a method has reached.
+Watch = Callable[[float], None]
+#: (task, model, batches, seconds, first learning rate, watch)
+Method = Callable[[Any, torch.nn.Module, Iterator[Any], float, float, Watch], None]
 
 
 def _ours(predictor: str, **values: Any) -> Method:
-    def train(task: Any, model: torch.nn.Module, batches: Iterator[Any], seconds: float, rate: float) -> None:
+    def train(
+        task: Any, model: torch.nn.Module, batches: Iterator[Any], seconds: float, rate: float, watch: Watch
+    ) -> None:
         config = HybridTrainerConfig()
         config = preset_config("full_batch") if predictor == "quasi_newton" else config
         config = with_values(config, {"predictor.type": predictor, **values})
@@ -56,15 +62,21 @@ def _ours(predictor: str, **values: Any) -> Method:
         trainer = HybridTrainer(
             model, optimizer, config, loss_fn=task.loss_fn, lr_scheduler=schedule, residual_fn=task.residual_fn
         )
-        trainer.fit(batches, total_steps=ENDLESS, should_stop=lambda: share() <= 0)
+        trainer.fit(
+            batches, total_steps=ENDLESS, should_stop=lambda: share() <= 0,
+            progress_callback=lambda result: watch(result.loss),
+        )  # fmt: skip
 
     return train
 
 
 def _flat(make: Callable[[Any, Flat], Iterator[float]]) -> Method:
-    def train(task: Any, model: torch.nn.Module, batches: Iterator[Any], seconds: float, rate: float) -> None:
+    def train(
+        task: Any, model: torch.nn.Module, batches: Iterator[Any], seconds: float, rate: float, watch: Watch
+    ) -> None:
         started = time.process_time()
-        for _ in make(task, Flat(model, task.loss_fn, next(batches))):
+        for loss in make(task, Flat(model, task.loss_fn, next(batches))):
+            watch(loss)
             if time.process_time() - started > seconds:
                 return
 
@@ -72,13 +84,17 @@ def _flat(make: Callable[[Any, Flat], Iterator[float]]) -> Method:
 
 
 def _first_order(build: Callable[[Any], torch.optim.Optimizer]) -> Method:
-    def train(task: Any, model: torch.nn.Module, batches: Iterator[Any], seconds: float, rate: float) -> None:
+    def train(
+        task: Any, model: torch.nn.Module, batches: Iterator[Any], seconds: float, rate: float, watch: Watch
+    ) -> None:
         started, optimizer = time.process_time(), build(model.parameters())
         while (left := 1 - (time.process_time() - started) / seconds) > 0:
             for group in optimizer.param_groups:
                 group["lr"] = rate * left
             optimizer.zero_grad()
-            task.loss_fn(model, next(batches)).backward()
+            loss = task.loss_fn(model, next(batches))
+            watch(float(loss.detach()))
+            loss.backward()
             optimizer.step()
 
     return train
@@ -128,18 +144,28 @@ def run(task: Any, method: str, seed: int, seconds: float, every: int = 0, rate:
         rate: First learning rate of Adam and SOAP, ours among them; it falls to zero.
 
     Returns:
-        Loss on the training points (points that change: on the validation points), error against the true solution.
+        Loss on the training points (points that change: on the validation points), error against the true solution, and
+        on the way the lowest loss so far by CPU seconds, :data:`LOOKS` times at most.
     """
     model = task.build_model(seed)
     batches = task.new_batches(seed, every) if every else iter(task.batches(seed))
     batch = next(iter(task.batches(seed)))
+    curve: list[tuple[float, float]] = []
     started, wall = time.process_time(), time.perf_counter()
-    METHODS[method](task, model, batches, seconds, rate)
+
+    def watch(loss: float) -> None:
+        now, best = time.process_time() - started, min(loss, curve[-1][1] if curve else math.inf)
+        if curve and now < curve[-1][0] + seconds / LOOKS:
+            curve[-1] = (curve[-1][0], best)
+        else:
+            curve.append((now, best))
+
+    METHODS[method](task, model, batches, seconds, rate, watch)
     spent, wall = time.process_time() - started, time.perf_counter() - wall
     with torch.no_grad():
         loss = task.evaluate(model) if every else float(task.loss_fn(model, batch))
     return {"method": method, "seed": seed, "cpu_s": spent, "wall_s": wall, "loss": loss,
-            "error": task.solution_error(model)}  # fmt: skip
+            "error": task.solution_error(model), "curve": curve}  # fmt: skip
 
 
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -159,6 +185,34 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Lowest loss so far over CPU time: a panel per task and type, a line per method and seed."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    cells = sorted({(r["task"], r["dtype"], r["preset"]) for r in rows})
+    methods = list(dict.fromkeys(r["method"] for r in rows))
+    columns = min(len(cells), 2)
+    lines = math.ceil(len(cells) / columns)
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "equal time", "font.size": 9}):
+        figure = Figure(figsize=(4.6 * columns, 2.7 * lines + 0.5), layout="constrained")
+        axes = figure.subplots(lines, columns, squeeze=False).flat
+        for panel in axes[len(cells) :]:
+            panel.set_axis_off()
+        for (task, dtype, preset), panel in zip(cells, axes, strict=False):
+            for number, method in enumerate(methods):
+                for row in rows:
+                    if (row["task"], row["dtype"], row["preset"], row["method"]) == (task, dtype, preset, method):
+                        panel.semilogy(*zip(*row["curve"], strict=True), color=f"C{number}", linewidth=0.9)
+            panel.set_title(" ".join(filter(None, (task, dtype, preset))), fontsize=9)
+            panel.set_xlabel("CPU seconds")
+            panel.set_ylabel("lowest loss")
+        known = [Line2D([], [], color=f"C{number}") for number in range(len(methods))]
+        figure.legend(known, methods, loc="outside upper center", ncols=min(len(methods), 4), frameon=False)
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print; rows as JSON lines with ``--out``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -171,7 +225,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--points", type=int, help="training points; the task's own where none is said")
     parser.add_argument("--fresh", type=int, default=0, metavar="N", help="points drawn afresh every N steps")
     parser.add_argument("--rate", type=float, default=FIRST_RATE, help="first learning rate of Adam and SOAP")
-    parser.add_argument("--out")
+    parser.add_argument("--out", help="rows as JSON lines are added to this file")
+    parser.add_argument("--plot", metavar="FILE", help="losses over CPU time as a picture (svg, png, pdf)")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     methods, rows = args.methods.split(","), []
@@ -189,7 +244,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if args.out:
                     with Path(args.out).open("a", encoding="utf-8") as file:
                         file.write(json.dumps(row) + "\n")
-        print(format_table([r for r in rows if r.items() >= cell.items()]), flush=True)
+        print(format_table([r for r in rows if all(r[key] == value for key, value in cell.items())]), flush=True)
+    if args.plot:
+        draw(rows, Path(args.plot))
     return 0
 
 
