@@ -1,7 +1,7 @@
 """How large checkpoints are, in multiples of the weights: ``python benchmarks/checkpoint_sizes.py``.
 
-Every preset trains a byte-level GPT, ``full_batch`` the Poisson problem, with a warm-up of ``WARMUP`` steps, whatever
-the preset says: nothing is larger after a longer one.  A checkpoint is written every ``EVERY`` steps, once with
+Every preset trains a byte-level GPT with AdamW, ``full_batch`` the Poisson problem, with a warm-up of at most ``WARMUP``
+steps, whatever the preset says, so that it is over sooner.  A checkpoint is written every ``EVERY`` steps, once with
 everything and once with ``checkpoint.include_predictor = false``; shown are the largest and the last of each, all files
 of the folder counted, over the bytes of the weights.
 """
