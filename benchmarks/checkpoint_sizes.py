@@ -1,9 +1,9 @@
 """How large checkpoints are, in multiples of the weights: ``python benchmarks/checkpoint_sizes.py``.
 
-Every preset trains a byte-level GPT with AdamW, ``full_batch`` the Poisson problem, with a warm-up of at most ``WARMUP``
-steps, whatever the preset says, so that it is over sooner.  A checkpoint is written every ``EVERY`` steps, once with
-everything and once with ``checkpoint.include_predictor = false``; shown are the largest and the last of each, all files
-of the folder counted, over the bytes of the weights.
+Every preset trains a byte-level GPT with AdamW, ``full_batch`` the Poisson problem, with a warm-up of ``WARMUP`` steps
+at most, so that it is over sooner.  A checkpoint is written every ``EVERY`` steps, once with everything and once with
+``checkpoint.include_predictor = false``; shown are the largest and the last of each, all files of the folder counted,
+over the bytes of the weights.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from hybrid_predict_trainer import HybridTrainerConfig, Phase
 from hybrid_predict_trainer.config.former import FORMER_KEYS
 from hybrid_predict_trainer.config.toml import valid_keys
 from hybrid_predict_trainer.experiments.regimes import readme_rows
+from hybrid_predict_trainer.tasks import TASKS
 
 ROOT = Path(__file__).parents[1]
 
@@ -95,9 +96,11 @@ def test_the_lines_that_attach_adds_to_a_loop_run() -> None:
     assert built.scheduler.last_epoch == 5
 
 
-def test_the_examples_of_extending_run(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_examples_of_extending_run(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     names: dict[str, Any] = {"__name__": "extending"}
-    predictor, modifier, sink = blocks("docs/extending.md")
+    predictor, modifier, sink, task = blocks("docs/extending.md")
     exec(compile(predictor, "extending.md", "exec"), names)
     assert int(capsys.readouterr().out.split()[0]) > 0
     exec(compile(modifier, "extending.md", "exec"), names)
@@ -106,6 +109,12 @@ def test_the_examples_of_extending_run(capsys: pytest.CaptureFixture[str]) -> No
     assert all(float(g.mean(dim=1).abs().max()) < 1e-6 for g in gradients)
     exec(compile(sink, "extending.md", "exec"), names)
     assert capsys.readouterr().out.startswith("step ")
+    monkeypatch.chdir(tmp_path)
+    try:
+        exec(compile(task, "extending.md", "exec"), names)
+    finally:
+        TASKS.pop("sine", None)
+    assert capsys.readouterr().out.startswith("sine, hybrid, seed 0: validation loss")
 
 
 def changes(text: str) -> dict[str, list[tuple[str, str]]]:

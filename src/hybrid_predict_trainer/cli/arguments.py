@@ -140,13 +140,20 @@ def name_of(kind: str, valid: Sequence[str]) -> Callable[[str], str]:
     return convert
 
 
+def known_tasks() -> list[str]:
+    """Names of tasks: the package's, and those that a program has put into ``tasks.TASKS`` before it calls us."""
+    added = getattr(sys.modules.get("hybrid_predict_trainer.tasks"), "TASKS", ())
+    return [*names.TASKS, *(name for name in added if name not in names.TASKS)]
+
+
 # ---- flags that commands share ---------------------------------------------------------------------------
 
 
 def add_task_flags(parser: argparse.ArgumentParser) -> None:
     """What ``train`` and ``compare`` share."""
     task = parser.add_argument_group("task")
-    task.add_argument("--task", type=name_of("task", names.TASKS), metavar="NAME", help=", ".join(names.TASKS))
+    tasks = known_tasks()
+    task.add_argument("--task", type=name_of("task", tasks), metavar="NAME", help=", ".join(tasks))
     task.add_argument(
         "--preset",
         metavar="NAME",
