@@ -361,7 +361,7 @@ NOT_SAVED: dict[str, set[str]] = {
         "_failures",
     },
     "judge": {"held", "_settings", "_subject", "_failures", "_spare"},  # memory that is written over
-    "judge.evaluation": {"_subject", "_failures", "_score", "_asked", "_known"},
+    "judge.evaluation": {"_subject", "_failures", "_score", "_asked", "_known", "_of_loss", "_of_score"},
     "optimizer_step": {
         "scale_search",
         "_subject",

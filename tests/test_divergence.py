@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
+from torch import Tensor, nn
 
-from cases import Fake, config, full_batch, make_batches, setup
-from hybrid_predict_trainer import DivergenceConfig
+from cases import Fake, config, full_batch, loss_fn, make_batches, setup
+from hybrid_predict_trainer import DivergenceConfig, HybridTrainerConfig
 from hybrid_predict_trainer.observe import divergence as d
 from hybrid_predict_trainer.observe.history import History, Reading
 from hybrid_predict_trainer.records import Action, Alarm, Level, Phase
@@ -182,6 +184,42 @@ def test_explosion_is_skipped_and_forces_full_steps() -> None:
     assert all((made.everything()["parameters"][n] == p).all() for n, p in before.items())
     after = [trainer.step(b).phase for b in batches[9:12]]
     assert after == [Phase.FULL] * 3
+
+
+def end_of(optimizer: str, factor: float, *, enabled: bool) -> tuple[float, int]:
+    """Mean loss at the end of a run whose loss is scaled from its sixtieth step on, and steps that were skipped."""
+    made, batches, number, skipped = setup("mlp", optimizer), make_batches(160), 0, 0
+
+    def scaled(model: nn.Module, batch: Any) -> Tensor:
+        return (factor if number >= 60 else 1.0) * loss_fn(model, batch)
+
+    trainer = made.trainer(HybridTrainerConfig(enabled=enabled, warmup_steps=30), loss_fn=scaled)
+    for batch in batches:
+        skipped += trainer.step(batch).skipped
+        number += 1
+    return sum(loss_fn(made.model, b).item() for b in batches) / len(batches), skipped
+
+
+@pytest.mark.parametrize("factor", [1.0, 60.0, 150.0, 200.0, 1e3, 1e6])
+@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+def test_a_loss_that_is_scaled_anew_trains_on_as_it_would_alone(optimizer: str, factor: float) -> None:
+    """A sum in the place of a mean, another weight of a loss: gradients are larger for good, and Adam does not mind."""
+    plain, _ = end_of(optimizer, factor, enabled=False)
+    ours, skipped = end_of(optimizer, factor, enabled=True)
+    assert skipped <= d.LASTING + 2
+    assert ours < 1.05 * plain
+
+
+def test_two_outliers_in_a_row_are_skipped_and_nothing_is_usual_of_them() -> None:
+    trainer = setup("mlp", "sgd").trainer(config(), predictor=Fake(0.0))
+    for batch in make_batches(8):
+        trainer.step(batch)
+    usual = trainer.run.losses.history.norm_baseline.mean
+    for x, y in make_batches(2):
+        assert trainer.step((x, y + 1e4)).skipped
+    assert not trainer.step(make_batches(1)[0]).skipped
+    assert trainer.run.losses.history.norm_baseline.mean == usual
+    assert not trainer.run.monitor.lasts
 
 
 def test_quiet_run_has_no_events() -> None:

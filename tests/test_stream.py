@@ -18,6 +18,8 @@ from hybrid_predict_trainer.propose.sources.gauss_newton import GaussNewton
 from hybrid_predict_trainer.propose.sources.jacobian import Dense, Jacobian
 from hybrid_predict_trainer.propose.sources.solve import Averaged
 from hybrid_predict_trainer.propose.sources.stream import JUMP, NUM_JUMPS, NUM_STEPS, PLAIN, Stream
+from hybrid_predict_trainer.records import StepResult
+from hybrid_predict_trainer.tasks import TaskSettings, make_task
 
 Batch = tuple[Tensor, Tensor]
 WIDTH = 6
@@ -208,3 +210,24 @@ def test_dropout_on_new_batches_leaves_the_plain_optimizer() -> None:
     trainer = built(model)
     trainer.fit(samples(0), total_steps=40)
     assert trainer.statistics()["num_jumps_proposed"] == 0
+
+
+def test_a_gradient_far_above_that_of_warm_up_skips_no_step() -> None:
+    """Poisson's equation from a plateau: two jumps lead to gradients 125 times those of warm-up, and on from there."""
+    task: Any = make_task("pinn-poisson", TaskSettings(dtype="float64"))
+    model, steps = task.build_model(14), 300
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(1 - step / steps, 1e-6))
+    config = with_values(HybridTrainerConfig(), {"predictor.type": "gauss_newton"})
+    trainer = HybridTrainer(
+        model, optimizer, config, loss_fn=task.loss_fn, lr_scheduler=schedule, residual_fn=task.residual_fn
+    )
+    skipped = 0
+
+    def seen(result: StepResult) -> None:
+        nonlocal skipped
+        skipped += result.skipped
+
+    trainer.fit(task.new_batches(14, 1), total_steps=steps, progress_callback=seen)
+    assert skipped == 0
+    assert task.evaluate(model) < 1e-3  # 20 where steps were skipped

@@ -733,7 +733,7 @@ def test_a_checkpoint_of_format_3_is_sorted_by_owner(tmp_path: Path) -> None:
         ("proposer", "feedback", "confidence", "num_new"), ("meter", "num_priced_passes"),
         *(("optimizer_step", "of_settings", "RoleRates", name) for name in ("rates", "origin", "ended")),
         *(("losses", "curve", name) for name in ("block", "num_open", "open", "sums")),
-        *(("safety", "guard", name) for name in ("num_retries", "exact")),
+        *(("safety", "guard", name) for name in ("num_retries", "exact")), ("monitor", "num_large"),
     }  # fmt: skip
     assert set(leaves(own)) - set(leaves(sorted_)) == since, "what the present format has, and no more"
     for path, value in leaves(sorted_).items():

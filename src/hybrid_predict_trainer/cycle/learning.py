@@ -87,6 +87,8 @@ def _check(run: State, metrics: Metrics, reading: Reading) -> Alarm:
     warming_up = run.phases.current is Phase.WARMUP
     if not run.subject.on_cpu and run.optimizer_step.scale_search.look(overflowed=reading.overflowed):
         return Alarm()
+    if not run.judged_exactly and run.monitor.outgrown(reading, run.losses.history):
+        run.losses.history.begin_norms_anew(float(reading.gradient_norm or 0.0))
     alarm = run.monitor.check(reading, run.losses.history, warming_up=warming_up, exact=run.judged_exactly)
     if alarm.level < Level.CRITICAL and reading.finite:
         run.losses.keep(reading, warming_up=warming_up, position=run.position, rate=run.learning_rate)

@@ -239,8 +239,10 @@ def _usable(run: State, loss: Tensor, norm: Tensor) -> bool:
         return False
     baseline = run.losses.history.norm_baseline.mean
     limit = run.config.divergence.critical_multiplier * baseline
-    # where every batch is the same a step that is skipped for its gradient is skipped for ever
-    return run.full_batch or run.phases.current is Phase.WARMUP or not baseline > 0 or float(norm) <= limit
+    # where losses are exact the next batch has the same gradient: a step that is skipped for it is skipped for ever
+    if run.judged_exactly or run.monitor.lasts:
+        return True
+    return run.phases.current is Phase.WARMUP or not baseline > 0 or float(norm) <= limit
 
 
 def _keep_anchor(run: State) -> None:

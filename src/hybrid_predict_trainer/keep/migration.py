@@ -103,11 +103,13 @@ def with_later(run: StateDict, live: StateDict) -> StateDict:
     """The library's state with what format 4 did not have from its beginning.
 
     That is the run's whole loss curve, what settings put around the optimizer's step, the guard's second try, which of
-    the passes have a price of their own, and narrow drifts.
+    the passes have a price of their own, how many gradients in a row were large, and narrow drifts.
     """
     losses, around, safety = run.get("losses"), run.get("optimizer_step"), run.get("safety")
     if isinstance(run.get("meter"), dict):
         run = {**run, "meter": {"num_priced_passes": 0.0, **run["meter"]}}
+    if isinstance(run.get("monitor"), dict):
+        run = {**run, "monitor": {"num_large": 0, **run["monitor"]}}
     if isinstance(losses, dict) and "curve" not in losses:
         run = {**run, "losses": {**losses, "curve": copy.deepcopy(live["losses"]["curve"])}}
     if isinstance(around, dict) and "of_settings" not in around:

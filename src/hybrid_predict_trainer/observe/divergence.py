@@ -21,6 +21,8 @@ from .history import History, Reading
 #: Steps over which sign changes are counted, and of the moving average before that.
 OSCILLATION_STEPS = 10
 OSCILLATION_SMOOTHING = 5
+#: Critical steps in a row after which a large gradient is taken for what is usual now, and steps above the warning.
+LASTING, LASTING_WARNINGS = 3, 8
 _KERNEL = np.full(OSCILLATION_SMOOTHING, 1 / OSCILLATION_SMOOTHING)
 _LINE = np.stack([np.ones(OSCILLATION_STEPS), np.arange(OSCILLATION_STEPS, dtype=np.float64)], axis=1)
 _NEEDED = OSCILLATION_STEPS + OSCILLATION_SMOOTHING - 1
@@ -177,7 +179,7 @@ class Monitor:
         """Args: config: thresholds.  sigma: of the loss deviation."""
         self.config = config
         self.sigma = sigma
-        self.num_consecutive_critical = 0
+        self.num_consecutive_critical = self.num_large = 0
 
     def check(self, reading: Reading, history: History, *, warming_up: bool, exact: bool = False) -> Alarm:
         """Alarm of one real step, judged against the history *before* that step.
@@ -199,6 +201,8 @@ class Monitor:
             # where every batch is the same a step that is skipped for its gradient is skipped for ever
             critical = math.inf if exact and reading.finite else c.critical_multiplier
             alarms.append(gradient_explosion(norm, baseline, c.gradient_norm_multiplier, critical))
+            large = not warming_up and reading.finite and norm > c.gradient_norm_multiplier * baseline > 0
+            self.num_large = self.num_large + 1 if large else 0
             vanishing = gradient_vanishing(
                 history.norms, baseline, c.vanishing_gradient_threshold, reading.loss, history.loss_baseline.mean
             )
@@ -209,6 +213,20 @@ class Monitor:
             alarm = Alarm()
         self.num_consecutive_critical = self.num_consecutive_critical + 1 if alarm.level is Level.CRITICAL else 0
         return self._escalated(alarm)
+
+    @property
+    def lasts(self) -> bool:
+        """Whether gradients were so large for so many steps that the next one is no outlier: what is usual has changed.
+
+        The weights stay where they are while steps are skipped, and the batches are others each time.
+        """
+        return self.num_consecutive_critical >= LASTING or self.num_large >= LASTING_WARNINGS
+
+    def outgrown(self, reading: Reading, history: History) -> bool:
+        """Whether a gradient that would be critical is usual now, so that the baseline has to begin anew."""
+        limit = self.config.critical_multiplier * history.norm_baseline.mean
+        norm = reading.gradient_norm
+        return self.lasts and reading.finite and norm is not None and norm > limit > 0
 
     def _escalated(self, alarm: Alarm) -> Alarm:
         """Skipping does not help a run whose every step is bad: after too many, give up clearly."""
@@ -221,8 +239,9 @@ class Monitor:
 
     def state_dict(self) -> StateDict:
         """Plain numbers."""
-        return {"num_consecutive_critical": self.num_consecutive_critical}
+        return {"num_consecutive_critical": self.num_consecutive_critical, "num_large": self.num_large}
 
     def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
         self.num_consecutive_critical = state["num_consecutive_critical"]
+        self.num_large = state["num_large"]

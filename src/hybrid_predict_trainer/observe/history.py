@@ -101,6 +101,12 @@ class History:
             if reading.gradient_norm is not None:
                 self.norm_baseline.push(reading.gradient_norm)
 
+    def begin_norms_anew(self, norm: float) -> None:
+        """Gradients have another size for good, after the loss was scaled say: from here on this one is usual."""
+        self.norms.clear()
+        self.norm_baseline = Baseline()
+        self.norm_baseline.push(norm)
+
     @property
     def loss_ema_stable(self) -> bool:
         """Whether the smoothed loss is known and no longer exploding: below what warm-up began with."""
