@@ -82,11 +82,12 @@ OPTIMIZERS = [
 def test_a_recipe_is_groups_with_rates_of_their_own(optimizer: Any, options: dict[str, Any], tmp_path: Path) -> None:
     recipe = Recipe({"head": 8.0, "embedding": 4.0, "attention_q": 3.0, "attention_k": 0.5})
     model, held = made(optimizer=optimizer, **options)
+    model.double()  # RMSprop divides by gradients of its first steps, and makes of rounding what processors differ in
     trainer = HybridTrainer(
         model, held, config(**{**STILL, "recipe": str(recipe.save(tmp_path / "recipe.toml"))}),
         loss_fn=loss_fn,
     )  # fmt: skip
-    plain, _ = made()
+    plain = made()[0].double()
     decay = options.get("weight_decay", 0.0)
     groups = recipe.param_groups(plain, options["lr"], weight_decay=decay)
     rest = {k: v for k, v in options.items() if k not in ("lr", "weight_decay")}
@@ -97,7 +98,7 @@ def test_a_recipe_is_groups_with_rates_of_their_own(optimizer: Any, options: dic
         loss_fn(plain, batch).backward()
         by_hand.step()
     for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6, msg=name)
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-8, msg=name)
 
 
 def test_a_fused_matrix_is_cut_by_thirds() -> None:

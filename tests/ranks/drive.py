@@ -49,6 +49,8 @@ def trained(case: Case, driver: str, whole: Sequence[Any], model: nn.Module, eac
         return trainer.run
     engine = attach(model, optimizer, case.settings(), loss_fn=loss_fn, lr_scheduler=schedule, total_steps=len(whole))
     for batch in whole:
+        if engine.finished:
+            break
         optimizer.zero_grad()
         loss = loss_fn(model, batch)
         loss.backward()  # type: ignore[no-untyped-call]
