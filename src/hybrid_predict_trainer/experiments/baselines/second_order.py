@@ -309,3 +309,13 @@ def _newton_direction(product: Product, g: Tensor, precondition: Product) -> Ten
         rz, before = float(r @ z), rz
         p = z + rz / before * p
     return x if bool(x.any()) and float(g @ x) < 0 else -g
+
+
+#: Methods by name: (task, flat weights) -> the loss before each iteration.
+METHODS: dict[str, Callable[[Any, Flat], Iterator[float]]] = {
+    "lm": lambda task, flat: levenberg_marquardt(flat, task.residual_fn),
+    "ssbroyden": lambda task, flat: dense(flat, "ssbroyden"),
+    "ssbfgs": lambda task, flat: dense(flat, "ssbfgs"),
+    "lean-lbfgs": lambda task, flat: limited(flat, 400),
+    "nysnewton-cg": lambda task, flat: nys_newton_cg(flat),
+}

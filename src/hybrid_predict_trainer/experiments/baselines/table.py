@@ -18,7 +18,7 @@ from .optimizers import (
 )
 from .outer import ema_nesterov, snoo
 from .roles import default_rate, muon, mup, newton_schulz, normuon, role_rates, taken_home
-from .second_order import dense, levenberg_marquardt, limited, nys_newton_cg
+from .second_order import METHODS
 from .warmup import block_warmup, long_warmup
 from .wnn import wnn_plus
 
@@ -214,27 +214,27 @@ BASELINES: dict[str, Baseline] = {
     "lbfgs-400": _full_batch(
         "100 steps of Adam, then self-scaled L-BFGS, strong Wolfe, 400 pairs, lean",
         "Al-Baali 1998; own",
-        lambda task, weights: limited(weights, 400),
+        METHODS["lean-lbfgs"],
     ),
     "ssbfgs": _full_batch(
         "100 steps of Adam, then dense self-scaled BFGS, strong Wolfe",
         "Al-Baali 1998, arXiv 2405.04230; own",
-        lambda task, weights: dense(weights, "ssbfgs"),
+        METHODS["ssbfgs"],
     ),
     "ssbroyden": _full_batch(
         "100 steps of Adam, then dense self-scaled Broyden, strong Wolfe",
         "Al-Baali 1998, arXiv 2405.04230; own",
-        lambda task, weights: dense(weights, "ssbroyden"),
+        METHODS["ssbroyden"],
     ),
     "nysnewton-cg": _full_batch(
         "100 steps of Adam, 100 of L-BFGS, then Newton's method by sketched conjugate gradients",
         "arXiv 2402.01868; own",
-        lambda task, weights: nys_newton_cg(weights),
+        METHODS["nysnewton-cg"],
     ),
     "lm": _full_batch(
         "Levenberg-Marquardt on the residuals",
         "Levenberg 1944, Marquardt 1963; own",
-        lambda task, weights: levenberg_marquardt(weights, task.residual_fn),
+        METHODS["lm"],
         residuals=True,
     ),
 }

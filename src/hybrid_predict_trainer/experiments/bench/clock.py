@@ -28,7 +28,8 @@ from ...config.settings import HybridTrainerConfig
 from ...config.toml import preset_config, with_values
 from ...tasks import TaskSettings, make_task
 from ...trainer import HybridTrainer
-from ..baselines.second_order import FIRST_RATE, Flat, dense, levenberg_marquardt, limited, nys_newton_cg
+from ..baselines.second_order import FIRST_RATE, Flat
+from ..baselines.second_order import METHODS as FULL_BATCH
 
 TASKS = (
     "pinn-poisson", "oscillator", "regression", "pinn-burgers", "pinn-allen-cahn", "pinn-klein-gordon", "pinn-inverse",
@@ -118,11 +119,7 @@ METHODS: dict[str, Method] = {
         "quasi_newton", **{"predictor.quasi_newton.form": "dense", "predictor.quasi_newton.update": "ssbroyden"}
     ),
     "wolfe": _ours("quasi_newton", **{"predictor.quasi_newton.form": "wolfe"}),
-    "lm": _flat(lambda task, flat: levenberg_marquardt(flat, task.residual_fn)),
-    "ssbroyden": _flat(lambda task, flat: dense(flat, "ssbroyden")),
-    "ssbfgs": _flat(lambda task, flat: dense(flat, "ssbfgs")),
-    "lean-lbfgs": _flat(lambda task, flat: limited(flat, 400)),
-    "nysnewton-cg": _flat(lambda task, flat: nys_newton_cg(flat)),
+    **{name: _flat(make) for name, make in FULL_BATCH.items()},
     "soap": _first_order(_soap),
     "adam": _first_order(lambda parameters: torch.optim.Adam(parameters)),
 }
