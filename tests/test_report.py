@@ -21,6 +21,7 @@ from hybrid_predict_trainer.experiments.report import page as page_module
 from hybrid_predict_trainer.experiments.report.confidence import Point, pooled, pooled_error, reliability_chart
 from hybrid_predict_trainer.experiments.report.data import load
 from hybrid_predict_trainer.experiments.report.page import build_report, format_value, mean_std, number, write_report
+from hybrid_predict_trainer.experiments.report.parts import html_table
 from hybrid_predict_trainer.experiments.report_withdrawn import COUNTS
 
 HOSTILE = "<script>alert('x')</script>\"&\x00\u202e"
@@ -591,8 +592,18 @@ def test_numbers_are_shown_as_measured() -> None:
     assert format_value(1234567) == "1&#8239;234&#8239;567"
     assert format_value(-0.00123456) == "&minus;0.001235"
     assert mean_std(2.15432, 0.0123) == "2.154 &plusmn; 0.012"
+    assert mean_std(3.554e-9, 4.8e-9) == "3.6e&minus;09 &plusmn; 4.8e&minus;09"  # full batches end there
+    assert mean_std(3.554e-7, 4.8e-9) == "3.554e&minus;07 &plusmn; 4.8e&minus;09"
+    assert mean_std(0.0, 4.8e-9) == "0.0e+00 &plusmn; 4.8e&minus;09"
+    assert mean_std(1.5e12, 2e10) == "1.500e+12 &plusmn; 2.0e+10"
     assert mean_std(2.5, None) == "2.5"
     assert "not measured" in mean_std(None, 0.1)
+
+
+def test_the_head_of_a_column_of_words_stands_above_their_beginning() -> None:
+    html = html_table(["Run", "Times", "Why"], [["a", "1", "text:first"], ["b", "text:2", "text:second"]])
+    assert '<th>Run</th><th>Times</th><th class="text">Why</th>' in html
+    assert html_table(["Why"], []).count('class="text"') == 0
 
 
 def test_a_run_without_jumps_says_what_was_done_instead_and_has_no_empty_section(tmp_path: Path) -> None:

@@ -207,6 +207,27 @@ def test_a_journal_that_is_gone_is_made_anew(tmp_path: Path, counted: list[tuple
     assert len(set(counted)) == len(counted)
 
 
+@pytest.mark.parametrize("torn", ["{", '{"op_code": "' + "x" * 200_000, '{"op_code": "whole, but for its end"}'])
+def test_half_a_line_of_the_journal_is_cut_off_before_the_next_one(
+    tmp_path: Path, counted: list[tuple[str, int]], torn: str
+) -> None:
+    """A full disk or a power cut leaves one; Optuna's own backend would write on behind it."""
+    plan = plan_of(tmp_path, plain=True)
+    worker_of(tmp_path, plan).turn()
+    journal = tmp_path / "out" / storages.JOURNAL
+    whole = journal.read_bytes()
+    with journal.open("a") as file:
+        file.write(torn)
+    worker = worker_of(tmp_path, plan)
+    for _ in range(4):
+        worker.turn()
+    assert journal.read_bytes().startswith(whole + b"{")
+    assert all(json.loads(line) for line in journal.read_text().splitlines())
+    again = worker_of(tmp_path, plan)
+    assert [t.intermediate_values for t in again.standing()] == [t.intermediate_values for t in worker.standing()]
+    assert len(set(counted)) == len(counted)  # nothing was trained twice
+
+
 def test_a_storage_may_be_away_for_a_while_but_not_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     worker = worker_of(tmp_path, plan_of(tmp_path, plain=True), patience=0.05)
     monkeypatch.setattr("hybrid_predict_trainer.experiments.sweep.worker.PAUSE_S", 0.03)
@@ -385,6 +406,9 @@ def test_the_command_searches_and_its_page_is_there(tmp_path: Path, capsys: pyte
     html = (tmp_path / "out" / "report.html").read_text()
     assert "Ranking" in html
     assert "<script" not in html
+    assert main(["report", str(tmp_path / "out"), "--out", str(tmp_path / "again.html")]) == 0
+    assert (tmp_path / "again.html").read_text() == html  # nothing is trained for it
+    capsys.readouterr()
     for more, said in (
         (["--sampler", "random"], "was started with sampler"), (["--lr", "0.5"], "was started without lr"),
         (["--study", "other", "--confidence", "0.9"], "confidence"),
@@ -394,6 +418,25 @@ def test_the_command_searches_and_its_page_is_there(tmp_path: Path, capsys: pyte
     (tmp_path / "out" / "sweep.json").unlink()
     assert main(ask(tmp_path, *small)) == 2
     assert "holds something else than a search" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("plan", "journal", "told"),
+    [
+        ("[1", None, "not valid JSON"), ("{}", None, "has no journal.log"), ("{}", "junk", "no trial has begun"),
+        ("{}", "", "no trial has begun"), ("{}", '{"op_code": 0}\n', "is damaged"),
+    ],
+)  # fmt: skip
+def test_a_search_without_trials_has_no_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], plan: str, journal: str | None, told: str
+) -> None:
+    (tmp_path / "sweep.json").write_text(plan)
+    if journal is not None:
+        (tmp_path / "journal.log").write_text(journal)
+    assert main(["report", str(tmp_path)]) == 2
+    said = capsys.readouterr()
+    assert told in said.err
+    assert (said.out, said.err.count("\n")) == ("", 1)
 
 
 def test_secrets_of_a_storage_are_not_shown() -> None:

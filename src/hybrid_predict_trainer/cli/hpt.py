@@ -104,11 +104,11 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("checkpoint", type=Path, metavar="PATH", help="a checkpoint, or a run's folder: its latest")
     report = command(
         "report", "write the page about a folder of results",
-        "Writes one HTML page with the figures and tables of a run or a comparison.  The page\n"
-        "loads nothing and runs no script.",
+        "Writes one HTML page with the figures and tables of a run, a comparison, the validation\n"
+        "protocol or a search.  The page loads nothing and runs no script.",
         "hpt report results/compared --out page.html", usage="%(prog)s DIR [OPTIONS]",
     )  # fmt: skip
-    report.add_argument("folder", type=Path, metavar="DIR", help="of 'hpt train', 'hpt compare' or 'hpt validate'")
+    report.add_argument("folder", type=Path, metavar="DIR", help="of 'hpt train', 'compare', 'validate' or 'sweep'")
     report.add_argument("--out", type=Path, metavar="FILE", help="the page (default DIR/report.html)")
     doctor = command(
         "doctor", "what is wrong with a run, and what to change",

@@ -50,12 +50,20 @@ def pooled_error(points: Sequence[Point]) -> float:
     return sum(p.count * abs(p.kept - p.stated) for p in points) / total if total else math.nan
 
 
-def reliability_chart(curves: Sequence[tuple[str, str, Sequence[Point]]], width: int) -> str:
-    """Share kept against stated probability on the unit square, with the diagonal; a curve is (name, style, points)."""
+def reliability_chart(
+    curves: Sequence[tuple[str, str, Sequence[Point]]], width: int, came_true: str = "share that was kept and paid"
+) -> str:
+    """What came true against what was stated, on the unit square with its diagonal.
+
+    Args:
+        curves: (name, style, points).
+        width: In pixels.
+        came_true: Name of the vertical scale.
+    """
     height = 380 if width > 400 else 320
     with svg.drawing(width, height, svg.left_margin([0.0, 1.0]), 28, width - 10, height - 42) as drawn:
-        square = (0.0, 1.0)
-        svg.scale_axes(drawn, square, square, ("stated probability", "share that was kept and paid"))
+        square, room = (0.0, 1.0), (-0.06, 1.06)  # marks on the edge are drawn whole
+        svg.scale_axes(drawn, room, room, ("stated probability", came_true))
         drawn.mark(drawn.axes.plot(square, square)[0], "guide")
         for name, style, points in curves:
             total = sum(p.count for p in points)
@@ -65,7 +73,7 @@ def reliability_chart(curves: Sequence[tuple[str, str, Sequence[Point]]], width:
             tips = [f"{name}: stated {p.stated:.2f}, came true {p.kept:.2f}, {p.count} outcomes" for p in points]
             radii = [max(WHOLE_PX * math.sqrt(p.count / total), 2.0) for p in points]
             drawn.circles([(p.stated, p.kept) for p in points], radii, f"dot {style}", tips)
-        return drawn.svg("share that was kept and paid against stated probability")
+        return drawn.svg(f"{came_true} against stated probability")
 
 
 def confidence_figure(report: Report) -> str:

@@ -15,7 +15,7 @@ from ...cost import STEP_UNITS
 from ...safe_files import write_named, write_text
 from ..report_withdrawn import withdrawn_table
 from . import charts as svg
-from . import validation
+from . import sweep, validation
 from .charts import escape
 from .confidence import confidence_figure
 from .data import LEVELS, PHASES, Record, Report, Run, list_of, load, number, table_of
@@ -386,7 +386,12 @@ def build_report(run_dir: Path) -> str:
 
 def write_report(run_dir: Path, out: Path | None = None) -> Path:
     """Write the page (default: ``report.html`` beside the data) and return where it is."""
-    page = validation.page(run_dir) if validation.holds(run_dir) else build_report(run_dir)
+    if validation.holds(run_dir):
+        page = validation.page(run_dir)
+    elif sweep.holds(run_dir):
+        page = sweep.page_of(run_dir)
+    else:
+        page = build_report(run_dir)
     if out is not None:
         write_named(out, page)
         return out

@@ -16,6 +16,8 @@ MAX_STRIPS, MAX_SPANS, MAX_MARKS = 12, 400, 600
 #: Rows of a table, and names in a legend, beyond which the rest is folded up or only counted.  Arbitrary.
 MAX_ROWS, MAX_KEYS = 20, 20
 WIDE, SLIM = 860, 380
+#: Decimals beyond which a figure is told by its exponent.
+MAX_DECIMALS = 6
 UNKNOWN = '<span class="none">not measured</span>'
 
 WORDS = (
@@ -58,8 +60,15 @@ def mean_std(mean: object, std: object) -> str:
     middle, spread = number(mean), number(std)
     if middle is None or not spread or spread < 0:
         return format_value(middle, 5)
-    decimals = min(max(1 - math.floor(math.log10(spread)), 0), 6)
-    return f"{middle:.{decimals}f} &plusmn; {spread:.{decimals}f}".replace("-", "&minus;")
+    last = math.floor(math.log10(spread)) - 1  # place of the deviation's second digit
+    if (
+        not -MAX_DECIMALS <= last <= MAX_DECIMALS
+    ):  # full-batch training ends at losses that have nothing but zeros there
+        digits = max(math.floor(math.log10(abs(middle))) - last, 1) if middle else 1
+        text = f"{middle:.{digits}e} &plusmn; {spread:.1e}"
+    else:
+        text = f"{middle:.{max(-last, 0)}f} &plusmn; {spread:.{max(-last, 0)}f}"
+    return text.replace("-", "&minus;")
 
 
 def percent(value: object) -> str:
@@ -83,7 +92,7 @@ def interval(value: object, unit: str = "") -> str:
 
 
 def html_table(head: Sequence[str], rows: Iterable[Sequence[str]], class_: str = "") -> str:
-    """A table of ready HTML cells; a cell that starts with ``text:`` is set flush left.
+    """A table of ready HTML cells; one that starts with ``text:`` is set flush left, and so is the head above such cells.
 
     Of a table with a head the rows beyond ``MAX_ROWS`` are folded up, unless they are few.
     """
@@ -95,6 +104,8 @@ def html_table(head: Sequence[str], rows: Iterable[Sequence[str]], class_: str =
         return macro("table", [cell(h) for h in head], [[cell(c) for c in row] for row in part], class_)
 
     every = list(rows)
+    worded = [all(row[i].startswith("text:") for row in every) and bool(every) for i in range(len(head))]
+    head = [f"text:{h.removeprefix('text:')}" if flush else h for h, flush in zip(head, worded, strict=True)]
     if not head or len(every) <= 1.25 * MAX_ROWS:
         return table(every)
     rest = every[MAX_ROWS:]
@@ -103,7 +114,8 @@ def html_table(head: Sequence[str], rows: Iterable[Sequence[str]], class_: str =
 
 def figure(title: str, caption: str, draw: Callable[[int], str], wide: int = WIDE) -> str:
     """A drawing in two widths, for pages and for phones; the style sheet shows one of them."""
-    return macro("figure", title, caption, draw(wide), draw(SLIM))
+    small = "small" if wide < WIDE else ""  # stretched over the page its letters would be those of a poster
+    return macro("figure", title, caption, draw(wide), draw(SLIM), small)
 
 
 def legend(entries: Iterable[tuple[str, str, str]]) -> str:

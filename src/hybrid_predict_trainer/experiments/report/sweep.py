@@ -5,12 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+from ...records import ConfigError
+from ...safe_files import read_json_object
 from ...sweeps.curves import Scale
 from ...sweeps.decide import chances
 from ...sweeps.ends import UNKNOWN, End, ends_of
 from ...sweeps.looks import optimistic, pessimistic
+from ..extras import require
+from ..sweep import storage
+from ..sweep.plan import PLAN
 from ..sweep.space import RATE_NAMES
 from ..sweep.worker import FORECASTS, HOST, SECONDS, WHY, curve_of
 from . import charts as svg
@@ -179,6 +185,40 @@ def cells(row: Row) -> list[str]:
 # ---- the page ------------------------------------------------------------------------------------------------
 
 
+def holds(folder: Path) -> bool:
+    """Whether a folder is that of ``hpt sweep``."""
+    return (folder / PLAN).is_file()
+
+
+def page_of(folder: Path) -> str:
+    """The page about a folder of ``hpt sweep`` as it stands, which may still be at work; nothing is trained.
+
+    Raises:
+        ConfigError: its trials are kept elsewhere, or none has begun.
+    """
+    require("optuna", "scipy", "filelock")
+    import optuna
+
+    plan = read_json_object(folder / PLAN)
+    again = "the same 'hpt sweep' command goes on with the search and writes its page"
+    if not (folder / storage.JOURNAL).is_file():
+        raise ConfigError(f"{folder}: has no {storage.JOURNAL}, its trials are in another storage; {again}")
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        with storage.storage_errors():
+            kept = storage.opened(None, folder)
+            studies = [optuna.load_study(study_name=n, storage=kept) for n in optuna.get_all_study_names(kept)]
+            trials = [trial for study in studies for trial in study.get_trials(deepcopy=False)]
+    except storage.StorageError as error:
+        raise ConfigError(f"{folder / storage.JOURNAL}: cannot be read: {error}") from None
+    lengths = [t.user_attrs["total_steps"] for t in trials if HOST in t.user_attrs]
+    if not lengths:
+        raise ConfigError(f"{folder}: no trial has begun yet")
+    options = plan.get("options")
+    steps = options.get("steps") if isinstance(options, dict) else None
+    return page(folder.resolve().name, account(trials, steps or max(lengths)))
+
+
 def page(name: str, found: Account) -> str:
     """The page as HTML text.
 
@@ -208,11 +248,12 @@ def _headline(name: str, found: Account) -> str:
 
 def _ranking(found: Account) -> str:
     head = ["Rank", "Trial", "State", "Trained", "Shown last", "End, or forecast of it (90&nbsp;%)", "Best of all",
-            "text:Parameters"]  # fmt: skip
+            "Parameters"]  # fmt: skip
     rows = []
     for rank, row in enumerate(found.rows, 1):
         told = cells(row)
-        rows.append([str(rank), *(escape(cell) for cell in told[:-1]), f"text:{escape(told[-1])}"])
+        number, state, *figures, params = (escape(cell) for cell in told)
+        rows.append([str(rank), number, f"text:{state}", *figures, f"text:{params}"])
     note = (
         "“Best of all” is the probability that a trial has the lowest end, errors of the forecasts taken as "
         "independent; that of stopped trials counts."
@@ -230,7 +271,7 @@ def _curves(found: Account) -> str:
         for k, row in enumerate(rows)
     ]  # fmt: skip
     keys = legend((c.name, "line", c.style) for c in curves[:MOST_NAMED])
-    drawn = figure("Losses", "Validation loss; the names are those of the first in the ranking.",
+    drawn = figure("", "Validation loss; the names are those of the first in the ranking.",
                    lambda width: svg.line_chart(curves, width, "step", "validation loss"))  # fmt: skip
     return f"<h2>Curves</h2>{keys}{drawn}"
 
@@ -248,7 +289,7 @@ def _forecasts(found: Account) -> str:
     if not points:
         return ""
     clouds = [svg.Cloud("forecast", "c0", tuple(points))]
-    drawn = figure("Forecasts and outcomes", "Each mark is a forecast by which a trial was chosen to go on.",
+    drawn = figure("", "Each mark is a forecast by which a trial was chosen to go on.",
                    lambda width: svg.scatter_chart(clouds, width, "forecast", "loss", same=True), 420)  # fmt: skip
     told = (
         f"{sum(inside)} of {len(inside)} outcomes lay within the interval of 90&nbsp;%. Trials that were stopped have "
@@ -260,7 +301,7 @@ def _forecasts(found: Account) -> str:
 def _failed(found: Account) -> str:
     rows = [[str(r.number), f"text:{escape(params_text(r.params))}", f"text:{escape(r.why)}"]
             for r in found.rows if r.state == "failed"]  # fmt: skip
-    return f"<h2>Failed</h2>{html_table(['Trial', 'text:Parameters', 'text:Why'], rows)}" if rows else ""
+    return f"<h2>Failed</h2>{html_table(['Trial', 'Parameters', 'Why'], rows)}" if rows else ""
 
 
-__all__ = ["Account", "Row", "account", "cells", "page", "params_text"]
+__all__ = ["Account", "Row", "account", "cells", "holds", "page", "page_of", "params_text"]

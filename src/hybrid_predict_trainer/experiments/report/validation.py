@@ -82,7 +82,8 @@ def _chart(title: str, caption: str, curves: Sequence[svg.Curve], x: str, y: str
     if not curves:
         return f"<h2>{title}</h2><p>Not recorded.</p>"
     keys = legend((c.name, "line", c.style) for c in curves)
-    return f"<h2>{title}</h2>{keys}{figure(title, caption, lambda width: svg.line_chart(curves, width, x, y))}"
+    drawn = figure("", caption, lambda width: svg.line_chart(curves, width, x, y))
+    return f"<h2>{title}</h2>{keys}{drawn}"
 
 
 def _horizons(found: Found) -> str:
@@ -147,8 +148,8 @@ def _reliability(found: Found) -> str:
         curves.append((name, STYLES[k % 8], bins))
         errors.append((name, calibration_error(curve), STYLES[k % 8]))
     keys = legend((name, "dot", style) for name, style, _ in curves)
-    drawn = figure("Confidence of forecasts", "Share of forecasts nearer to the actual displacement than no change.",
-                   lambda width: reliability_chart(curves, width), 420)  # fmt: skip
+    drawn = figure("", "Share of forecasts nearer to the actual displacement than no change.",
+                   lambda width: reliability_chart(curves, width, "share nearer than no change"), 420)  # fmt: skip
     return f"{title}{keys}{drawn}{bar_list('Calibration error', errors)}"
 
 

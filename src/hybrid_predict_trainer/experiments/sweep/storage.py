@@ -16,25 +16,6 @@ class StorageError(Exception):
     """The storage did not answer, or not as it should."""
 
 
-class KernelLock:
-    """The lock of the journal.  It ends with its process, so that a killed worker holds nobody up."""
-
-    def __init__(self, path: Path) -> None:
-        """Args: path: of the lock's file."""
-        import filelock
-
-        self._lock = filelock.FileLock(path, timeout=120)
-
-    def acquire(self) -> bool:
-        """Wait for it."""
-        self._lock.acquire()
-        return True
-
-    def release(self) -> None:
-        """Let the next one have it."""
-        self._lock.release()
-
-
 def opened(url: str | None, out: Path) -> Any:
     """The storage.
 
@@ -47,12 +28,21 @@ def opened(url: str | None, out: Path) -> Any:
     """
     import optuna
     from optuna.storages import JournalStorage, RDBStorage
-    from optuna.storages.journal import JournalFileBackend
+
+    from .journal import Journal, KernelLock
 
     with storage_errors():
         if url is None:
             journal = out / JOURNAL
-            return JournalStorage(JournalFileBackend(str(journal), lock_obj=KernelLock(out / f"{JOURNAL}.lock")))
+            try:
+                return JournalStorage(
+                    Journal(journal, KernelLock(out / f"{JOURNAL}.lock"))
+                )  # plays back what the file says
+            except (LookupError, TypeError, ValueError, AttributeError, AssertionError) as error:
+                raise InputError(
+                    f"{journal}: is damaged ({type(error).__name__}: {_line(error)}); without it 'hpt sweep' makes it "
+                    "anew from the trials' folders"
+                ) from None
         try:
             # a connection that the server has closed meanwhile is made anew
             return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
