@@ -92,7 +92,7 @@ def interval(value: object, unit: str = "") -> str:
 
 
 def html_table(head: Sequence[str], rows: Iterable[Sequence[str]], class_: str = "") -> str:
-    """A table of ready HTML cells; one that starts with ``text:`` is set flush left, and so is the head above such cells.
+    """A table of ready HTML cells; one that starts with ``text:`` is set flush left, as is the head above such ones.
 
     Of a table with a head the rows beyond ``MAX_ROWS`` are folded up, unless they are few.
     """
