@@ -14,7 +14,8 @@ from cases import assert_same, config, full_batch, make_batches, seed_all, setup
 from hybrid_predict_trainer import CheckpointError, ConfigError, HybridTrainerConfig, preset_config
 from hybrid_predict_trainer.config.settings import EXACT, NOISY, PORTFOLIO
 from hybrid_predict_trainer.config.toml import loads, to_toml, with_values
-from hybrid_predict_trainer.cycle.predictor_choice import BACK_AFTER, settings_for
+from hybrid_predict_trainer.cycle.predictor_change import BACK_AFTER
+from hybrid_predict_trainer.cycle.predictor_choice import settings_for
 from hybrid_predict_trainer.predictors import build
 
 SECANT = {"predictor_type": "secant"}

@@ -16,7 +16,7 @@ from . import outside
 from .agreement import agree, agreed_decision
 from .inputs import inputs, preview_proposal
 from .learning import describe, enter, judge_lookahead, monitor, observe, rescale
-from .predictor_choice import choose_by_losses
+from .predictor_change import choose_by_losses
 from .real_step import run_plain
 from .recovered import recovery_of
 from .state import State

@@ -1,25 +1,20 @@
-"""Which predictor a run has, and ``predictor.type = "auto"``: one for exact losses where they are, secant elsewhere.
-
-Whether losses are exact is known when the same batch has come twice and two evaluations of it agreed.  Then the run
-goes over to the settings of the preset ``full_batch``, as far as the user left them at their defaults; where other
-batches come for good it goes back.  A run whose losses are noisy all along is bit for bit one with ``secant``.
+"""Which predictor a run has by its settings, and all that is made for it.
 
 For exact losses that is the portfolio where the run has ``residual_fn`` or ``output_fn``, and quasi-Newton elsewhere:
-without closed form the portfolio's own steps end above it (LOG.md).
+without closed form the portfolio's own steps end above it (LOG.md).  When a run goes over from one to the other is
+said in :mod:`.predictor_change`.
 """
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..config import presets
 from ..config.settings import (
     AUTO,
     CLOSED_FORM,
     EXACT,
-    FOR_EXACT,
     NEED_RESIDUALS,
     NOISY,
     PORTFOLIO,
@@ -27,7 +22,7 @@ from ..config.settings import (
     HybridTrainerConfig,
 )
 from ..config.toml import valid_keys, with_values
-from ..keep.failures import Failures, Place
+from ..keep.failures import Failures
 from ..keep.subject import Subject
 from ..observe.basis import Basis
 from ..observe.guarded_observer import GuardedObserver
@@ -44,15 +39,6 @@ from ..records import ConfigError
 from ..version import PACKAGE
 from ..weights.algebra import LARGE
 from ..weights.parameters import Groups
-
-if TYPE_CHECKING:
-    from .state import State
-
-log = logging.getLogger(__name__)
-
-
-#: Batches in a row that are not the one before, after which a run no longer counts as full-batch training.
-BACK_AFTER = 20
 
 
 def _value(config: HybridTrainerConfig, path: tuple[str, ...]) -> Any:
@@ -209,27 +195,3 @@ def _own_steps(subject: Subject, config: HybridTrainerConfig) -> Predictor | Non
         f'predictor.quasi_newton.form = "dense" needs {needed:.0f} MB for {num_weights} weights: raise '
         f'predictor.quasi_newton.memory_mb = {settings.memory_mb:g}, or set form to "auto"'
     )
-
-
-def choose_by_losses(run: State) -> None:
-    """Between two steps: take the predictor that suits the losses, if the user left the choice."""
-    if not run.proposer.chooses or run.judge.probation is not None or run.proposer.segment is not None:
-        return
-    exact = run.proposer.predictor.name in FOR_EXACT
-    if not exact and run.full_batch:
-        _go_over(run, PORTFOLIO if run.subject.can_solve else EXACT, "exact")
-    elif exact and not run.full_batch:
-        noisy = run.batches.same or run.batches.same_batch.num_different >= BACK_AFTER
-        if noisy:
-            _go_over(run, NOISY, "noisy")
-
-
-def _go_over(run: State, name: str, losses: str) -> None:
-    """Take the other predictor; where it cannot be had (no memory, say) the run keeps the one that it has."""
-    try:
-        run.choose(name)
-    except Exception as error:
-        run.proposer.keep_predictor()
-        run.failures.note(Place.PREDICTOR, error, name=name)
-        return
-    log.info('predictor.type = "auto": losses are %s, predictor %s from here', losses, name)
