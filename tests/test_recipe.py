@@ -15,7 +15,7 @@ from cases import assert_same, config
 from hybrid_predict_trainer import CheckpointError, ConfigError, HybridTrainer, Recipe, attach, find_recipe
 from hybrid_predict_trainer.cycle.motions import end_motions
 from hybrid_predict_trainer.move.head_ladder import _climb, shape
-from hybrid_predict_trainer.move.recipe import PRIOR, prior, thirds
+from hybrid_predict_trainer.move.recipe import PRIOR, decay_of, prior, thirds
 from hybrid_predict_trainer.weights.parameters import predicted_parameters
 
 VOCABULARY, WIDTH, LENGTH = 11, 8, 6
@@ -337,12 +337,17 @@ def test_another_recipe_is_not_the_same_run(tmp_path: Path) -> None:
 
 
 def test_a_file_is_what_was_saved_and_a_bad_one_is_one_clear_line(tmp_path: Path) -> None:
-    recipe = Recipe({"head": 7.5, "my role": 0.25}, 'by "hand"\\', 2.5)
-    assert Recipe.load(recipe.save(tmp_path / "good.toml")) == recipe
+    for recipe in (
+        Recipe({"head": 7.5, "my role": 0.25}, 'by "hand"\\', 2.5),
+        Recipe({"a\x01\tb\nc\x7f": 3 * 3**0.5, "\u00fc": 1 / 3}, "two\nlines\r", 1.3**3),
+    ):
+        assert Recipe.load(recipe.save(tmp_path / "good.toml")) == recipe
     for text, says in (
         ("[rates]\nhead = -1", "head"), ("[rates]\nhead = 'x'", "head"), ("rates = 3", "table"),
         ("factor = 2", "unknown key"),
         ("[rates", "TOML"), ("multiplier = nan", "multiplier"), ("[rates]\nhead = true", "head"),
+        (f"[rates]\nhead = 1{'0' * 400}", "head"), (f"[rates]\nhead = 1{'0' * 9000}", "TOML"),
+        ("[rates]\nhead = inf", "head"),
     ):  # fmt: skip
         (tmp_path / "bad.toml").write_text(text)
         with pytest.raises(ConfigError, match=says):
@@ -428,3 +433,67 @@ def test_the_command_line_takes_a_recipe_home(tmp_path: Path, capsys: pytest.Cap
     assert cli.main([*run, "--out", str(tmp_path / "second"), "--set", f"training.recipe={file}"]) == 0
     assert cli.main([*run, "--out", str(tmp_path / "third"), "--set", "training.recipe=nowhere.toml"]) == 2
     assert "nowhere.toml" in capsys.readouterr().err
+
+
+# ---- the multiplier leaves decoupled decay alone ---------------------------------------------------------------
+
+
+def _decay_in_one_step(factor: float, optimizer: Any = torch.optim.AdamW, **changes: Any) -> tuple[float, Any]:
+    """Share of an embedding's unused rows that one step at ``factor`` times the rate takes away, and the optimizer."""
+    model = Small()
+    held = optimizer(model.parameters(), lr=0.1, weight_decay=0.5)
+    schedule = torch.optim.lr_scheduler.LinearLR(held, 1.0, 0.1, 100)
+    settings = config(**{**STILL, "max_predict_steps": 8, "max_lr_multiplier": 100.0, **changes})
+    trainer = HybridTrainer(model, held, settings, loss_fn=loss_fn, lr_scheduler=schedule)
+    trainer.run.optimizer_step.scale.multiplier.value = factor
+    before = model.embedding.weight.detach()[2:].clone()
+    trainer.step(torch.tensor([[0, 1, 0, 1, 0, 1]]))  # the rows from 2 on have a gradient of zero
+    return float((1 - model.embedding.weight.detach()[2:] / before).mean()), held
+
+
+@pytest.mark.parametrize("recipe", ["off", "prior"])
+@pytest.mark.parametrize(("follows", "pulled"), [(False, 0.05), (True, 0.2)])
+def test_decoupled_decay_is_multiplied_only_if_asked_for(recipe: str, follows: bool, pulled: float) -> None:
+    share, held = _decay_in_one_step(4.0, recipe=recipe, decay_follows_multiplier=follows)
+    assert share == pytest.approx(pulled, rel=1e-4)
+    group = held.param_groups[0]
+    assert (group["weight_decay"], group["lr"] <= 0.1) == (0.5, True)  # both are put back
+    assert _decay_in_one_step(1.0, recipe=recipe)[0] == pytest.approx(0.05, rel=1e-4)
+
+
+def test_decay_that_is_part_of_the_gradient_is_part_of_the_step() -> None:
+    assert _decay_in_one_step(4.0, torch.optim.SGD, recipe="off")[0] == pytest.approx(0.2, rel=1e-4)
+
+
+@pytest.mark.parametrize("follows", [False, True])
+def test_a_step_from_a_package_decays_as_the_users_own(follows: bool) -> None:
+    model = Small()
+    held = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
+    schedule = torch.optim.lr_scheduler.LinearLR(held, 1.0, 0.1, 100)
+    settings = config(**{**STILL, "max_predict_steps": 8, "step": "soap", "max_lr_multiplier": 100.0,
+                         "decay_follows_multiplier": follows})  # fmt: skip
+    pytest.importorskip("pytorch_optimizer")
+    trainer = HybridTrainer(model, held, settings, loss_fn=loss_fn, lr_scheduler=schedule)
+    trainer.run.optimizer_step.scale.multiplier.value = 4.0
+    trainer.step(batches(1)[0])
+    (inner,) = [m._inner for m in trainer.run.optimizer_step.modifiers if hasattr(m, "_inner")]
+    assert [g["lr"] * g["weight_decay"] for g in inner.param_groups] == pytest.approx(
+        [0.2 if follows else 0.05] * len(inner.param_groups)
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "decoupled"),
+    [("AdamW", {}, True), ("Adam", {}, False), ("Adam", {"decoupled_weight_decay": True}, True), ("SGD", {}, False),
+     ("AdamW8bit", {}, True), ("MuonAdamW", {}, True), ("Lion", {}, True), ("Lamb", {"weight_decouple": True}, True),
+     ("SOAP", {"weight_decouple": False}, False)],
+)  # fmt: skip
+def test_whose_decay_is_decoupled(name: str, keys: dict[str, Any], decoupled: bool) -> None:
+    held = type(name, (), {})()
+    assert decay_of(held, {"weight_decay": 0.5, **keys}) == (0.5 if decoupled else 0.0)
+
+
+def test_a_recipe_taken_home_pulls_as_the_run_did() -> None:
+    groups = Recipe({"head": 8.0}, multiplier=2.0).param_groups(Small(), 0.1, weight_decay=0.5)
+    assert [g["lr"] for g in groups] == pytest.approx([0.2, 1.6])
+    assert [g["lr"] * g["weight_decay"] for g in groups] == pytest.approx([0.05, 0.05])

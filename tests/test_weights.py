@@ -32,6 +32,36 @@ NAMES = {
     "layers.0.linear2.weight": "mlp_down",
     "lm_head.weight": "head",
     "head.weight": "head",
+    "score.weight": "head",
+    "classifier.out_proj.weight": "head",
+    "module.classifier.dense.weight": "other",
+    "lm_head.dense.weight": "other",
+    "lm_head.decoder.weight": "head",
+    "pre_classifier.weight": "other",
+    "gpt_neox.layers.0.mlp.dense_h_to_4h.weight": "mlp_up",
+    "gpt_neox.layers.0.mlp.dense_4h_to_h.weight": "mlp_down",
+    "transformer.h.0.mlp.fc_in.weight": "mlp_up",
+    "transformer.h.0.mlp.fc_out.weight": "mlp_down",
+    "distilbert.transformer.layer.0.ffn.lin1.weight": "mlp_up",
+    "distilbert.transformer.layer.0.ffn.lin2.weight": "mlp_down",
+    "encoder.block.0.layer.1.DenseReluDense.wi_0.weight": "mlp_up",
+    "encoder.block.0.layer.0.SelfAttention.o.weight": "attention_out",
+    "blocks.0.attn.proj.weight": "attention_out",
+    "cls.predictions.decoder.weight": "head",
+    "qa_outputs.weight": "head",
+    "embed_out.weight": "head",
+    "_orig_mod.output.weight": "head",
+    "module.decoder.weight": "head",
+    "generator.proj.weight": "head",
+    "decoder.layers.0.fc1.weight": "mlp_up",
+    "decoder.layers.0.self_attn.out_proj.weight": "attention_out",
+    "layers.0.out_proj.weight": "attention_out",
+    "layers.0.output.weight": "other",
+    "layers.0.multi_head_attention.fc.weight": "other",
+    "heads.head.weight": "head",
+    "transformer.h.0.self_attention.query_key_value.weight": "attention_qkv_by_head",
+    "gpt_neox.layers.0.attention.query_key_value.weight": "attention_qkv_by_head",
+    "blocks.0.attn.qkv.weight": "attention_qkv",
     "features.0.conv.weight": "other",
     "0.weight": "other",
 }
@@ -260,3 +290,43 @@ def test_recurrent_biases_are_biases() -> None:
     model = nn.ModuleDict({"rnn": nn.GRU(3, 3), "norm": nn.LayerNorm(3)})
     names, parameters = zip(*model.named_parameters(), strict=True)
     assert untrained(parameters, names)
+
+
+class Speaks(nn.Module):
+    """A table and, under a name that tells nothing, what gives every row of it a logit."""
+
+    def __init__(self, *, first: bool = False, tied: bool = False, twice: bool = False, named: bool = False) -> None:
+        super().__init__()
+        if first:
+            self.vocab = nn.Linear(4, 7, bias=False)
+        self.table, self.inside = nn.Embedding(7, 4), nn.Linear(4, 4)
+        if not first:
+            self.vocab = nn.Linear(4, 7, bias=False)
+        if tied:
+            self.vocab.weight = self.table.weight
+        if twice:
+            self.vocab_too = nn.Linear(4, 7)
+        if named:
+            self.lm_head = nn.Linear(4, 7)
+
+
+def roles_of(model: nn.Module) -> dict[str, str]:
+    _, groups = predicted_parameters(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    return {name: groups.roles[g] for name, g in zip(groups.names, groups.index, strict=True)}
+
+
+@pytest.mark.parametrize(
+    ("options", "role"),
+    [({}, "head"), ({"first": True}, "head"), ({"twice": True}, "other"), ({"named": True}, "other")],
+)
+def test_a_head_without_a_name_is_known_by_its_shape(options: dict[str, bool], role: str) -> None:
+    found = roles_of(Speaks(**options))
+    assert (found["vocab.weight"], found["inside.weight"]) == (role, "other")
+    assert roles_of(nn.ModuleDict({"module": Speaks(**options)}))["module.vocab.weight"] == role
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_table_that_is_the_head_is_a_table_whichever_comes_first(first: bool) -> None:
+    found = roles_of(Speaks(first=first, tied=True))
+    assert found["vocab.weight" if first else "table.weight"] == "embedding"
+    assert "head" not in found.values()

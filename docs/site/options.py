@@ -52,6 +52,7 @@ SOURCE_OF = (
         r"training\.max_lr_multiplier",
         'edge of stability, arXiv 2103.00065; LOG.md "What the learned multiplier may go by"',
     ),
+    (r"training\.decay_follows_multiplier", "[recipes](recipes.md)"),
     (r"training\.min_group_factor", 'LOG.md "Early cuts: the edge of stability is not one number"'),
     (r"training\.recipe", 'LOG.md "Step sizes per role"'),
     (r"training\.step", "Muon (arXiv 2502.16982), SOAP (arXiv 2409.11321); [recipes](recipes.md)"),

@@ -468,6 +468,7 @@ class HybridTrainerConfig:
     gradient_clip_norm: float = 0.0  # 0: off
     # Both make steps longer and noisier; only a learning-rate decay removes that noise, so both need a schedule.
     max_lr_multiplier: float = 100.0  # bound on the learned multiplier of the optimizer's own steps; 1: off
+    decay_follows_multiplier: bool = False  # decoupled weight decay is multiplied along, as by a larger rate
     min_group_factor: float = 0.01  # smallest factor on a group's first steps (group warm-up); 1: off
     recipe: str = "auto"  # step sizes per role: auto, off, prior (untrained networks of blocks), or a recipe's file
     step: Literal["optimizer", "muon", "soap"] = "optimizer"  # who steps hidden matrices: the user's Adam, or a package
@@ -513,7 +514,7 @@ class HybridTrainerConfig:
             "training.min_predict_steps", self.min_predict_steps,
             f"at most training.max_predict_steps = {self.max_predict_steps}",
         )  # fmt: skip
-        for name in ("enabled", "collect_metrics", "activation_offload"):
+        for name in ("enabled", "collect_metrics", "activation_offload", "decay_follows_multiplier"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"training.{name} = {getattr(self, name)!r} must be true or false")
 

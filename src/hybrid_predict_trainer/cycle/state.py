@@ -115,6 +115,7 @@ class State:
             lookahead=lookahead_for(subject, config, observing=self.windows.observing, anneals=anneals),
             switchback=Switchback(config.block_holdout), drifts=config.lookahead.drift > 0,
             of_settings=modifiers_for(subject, recipe, config, scale, self.schedule), modifiers=modifiers,
+            decay_follows=config.decay_follows_multiplier,
         )  # fmt: skip
         self.optimizer_step = OptimizerStep(subject, self.watch, self.schedule, around, self.failures)
 

@@ -32,9 +32,9 @@ m never falls below 1 through h: over all weights h cannot tell a tuned rate fro
 large.  Group by group it can, in the first steps: :mod:`.group_warmup` shortens the steps of groups that are
 beyond the edge there.
 
-m is applied as a factor of the optimizer groups' ``lr`` around one step, so decoupled weight decay scales with
-it, as it would with a larger rate, and the schedule never sees it.  Group warm-up shortens the step after it was
-made, because its groups are not those of the optimizer.
+m is applied as a factor of the optimizer groups' ``lr`` around one step, and the schedule never sees it.  Decoupled
+weight decay is divided by it for that step, so that it pulls as hard as the user's own rate and decay say, unless it is
+asked to follow.  Group warm-up shortens the step after it was made, because its groups are not those of the optimizer.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ from ..weights.shards import total_over
 from .edge_test import step_cosines
 from .group_warmup import GroupWarmup
 from .multiplier import Advice, Multiplier, Reading
+from .recipe import decay_of
 
 #: Real steps between checks.
 CHECK_STEPS = 5
@@ -191,20 +192,31 @@ class LrMultiplier:
         return [(p if cut[row] else weights.sampled(p)).detach().clone() for p, row in pairs]
 
     @contextmanager
-    def applied(self, optimizer: Optimizer) -> Iterator[None]:
-        """Multiply every group's ``lr`` by m for the block."""
+    def applied(self, optimizer: Optimizer, *, decay_follows: bool = False) -> Iterator[None]:
+        """Multiply every group's ``lr`` by m for the block.
+
+        Args:
+            optimizer: Whose groups are put back afterwards.
+            decay_follows: Decoupled decay is multiplied as well; else it is divided by what the rate is multiplied by.
+        """
         value = self.value
         if value == 1.0:
             yield
             return
         rates = [(group, group["lr"]) for group in optimizer.param_groups if "lr" in group]
+        decays = [] if decay_follows else [g for g, _ in rates if decay_of(optimizer, g) != 0]
+        own = [(group, group["weight_decay"]) for group in decays]
         try:
             for group, rate in rates:
                 group["lr"] = rate * value
+            for group, decay in own:
+                group["weight_decay"] = decay / value
             yield
         finally:
             for group, rate in rates:
                 group["lr"] = rate
+            for group, decay in own:
+                group["weight_decay"] = decay
 
     def after_step(self, parameters: Sequence[Tensor]) -> int:
         """Shorten the step where a cut stands; 5 passes over the weights."""

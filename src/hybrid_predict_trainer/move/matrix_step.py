@@ -80,13 +80,17 @@ class MatrixStep(StepModifier):
     keeps moments of them, and are back where they were afterwards.
     """
 
-    def __init__(self, subject: Subject, kind: str, around: Callable[[], float] = lambda: 1.0) -> None:
+    def __init__(
+        self, subject: Subject, kind: str, around: Callable[[], float] = lambda: 1.0,
+        decays_by: Callable[[], float] | None = None,
+    ) -> None:  # fmt: skip
         """Bind.
 
         Args:
             subject: What is trained.
             kind: ``"muon"`` or ``"soap"``.
             around: What the schedule's rate is multiplied by in the next step.
+            decays_by: The same for the rate times decoupled decay; None: as the rate.
 
         Raises:
             ConfigError: the optimizer, or the network, is none for it.
@@ -104,6 +108,7 @@ class MatrixStep(StepModifier):
                 "negate the loss"
             )
         self._optimizer, self._around, self._kind = subject.optimizer, around, kind
+        self._decays_by = around if decays_by is None else decays_by
         self._parameters = subject.parameters
         self._at = hidden_matrices(subject)
         if not self._at:
@@ -128,8 +133,9 @@ class MatrixStep(StepModifier):
             own = held.get(id(parameter))
             if parameter.grad is None or own is None:  # unused in this step, or the user no longer trains it
                 continue
-            group["lr"] = float(own["lr"]) * self._around()
-            group["weight_decay"] = float(own.get("weight_decay", 0.0)) if decay_of(self._optimizer, own) else 0.0
+            times = self._around()
+            group["lr"] = float(own["lr"]) * times
+            group["weight_decay"] = decay_of(self._optimizer, own) * (self._decays_by() / times if times else 1.0)
             self._aside[i], parameter.grad = parameter.grad, None
         return 0
 

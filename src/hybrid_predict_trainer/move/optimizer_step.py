@@ -53,6 +53,7 @@ class Around:
         of_settings: What else the settings ask for, in the order of their turns before the step; after it they come in
             reverse.
         modifiers: What was handed in, whose turn is after those.
+        decay_follows: Decoupled weight decay is multiplied with the rate.
     """
 
     scale: Multiplier
@@ -61,6 +62,7 @@ class Around:
     drifts: bool
     of_settings: Sequence[StepModifier] = ()
     modifiers: Sequence[StepModifier] = ()
+    decay_follows: bool = False
 
 
 class OptimizerStep:
@@ -89,7 +91,7 @@ class OptimizerStep:
         self.scale, self.lookahead, self.switchback = around.scale, around.lookahead, around.switchback
         self.scale_search = ScaleSearch(subject.grad_scaler)
         self._subject, self._watch, self._schedule, self._failures = subject, watch, schedule, failures
-        self._drifts = around.drifts
+        self._drifts, self._decay_follows = around.drifts, around.decay_follows
         self.modifiers = (*around.of_settings, *around.modifiers)
         self._of_settings = {type(m).__name__: m for m in around.of_settings}
         self._handed_in = tuple(around.modifiers)
@@ -130,7 +132,10 @@ class OptimizerStep:
             position: Of the run on its clock, before this step.
         """
         optimizer, scaler = self._subject.optimizer, self._subject.grad_scaler
-        with self._schedule.applied(optimizer, position), self.scale.applied(optimizer):
+        with (
+            self._schedule.applied(optimizer, position),
+            self.scale.applied(optimizer, decay_follows=self._decay_follows),
+        ):
             if scaler is None:
                 optimizer.step()
             else:
@@ -142,7 +147,7 @@ class OptimizerStep:
         stack = ExitStack()
         with stack:
             stack.enter_context(self._schedule.applied(self._subject.optimizer, position))
-            stack.enter_context(self.scale.applied(self._subject.optimizer))
+            stack.enter_context(self.scale.applied(self._subject.optimizer, decay_follows=self._decay_follows))
             return stack.pop_all()
 
     def after(self, rate: float, *, exact: bool, resting: bool) -> int:
@@ -354,11 +359,14 @@ def modifiers_for(
         schedule: Whose rates recovery may have lowered.
     """
     found: list[StepModifier] = []
+
+    def decays_by() -> float:
+        return schedule.factor * (scale.value if config.decay_follows_multiplier else 1.0)
+
     if recipe is not None:
-        chosen = config.recipe == "auto"
-        found.append(RoleRates(subject, recipe, lambda: scale.value * schedule.factor, adopts=chosen))
+        found.append(RoleRates(subject, recipe, decays_by, adopts=config.recipe == "auto"))
     if config.enabled and config.step != "optimizer":
-        found.append(MatrixStep(subject, config.step, lambda: scale.value * schedule.factor))
+        found.append(MatrixStep(subject, config.step, lambda: scale.value * schedule.factor, decays_by))
     return found
 
 

@@ -8,7 +8,6 @@ down, and taken home into a plain script as parameter groups.
 
 from __future__ import annotations
 
-import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -58,8 +57,10 @@ class Recipe:
         """
         for role, rate in {**self.rates, "multiplier": self.multiplier}.items():
             number = isinstance(rate, int | float) and not isinstance(rate, bool)
-            if not number or not (math.isfinite(rate) and LEAST <= rate <= MOST):
-                raise ConfigError(f"recipe: {role} = {rate!r} must be a number in [{LEAST:g}, {MOST:g}]")
+            if not number or not LEAST <= rate <= MOST:  # nor one that is not a number
+                huge = isinstance(rate, int) and abs(rate) > MOST  # thousands of digits cannot even be printed
+                said = "a whole number" if huge else repr(rate)
+                raise ConfigError(f"recipe: {role} = {said} must be a number in [{LEAST:g}, {MOST:g}]")
 
     @property
     def empty(self) -> bool:
@@ -86,9 +87,9 @@ class Recipe:
     ) -> list[dict[str, Any]]:
         """Parameter groups for an optimizer of one's own: ``AdamW(recipe.param_groups(model, 3e-3))``.
 
-        Decoupled weight decay is multiplied by the rate in AdamW, so that it is divided by the factor here: what pulls
-        the weights back stays the same.  A fused matrix of queries, keys and values cannot be cut into groups: it has
-        the factor of its values.
+        Decoupled weight decay is multiplied by the rate in AdamW, so that it is divided by factor and multiplier here:
+        what pulls the weights back stays what ``lr`` and ``weight_decay`` say, as in a run of ours.  A fused matrix of
+        queries, keys and values cannot be cut into groups: it has the factor of its values.
 
         Args:
             model: Its parameters that require a gradient are grouped.
@@ -110,7 +111,12 @@ class Recipe:
             by_factor.setdefault(self.rate_of(name), []).append(parameter)
         total = lr * self.multiplier
         return [
-            {"params": group, "lr": total * factor, "weight_decay": weight_decay / factor, "rate_factor": factor}
+            {
+                "params": group,
+                "lr": total * factor,
+                "weight_decay": weight_decay / (factor * self.multiplier),
+                "rate_factor": factor,
+            }
             for factor, group in sorted(by_factor.items())
         ]
 
@@ -125,8 +131,9 @@ class Recipe:
 
     def lines(self) -> str:
         """The recipe as a TOML file."""
-        rows = [f'origin = "{_escaped(self.origin)}"', f"multiplier = {self.multiplier:.6g}", "", "[rates]"]
-        return "\n".join([*rows, *(f'"{_escaped(role)}" = {rate:.6g}' for role, rate in self.rates.items())]) + "\n"
+        head = [f'origin = "{_escaped(self.origin)}"', f"multiplier = {_number(self.multiplier)}", "", "[rates]"]
+        rows = [f'"{_escaped(role)}" = {_number(rate)}' for role, rate in self.rates.items()]
+        return "\n".join([*head, *rows]) + "\n"
 
     def save(self, path: str | Path) -> Path:
         """Write :meth:`lines` to ``path``, which is whole or not there, and is returned."""
@@ -144,7 +151,7 @@ class Recipe:
             found = tomllib.loads(read_text(path, MAX_BYTES))
         except UnusableFileError as error:
             raise ConfigError(f"recipe {error}") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except ValueError as error:  # of the file, its text or a number of thousands of digits
             raise ConfigError(f"recipe {path}: is not TOML ({error})") from error
         unknown = sorted(set(found) - {"origin", "multiplier", "rates"})
         if unknown:
@@ -231,12 +238,29 @@ def thirds(parameter: Tensor) -> list[Any]:
     return [(cut,) if side == 0 else (slice(None), cut) for cut in at]
 
 
+def _number(value: float) -> str:
+    """Short where that is the whole number: what is read again is what was written."""
+    short = f"{value:.6g}"
+    return short if float(short) == value else repr(float(value))
+
+
 def _escaped(text: str) -> str:
-    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", " ")
+    """In a TOML string, which holds no quotes, backslashes and control characters as they are."""
+    plain = text.replace("\\", "\\\\").replace('"', '\\"')
+    return "".join(f"\\u{ord(c):04X}" if ord(c) < 32 or ord(c) == 127 else c for c in plain)
+
+
+#: Optimizers that take weight decay out of the weights and not into the gradient, by a part of their names.
+DECOUPLED = ("adamw", "muon", "adafactor", "lion")
 
 
 def decay_of(optimizer: Optimizer, group: Mapping[str, Any]) -> float:
-    """Decoupled weight decay of a group's step per unit of rate; 0 where the gradient has it, or there is none."""
-    decoupled = group.get("decoupled_weight_decay", type(optimizer).__name__ in ("AdamW", "Muon", "Adafactor"))
+    """Decoupled weight decay of a group's step per unit of rate; 0 where the gradient has it, or there is none.
+
+    A group of torch's, or of pytorch_optimizer's, says which of both it is; of the others the name does.
+    """
+    said = [group[key] for key in ("decoupled_weight_decay", "weight_decouple") if key in group]
+    names = [kind.__name__.lower() for kind in type(optimizer).__mro__]
+    decoupled = said[0] if said else any(part in name for name in names for part in DECOUPLED)
     decay = group.get("weight_decay", 0.0)
     return float(decay) if decoupled and isinstance(decay, int | float) else 0.0

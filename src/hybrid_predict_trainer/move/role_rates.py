@@ -36,17 +36,17 @@ class RoleRates(StepModifier):
         return "step sizes by role (training.recipe)"
 
     def __init__(
-        self, subject: Subject, recipe: Recipe, around: Callable[[], float] = lambda: 1.0, *, adopts: bool = False
+        self, subject: Subject, recipe: Recipe, decays_by: Callable[[], float] = lambda: 1.0, *, adopts: bool = False
     ) -> None:
         """Bind.
 
         Args:
             subject: What is trained.
             recipe: Factors by role.
-            around: What the schedule's rate is multiplied by in the next step, for all roles alike.
+            decays_by: What the schedule's rate times decoupled decay is multiplied by in the next step.
             adopts: The recipe was chosen by us: a run that is continued keeps the one that it was begun with.
         """
-        self._subject, self._around, self._adopts = subject, around, adopts
+        self._subject, self._decays_by, self._adopts = subject, decays_by, adopts
         self._optimizer = subject.optimizer
         self._before: dict[int, Tensor] = {}
         self._pull: dict[int, float] = {}  # share of a weight that decay takes away in this step
@@ -95,7 +95,7 @@ class RoleRates(StepModifier):
             return 0.0
         group = self._optimizer.param_groups[self._group_of[i]]
         rate = group.get("lr", 0.0)
-        return float(rate) * self._around() * decay_of(self._optimizer, group)
+        return float(rate) * self._decays_by() * decay_of(self._optimizer, group)
 
     @without_graph
     def after_step(self, parameters: Sequence[Tensor]) -> int:

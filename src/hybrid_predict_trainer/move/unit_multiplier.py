@@ -70,7 +70,7 @@ class Multiplier(Protocol):
         ...
 
     @contextmanager
-    def applied(self, optimizer: Optimizer) -> Iterator[None]:
+    def applied(self, optimizer: Optimizer, *, decay_follows: bool = False) -> Iterator[None]:
         """The block in which the optimizer steps."""
         ...
 
@@ -135,7 +135,7 @@ class UnitMultiplier:
         return 0
 
     @contextmanager
-    def applied(self, optimizer: Optimizer) -> Iterator[None]:
+    def applied(self, optimizer: Optimizer, *, decay_follows: bool = False) -> Iterator[None]:
         """The block as it is."""
         yield
 

@@ -19,24 +19,46 @@ from .shards import LocalShard, Total, is_sharded, itself, size_of, whole
 
 #: Roles in the order of the coefficient rows; ``other`` takes what no rule names.
 ROLES = (
-    "embedding", "attention_q", "attention_k", "attention_v", "attention_qkv", "attention_out",
+    "embedding", "attention_q", "attention_k", "attention_v", "attention_qkv", "attention_qkv_by_head", "attention_out",
     "mlp_up", "mlp_down", "head", "norm_bias", "other",
 )  # fmt: skip
 
 
+#: What others put before the names of a model's own parts.
+_WRAPPERS = r"module\.|_orig_mod\.|_fsdp_wrapped_module\.|model\."
+
 # First match wins.  Names cover GPT-2 (c_attn, c_proj, c_fc), Llama (q_proj, gate_proj, w1..w3),
-# BERT (query, key, value) and nn.TransformerEncoder (in_proj, linear1, linear2).
+# BERT (query, key, value), nn.TransformerEncoder (in_proj, linear1, linear2), and GPT-NeoX, BLOOM and Falcon, whose
+# query_key_value holds the three of one head after the other.  Heads come first where they hold what a block may hold,
+# too (classifier.out_proj), and are no heads of attention (multi_head_attention).
 _NAME_RULES = tuple(
     (role, re.compile(pattern))
     for role, pattern in (
+        ("other", r"((^|\.)(classifier|lm_head)\.dense\.|pre_classifier)"),  # hidden layers before a head
+        ("head", r"(^|\.)(classifier|lm_head|score|qa_outputs|embed_out|to_logits|output_projection)\."),
+        ("head", r"(^|\.)(predictions\.decoder|generator\.proj)\."),
+        ("head", rf"^({_WRAPPERS})*(output|output_layer|decoder|out|out_proj|fc_out|logits|generator)\.weight$"),
+        ("attention_qkv_by_head", r"query_key_value"),
         ("attention_qkv", r"(c_attn|in_proj|qkv)"),
         ("attention_q", r"(^|[._])(q|wq|q_proj|query)([._]|$)"),
         ("attention_k", r"(^|[._])(k|wk|k_proj|key)([._]|$)"),
         ("attention_v", r"(^|[._])(v|wv|v_proj|value)([._]|$)"),
-        ("attention_out", r"(attn|attention)[\w.]*(out|c_proj|o_proj|dense)|(^|[._])(o_proj|wo|out_proj)([._]|$)"),
-        ("mlp_up", r"(up_proj|gate_proj|c_fc|fc1|linear1|intermediate|(^|[._])(w1|w3)([._]|$))"),
-        ("mlp_down", r"(down_proj|mlp[\w.]*c_proj|fc2|linear2|(^|[._])w2([._]|$)|output\.dense)"),
-        ("head", r"(lm_head|(^|[._])head([._]|$)|classifier|unembed)"),
+        (
+            "attention_out",
+            r"(attn|attention)[\w.]*(out|c_proj|o_proj|dense)|(^|[._])(o_proj|wo|out_proj)([._]|$)"
+            r"|(SelfAttention|EncDecAttention)\.o\.|attn\.proj\.",
+        ),
+        (
+            "mlp_up",
+            r"(up_proj|gate_proj|c_fc|fc1|linear1|intermediate|(^|[._])(w1|w3)([._]|$)"
+            r"|dense_h_to_4h|(^|[._])(fc_in|lin1|wi(_\d)?)([._]|$))",
+        ),
+        (
+            "mlp_down",
+            r"(down_proj|mlp[\w.]*c_proj|fc2|linear2|(^|[._])w2([._]|$)|output\.dense"
+            r"|dense_4h_to_h|mlp\.fc_out|(^|[._])lin2([._]|$))",
+        ),
+        ("head", r"(lm_head|(^|(?<!multi)[._])head([._]|$)|classifier|unembed)"),
     )
 )
 
@@ -99,6 +121,8 @@ def predicted_parameters(
     for prefix, module in model.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
             owner.setdefault(id(parameter), (f"{prefix}.{leaf}" if prefix else leaf, module))
+    tables = {id(m.weight): m for m in model.modules() if isinstance(m, nn.Embedding)}
+    unnamed_head = _head_by_shape(owner, tables)
     overrides = roles or {}
     unknown = sorted(set(overrides) - {name for name, _ in owner.values()})
     if unknown:
@@ -118,7 +142,8 @@ def predicted_parameters(
             continue
         parameters.append(_seen(parameter, total))
         names.append(name)
-        found.append(overrides.get(name) or role_of(name, parameter, module))
+        own = "head" if id(parameter) == unnamed_head else role_of(name, parameter, tables.get(id(parameter), module))
+        found.append(overrides.get(name) or own)
     if not parameters:
         raise ConfigError("the optimizer holds no trainable floating-point or complex parameter")
     present = [role for role in ROLES if role in found] + sorted(set(found) - set(ROLES))
@@ -127,6 +152,24 @@ def predicted_parameters(
     for g, parameter in zip(index, parameters, strict=True):
         sizes[g] += size_of(parameter)
     return parameters, Groups(tuple(names), index, tuple(present), tuple(sizes))
+
+
+def _head_by_shape(owner: dict[int, tuple[str, nn.Module]], tables: dict[int, nn.Embedding]) -> int | None:
+    """``id`` of the weight that gives every row of a table a logit, where no name tells a head: the one of its shape.
+
+    A model of language has one of them, whatever it is called.  Where several matrices have the shape none is taken.
+    """
+    shapes = {(m.num_embeddings, m.embedding_dim) for m in tables.values() if m.num_embeddings != m.embedding_dim}
+    candidates = []
+    for place, (name, module) in owner.items():
+        if place in tables or not isinstance(module, nn.Linear) or name.rpartition(".")[2] != "weight":
+            continue
+        role = role_of(name, module.weight, module)
+        if role == "head":
+            return None
+        if role == "other" and (module.out_features, module.in_features) in shapes:
+            candidates.append(place)
+    return candidates[0] if len(candidates) == 1 else None
 
 
 def _seen(parameter: Tensor, total: Total) -> Tensor:

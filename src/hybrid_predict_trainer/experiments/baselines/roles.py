@@ -101,7 +101,7 @@ def taken_home(order: BaselineJob) -> ArmRun:
     found = found_recipe(setup, order.arm.lr, short, order.seed + FINDING_SEED_OFFSET)
 
     def optimizer(model: nn.Module, recipe: TaskDefaults, settings: TaskSettings, values: Values) -> Optimizer:
-        own = replace(recipe, lr=recipe.lr * found.multiplier)
+        own = replace(recipe, lr=recipe.lr * found.multiplier, weight_decay=recipe.weight_decay / found.multiplier)
         return by_role(model, own, found.rates, fused=settings.fused)
 
     return in_loop(optimizer=optimizer)(order)
