@@ -123,6 +123,8 @@ def test_a_validation_loss_that_is_not_finite_is_a_divergence(
         (["train", *PINN, "--device", "cuda:77"], r"device 'cuda:77' is not available"),
         (["train", *PINN, "--dtype", "int8"], r"argument --dtype: invalid choice"),
         (["train", "--task", "gpt", "--data", "nowhere.txt"], r"no file or folder nowhere.txt"),
+        (["train", "--task", "gpt", "--data", ""], r"data is an empty name"),
+        (["train", "--task", "digits", "--data", " "], r"data is an empty name"),
         (["train", "--task", "gpt", "--context", "999999999"], r"fewer than context \+ 1 = 1000000000; give more text"),
         (["train", "--resume"], r"--resume needs --out"),
         (["train", "--resume", "--out", "nowhere"], r"no run to resume"),

@@ -62,6 +62,8 @@ def test_without_text_the_error_says_what_was_passed_over(tmp_path: Path) -> Non
 def test_a_file_of_binary_content_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds binary data"):
         load_corpus(folder(tmp_path, {"a.txt": WORDS * 500 + b"\0"}) / "a.txt")
+    with pytest.raises(ValueError, match=r"b\.txt is text in UTF-16.*iconv"):
+        load_corpus(folder(tmp_path, {"b.txt": (WORDS * 500).decode().encode("utf-16")}) / "b.txt")
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,8 @@ class TaskSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.data is not None and not str(self.data).strip():  # an unset variable; as a path, the working directory
+            raise ValueError("data is an empty name: leave it out, or name a file, a folder or a set")
         if self.ternary and self.autocast_bf16 and not self.device.startswith("cuda"):
             raise ValueError(f"torchao's ternary layers know of autocast on CUDA only: leave out bf16 on {self.device}")
         if self.dtype not in (None, "float32", "float64"):

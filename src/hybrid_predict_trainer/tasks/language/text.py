@@ -5,6 +5,7 @@ A token is a byte. Every source ends in one `Corpus`: two uint8 tensors in memor
 
 from __future__ import annotations
 
+import codecs
 import functools
 import gzip
 import hashlib
@@ -142,6 +143,10 @@ def load_file(path: Path, max_bytes: int, name: str) -> Corpus:
     text = read_text(path, max_bytes)
     if not text:
         raise ValueError(f"{path} is empty; pass a file with text in it")
+    if text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError(
+            f"{path} is text in UTF-16, and a token is a byte of UTF-8: convert it (iconv -f UTF-16 -t UTF-8)"
+        )
     if b"\0" in text[:NUM_LOOKED_AT]:  # who names a file means it: other control characters may be
         raise ValueError(f"{path} holds binary data; pass a text file, or one compressed as .gz")
     cut = len(text) - len(text) // VALID_EVERY
