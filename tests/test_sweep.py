@@ -228,6 +228,58 @@ def test_half_a_line_of_the_journal_is_cut_off_before_the_next_one(
     assert len(set(counted)) == len(counted)  # nothing was trained twice
 
 
+@pytest.mark.parametrize("size", [-17, 0])
+def test_a_journal_that_was_cut_off_loses_nothing(tmp_path: Path, counted: list[tuple[str, int]], size: int) -> None:
+    """By a process that was killed while it wrote, whose part of a line the next would go on with; and altogether."""
+    plan = plan_of(tmp_path)
+    worker = worker_of(tmp_path, plan)
+    for _ in range(3):
+        worker.turn()
+    before = [(t.params, t.intermediate_values) for t in worker.standing()]
+    journal = tmp_path / "out" / storages.JOURNAL
+    journal.write_bytes(journal.read_bytes()[:size])
+    seen = len(counted)
+    for _ in range(2):  # the second reads what the first has written behind the cut
+        again = worker_of(tmp_path, plan)
+        again.turn()
+    assert journal.read_bytes().endswith(b"\n")
+    assert len(set(counted)) == len(counted) > seen
+    after = [(t.params, t.intermediate_values) for t in again.standing()]
+    assert len(after) == len(before) == 2
+    for (params, shown), (params_then, shown_then) in zip(after, before, strict=True):
+        assert params == params_then
+        assert shown.items() >= shown_then.items()
+
+
+@pytest.mark.parametrize("junk", [b"junk\n", b"{}\n", b"[1]\n", b"\xff\xfe\n", b'{"op_code": 99}\n'])
+def test_a_journal_that_is_damaged_is_one_line_and_can_be_made_anew(tmp_path: Path, junk: bytes) -> None:
+    plan = plan_of(tmp_path)
+    worker_of(tmp_path, plan).turn()
+    journal = tmp_path / "out" / storages.JOURNAL
+    whole = journal.read_bytes()
+    at = whole.index(b"\n") + 1
+    journal.write_bytes(whole[:at] + junk + whole[at:])
+    with pytest.raises(InputError, match=r"journal\.log: is damaged") as found:
+        worker_of(tmp_path, plan)
+    assert "\n" not in str(found.value)
+    journal.rename(tmp_path / "aside")
+    assert [len(t.intermediate_values) > 0 for t in worker_of(tmp_path, plan).standing()] == [True]
+
+
+@pytest.mark.parametrize("directions", [["maximize"], ["minimize", "minimize"], ["minimize"]])
+def test_another_programs_study_is_left_alone(tmp_path: Path, directions: list[str]) -> None:
+    url = f"sqlite:///{tmp_path / 'x.db'}"
+    theirs = optuna.create_study(study_name="theirs", storage=url, directions=directions)
+    theirs.add_trial(optuna.trial.create_trial(values=[1.0] * len(directions)))
+    plan = plan_of(tmp_path)
+    setup, allowance = plans.checked(plan), plans.Allowance(budget=1.0)
+    plans.agreed(tmp_path / "out", plan)
+    with pytest.raises(InputError, match="'theirs' is not one of hpt sweep"):
+        Worker(plan, setup, allowance, tmp_path / "out", url=url, name="theirs")
+    assert theirs.user_attrs == {}
+    assert len(theirs.trials) == 1
+
+
 def test_a_storage_may_be_away_for_a_while_but_not_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     worker = worker_of(tmp_path, plan_of(tmp_path, plain=True), patience=0.05)
     monkeypatch.setattr("hybrid_predict_trainer.experiments.sweep.worker.PAUSE_S", 0.03)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import random
 import warnings
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from hybrid_predict_trainer.records import ConfigError  # noqa: E402
 from hybrid_predict_trainer.sweeps.allocate import Rules, next_slice  # noqa: E402
 from hybrid_predict_trainer.sweeps.curves import LOOKS, Scale, TrialCurve  # noqa: E402
 from hybrid_predict_trainer.sweeps.decide import bar_of, cannot_win, chances  # noqa: E402
-from hybrid_predict_trainer.sweeps.ends import ends_of, nearest  # noqa: E402
+from hybrid_predict_trainer.sweeps.ends import _column, ends_of, nearest  # noqa: E402
 from hybrid_predict_trainer.sweeps.looks import optimistic, pessimistic, spent_at_a_look  # noqa: E402
 from hybrid_predict_trainer.sweeps.pruner import HybridPruner  # noqa: E402
 
@@ -347,6 +348,12 @@ def test_several_workers_never_prune_the_winner() -> None:
         (HybridPruner(schedule="linear", total_steps=True), {}, "not True"),
         (HybridPruner(schedule="liner", total_steps=100), {}, "did you mean 'linear'"),
         (HybridPruner(schedule=[0.0, 0.0]), {}, "one of them above 0"),
+        (HybridPruner(schedule=lambda trial: 0.1, total_steps=100), {}, "a rate of at least 0 for every step"),
+        (HybridPruner(schedule=[[1.0, 1.0]]), {}, "a rate of at least 0 for every step"),
+        (HybridPruner(schedule=["fast", "slow"]), {}, "must be a text, a function of the step, or a rate"),
+        (HybridPruner(schedule=lambda step: 1 - step / 100, total_steps=100), {}, "is called with the trial"),
+        (HybridPruner(schedule=lambda trial: trial.params["no"], total_steps=100), {}, "it raised KeyError: 'no'"),
+        (HybridPruner(schedule="linear", total_steps=99.5), {}, "not 99.5"),
         (HybridPruner(), {"schedule": "wsd:decay=2", "total_steps": 100}, "decay"),
     ],
 )
@@ -368,6 +375,87 @@ def test_a_schedule_by_function_vector_or_text_is_the_same() -> None:
     by_name = search(HybridPruner(schedule="linear", total_steps=T), ladder())
     assert search(HybridPruner(schedule=of_trial, total_steps=lambda trial: T), ladder()) == by_name
     assert search(HybridPruner(schedule=[(T + 1 - n) / T for n in range(1, T + 1)]), ladder()) == by_name
+
+
+@pytest.mark.parametrize("total", [np.int64(T), float(T), np.float64(T)])
+def test_a_number_of_steps_of_any_type(total: float) -> None:
+    assert search(HybridPruner(schedule="linear", total_steps=total), ladder()) == search(HybridPruner(), ladder())
+
+
+def test_studies_of_one_name_share_nothing_but_the_pruner() -> None:
+    """Their trials have the same numbers as well; the second study's losses are all above the first one's."""
+    pruner, runs = HybridPruner(), ladder()
+    low = [(params, rates, values / 100) for params, rates, values in runs]
+    search(pruner, low, study=study_of(pruner, study_name="one"))
+    assert search(pruner, runs, study=study_of(pruner, study_name="one")) == search(HybridPruner(), runs)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("size", [1e-300, 1e300])
+def test_values_whose_squares_are_no_numbers(sign: float, size: float) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        runs = [(params, rates, size * (values - 20.0 * (sign < 0))) for params, rates, values in ladder()]
+        told = search(HybridPruner(), runs, sign=sign)
+    assert told[0] == ("COMPLETE", T)
+    assert [state for state, _ in told[3:]] == ["PRUNED"] * 5
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -3.0])
+def test_where_all_are_alike_nobody_is_pruned(value: float) -> None:
+    alike = [(params, rates, np.full(40, value)) for params, rates, _ in ladder(5)]
+    assert search(HybridPruner(), alike) == [("COMPLETE", T)] * 5
+
+
+def test_an_infinite_value_at_a_look_loses_and_before_it_says_nothing() -> None:
+    runs = ladder()
+    first, still = runs[1][2].copy(), runs[2][2].copy()
+    first[:1], still[:] = math.inf, math.inf
+    told = search(HybridPruner(), [runs[1], (*runs[0][:2], first), (*runs[2][:2], still)])
+    assert told[1][0] == "COMPLETE"
+    assert told[2] == ("PRUNED", 30), "the first report at or after 6 % of the run"
+    assert search(HybridPruner(), [(*runs[2][:2], still)])[0][1] == T, "nothing else has ended"
+
+
+@pytest.mark.parametrize(("total", "told"), [(25 * T, "was complete at step 400"), (T // 10, "reports at step 50")])
+def test_reports_in_other_units_than_the_schedules_are_told_of_once(total: int, told: str) -> None:
+    pruner = HybridPruner(schedule="linear", total_steps=total)
+    with pytest.warns(UserWarning, match=told) as found:
+        search(pruner, ladder())
+    assert len(found) == 1
+
+
+def test_trials_of_an_unknown_schedule_are_a_bar_and_no_neighbours() -> None:
+    """Complete ones that were added by hand; without reports, and with reports that nobody can place."""
+    space = {"lr": optuna.distributions.FloatDistribution(1e-5, 1.0)}
+
+    def added(value: float) -> optuna.study.Study:
+        study = study_of(HybridPruner())
+        study.add_trial(optuna.trial.create_trial(value=value, params={"lr": 0.5}, distributions=space))
+        study.add_trial(optuna.trial.create_trial(value=9.0, intermediate_values={1: 9.5, 70000: 9.0}))
+        return study
+
+    plain = search(HybridPruner(), ladder())
+    assert search(HybridPruner(), ladder(), study=added(50.0))[2:] == plain
+    assert [state for state, _ in search(HybridPruner(), ladder(), study=added(0.5))[2:]].count("COMPLETE") <= 1
+
+
+def test_parameters_that_only_some_trials_have() -> None:
+    momentum = [0.5, 0.9, None, None, 0.55]
+    far = _column(momentum)
+    assert far[0, 2] == far[1, 3] == 1.0
+    assert far[2, 3] == 0.0
+    assert far[0, 4] < far[0, 1] == 1.0
+    assert (far == far.T).all()
+    assert (_column(momentum, 2) == far[2]).all()
+    assert _column(["a", None, "a"]).tolist() == [[0, 1, 0], [1, 0, 1], [0, 1, 0]]
+    assert _column([10**400, 1.0])[0, 1] == 1.0
+
+
+def test_a_pruner_may_go_to_another_process() -> None:
+    pruner = HybridPruner(schedule="linear", total_steps=T)
+    search(pruner, ladder())
+    assert search(pickle.loads(pickle.dumps(pruner)), ladder()) == search(HybridPruner(), ladder())
 
 
 @pytest.mark.parametrize("confidence", [0.4, 1.0, math.nan])

@@ -29,6 +29,22 @@ SLOPE_SINCE_AT_MOST = 1 / 3
 NEAR = 0.7
 #: Power of the rate whose drop lowers the loss (``forecast.law``, learnt on published curves).
 RATE_POWER = 0.75
+#: Values beyond this, and below its inverse, have squares that are no numbers, or 0.
+HUGE = 1e100
+
+
+def checked_rates(key: int, rates: Array) -> Array:
+    """The learning rate of every step of a trial, (T,).
+
+    Raises:
+        ConfigError: no rate, none above 0, or one that is negative or no number.
+    """
+    rate = np.asarray(rates, dtype=np.float64)
+    if rate.ndim != 1 or not rate.size or not np.isfinite(rate).all() or (rate < 0).any() or rate.max() <= 0:
+        raise ConfigError(
+            f"trial {key}: its schedule must give a rate of at least 0 for every step, one of them above 0"
+        )
+    return rate
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +112,7 @@ class TrialCurve:
         Raises:
             ConfigError: no rate, none above 0, or one that is negative or no number.
         """
-        rate = np.asarray(rates, dtype=np.float64)
-        if rate.ndim != 1 or not rate.size or not np.isfinite(rate).all() or (rate < 0).any() or rate.max() <= 0:
-            raise ConfigError(
-                f"trial {key}: its schedule must give a rate of at least 0 for every step, one of them above 0"
-            )
+        rate = checked_rates(key, rates)
         last = {float(step): float(value) for step, value in reports if math.isfinite(value) and step >= 0}
         steps = np.array(sorted(last), dtype=np.float64)
         factor = rate / rate.max()
@@ -263,23 +275,28 @@ class Scale:
     Attributes:
         logarithmic: of the values.
         sign: -1 where more is better.
+        unit: that values are counted in: 1, or the largest of them where squares would leave the range of numbers.
     """
 
     logarithmic: bool
     sign: float = 1.0
+    unit: float = 1.0
 
     @staticmethod
     def of(values: Sequence[float], *, maximize: bool) -> Scale:
         """That fits the values; those that are no numbers do not count."""
         finite = [v for v in values if math.isfinite(v)]
-        return Scale(not maximize and bool(finite) and min(finite) > 0, -1.0 if maximize else 1.0)
+        logarithmic = not maximize and bool(finite) and min(finite) > 0
+        largest = max((abs(v) for v in finite), default=0.0)
+        unit = largest if largest and not logarithmic and not 1 / HUGE < largest < HUGE else 1.0
+        return Scale(logarithmic, -1.0 if maximize else 1.0, unit)
 
     def into(self, value: float) -> float:
         """Reported -> compared; what is no number stays none."""
         if not math.isfinite(value):
             return math.nan
-        return math.log(value) if self.logarithmic else self.sign * value
+        return math.log(value) if self.logarithmic else self.sign * value / self.unit
 
     def back(self, value: float) -> float:
         """Compared -> reported."""
-        return math.exp(min(value, 700.0)) if self.logarithmic else self.sign * value
+        return math.exp(min(value, 700.0)) if self.logarithmic else self.sign * value * self.unit

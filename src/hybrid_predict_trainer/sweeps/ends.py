@@ -289,16 +289,31 @@ class Nearness:
 
 
 def _column(values: Sequence[Any], row: int | None = None) -> Array:
-    """Squared distances in one parameter, at most 1: (n, n), or (n,) from one of them."""
-    numbers = [float(v) if isinstance(v, int | float) and not isinstance(v, bool) else math.nan for v in values]
-    if all(math.isfinite(v) for v in numbers):
-        found = np.array(numbers)
+    """Squared distances in one parameter, at most 1: (n, n), or (n,) from one of them.
+
+    A parameter that only some trials have is a number among those; these are all as far from the others as can be.
+    """
+    numbers = np.array([_number(v) for v in values])
+    known = np.isfinite(numbers)
+    if all(v is None for v, k in zip(values, known, strict=True) if not k) and known.any():
+        found = np.where(known, numbers, numbers[known][0])
         if found.min() > 0 and found.max() / found.min() >= 10:
             found = np.log(found)
-        return _spread(found, row)
+        apart = known[:, None] != known[None] if row is None else known != known[row]
+        neither = ~known[:, None] & ~known[None] if row is None else ~known & ~known[row]
+        near: Array = np.where(apart, 1.0, np.where(neither, 0.0, _spread(found, row)))
+        return near
     texts = np.array([repr(v) for v in values])
     different: Array = (texts[:, None] != texts[None] if row is None else texts != texts[row]).astype(np.float64)
     return different
+
+
+def _number(value: Any) -> float:
+    """NaN where it is none."""
+    try:
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    except OverflowError:  # a whole number beyond all floats
+        return math.nan
 
 
 def _spread(values: Array, row: int | None = None) -> Array:

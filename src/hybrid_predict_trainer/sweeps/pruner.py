@@ -16,14 +16,16 @@ system attributes, and everything else is read from the study.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..forecast.schedules import planned_rates
+from ..notices import warn
 from ..records import ConfigError
-from .curves import LOOKS, Array, Scale, TrialCurve
+from .curves import LATE, LOOKS, Array, Scale, TrialCurve, checked_rates
 from .decide import bar_of, cannot_win
 from .ends import End, nearest
 from .joint import Surface, ends_jointly
@@ -50,6 +52,9 @@ SCHEDULE, TOTAL_STEPS = "schedule", "total_steps"
 LOOKED = "hybrid_predict_trainer:look"
 #: Trials that a forecast learns from: the nearest ones.  More would cost time and say little.
 MOST_KNOWN = 64
+#: A trial that reports beyond this share of its planned steps, or is complete before the first look, counts in other
+#: units than its schedule does.
+BEYOND = 1.05
 #: Steps of which a rate is asked; between them it is taken to change evenly.
 MOST_RATES = 20_000
 #: Names of parameters that are about learning rate and schedule.
@@ -99,8 +104,9 @@ class HybridPruner(BasePruner):  # type: ignore[misc]
         self._schedule, self._total_steps = schedule, total_steps
         self._min_gain, self._rate_names, self._surface = min_gain, tuple(rate_names), surface
         self._count_running = count_running
-        self._rates: dict[tuple[str, int], Array | None] = {}
-        self._finished: dict[tuple[str, int], tuple[Scale, TrialCurve | None]] = {}
+        self._rates: dict[_Key, Array | None] = {}
+        self._finished: dict[_Key, tuple[Scale, TrialCurve | None]] = {}
+        self._warned = False
 
     def prune(self, study: optuna.study.Study, trial: FrozenTrial) -> bool:
         """Whether a trial should stop now.
@@ -111,63 +117,82 @@ class HybridPruner(BasePruner):  # type: ignore[misc]
         reports = trial.intermediate_values
         if not reports:
             return False
-        if math.isnan(reports[max(reports)]):
+        last = max(reports)
+        if math.isnan(reports[last]):
             return True  # it has diverged: what it would return ends the trial as failed
-        rates = self._rates_of(study.study_name, trial, needed=True)
+        rates = self._rates_of(trial, needed=True)
         assert rates is not None, "a schedule that is missing has raised"
-        raw = TrialCurve.of(trial.number, list(reports.items()), rates)
-        look = raw.standing
-        if look is None or look <= trial.system_attrs.get(LOOKED, -1) or raw.share >= 1:
+        self._compare_units(trial, last, len(rates))
+        if len(reports) == 1 and not self._warned:
+            for other in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))[-1:]:
+                known = self._rates_of(other, needed=False)
+                if known is not None and other.intermediate_values:
+                    self._compare_units(other, max(other.intermediate_values), len(known))
+        done = trial.system_attrs.get(LOOKED, -1)
+        due = max((k for k, look in enumerate(LOOKS[:-1]) if look <= last / len(rates) + LATE), default=-1)
+        if due <= done or last >= len(rates):
             return False
-        study._storage.set_trial_system_attr(trial._trial_id, LOOKED, look)
-        others = [t for t in study.get_trials(deepcopy=False, states=SEEN) if t.number != trial.number]
         maximize = study.direction == optuna.study.StudyDirection.MAXIMIZE
+        lost = reports[last] == (-math.inf if maximize else math.inf)
+        # whether the reports say enough for the look does not hang on the values
+        if not lost and TrialCurve.of(trial.number, [(float(step), 0.0) for step in reports], rates).standing != due:
+            return False
+        study._storage.set_trial_system_attr(trial._trial_id, LOOKED, due)
+        others = [t for t in study.get_trials(deepcopy=False, states=SEEN) if t.number != trial.number]
+        if lost:  # a first report may be infinite; one that still is at a look loses against any end
+            return any(_has_ended(t) for t in others)
         values = [v for t in (trial, *others) for v in t.intermediate_values.values()]
         scale = Scale.of(values + [t.value for t in others if t.value is not None], maximize=maximize)
-        own = self._curve(study.study_name, trial, scale)
+        own = self._curve(trial, scale)
         assert own is not None, "its schedule is known"
-        return self._judged(study.study_name, own, others, scale)
+        return own.standing is not None and self._judged(own, others, scale)
 
-    def _judged(self, name: str, own: TrialCurve, others: Sequence[FrozenTrial], scale: Scale) -> bool:
+    def _judged(self, own: TrialCurve, others: Sequence[FrozenTrial], scale: Scale) -> bool:
         """Whether a trial cannot win against the others."""
         curves, competing = [own], [False]
+        apart: list[TrialCurve] = []
         for other in others:
-            curve = self._curve(name, other, scale)
-            if curve is not None and len(curve.values):
+            curve = self._curve(other, scale)
+            if curve is None or not len(curve.values):
+                continue
+            if self._rates_of(other, needed=False) is None:
+                apart.append(curve)
+            else:
                 counts = other.state == TrialState.RUNNING and self._count_running
                 curves.append(curve)
                 competing.append(curve.complete or counts)
-        if not any(competing):
+        if not any(competing) and not apart:
             return False
         kept = nearest(curves, 0, MOST_KNOWN, self._rate_names)
         near = [curves[i] for i in kept]
         found = ends_jointly(near, surface=self._surface, rate_names=self._rate_names)
         ends = dict(zip(kept, found, strict=True))
-        for i, curve in enumerate(curves):
-            if i not in ends and curve.complete:
+        for i, curve in enumerate([*curves, *apart]):
+            if i not in ends and curve.complete:  # too far off, or of a schedule that nobody knows: it has an end
                 ends[i] = End(float(curve.values[-1]), 0.0, math.inf, 1.0)
+        curves, competing = [*curves, *apart], [*competing, *[True] * len(apart)]
         known = sorted(ends)
         bar = bar_of([curves[i] for i in known], [ends[i] for i in known], self._error, [competing[i] for i in known])
-        gain = math.log1p(self._min_gain) if scale.logarithmic else self._min_gain
+        gain = math.log1p(self._min_gain) if scale.logarithmic else self._min_gain / scale.unit
         return cannot_win(own, ends[0], bar, self._error, gain)
 
     # ---- reading trials --------------------------------------------------------------------------------------
 
-    def _curve(self, study: str, trial: FrozenTrial, scale: Scale) -> TrialCurve | None:
-        """A trial as forecasts see it; None where its schedule is not known, though it may still be complete.
+    def _curve(self, trial: FrozenTrial, scale: Scale) -> TrialCurve | None:
+        """A trial as forecasts see it; of one whose schedule is not known its end alone, None where it has none.
 
         The value that a complete trial returned is its last one, whatever it reported before.
         """
-        key = (study, trial._trial_id)
+        key = _key(trial)
         if trial.state.is_finished():  # it does not change any more
             if key not in self._finished or self._finished[key][0] != scale:
-                self._finished[key] = (scale, self._new_curve(study, trial, scale))
+                self._finished[key] = (scale, self._new_curve(trial, scale))
             return self._finished[key][1]
-        return self._new_curve(study, trial, scale)
+        return self._new_curve(trial, scale)
 
-    def _new_curve(self, study: str, trial: FrozenTrial, scale: Scale) -> TrialCurve | None:
-        rates = self._rates_of(study, trial, needed=False)
-        complete = trial.state == TrialState.COMPLETE and trial.value is not None and math.isfinite(trial.value)
+    def _new_curve(self, trial: FrozenTrial, scale: Scale) -> TrialCurve | None:
+        rates = self._rates_of(trial, needed=False)
+        complete = _has_ended(trial)
         if rates is None:
             if not complete:
                 return None
@@ -178,11 +203,21 @@ class HybridPruner(BasePruner):  # type: ignore[misc]
             reports = [*[r for r in reports if r[0] < len(rates)], (float(len(rates)), scale.into(trial.value))]
         return TrialCurve.of(trial.number, reports, rates, params=trial.params, complete=complete)
 
-    def _rates_of(self, study: str, trial: FrozenTrial, *, needed: bool) -> Array | None:
-        key = (study, trial._trial_id)
+    def _compare_units(self, trial: FrozenTrial, last: int, steps: int) -> None:
+        """Warn, once, of a trial whose reports cannot be counted in the steps of its schedule: it is never judged."""
+        early = trial.state.is_finished() and last < LOOKS[0] * steps
+        if not self._warned and (early or last > BEYOND * steps):
+            self._warned = True
+            warn(
+                f"HybridPruner: trial {trial.number} {'was complete' if early else 'reports'} at step {last} of a "
+                f"schedule of {steps} steps: report in the steps of the schedule, or nothing is pruned"
+            )
+
+    def _rates_of(self, trial: FrozenTrial, *, needed: bool) -> Array | None:
+        key = _key(trial)
         if key not in self._rates or (needed and self._rates[key] is None):
             try:
-                self._rates[key] = self._planned(trial)
+                self._rates[key] = checked_rates(trial.number, self._planned(trial))
             except ConfigError:
                 if needed:
                     raise
@@ -196,25 +231,63 @@ class HybridPruner(BasePruner):  # type: ignore[misc]
             ConfigError: nothing says it, or what says it makes no sense.
         """
         said = self._total_steps if self._total_steps is not None else trial.user_attrs.get(TOTAL_STEPS)
-        total = said(trial) if callable(said) else said
+        total = said = said(trial) if callable(said) else said
         schedule: Any = self._schedule if self._schedule is not None else trial.user_attrs.get(SCHEDULE)
         if callable(schedule):
-            schedule = schedule(trial)
+            try:
+                schedule = schedule(trial)
+            except Exception as error:
+                raise ConfigError(
+                    f"trial {trial.number}: schedule= is called with the trial and returns its rates, a text or a "
+                    f"function of the step; it raised {type(error).__name__}: {' '.join(str(error).split())}"
+                ) from error
         if schedule is None:
             raise ConfigError(
                 f"trial {trial.number}: its learning-rate schedule is not known; say HybridPruner(schedule=...) or "
                 f"trial.set_user_attr({SCHEDULE!r}, 'cosine:warmup=100'); 'constant' if the rate stays"
             )
         if not callable(schedule) and not isinstance(schedule, str):
-            return np.asarray(schedule, dtype=np.float64)
-        if isinstance(total, bool) or not isinstance(total, int) or total < 1:
+            try:
+                return np.asarray(schedule, dtype=np.float64)
+            except (TypeError, ValueError):
+                raise ConfigError(
+                    f"trial {trial.number}: its schedule must be a text, a function of the step, or a rate for every "
+                    f"step, not {type(schedule).__name__}"
+                ) from None
+        total = _whole(total)
+        if total is None or total < 1:
             raise ConfigError(
-                f"trial {trial.number}: needs the number of steps of its run, not {total!r}; say "
+                f"trial {trial.number}: needs the number of steps of its run, not {said!r}; say "
                 f"HybridPruner(total_steps=...) or trial.set_user_attr({TOTAL_STEPS!r}, 5000)"
             )
         return (
             _sampled(schedule, total) if callable(schedule) else _peaked(planned_rates(schedule, total), trial.params)
         )
+
+
+#: Trial, number and start: studies may share their names, and the numbers that a storage gives.
+_Key = tuple[int, int, Any]
+
+
+def _key(trial: FrozenTrial) -> _Key:
+    return trial._trial_id, trial.number, trial.datetime_start
+
+
+def _has_ended(trial: FrozenTrial) -> bool:
+    """Complete, with a number."""
+    return trial.state == TrialState.COMPLETE and trial.value is not None and math.isfinite(trial.value)
+
+
+def _whole(value: Any) -> int | None:
+    """A whole number, of whatever type; None where it is none."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
 
 
 def _sampled(rate_of: Callable[[int], float], total: int) -> Array:

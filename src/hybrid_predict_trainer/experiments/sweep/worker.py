@@ -89,7 +89,8 @@ class Worker:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        lost = self._url is None and not (self._out / storages.JOURNAL).exists()
+        journal = self._out / storages.JOURNAL
+        lost = self._url is None and not (journal.is_file() and journal.stat().st_size)
         with storage_errors():
             study = optuna.create_study(
                 storage=storages.opened(self._url, self._out), study_name=self._name, load_if_exists=True,
@@ -97,6 +98,8 @@ class Worker:
             )  # fmt: skip
             then = study.user_attrs.get(PLAN)
             if then is None:
+                if study.directions != [optuna.study.StudyDirection.MINIMIZE] or study.get_trials(deepcopy=False):
+                    raise InputError(f"the study {self._name!r} is not one of hpt sweep; choose another --study")
                 study.set_user_attr(PLAN, self._plan.to_store())
             elif then != self._plan.to_store():
                 raise InputError(f"the study {self._name!r} is of another search; choose another --study or --out")
