@@ -18,10 +18,11 @@ from hybrid_predict_trainer.cycle.foretell import rates_ahead
 from hybrid_predict_trainer.experiments.forecasts import recorded, scores
 from hybrid_predict_trainer.experiments.forecasts.published import Run
 from hybrid_predict_trainer.forecast import PRIORS, Curve, Plan, forecast, law, logs, planned_rates
+from hybrid_predict_trainer.forecast.curve import latest
 from hybrid_predict_trainer.forecast.fit import fit
 from hybrid_predict_trainer.forecast.logs import Columns, Log, read_log
 from hybrid_predict_trainer.forecast.prior import WIDE, learnt, shipped
-from hybrid_predict_trainer.forecast.schedules import continued
+from hybrid_predict_trainer.forecast.schedules import agree, continued
 from hybrid_predict_trainer.numerics.thinned import CAPACITY, ThinnedCurve
 
 TRUE = np.array([2.8, math.log(0.35), math.log(0.47), 0.0, math.log(0.3), math.log(0.15), 0.74, 0.16, 0.0])
@@ -132,6 +133,37 @@ def test_rows_of_a_resumed_run_count_once() -> None:
     assert curve.losses.tolist() == [5.0, 3.0, 2.0]
 
 
+#: Steps as logs hold them, and the rows that count.
+ORDERS = {
+    "resumed": ([10, 20, 30, 40, 30, 40, 50], [0, 1, 4, 5, 6]),
+    "resumed between its rows": ([10, 20, 30, 40, 50, 60, 70, 25, 35, 45, 55, 65, 75], [0, 1, 7, 8, 9, 10, 11, 12]),
+    "begun again": ([10, 20, 30, 40, 50, 60, 10, 20, 30], [6, 7, 8]),
+    "resumed twice": ([1, 2, 3, 4, 5, 6, 7, 5, 6, 7, 8, 9, 10, 4, 5, 6], [0, 1, 2, 13, 14, 15]),
+    "newest first": ([50, 40, 30, 20, 10], [4, 3, 2, 1, 0]),
+    "in no order": ([50, 10, 40, 20, 30], [1, 3, 4, 2, 0]),
+    "one step": ([5, 5, 5], [2]),
+    "none": ([], []),
+}
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_what_a_resumed_run_wrote_before_counts_no_more(name: str) -> None:
+    steps, kept = ORDERS[name]
+    assert latest(np.array(steps, dtype=np.float64)).tolist() == kept
+
+
+def test_steps_that_begin_anew_in_every_epoch_are_refused() -> None:
+    """And not those of a run that broke off twice at the same place."""
+    epoch = [float(s) for s in range(10, 110, 10)]
+    for steps in (3 * epoch, 2 * epoch + epoch[:4]):
+        with pytest.raises(ConfigError, match="within each epoch"):
+            Curve.of(steps, [1.0] * len(steps))
+    broken = [*epoch, *epoch[4:], *epoch[4:], *epoch[4:8]]
+    assert len(Curve.of(broken, [1.0] * len(broken)).steps) == 8
+    further = [*epoch, *epoch, *epoch, 110.0, 120.0]
+    assert len(Curve.of(further, [1.0] * len(further)).steps) == 12
+
+
 def test_blocks_keep_the_mean() -> None:
     curve = Curve.of(np.arange(1, 1001), np.linspace(3, 2, 1000))
     small = curve.blocks(64)
@@ -175,6 +207,31 @@ def test_what_cannot_be_foretold_is_said(name: str) -> None:
         forecast(*spoil(steps, losses), rates)
 
 
+@pytest.mark.parametrize("unit", [1e-13, 1e-9, 1e6, 1e300])
+def test_a_loss_in_other_units_is_foretold_alike(unit: float) -> None:
+    steps, losses, rates = made_up(noise=0.002)
+    usual = forecast(steps[:100], losses[:100], rates)
+    found = forecast(steps[:100], unit * losses[:100], rates)
+    for name in ("final_loss", "low", "high", "last_value", "power_law", "log_line"):
+        assert getattr(found, name) == pytest.approx(unit * getattr(usual, name), rel=1e-4)
+    assert found.points[-1][1] == found.final_loss
+
+
+def test_a_curve_that_the_law_does_not_describe_is_told_or_refused() -> None:
+    steps, losses, rates = made_up(noise=0.002)
+    assert not forecast(steps[:100], losses[:100], rates).notes
+    spikes = losses[:100].copy()
+    spikes[::25] *= 1.3
+    assert not forecast(steps[:100], spikes, rates).notes
+    rise = 1 + 3e-5 * np.maximum(steps[:100] - 2000, 0)
+    assert any("too narrow" in note for note in forecast(steps[:100], losses[:100] * rise, rates).notes)
+    flat = np.where(steps < 3000, 6.0, 6.0 - (steps - 3000) / 2000)
+    with pytest.raises(ConfigError, match="does not describe"):
+        forecast(steps[:100], flat[:100], rates)
+    with pytest.raises(ConfigError, match="never moves"):
+        forecast(steps[:100], np.full(100, 3.0), rates)
+
+
 def test_rates_that_teach_nothing_are_refused() -> None:
     steps, losses, rates = made_up()
     for wrong in (0 * rates, -rates, rates[:0]):
@@ -202,7 +259,9 @@ def test_schedules_go_where_they_say() -> None:
 @pytest.mark.parametrize(("schedule", "said"), [
     ("cosin", "did you mean 'cosine'"), ("cosine:warm=3", "no use for 'warm'"), ("wsd:shape=round", "unknown shape"),
     ("cosine:final=2", "from 0 to 1"), ("cosine:final=x", "no number"), ("cosine:warmup", "KEY=VALUE"),
-    ("linear:warmup=100", "does not end"), ("stages:warmup=3", "at least one"), ("constant:final=0.5", "no use for"),
+    ("linear:warmup=100", "does not end"), ("cosine:warmup=0.05", "whole steps"),
+    ("stages:warmup=50,20=0.1", "within the warm-up"),
+    ("stages:warmup=3", "at least one"), ("constant:final=0.5", "no use for"),
 ])  # fmt: skip
 def test_a_wrong_schedule_is_told_in_one_line(schedule: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said) as caught:
@@ -217,6 +276,20 @@ def test_a_log_is_continued_at_its_own_rates() -> None:
     assert found[29] == pytest.approx(7e-4)
     assert found[40:].tolist() == pytest.approx((plan[40:] * 6e-4 / plan[39]).tolist())
     assert found[0] == pytest.approx(plan[0] * 6e-4 / plan[39])
+
+
+def test_a_last_row_with_the_rate_of_the_next_step_does_not_move_the_plan() -> None:
+    """Nor one that was rounded to 0: what is ahead is scaled by all rows."""
+    plan, steps = planned_rates("stages:warmup=10,100=0.1", 200), np.arange(10.0, 101, 5)
+    for last in (1e-4, 0.0):
+        rates = np.full(len(steps), 1e-3)
+        rates[-1] = last
+        assert continued(steps, rates, plan)[100:].tolist() == pytest.approx([1e-4] * 100)
+        assert agree(steps, rates, plan)
+    assert not agree(steps, np.linspace(1e-3, 1e-4, len(steps)), plan)
+    assert not agree(steps, -steps, plan)
+    with pytest.raises(ConfigError, match="above 0"):
+        continued(steps, np.zeros(len(steps)), plan)
 
 
 # ---------------------------------------------------------------- logs
@@ -284,6 +357,33 @@ def test_tensorboard_event_files(tmp_path: Path) -> None:
     assert log.rates.tolist() == pytest.approx([1e-3] * len(steps), rel=1e-6)
 
 
+def test_event_files_of_several_runs_are_not_one_curve(tmp_path: Path) -> None:
+    """A run that was resumed goes on in a file of its own; two that begin alike are two runs."""
+    tensorboard = pytest.importorskip("torch.utils.tensorboard")
+    steps, losses, _ = made_up()
+
+    def write(folder: Path, number: int, kept: slice, off: float = 0.0) -> None:
+        name = folder / f"events.out.tfevents.{number}.host"
+        with tensorboard.SummaryWriter(str(folder / "new")) as writer:
+            writer.add_scalar("loss", float(losses[kept][0] + off), int(steps[kept][0]))
+            for step, loss in zip(steps[kept][1:], losses[kept][1:], strict=True):
+                writer.add_scalar("loss", float(loss + off), int(step))
+        (written,) = (folder / "new").glob("events*")
+        written.rename(name)
+
+    write(tmp_path / "resumed", 1, slice(0, 60), 0.5)
+    write(tmp_path / "resumed", 2, slice(40, 100))
+    log = read_log(tmp_path / "resumed")
+    assert log.steps.tolist() == steps[:100].tolist()
+    assert log.losses[40:].tolist() == pytest.approx(losses[40:100].tolist(), rel=1e-6)
+    assert "goes back from step 2760 to 2000: 20 losses" in log.notes[0]
+    write(tmp_path / "two", 1, slice(0, 100), 0.5)
+    write(tmp_path / "two", 2, slice(0, 60))
+    with pytest.raises(ConfigError, match=r"several runs.*tfevents\.1.*tfevents\.2"):
+        read_log(tmp_path / "two")
+    assert len(read_log(tmp_path / "two" / "events.out.tfevents.2.host").steps) == 60
+
+
 def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> float:
     """Final loss that the command foretells."""
     assert main(["forecast", *arguments, "--schedule", SCHEDULE, "--json"]) == 0
@@ -337,7 +437,7 @@ def test_losses_that_are_not_finite_are_left_out_where_the_run_went_on() -> None
 
 def read_rows(steps: np.ndarray, losses: np.ndarray) -> Log:
     rows = [{"step": float(s), "loss": float(v)} for s, v in zip(steps, losses, strict=True)]
-    return logs._log("a.csv", ["step", "loss"], rows, Columns())
+    return logs._log("a.csv", ("step", "loss", None), rows)
 
 
 #: Tables as programs and people write them: head and the form of a row; x is a figure that is no loss.
@@ -371,6 +471,44 @@ def test_a_decimal_comma_is_one_where_semicolons_set_cells_apart(tmp_path: Path)
     path = tmp_path / "log.csv"
     path.write_text("step;loss\n1;2,5\n2;2,25\n")
     assert read_log(path).losses.tolist() == [2.5, 2.25]
+
+
+#: Tables with a mark that is no number's, and what is said of it.
+MARKS = {
+    "comma between thousands": ('step,loss\n900,3\n"1,000",2\n', "'1,000', which is no number"),
+    "point between thousands": ("step;loss\n900;3,5\n1.040;2,5\n", "1.04 is no whole number"),
+    "epochs": ("step,loss\n0.5,3\n1,2\n", "0.5 is no whole number"),
+    "a word": ("step,loss\n1,3\n2,diverged\n", "'diverged', which is no number"),
+}
+
+
+@pytest.mark.parametrize("name", MARKS)
+def test_cells_that_are_no_numbers_are_not_passed_over(tmp_path: Path, name: str) -> None:
+    content, said = MARKS[name]
+    (tmp_path / "a.csv").write_text(content)
+    with pytest.raises(ConfigError, match=said):
+        read_log(tmp_path / "a.csv")
+
+
+def test_empty_cells_and_a_head_in_the_middle_are_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("step,loss\n1,3\n2,\n3,None\n4,N/A\nstep,loss\n5,2\n")
+    assert read_log(tmp_path / "a.csv").steps.tolist() == [1, 5]
+
+
+def test_a_torn_row_of_a_table_is_left_out(tmp_path: Path) -> None:
+    whole = "step,loss,lr\n10,3.125,0.001\n20,2.875,0.001\n30,2.75"
+    for tail, count in (("", 2), ("0,0.001", 3), ("0,0.0", 2), ("0,0.001\n", 3)):
+        (tmp_path / "a.csv").write_text(whole + tail)
+        log = read_log(tmp_path / "a.csv")
+        assert len(log.steps) == count
+        assert ("torn" in "".join(log.notes)) == (count == 2)
+
+
+def test_a_count_of_all_steps_comes_before_one_within_the_epoch(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("epoch,step,global_step,loss\n0,1,1,3\n1,1,2,2\n")
+    assert read_log(tmp_path / "a.csv").steps.tolist() == [1, 2]
+    (tmp_path / "a.csv").write_text('"Step","train/global_step","train/loss"\n0,50,3\n1,100,2\n')
+    assert read_log(tmp_path / "a.csv").steps.tolist() == [50, 100]
 
 
 def test_rows_of_evaluation_are_no_training_losses(tmp_path: Path) -> None:
@@ -446,6 +584,16 @@ def test_the_command_tells_the_forecast(tmp_path: Path, capsys: pytest.CaptureFi
     text = capsys.readouterr().out
     assert "step 2,000 of 8,000" in text
     assert "power law without learning rates" in text
+
+
+def test_rates_that_do_not_follow_the_schedule_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    steps, losses, rates = made_up()
+    for logged, count in ((rates, 0), (np.ones(TOTAL), 1)):
+        rows = [f"{s:g},{v:.8g},{logged[int(s) - 1]:.8g}" for s, v in zip(steps[:100], losses[:100], strict=True)]
+        (tmp_path / "a.csv").write_text("\n".join(["step,loss,lr", *rows]) + "\n")
+        command = ["forecast", str(tmp_path / "a.csv"), "--schedule", SCHEDULE, "--steps", str(TOTAL), "--json"]
+        assert main(command) == 0
+        assert sum("do not follow" in note for note in json.loads(capsys.readouterr().out)["notes"]) == count
 
 
 def test_the_command_says_what_it_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,8 @@ Array = NDArray[np.float64]
 
 #: Blocks that a curve is averaged into.
 MAX_BLOCKS = 200
+#: A log that goes back in more than this share of its rows is in no order.
+OUT_OF_ORDER = 0.2
 #: Fewest rows after the warm-up that say anything about a slope.
 MIN_ROWS = 8
 
@@ -36,10 +38,11 @@ class Curve:
 
     @staticmethod
     def of(steps: Sequence[float] | Array, losses: Sequence[float] | Array) -> Curve:
-        """Check and sort rows; of rows with one step the last counts (a run that was resumed wrote them again).
+        """Check and sort rows; of those that a resumed run wrote again the last count (:func:`latest`).
 
         Raises:
-            ConfigError: not equally many, a step that is no number, or losses that are not finite and above 0.
+            ConfigError: not equally many, a step that is no number, steps that begin anew in every epoch, or losses
+                that are not finite and above 0.
         """
         at, loss = np.asarray(steps, dtype=np.float64), np.asarray(losses, dtype=np.float64)
         if at.shape != loss.shape or at.ndim != 1:
@@ -56,10 +59,13 @@ class Curve:
             raise ConfigError(
                 f"the loss at step {at[loss <= 0][0]:g} is {loss[loss <= 0][0]:g}: the law is one of positive losses"
             )
-        last = {step: row for row, step in enumerate(at)}
-        rows = np.array(sorted(last.values(), key=lambda row: at[row]), dtype=np.intp)
+        rows = latest(at)
         at, loss = at[rows], loss[rows]
         return Curve(at, loss, np.ones_like(at), row_noise(loss))
+
+    def scaled(self, factor: float) -> Curve:
+        """The losses in other units."""
+        return Curve(self.steps, self.losses * factor, self.sizes, self.noise)
 
     def until(self, step: float) -> Curve:
         """The rows up to a step."""
@@ -81,6 +87,59 @@ class Curve:
         sizes = np.add.reduceat(self.sizes, edges)
         steps = np.add.reduceat(self.steps * self.sizes, edges) / sizes
         return Curve(steps, np.add.reduceat(self.losses * self.sizes, edges) / sizes, sizes, self.noise)
+
+
+def latest(steps: Array) -> NDArray[np.intp]:
+    """The rows of a log that count, in rising order of their steps, each step once.
+
+    Where a log goes back the run was resumed: what stood there from that step on belongs to another continuation, at
+    whatever steps.  A log that goes back all the time is in no order (the newest row first, several writers); of equal
+    steps the last row counts.
+
+    Args:
+        steps: (n,) as they were written, finite.
+
+    Raises:
+        ConfigError: the steps begin anew several times and never go further, as a count within each epoch does.
+    """
+    back = resumed_at(steps)
+    counts = np.ones(len(steps), dtype=bool)
+    if len(back):
+        _refuse_epochs(steps, back)
+        ends = np.full(len(steps), np.inf)
+        ends[back - 1] = steps[back]  # a row counts if it lies before all that later parts begin with
+        counts = steps < np.minimum.accumulate(ends[::-1])[::-1]
+    kept = np.flatnonzero(counts)
+    order = kept[np.argsort(steps[kept], kind="stable")]
+    last = np.append(steps[order][1:] != steps[order][:-1], True)[: len(order)]
+    found: NDArray[np.intp] = order[last]
+    return found
+
+
+def resumed_at(steps: Array) -> NDArray[np.intp]:
+    """Rows whose step lies before that of the row above; none where a log is in no order."""
+    moves = np.diff(steps)
+    back = np.flatnonzero(moves < 0) + 1
+    found: NDArray[np.intp] = back if len(back) <= OUT_OF_ORDER * np.count_nonzero(moves) else back[:0]
+    return found
+
+
+def _refuse_epochs(steps: Array, back: NDArray[np.intp]) -> None:
+    """Refuse parts that all begin anew and end alike, and a last one that does not go beyond them.
+
+    Raises:
+        ConfigError: that is so.
+    """
+    if len(back) < 2:
+        return
+    firsts, lasts = steps[back], steps[np.append(back - 1, len(steps) - 1)]
+    spacing = float(np.median(np.abs(np.diff(steps))))
+    anew = firsts.max() <= steps.min() + spacing  # and not where a checkpoint lay, each time
+    if anew and np.ptp(lasts[:-1]) <= spacing and lasts[-1] <= lasts[:-1].max() + spacing:
+        raise ConfigError(
+            f"the steps begin anew {len(back)} times and never go beyond {lasts.max():g}, as a count within each epoch "
+            "does: a forecast needs the optimizer steps of the whole run"
+        )
 
 
 def row_noise(losses: Array) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,9 @@ from .prior import Prior
 OUTLIER = 2.0
 #: The law's own error is smooth along a curve: it averages out over as many rows as this, however many there are.
 SMOOTH_ROWS = 40
+#: Share of the rows that say whether the law describes a curve (single spikes do not), the share that is its end, and
+#: how many standard errors of the end's rows are left to their noise.
+WITHOUT_SPIKES, AT_THE_END, NOISE_ERRORS = 0.9, 0.125, 3.0
 LEAST_LOSS = 1e-12
 
 
@@ -31,6 +35,7 @@ class Fit:
         start: progress at the first row that was fitted.
         first: loss there.
         evidence: logarithm of the probability of the data under the prior, up to a constant of the data.
+        off: how far the law is from the curves beyond their rows' noise, in ln L: over all of one, or at its end.
     """
 
     theta: Array
@@ -38,6 +43,7 @@ class Fit:
     start: float
     first: float
     evidence: float
+    off: float = 0.0
 
     @property
     def shape(self) -> Array:
@@ -73,11 +79,11 @@ def fit(curves: Sequence[tuple[Curve, Plan]], prior: Prior, *, discrepancy: floa
     Raises:
         ConfigError: fewer than 8 rows after the warm-up, or scipy is missing.
     """
-    off = prior.discrepancy if discrepancy is None else discrepancy
+    told = prior.discrepancy if discrepancy is None else discrepancy
     parts = [_usable(curve, plan) for curve, plan in curves]
     weights = []
     for part in parts:
-        smooth = off**2 * max(1.0, len(part.steps) / SMOOTH_ROWS)
+        smooth = told**2 * max(1.0, len(part.steps) / SMOOTH_ROWS)
         weights.append(1 / np.sqrt(smooth + part.noise**2 / part.sizes))
     mean, spread = prior.around(float(parts[0].losses[0]), float(np.mean([part.losses[-1] for part in parts])))
     plans = [plan for _, plan in curves]
@@ -95,7 +101,17 @@ def fit(curves: Sequence[tuple[Curve, Plan]], prior: Prior, *, discrepancy: floa
     covariance = np.linalg.pinv(precision, hermitian=True)
     evidence = -found.cost - 0.5 * float(np.linalg.slogdet(precision)[1]) - float(np.log(spread).sum())
     evidence += sum(float(np.log(weight).sum()) for weight in weights)
-    return Fit(found.x, covariance, start, float(parts[0].losses[0]), evidence)
+    off = max(_beyond_noise(found.x, part, plan, start) for part, plan in zip(parts, plans, strict=True))
+    return Fit(found.x, covariance, start, float(parts[0].losses[0]), evidence, off)
+
+
+def _beyond_noise(theta: Array, part: Curve, plan: Plan, start: float) -> float:
+    """How far the law is from a curve beyond its rows' noise: over all of it, or at its end, whichever is more."""
+    residuals = np.log(_positive(losses(theta, plan, part.steps, start))) - np.log(part.losses)
+    kept = np.sort(residuals**2 - part.noise**2 / part.sizes)[: math.ceil(WITHOUT_SPIKES * len(residuals))]
+    last = math.ceil(AT_THE_END * len(residuals))
+    end = abs(float(np.median(residuals[-last:]))) - NOISE_ERRORS * part.noise / math.sqrt(part.sizes[-last:].sum())
+    return max(math.sqrt(max(0.0, float(kept.mean()))), end)
 
 
 def _usable(curve: Curve, plan: Plan) -> Curve:

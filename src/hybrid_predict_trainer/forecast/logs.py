@@ -22,12 +22,13 @@ import numpy as np
 
 from ..records import ConfigError
 from ..safe_files import read_json_object, read_lines, read_text
-from .curve import Array
+from .curve import Array, latest, resumed_at
 
 #: Longest table that is read, bytes.
 MAX_BYTES = 500_000_000
 #: Usual names, the better known first; compared without case, and behind the last "/" or " - " too.
-STEP_NAMES = ("step", "global_step", "_step", "trainer/global_step", "iteration", "iter", "steps", "n")
+#: A count of all steps comes before one that may begin anew in every epoch, or count what was written.
+STEP_NAMES = ("trainer/global_step", "global_step", "step", "_step", "iteration", "iter", "steps", "n")
 LOSS_NAMES = ("loss", "train_loss", "train/loss", "training_loss", "train_loss_step", "val_loss", "eval_loss",
               "valid_loss", "validation_loss", "lm_loss")  # fmt: skip
 #: What a name has in it where none is usual.
@@ -36,6 +37,8 @@ RATE_NAMES = ("lr", "learning_rate", "learning-rate", "rate", "lr-adamw", "lr-ad
 #: Logs by their usual names, in a folder of a run.
 IN_FOLDERS = ("metrics.jsonl", "trainer_state.json", "metrics.csv")
 EVENT_FILES = "events.out.tfevents.*"
+#: What stands in a cell without a number.
+BLANKS = ("", "-", "--", "none", "null", "na", "n/a", "<na>", "undefined")
 #: Weights & Biases adds the least and largest value of each point.
 SPREADS = ("__MIN", "__MAX")
 
@@ -119,17 +122,35 @@ def _table(path: Path, columns: Columns) -> Log:
     if not head.strip():
         raise ConfigError(f"{path}: is empty")
     separator = max(",;\t", key=head.count)
-    stream = io.StringIO(text)
+    reader = csv.reader(io.StringIO(text), delimiter=separator, skipinitialspace=True)
     try:
-        heads = [name.strip() for name in next(csv.reader(stream, delimiter=separator, skipinitialspace=True))]
-        reader = csv.DictReader(stream, heads, delimiter=separator, skipinitialspace=True)
-        rows: list[dict[str, Any]] = list(reader)
+        heads = [name.strip() for name in next(reader)]
+        names = [name for name in heads if name and not name.endswith(SPREADS)]
+        found = _columns(str(path), names, columns)
+        asked = {name: heads.index(name) for name in found if name is not None}
+        rows: list[Mapping[str, Any]] = []
+        cells: list[str] = []
+        for cells in reader:  # only what is asked for is kept: a log of a million rows may have twenty columns
+            rows.append({name: cells[at] for name, at in asked.items() if at < len(cells)})
     except csv.Error as error:
         raise ConfigError(f"{path}: is no table: {error}") from None
-    names = [name for name in heads if name and not name.endswith(SPREADS)]
     if separator == ";":  # where numbers have a decimal comma, cells are set apart by semicolons
-        rows = [{k: v.replace(",", ".") if isinstance(v, str) else v for k, v in row.items()} for row in rows]
-    return _log(str(path), names, rows, columns)
+        rows = [{name: cell.replace(",", ".") for name, cell in row.items()} for row in rows]
+    notes: tuple[str, ...] = ()
+    if not text.endswith(("\n", "\r")) and _torn(rows, cells, heads):
+        rows.pop()
+        notes = (f"the last line of {path.name} is torn and has been left out",)
+    return _log(str(path), found, rows, notes=notes)
+
+
+def _torn(rows: Sequence[Mapping[str, Any]], cells: Sequence[str], heads: Sequence[str]) -> bool:
+    """Whether the last line, which has no end, was cut: within its cells, or in the last one's digits."""
+    if len(rows) < 2 or not cells:
+        return False
+    name = heads[len(cells) - 1] if len(cells) <= len(heads) else ""
+    others = [len(row[name]) for row in rows[:-1] if row.get(name)]
+    cut = name in rows[-1] and bool(others) and len(cells[-1]) < min(others)
+    return cut or len(cells) < len(heads)
 
 
 def _json_lines(path: Path, columns: Columns) -> Log:
@@ -153,7 +174,7 @@ def _json_lines(path: Path, columns: Columns) -> Log:
         rows = [row for row in ours if row.get("phase") != "predict" and not row.get("was_predicted")]
     names = list(dict.fromkeys(name for row in rows for name in row))
     notes = (f"the last line of {path.name} is torn and has been left out",) if torn else ()
-    return _log(str(path), names, rows, columns, notes=notes)
+    return _log(str(path), _columns(str(path), names, columns), rows, notes=notes)
 
 
 def _trainer_state(path: Path, columns: Columns) -> Log:
@@ -164,7 +185,7 @@ def _trainer_state(path: Path, columns: Columns) -> Log:
     total = found.get("max_steps")
     names = list(dict.fromkeys(name for row in rows for name in row))
     known = total if isinstance(total, int) and total > 0 else None
-    return _log(str(path), names, rows, columns, total_steps=known)
+    return _log(str(path), _columns(str(path), names, columns), rows, total_steps=known)
 
 
 def _events(path: Path, columns: Columns) -> Log:
@@ -175,7 +196,26 @@ def _events(path: Path, columns: Columns) -> Log:
         raise ConfigError(
             f'{path}: reading event files needs tensorboard; run: pip install "hybrid-predict-trainer[tensorboard]"'
         ) from None
-    events = module.EventAccumulator(str(path), size_guidance={"scalars": 0, "tensors": 0})
+    files = sorted(path.glob(EVENT_FILES)) if path.is_dir() else [path]
+    parts = [_events_of(module, file) for file in files]
+    rows = [row for part in parts for row in part]
+    found = _columns(str(path), list(dict.fromkeys(name for row in rows for name in row)), columns)
+    begun: dict[Path, float] = {}
+    for file, part in zip(files, parts, strict=True):
+        steps = [row["step"] for row in part if found[1] in row]
+        if steps and begun and min(steps) <= min(begun.values()):
+            raise ConfigError(
+                f"{path}: holds the event files of several runs, each from its beginning; give one of "
+                f"{', '.join(str(p) for p in [*begun, file][:5])}"
+            )
+        if steps:
+            begun[file] = min(steps)
+    return _log(str(path), found, rows)
+
+
+def _events_of(module: Any, file: Path) -> list[dict[str, Any]]:
+    """Rows of one event file, in order of steps."""
+    events = module.EventAccumulator(str(file), size_guidance={"scalars": 0, "tensors": 0})
     events.Reload()
     rows: dict[int, dict[str, Any]] = {}
     for tag in events.Tags()["scalars"]:
@@ -186,18 +226,18 @@ def _events(path: Path, columns: Columns) -> Log:
             value = importlib.import_module("tensorboard.util.tensor_util").make_ndarray(event.tensor_proto)
             if value.size == 1 and value.dtype.kind in "fiu":  # a text is a tensor as well
                 rows.setdefault(event.step, {"step": event.step})[tag] = float(value.reshape(()))
-    names = list(dict.fromkeys(name for row in rows.values() for name in row))
-    return _log(str(path), names, [rows[step] for step in sorted(rows)], columns)
+    return [rows[step] for step in sorted(rows)]
 
 
 # ---- columns -----------------------------------------------------------------------------------------------
 
 
-def _log(
-    where: str, names: Sequence[str], rows: Sequence[Mapping[str, Any]], columns: Columns, *,
-    total_steps: int | None = None, notes: tuple[str, ...] = (),
-) -> Log:  # fmt: skip
-    """Find the columns and take their numbers."""
+def _columns(where: str, names: Sequence[str], columns: Columns) -> tuple[str, str, str | None]:
+    """The columns of the steps, the losses and, where there is one, the rates.
+
+    Raises:
+        ConfigError: there is no step, no loss, or several of one.
+    """
     step = _chosen(where, names, columns.step, STEP_NAMES, "step")
     loss = _chosen(where, names, columns.loss, LOSS_NAMES, "loss")
     rate = _chosen(where, names, columns.rate, RATE_NAMES, "rate", needed=False)
@@ -207,15 +247,44 @@ def _log(
             f"{where}: has no column that is called like a {missing}; name it with --{missing}-column "
             f"(there are: {', '.join(map(str, names[:20])) or 'none'})"
         )
-    steps, losses = _pairs(rows, step, loss)
+    return step, loss, rate
+
+
+def _log(
+    where: str, columns: tuple[str, str, str | None], rows: Sequence[Mapping[str, Any]], *,
+    total_steps: int | None = None, notes: tuple[str, ...] = (),
+) -> Log:  # fmt: skip
+    """Take the numbers of the columns of :func:`_columns`."""
+    step, loss, rate = columns
+    steps, losses = _pairs(where, rows, step, loss)
     if not len(steps):
         raise ConfigError(f"{where}: the column {loss!r} holds no number beside a step")
+    parts = steps != np.floor(steps)
+    if parts.any():
+        raise ConfigError(
+            f"{where}: the step {steps[parts][0]:g} is no whole number: a forecast counts optimizer steps, no epochs, "
+            "and knows no marks within a number"
+        )
+    steps, losses, resumed = _last_written(steps, losses)
     steps, losses, gaps = _without_gaps(steps, losses)
-    rate_steps, rates = _pairs(rows, step, rate) if rate is not None else (np.zeros(0), np.zeros(0))
+    rate_steps, rates = _pairs(where, rows, step, rate) if rate is not None else (np.zeros(0), np.zeros(0))
+    order = latest(rate_steps)
     return Log(
-        steps=steps, losses=losses, rate_steps=rate_steps, rates=rates, total_steps=total_steps, loss_name=loss,
-        notes=(*notes, *gaps),
+        steps=steps, losses=losses, rate_steps=rate_steps[order], rates=rates[order], total_steps=total_steps,
+        loss_name=loss, notes=(*notes, *resumed, *gaps),
     )  # fmt: skip
+
+
+def _last_written(steps: Array, losses: Array) -> tuple[Array, Array, tuple[str, ...]]:
+    """The rows that count in order of their steps, and a note where a resumed run wrote others anew."""
+    order, back = latest(steps), resumed_at(steps)
+    if not len(back):
+        return steps[order], losses[order], ()
+    note = (
+        f"the log goes back from step {steps[back[-1] - 1]:g} to {steps[back[-1]]:g}: {len(steps) - len(order)} losses "
+        "that were written before have been left out"
+    )
+    return steps[order], losses[order], (note,)
 
 
 def _without_gaps(steps: Array, losses: Array) -> tuple[Array, Array, tuple[str, ...]]:
@@ -264,13 +333,25 @@ def _last(name: str) -> str:
     return name.lower().rsplit(" - ", 1)[-1].rsplit("/", 1)[-1]
 
 
-def _pairs(rows: Iterable[Mapping[str, Any]], step: str, value: str) -> tuple[Array, Array]:
-    """Rows that have a number in both columns; a value that says NaN or infinity is kept, for the fit to refuse."""
-    found = []
+def _pairs(where: str, rows: Iterable[Mapping[str, Any]], step: str, value: str) -> tuple[Array, Array]:
+    """Rows that have a number in both columns; a value that says NaN or infinity is kept, for the fit to refuse.
+
+    Raises:
+        ConfigError: among numbers there is a text that is none: steps with marks between thousands are not passed over.
+    """
+    found, strange = [], ""
     for row in rows:
-        at, what = _number(row.get(step)), _number(row.get(value))
+        cells = row.get(step), row.get(value)
+        at, what = _number(cells[0]), _number(cells[1])
         if at is not None and what is not None and math.isfinite(at):
             found.append((at, what))
+            continue
+        for name, cell, number in zip((step, value), cells, (at, what), strict=True):
+            # a head that is written again where a program went on with a file is no cell
+            if number is None and isinstance(cell, str) and cell.strip().lower() not in (*BLANKS, name.strip().lower()):
+                strange = strange or f"{where}: the column {name!r} holds {cell[:40]!r}, which is no number"
+    if found and strange:
+        raise ConfigError(strange)
     pairs = np.array(found, dtype=np.float64).reshape(-1, 2)
     return pairs[:, 0], pairs[:, 1]
 

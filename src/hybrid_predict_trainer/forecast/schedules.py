@@ -20,6 +20,8 @@ NAMES = ("constant", "cosine", "linear", "stages", "wsd")
 SHAPES = ("linear", "exp", "cosine", "sqrt")
 #: Longest plan: a vector of rates of this length takes 800 MB.
 MAX_STEPS = 100_000_000
+#: Logged rates follow a schedule where they are off by less than this share of its peak, but for this share of rows.
+ALIKE, NOT_ALIKE = 0.05, 0.1
 #: Rate at the end of an exponential decay where none is said: it has no zero.
 LEAST_FINAL = 0.01
 
@@ -43,6 +45,11 @@ def planned_rates(schedule: str, total_steps: int) -> Array:
         raise ConfigError(f"unknown schedule {name!r}{hint} (valid: {', '.join(NAMES)})")
     said, stages, shape = _parsed(name, rest)
     warmup = int(said.get("warmup", 0))
+    if warmup != said.get("warmup", 0):
+        raise ConfigError(f"schedule {schedule!r}: warmup is told in whole steps, not {said['warmup']:g}")
+    early = [step for step in stages if step < warmup]
+    if early:
+        raise ConfigError(f"schedule {schedule!r}: step {early[0]} lies within the warm-up of {warmup} steps")
     if warmup >= total_steps:
         raise ConfigError(f"schedule {schedule!r}: a warm-up of {warmup} steps does not end within {total_steps}")
     after = np.arange(1, total_steps + 1 - warmup, dtype=np.float64)
@@ -125,7 +132,7 @@ def continued(steps: Array, rates: Array, plan: Array) -> Array:
         plan: (T,) of the whole run; scaled to the log where both overlap.
 
     Raises:
-        ConfigError: the log goes beyond the plan.
+        ConfigError: the log goes beyond the plan, or has no rate above 0.
     """
     last = int(steps[-1])
     if last > len(plan):
@@ -134,10 +141,42 @@ def continued(steps: Array, rates: Array, plan: Array) -> Array:
     logged = np.interp(at, steps, rates)
     first = int(steps[0])
     before = plan[: max(0, first - 1)]
-    ahead = plan[last - 1]
     if rates.max() <= 0:
-        raise ConfigError("all logged learning rates are 0")
-    scale = rates[-1] / ahead if ahead > 0 and rates[-1] > 0 else rates.max() / plan.max()
+        raise ConfigError("no logged learning rate is above 0")
+    scale = _scale(steps, rates, plan)
     logged[: len(before)] = before * scale
     found: Array = np.concatenate([logged, plan[last:] * scale])
     return found
+
+
+def _scale(steps: Array, rates: Array, plan: Array) -> float:
+    """Rate of the log over that of the plan.
+
+    The middle of all rows where the two go alike: the last row alone may have the rate of the step after it, or one
+    that was rounded to 0.  Where they do not go alike the plan goes on from the last row.
+    """
+    ahead = float(plan[int(steps[-1]) - 1])
+    if agree(steps, rates, plan):
+        return _middle(steps, rates, plan)
+    return float(rates[-1] / ahead if ahead > 0 and rates[-1] > 0 else rates.max() / plan.max())
+
+
+def _middle(steps: Array, rates: Array, plan: Array) -> float:
+    """Median of the logged rates over the plan's, where both are above 0; 0 where they nowhere are."""
+    there = plan[np.clip(steps.astype(np.intp), 1, len(plan)) - 1]
+    both = (there > 0) & (rates > 0)
+    return float(np.median(rates[both] / there[both])) if both.any() else 0.0
+
+
+def agree(steps: Array, rates: Array, plan: Array) -> bool:
+    """Whether logged rates follow a plan but for their size: nine rows in ten within a twentieth of the peak.
+
+    Args:
+        steps: (n,) of the log.
+        rates: (n,) logged at them.
+        plan: (T,).
+    """
+    scale = _middle(steps, rates, plan)
+    there = scale * plan[np.clip(steps.astype(np.intp), 1, len(plan)) - 1]
+    off = np.abs(rates - there) > ALIKE * scale * plan.max()
+    return scale > 0 and float(np.mean(off)) <= NOT_ALIKE

@@ -12,7 +12,7 @@ from ...forecast.curve import Array, Curve
 from ...forecast.final_loss import Forecast, forecast
 from ...forecast.logs import Columns, Log, read_log
 from ...forecast.prior import shipped
-from ...forecast.schedules import continued, planned_rates
+from ...forecast.schedules import agree, continued, planned_rates
 from ...sweeps.finished import Finished, forecast_among
 from ...tasks.recipes import lr_factor
 from ..arms.options import InputError, build_experiment
@@ -55,13 +55,13 @@ def answer(question: Question) -> dict[str, Any]:
         ConfigError: the log cannot be read, or holds too little.
     """
     log = read_log(question.run, question.columns)
-    plan = _plan(question, log)
+    plan, notes = _plan(question, log)
     curve = Curve.of(log.steps, log.losses)
     if question.until is not None:
         curve = curve.until(question.until)
     found = _foretold(question, curve, plan)
     said = asdict(found)
-    return {"run": str(question.run), "loss": log.loss_name, **said, "notes": [*log.notes, *found.notes]}
+    return {"run": str(question.run), "loss": log.loss_name, **said, "notes": [*log.notes, *notes, *found.notes]}
 
 
 def _foretold(question: Question, curve: Curve, plan: Array) -> Forecast:
@@ -86,8 +86,7 @@ def _ended(path: Path, question: Question) -> Finished:
     if path.is_dir() and (path / "run.json").is_file():
         rates = recipe_rates(path, last)
     elif kept.sum() >= 2:
-        order = np.argsort(log.rate_steps[kept], kind="stable")
-        rates = np.interp(np.arange(1, last + 1), log.rate_steps[kept][order], log.rates[kept][order])
+        rates = np.interp(np.arange(1, last + 1), log.rate_steps[kept], log.rates[kept])
     elif question.schedule is not None:
         rates = planned_rates(question.schedule, last)
     else:
@@ -95,10 +94,10 @@ def _ended(path: Path, question: Question) -> Finished:
     return Finished(steps=log.steps, losses=log.losses, rates=rates)
 
 
-def _plan(question: Question, log: Log) -> Array:
-    """The rate of every step: logged ones as far as there are any, then the schedule's."""
+def _plan(question: Question, log: Log) -> tuple[Array, tuple[str, ...]]:
+    """The rate of every step: logged ones as far as there are any, then the schedule's; a note where they differ."""
     if question.schedule is None and question.run.is_dir() and (question.run / "run.json").is_file():
-        return recipe_rates(question.run, question.steps)
+        return recipe_rates(question.run, question.steps), ()
     total = question.steps or log.total_steps
     if question.schedule is None or total is None:
         missing = "--schedule" if question.schedule is None else "--steps"
@@ -109,9 +108,14 @@ def _plan(question: Question, log: Log) -> Array:
     planned = planned_rates(question.schedule, total)
     kept = np.isfinite(log.rates) & (log.rate_steps >= 1)
     if kept.sum() < 2:
-        return planned
-    order = np.argsort(log.rate_steps[kept], kind="stable")
-    return continued(log.rate_steps[kept][order], log.rates[kept][order], planned)
+        return planned, ()
+    steps, rates = log.rate_steps[kept], log.rates[kept]
+    whole = continued(steps, rates, planned)
+    note = (
+        f"the logged learning rates do not follow --schedule {question.schedule} over {total:,} steps: the forecast is "
+        f"of a run that goes on as that schedule does after step {steps[-1]:,.0f}"
+    )
+    return whole, () if agree(steps, rates, planned) else (note,)
 
 
 def recipe_rates(folder: Path, steps: int | None) -> Array:
