@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
+from hybrid_predict_trainer import ConfigError
 from hybrid_predict_trainer.cli import main
-from hybrid_predict_trainer.experiments.validation import gradients, losses, plain, program
+from hybrid_predict_trainer.experiments.validation import (
+    ablations,
+    accounting,
+    collection,
+    gradients,
+    losses,
+    plain,
+    program,
+)
 from hybrid_predict_trainer.experiments.validation.criteria import Criterion, over_seeds
 from hybrid_predict_trainer.experiments.validation.plain import Recorded, Scale, Sketch
 from hybrid_predict_trainer.forecast import planned_rates
+from hybrid_predict_trainer.tell.sinks import jsonable
 
 
 def quadratic(count: int = 200, width: int = 300) -> np.ndarray:
@@ -138,6 +150,109 @@ def test_a_folder_of_another_version_is_refused(
     error = capsys.readouterr().err
     assert said in error
     assert len(error.splitlines()) == 1
+
+
+#: Ways to damage a stored result within its criteria and results.
+DAMAGE = {
+    "a figure is gone": lambda d: d["criteria"][0].pop("control"),
+    "another kind": lambda d: d["criteria"][0].update(passed="yes"),
+    "a list for a number": lambda d: d["criteria"][0].update(value=[]),
+    "no name": lambda d: d["criteria"][0].update(name=None),
+    "no decision": lambda d: d["results"].update(decision=None),
+    "time": lambda d: d.update(cpu_seconds="long"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_result_that_is_damaged_within_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    monkeypatch.setattr(program, "record", lambda scale, seed, tell: run_of(0.01, seed))
+    arguments = ["validate", "--experiment", "2", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    path = tmp_path / "experiment2-tiny-seed1.json"
+    found = json.loads(path.read_text())
+    DAMAGE[name](found)
+    path.write_text(json.dumps(found))
+    for command in (arguments, ["report", str(tmp_path)]):
+        capsys.readouterr()
+        assert main(command) == 2
+        error = capsys.readouterr().err
+        assert "experiment2-tiny-seed1.json: is damaged" in error
+        assert len(error.splitlines()) == 1
+
+
+def test_seeds_with_other_criteria_and_a_page_without_its_figures_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(program, "record", lambda scale, seed, tell: run_of(0.01, seed))
+    arguments = ["validate", "--experiment", "2", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    path = tmp_path / "experiment2-tiny-seed1.json"
+    whole = json.loads(path.read_text())
+    for damaged, command in (
+        ({**whole, "criteria": whole["criteria"][1:]}, arguments),
+        ({**whole, "results": {"decision": "stop"}}, ["report", str(tmp_path)]),
+    ):
+        path.write_text(json.dumps(damaged))
+        capsys.readouterr()
+        assert main(command) == 2
+        error = capsys.readouterr().err
+        assert "holds a result that is damaged" in error
+        assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "runs", [[None], [{"value": 3}], [{"value": 1, "gap": [], "zero_gap": 0, "share": 0, "jumps": 0}]]
+)
+def test_damaged_ablations_and_accounts_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], runs: list[object]
+) -> None:
+    config = jsonable(asdict(program.SCALES["tiny"]))
+    path = tmp_path / "ablation-horizon-tiny-seed0.json"
+    path.write_text(json.dumps({"format": ablations.FORMAT, "config": config, "runs": runs}))
+    assert main(["validate", "--ablation", "horizon", "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert f"{path}: is damaged" in error
+    assert len(error.splitlines()) == 1
+    path = tmp_path / "account-tiny.json"
+    account = {"format": accounting.FORMAT, "config": config, "runs": {"plain": runs[0]}, "per_step": {}}
+    path.write_text(json.dumps(account))
+    with pytest.raises(ConfigError, match=r"account-tiny\.json: is damaged"):
+        accounting.kept(tmp_path, "tiny", lambda line: None)
+
+
+def test_what_could_not_be_collected_is_collected_the_next_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A full disk is one line, and the result, which says that all is there, is not written."""
+
+    def whole(seed: int) -> Recorded:
+        found = run_of(0.01, seed)
+        return replace(found, gradient_norms=np.ones(len(found.losses)))
+
+    monkeypatch.setattr(program, "record", lambda scale, seed, tell: whole(seed))
+    arguments = ["validate", "--experiment", "2", "--out", str(tmp_path), "--collect"]
+    real = collection.save_file
+
+    def full(tensors: object, path: str) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(collection, "save_file", full)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "gradients.safetensors" in error
+    assert "No space left" in error
+    assert "Traceback" not in error
+    assert not list(tmp_path.glob("experiment*"))
+    monkeypatch.setattr(collection, "save_file", real)
+    assert main(arguments) == 0
+    assert "left nothing" not in capsys.readouterr().err
+    (tmp_path / "collected" / "tiny-seed1" / "metrics.jsonl").unlink()
+    assert main(arguments) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "left nothing" in line]
+    assert len(said) == 1
+    assert "seed1" in said[0]
 
 
 def test_one_seed_and_a_torn_file_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ from ..experiments.downstream import harness
 from ..experiments.extras import require
 from ..experiments.run_folder import locked
 from ..experiments.validation import ablations, acceptance, accounting, program
+from ..experiments.validation.stored import read_from
 from ..records import ConfigError
 from ..safe_files import write_named
 from .arguments import INTERRUPTED, OK, complain, show
@@ -56,7 +57,9 @@ def _measured(args: argparse.Namespace) -> tuple[dict[str, Any], str, str]:
     if not args.acceptance:
         return found, program.format_text(found), program.markdown(found)
     account = accounting.kept(args.out, args.scale, _tell, args.grid_factor)
-    tables = acceptance.tables(found, account)
+    with read_from(args.out):
+        tables = acceptance.tables(found, account)
+        text, markdown = acceptance.format_text(tables), acceptance.markdown(tables)
     shown = {"scale": args.scale, "seeds": args.seeds, "tables": tables, "account": account,
              "hypotheses": found["hypotheses"]}  # fmt: skip
-    return shown, acceptance.format_text(tables), acceptance.markdown(tables)
+    return shown, text, markdown

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from safetensors import SafetensorError
 
 from ...config.preset_text import format_preset
 from ...config.presets import AUTO, CLOSED_FORM, PRESETS, choose
@@ -36,7 +37,7 @@ def as_input_error() -> Iterator[None]:
     except OSError as error:
         told = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
         raise InputError(one_line(told)) from error
-    except (ValueError, ModuleNotFoundError) as error:
+    except (ValueError, ModuleNotFoundError, SafetensorError) as error:  # the last where a disk is full or a file torn
         raise InputError(one_line(str(error))) from error
 
 

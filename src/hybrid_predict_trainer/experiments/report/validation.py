@@ -14,6 +14,7 @@ from ...forecast.final_loss import forecast
 from ...numerics.calibration import calibration_error, reliability_curve
 from ...records import ConfigError
 from ..validation import program
+from ..validation.stored import read_from
 from . import charts as svg
 from .charts import escape
 from .confidence import Point, reliability_chart
@@ -44,10 +45,11 @@ def page(folder: Path) -> str:
         raise ConfigError(f"{folder}: its results are of no scale that this version knows")
     sections = ["<h1>Can training be predicted?</h1>"]
     for one in found:
-        sections += [
-            _hypotheses(one), _criteria(one), _horizons(one), _spectra(one), _reliability(one), _hybrid(one),
-            _cones(folder, one),
-        ]  # fmt: skip
+        with read_from(folder):
+            sections += [
+                _hypotheses(one), _criteria(one), _horizons(one), _spectra(one), _reliability(one), _hybrid(one),
+                _cones(folder, one),
+            ]  # fmt: skip
     return whole_page("Validation", [s for s in sections if s])
 
 

@@ -4,7 +4,7 @@ confidence threshold.  Beside each stands the same run with jumps of zero."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from .forced import ForcedRun, forced, plain, zero_of
 from .hybrid import gap
 from .loop import FORECASTERS, WINDOW, task_of
 from .plain import SCALES
+from .stored import read_from
 
 FORMAT = 1
 SHARE = 0.5
@@ -57,15 +58,24 @@ def measure(name: str, scale_name: str, num_seeds: int, out: Path, tell: Callabl
         same = jsonable(asdict(SCALES[scale_name]))
         if stored.get("format") != FORMAT or stored.get("config") != same or not isinstance(stored.get("runs"), list):
             raise ConfigError(f"{path}: is of another version or size, or damaged; delete it or choose another --out")
+        with read_from(path):
+            _over_seeds([stored["runs"]])
         logs.append(stored["runs"])
+    with read_from(out):
+        rows = _over_seeds(logs)
+    return {"ablation": name, "scale": scale_name, "seeds": num_seeds, "rows": rows}
+
+
+def _over_seeds(logs: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Rows by value of what is changed: means over seeds, and the interval of the gap."""
     rows = []
     for same_value in zip(*logs, strict=True):
         gaps = {kind: [_finite(r[kind]) for r in same_value] for kind in ("gap", "zero_gap")}
         told = t_interval(gaps["gap"])
         rows.append({"value": same_value[0]["value"], "gap": told.mean, "interval": told.ends,
-                     "zero_gap": sum(gaps["zero_gap"]) / len(logs), "share": same_value[0]["share"],
+                     "zero_gap": sum(gaps["zero_gap"]) / len(logs), "share": float(same_value[0]["share"]),
                      "jumps": sum(r["jumps"] for r in same_value) / len(logs)})  # fmt: skip
-    return {"ablation": name, "scale": scale_name, "seeds": num_seeds, "rows": rows}
+    return rows
 
 
 def _finite(value: float | None) -> float:

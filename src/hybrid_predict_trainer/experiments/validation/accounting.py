@@ -20,6 +20,7 @@ from ...tell.sinks import jsonable
 from .forced import ForcedRun, Outcome, forced, plain
 from .loop import Loop, task_of
 from .plain import SCALES, Scale
+from .stored import read_from
 
 FORMAT = 1
 
@@ -165,7 +166,8 @@ def kept(out: Path, scale_name: str, tell: Callable[[str], None], grid_factor: f
     whole = isinstance(stored.get("runs"), dict) and isinstance(stored.get("per_step"), dict)
     if not whole or stored.get("format") != FORMAT or stored.get("config") != jsonable(asdict(scale)):
         raise ConfigError(f"{path}: is of another version or size, or damaged; delete it or choose another --out")
-    for run in stored["runs"].values():  # the factor is applied afresh: it is no measurement
-        joules = run["joules"]
-        run["co2_kg"] = None if joules is None else joules / JOULES_PER_KWH * grid_factor
+    with read_from(path):
+        for run in stored["runs"].values():  # the factor is applied afresh: it is no measurement
+            joules = run["joules"]
+            run["co2_kg"] = None if joules is None else joules / JOULES_PER_KWH * grid_factor
     return {**stored, "grid_factor": grid_factor}

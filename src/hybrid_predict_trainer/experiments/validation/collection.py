@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ...safe_files import write_text
 from ...tell.sinks import jsonable
 from .plain import Recorded
 
+#: A file that each experiment leaves; the fourth trains whole runs and leaves none.
+LEAVES = {1: "metrics.jsonl", 2: "metrics.jsonl", 3: "predictions.jsonl", 5: "corrections.jsonl"}
 #: Steps between two gradient vectors that are kept.
 GRADIENTS_EVERY = 10
 
@@ -40,9 +43,9 @@ def collect(folder: Path, number: int, log: Mapping[str, Any], recorded: Recorde
             for step, g in enumerate(recorded.gradients)
             if step % GRADIENTS_EVERY == 0
         }
-        save_file(kept, str(folder / "gradients.safetensors"))
+        _save(kept, folder / "gradients.safetensors")
         for step, weights in recorded.snapshots.items():
-            save_file({"weights": weights}, str(folder / f"weights-{step:06d}.safetensors"))
+            _save({"weights": weights}, folder / f"weights-{step:06d}.safetensors")
     elif number == 3:
         _lines(folder / "predictions.jsonl", results["points"])
         _lines(folder / "predicted_losses.jsonl", results["losses"])
@@ -53,6 +56,23 @@ def collect(folder: Path, number: int, log: Mapping[str, Any], recorded: Recorde
             for e in results["events"]
             for a, b in (("FULL", "PREDICT"), ("PREDICT", "CORRECT"), ("CORRECT", "FULL"))
         ))  # fmt: skip
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Tensors into a file, whose name a refusal says.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    try:
+        save_file(tensors, str(path))
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
+
+
+def kept(folder: Path, number: int) -> bool:
+    """Whether an experiment's run left something in the folder of its scale and seed."""
+    return (folder / LEAVES[number]).is_file()
 
 
 def _lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

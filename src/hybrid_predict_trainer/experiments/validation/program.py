@@ -17,6 +17,7 @@ from ..arms.environment import environment
 from . import collection, corrections, deltas, gradients, hybrid, hypotheses, losses
 from .criteria import Criterion, over_seeds
 from .plain import SCALES, Recorded, Scale, record
+from .stored import read_from
 
 #: Bump where the meaning of a stored result changes.
 FORMAT = 2
@@ -58,7 +59,7 @@ def validate(
     if num_seeds < MIN_SEEDS:
         raise ConfigError(f"--seeds {num_seeds}: one seed has no interval, give at least {MIN_SEEDS}")
     scale = SCALES[scale_name]
-    wanted = [n for n in ORDER if n in experiments]
+    wanted, left = [n for n in ORDER if n in experiments], out / "collected"
     logs: dict[int, list[dict[str, Any]]] = {n: [] for n in wanted}
     for seed in range(num_seeds):
         recorded: Recorded | None = None
@@ -70,11 +71,14 @@ def validate(
                     recorded = recorded or record(scale, seed, tell)
                 found = _log(number, scale_name, scale, seed, recorded, tell)
                 found["cpu_seconds"] = time.process_time() - began
+                if collect:  # before the result, which says that all is there
+                    collection.collect(left / f"{scale_name}-seed{seed}", number, found, recorded)
                 write_text(path, json.dumps(jsonable(found), indent=1) + "\n")
-                if collect:
-                    collection.collect(out / "collected" / f"{scale_name}-seed{seed}", number, found, recorded)
-            logs[number].append(_stored(path, scale))
-    found = {str(n): _judged(n, logs[n]) for n in wanted}
+            elif collect and number != 4 and not collection.kept(left / f"{scale_name}-seed{seed}", number):
+                tell(f"{path}: is kept, and its run left nothing: delete it, or choose another --out, to --collect")
+            logs[number].append(_stored(path, number, scale))
+    with read_from(out):
+        found = {str(n): _judged(n, logs[n]) for n in wanted}
     return {
         "scale": scale_name, "seeds": num_seeds, "environment": environment(), "experiments": found,
         "hypotheses": hypotheses.verdicts(found),
@@ -90,10 +94,11 @@ def kept(out: Path) -> list[dict[str, Any]]:
     found = []
     for scale_name, scale in SCALES.items():
         logs = {
-            n: [_stored(path, scale) for path in sorted(out.glob(f"experiment{n}-{scale_name}-seed*.json"))]
+            n: [_stored(path, n, scale) for path in sorted(out.glob(f"experiment{n}-{scale_name}-seed*.json"))]
             for n in ORDER
         }
-        judged = {str(n): _judged(n, own) for n, own in logs.items() if own}
+        with read_from(out):
+            judged = {str(n): _judged(n, own) for n, own in logs.items() if own}
         if judged:
             seeds = max(len(own) for own in logs.values())
             found.append({"scale": scale_name, "seeds": seeds, "experiments": judged,
@@ -143,7 +148,7 @@ def _log(
     }  # fmt: skip
 
 
-def _stored(path: Path, scale: Scale) -> dict[str, Any]:
+def _stored(path: Path, number: int, scale: Scale) -> dict[str, Any]:
     """A result as it was written.
 
     Raises:
@@ -160,6 +165,9 @@ def _stored(path: Path, scale: Scale) -> dict[str, Any]:
     whole = isinstance(bars, list) and all(isinstance(b, dict) and {"name", "value", "bar"} <= b.keys() for b in bars)
     if not whole or not isinstance(found.get("results"), dict) or "decision" not in found["results"]:
         raise ConfigError(f"{path}: is damaged; delete it to run this seed again")
+    with read_from(path):  # whatever a verdict needs is there, or the file is named while it is known
+        judged = {str(number): _judged(number, [found])}
+        format_text({"scale": "", "seeds": 1, "experiments": judged, "hypotheses": hypotheses.verdicts(judged)})
     return found
 
 
