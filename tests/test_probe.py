@@ -6,6 +6,7 @@ import copy
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -208,6 +209,12 @@ def test_a_bound_is_open() -> None:
     ({"loss": lambda m, b: float(loss_fn(m, b).detach())}, "not float"),
     ({"loss": lambda m, b: {"loss": loss_fn(m, b)}}, "not dict"),
     ({"loss": lambda m, b: (m(b[0]) - b[1]).square()}, r"shape \(64, 1\)"),
+    ({"loader": None}, "not NoneType"), ({"loader": lambda: iter(full_batch())}, "with a seed alone"),
+    ({"loader": lambda seed: 3}, r"loader\(0\) is int"), ({"options": Options(replicates=0)}, "replicates = 0"),
+    ({"options": Options(schedule="cosin")}, "did you mean 'cosine'"),  # type: ignore[arg-type]
+    ({"options": Options(warmup=100)}, "warmup = 100"),
+    ({"options": replace(QUICK, val_fn=lambda m: math.nan)}, "validation loss of the model as it is is nan"),
+    ({"loss": lambda m, b: torch.zeros((), requires_grad=True)}, "does not depend on the weights"),
 ])  # fmt: skip
 def test_what_cannot_be_probed_is_said(change: dict[str, object], said: str) -> None:
     model = network()
@@ -216,6 +223,33 @@ def test_what_cannot_be_probed_is_said(change: dict[str, object], said: str) -> 
     with pytest.raises(ConfigError, match=said) as caught:
         run_probe(model, torch.optim.SGD(model.parameters(), lr=0.1), loader, loss, **asked)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("pending", [False, True])
+def test_a_loss_of_the_users_own_model_is_refused_and_leaves_it_alone(pending: bool) -> None:
+    """A closure over the model that was handed in would have every pilot train that one."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    if pending:
+        loss_fn(model, full_batch()[0]).backward()
+    before = [(p.detach().clone(), None if p.grad is None else p.grad.clone()) for p in model.parameters()]
+    for own in (lambda _, b: loss_fn(model, b), lambda m, b: loss_fn(m, b) + loss_fn(model, b)):
+        with pytest.raises(ConfigError, match="trains copies only: use the model"):
+            run_probe(model, optimizer, full_batch(), own, options=QUICK)
+        for p, (value, grad) in zip(model.parameters(), before, strict=True):
+            assert torch.equal(p, value)
+            assert (p.grad is None) == (grad is None)
+            assert grad is None or torch.equal(p.grad, grad)  # type: ignore[arg-type]
+
+
+def test_a_rate_that_diverges_is_too_large() -> None:
+    model = network()
+    found = run_probe(
+        model, torch.optim.SGD(model.parameters(), lr=1e6), full_batch(), loss_fn, options=replace(QUICK, rates=True)
+    )
+    assert found.learning_rate == "too large"
+    assert "S is not known" in format_text(found)
+    assert found.total.verdict == "unclear"
 
 
 def test_a_model_that_is_all_frozen_is_refused() -> None:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 from torch.optim import Optimizer
@@ -15,12 +15,13 @@ from ...config.presets import PRESETS
 from ...config.settings import HybridTrainerConfig
 from ...config.toml import to_toml, with_values
 from ...records import ConfigError
+from ...tasks.base import unknown_name
 from ...tasks.recipes import lr_factor
 from ..extras import require
 from ..statistics import t_quantile
 from .observe import LAZY_CHANGE, Displacements, is_deterministic, is_pretrained, noise_scale
 from .pilots import NO_JUMPS, PARTS, Pilot, PilotPlan, Replicate, displacements, rates, replicate, train
-from .subject import NUM_HELD, LossFn, Schedule, Subject, checked_loss, untouched
+from .subject import NUM_HELD, LossFn, Schedule, Subject, checked_loss, mean_loss, untouched
 
 Regime = Literal["deterministic", "many epochs", "fine-tuning", "one pass"]
 ScheduleName = Literal["wsd", "linear", "cosine", "constant"]
@@ -134,7 +135,8 @@ def probe(
     if not minutes > 0:
         raise ConfigError(f"minutes = {minutes} must be above 0")
     options = options or Options()
-    for name, count in (("total_steps", total_steps), ("pilot_steps", options.pilot_steps)):
+    counts = {"total_steps": total_steps, "pilot_steps": options.pilot_steps, "replicates": options.replicates}
+    for name, count in counts.items():
         if count is not None and count < 1:
             raise ConfigError(f"{name} = {count} must be at least 1")
     subject = Subject(
@@ -173,9 +175,18 @@ class Options:
     tell: Callable[[str], None] = lambda _: None
 
     def factor(self) -> Schedule:
-        """Share of a run -> factor on the rate."""
+        """Share of a run -> factor on the rate.
+
+        Raises:
+            ConfigError: an unknown schedule, or a share that is none.
+        """
         if callable(self.schedule):
             return self.schedule
+        if self.schedule not in get_args(ScheduleName):
+            raise ConfigError(str(unknown_name("schedule", str(self.schedule), get_args(ScheduleName))))
+        for part in ("warmup", "decay"):
+            if not 0 <= getattr(self, part) <= 1:
+                raise ConfigError(f"{part} = {getattr(self, part)} is a share of a run: 0 to 1")
         name, fine = self.schedule, 100_000
         return lambda share: lr_factor(
             round(share * fine), schedule=name, total_steps=fine, warmup_steps=round(self.warmup * fine),
@@ -186,10 +197,15 @@ class Options:
 def _run(subject: Subject, total_steps: int | None, minutes: float, options: Options) -> Report:
     began = time.perf_counter()
     model, _, loss_fn = subject.copy()
-    checked_loss(model, loss_fn, next(subject.batches(0)))
+    checked_loss(model, loss_fn, next(subject.batches(0)), subject.model)
     exact = is_deterministic(subject, model, loss_fn)
     held_from = subject.batches(987_654)
     held = [next(held_from) for _ in range(1 if exact else NUM_HELD)]
+    judged = mean_loss(subject, model, loss_fn, held)
+    if not math.isfinite(judged):
+        raise ConfigError(
+            f"the validation loss of the model as it is is {judged:g}: no two runs could be compared by it"
+        )
     regime = _regime(subject, exact, total_steps, held)
     noise = noise_scale(model, loss_fn, subject.batches(0))
     config = recommended(regime, subject.optimizer, subject.steps_per_epoch)
@@ -300,6 +316,8 @@ def _rate_verdict(run: Replicate) -> str:
         return "not tested"
     smaller, larger = (_loss(run.rates[r]) for r in sorted(run.rates))
     here = _loss(run.plain[1.0])
+    if not math.isfinite(here):
+        return "too large"
     best = here - RATE_MARGIN * abs(here)
     if larger < best and larger <= smaller:
         return "too small"
@@ -323,6 +341,8 @@ def format_text(report: Report) -> str:
     """What a person reads."""
 
     def line(what: str, found: Gain) -> str:
+        if math.isnan(found.speedup):
+            return f"{what}: {found.verdict}; S is not known, pilots diverged"
         high = "and more" if found.high is None else f"to {found.high:.2f}"
         bound = "at least " if found.high is None else ""
         return f"{what}: {found.verdict}; S {bound}{found.speedup:.2f}, 90 % interval {found.low:.2f} {high}"

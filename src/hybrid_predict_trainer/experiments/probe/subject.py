@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -84,7 +85,7 @@ class Subject:
         """
         if not isinstance(self.loader, Iterable):
             taken = 0
-            for batch in self.loader(seed):
+            for batch in _called(self.loader, seed):
                 taken += 1
                 yield batch
             raise ConfigError(f"loader({seed}) ended after {taken} batches: it must give batches without end")
@@ -115,11 +116,39 @@ class Subject:
             return None
 
 
-def checked_loss(model: nn.Module, loss_fn: LossFn, batch: Any) -> None:
-    """Refuse what no pilot could train: before any time is spent, and in terms of what the caller handed in.
+def _called(loader: Any, seed: int) -> Iterable[Any]:
+    """What a function gives for a seed.
 
     Raises:
-        ConfigError: nothing trains, or the loss is no finite scalar with a gradient.
+        ConfigError: it is no function of a seed, or gives nothing that can be gone through.
+    """
+    wanted = "the loader must be a list, a data loader, or a function seed -> iterator"
+    if not callable(loader):
+        raise ConfigError(f"{wanted}, not {type(loader).__name__}")
+    try:
+        inspect.signature(loader).bind(seed)
+    except TypeError:
+        raise ConfigError(f"{wanted}: this one cannot be called with a seed alone") from None
+    except ValueError:  # written in C: it says nothing of what it takes
+        pass
+    found = loader(seed)
+    if not isinstance(found, Iterable):
+        raise ConfigError(f"{wanted}: loader({seed}) is {type(found).__name__}")
+    return found
+
+
+def checked_loss(model: nn.Module, loss_fn: LossFn, batch: Any, own: nn.Module) -> None:
+    """Refuse what no pilot could train: before any time is spent, and in terms of what the caller handed in.
+
+    Args:
+        model: A copy.
+        loss_fn: Of the copy.
+        batch: Of the data.
+        own: The user's model, which no pilot may reach.
+
+    Raises:
+        ConfigError: nothing trains, the loss is no finite scalar with a gradient, or it is one of the user's model
+            instead of the model that it is given.
     """
     if not any(p.requires_grad for p in model.parameters()):
         raise ConfigError("the model has no weights that train: all have requires_grad=False, or there are none")
@@ -135,6 +164,29 @@ def checked_loss(model: nn.Module, loss_fn: LossFn, batch: Any) -> None:
         )
     if not loss.requires_grad:
         raise ConfigError("the loss has no gradient: compute it without torch.no_grad(), detach() or item()")
+    if _reaches(loss, own):
+        raise ConfigError(
+            "loss_fn computes the loss with the model that was handed to the probe, which trains copies only: "
+            "use the model that loss_fn(model, batch) is given"
+        )
+    if all(p.grad is None for p in model.parameters()):
+        raise ConfigError("the loss does not depend on the weights of the model that loss_fn(model, batch) is given")
+    model.zero_grad()
+
+
+def _reaches(loss: Tensor, own: nn.Module) -> bool:
+    """Whether gradients of a loss come to the user's weights; theirs are put back as they were."""
+    before = [(p, p.grad, None if p.grad is None else p.grad.clone()) for p in own.parameters()]
+    loss.backward()  # torch.autograd.grad cannot go through every kind of checkpointing
+    reached = False
+    for p, grad, kept in before:
+        if grad is None or kept is None:
+            reached |= p.grad is not None
+        elif p.grad is not grad or not torch.equal(grad, kept):
+            reached = True
+            grad.copy_(kept)
+        p.grad = grad
+    return reached
 
 
 @contextmanager
