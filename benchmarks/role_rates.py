@@ -1,7 +1,7 @@
-"""Step sizes per role as groups of a plain loop and in the trainer: text, and arithmetic sequences, head tied or not.
+"""Step sizes per role as groups of a plain loop and in the trainer: text, arithmetic sequences, and images by a ViT.
 
 ``python benchmarks/role_rates.py --task tied --steps 150 --lr 3e-3`` prints held-out losses (LOG.md).  Needs
-transformers for the sequences; nothing is downloaded.
+transformers for the sequences and the ViT, and CIFAR-10 in ``HPT_DATA_DIR`` for the latter; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from group_warmup import VOCABULARY, sequences
-from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig, ViTForImageClassification
 
 from hybrid_predict_trainer import HybridTrainer, HybridTrainerConfig, Recipe, with_values
 from hybrid_predict_trainer.move.recipe import PRIOR
@@ -31,13 +31,29 @@ TRAINER_ARMS = {
 }
 
 
+class Classifier(nn.Module):
+    """A small ViT (2 blocks of width 64, patches of 8 x 8) that returns logits (B, 10) for images (B, 3, 32, 32)."""
+
+    def __init__(self) -> None:
+        """Draw all weights."""
+        super().__init__()
+        config = ViTConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128,
+                           image_size=32, patch_size=8, num_labels=10)  # fmt: skip
+        self.vit = ViTForImageClassification(config).train()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits."""
+        return self.vit(pixel_values=images).logits
+
+
 class Run:
     """One problem: model, batches, loss, rates and held-out loss."""
 
     def __init__(self, task: str, steps: int, lr: float, seed: int) -> None:
         """Build it."""
         self.steps, self.lr, self.clip = steps, lr, 0.0
-        (self._text if task.startswith("text") else self._sequences)(task, seed)
+        ways = {"text": self._text, "text-tied": self._text, "vit": self._images}
+        ways.get(task, self._sequences)(task, seed)
 
     def _text(self, task: str, seed: int) -> None:
         made = make_task("gpt", TaskSettings(preset="0.3M"))
@@ -74,6 +90,18 @@ class Run:
 
         self.held_out = loss
 
+    def _images(self, task: str, seed: int) -> None:
+        made = make_task("cifar", TaskSettings(batch_size=64))
+        torch.manual_seed(seed)
+        self.model = Classifier()
+        self.make = lambda model: torch.optim.AdamW(model.parameters(), lr=self.lr, weight_decay=0.05)
+        self.schedule = lambda o: torch.optim.lr_scheduler.LambdaLR(
+            o, lambda t: min((t + 1) / 30, 1.0, (self.steps - t) / self.steps)
+        )
+        self.batches = list(islice(iter(made.batches(seed)), self.steps))
+        self.loss_fn, self.clip = made.loss_fn, 1.0
+        self.held_out = lambda: made.evaluate(self.model)
+
     def plain(self, rates: dict[str, float]) -> float:
         """The plain loop with groups of a recipe."""
         first = self.make(self.model).param_groups[0]
@@ -103,7 +131,7 @@ class Run:
 def main() -> None:
     """Print a line per seed."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--task", choices=("text", "text-tied", "tied", "untied"), default="tied")
+    parser.add_argument("--task", choices=("text", "text-tied", "tied", "untied", "vit"), default="tied")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seeds", default="0,1")

@@ -497,3 +497,35 @@ def test_a_recipe_taken_home_pulls_as_the_run_did() -> None:
     groups = Recipe({"head": 8.0}, multiplier=2.0).param_groups(Small(), 0.1, weight_decay=0.5)
     assert [g["lr"] for g in groups] == pytest.approx([0.2, 1.6])
     assert [g["lr"] * g["weight_decay"] for g in groups] == pytest.approx([0.05, 0.05])
+
+
+def test_groups_of_ones_own_are_split_and_keep_what_they_say() -> None:
+    model, recipe = Small(), Recipe({"head": 8.0, "embedding": 4.0}, multiplier=2.0)
+    vectors = [(n, p) for n, p in model.named_parameters() if p.ndim < 2]  # pairs, as torch takes them
+    matrices = (p for p in model.block.parameters() if p.ndim > 1)
+    model.head.weight.requires_grad_(False)
+    own = [
+        {"params": matrices, "weight_decay": 0.1, "betas": (0.9, 0.95)}, {"params": vectors},
+        {"params": model.embedding.weight, "lr": 0.5, "weight_decay": 0.2},
+        {"params": model.head.weight},
+    ]  # fmt: skip
+    groups = recipe.param_groups(model, 0.1, weight_decay=0.3, groups=own)
+    assert [g["rate_factor"] for g in groups] == [1.0, 1.0, 4.0]  # the head does not train
+    assert [g["lr"] for g in groups] == pytest.approx([0.2, 0.2, 4.0])
+    assert [g["weight_decay"] for g in groups] == pytest.approx([0.05, 0.15, 0.025])
+    assert groups[0]["betas"] == (0.9, 0.95)
+    assert groups[1]["params"] == vectors
+    assert len(groups[0]["params"]) == 5
+    assert isinstance(own[1]["params"], list)  # what was handed in is as it was
+    assert "lr" not in own[0]
+    with pytest.raises(ConfigError, match="a group is a dictionary"):
+        recipe.param_groups(model, 0.1, groups=[{"parameters": []}])
+
+
+def test_groups_hold_the_parameters_themselves() -> None:
+    model = nn.Module()
+    model.wave = nn.Parameter(torch.zeros(3, dtype=torch.complex64))
+    model.head = nn.Linear(2, 2)
+    groups = Recipe({"head": 8.0}).param_groups(model, 0.1)
+    held = {id(p) for g in groups for p in g["params"]}
+    assert held == {id(p) for p in model.parameters()}

@@ -9,7 +9,7 @@ down, and taken home into a plain script as parameter groups.
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from ..records import ConfigError
 from ..safe_files import UnusableFileError, read_text, write_text
 from ..weights.parameters import Groups, predicted_parameters, untrained
+from ..weights.real_views import owner
 from .group_warmup import is_inside_a_block
 
 #: Factors for networks whose blocks were never trained; every other role keeps the schedule's rate.
@@ -83,8 +84,9 @@ class Recipe:
         return [(..., self.rate_of(role))]
 
     def param_groups(
-        self, model: nn.Module, lr: float, *, weight_decay: float = 0.0, roles: dict[str, str] | None = None
-    ) -> list[dict[str, Any]]:
+        self, model: nn.Module, lr: float, *, weight_decay: float = 0.0, roles: dict[str, str] | None = None,
+        groups: Iterable[Mapping[str, Any]] | None = None,
+    ) -> list[dict[str, Any]]:  # fmt: skip
         """Parameter groups for an optimizer of one's own: ``AdamW(recipe.param_groups(model, 3e-3))``.
 
         Decoupled weight decay is multiplied by the rate in AdamW, so that it is divided by factor and multiplier here:
@@ -96,28 +98,45 @@ class Recipe:
             lr: Rate of factor 1.
             weight_decay: The same for all parameters at factor 1.
             roles: Overrides, as for :class:`.HybridTrainer`.
+            groups: One's own instead, say with decay and without, as an optimizer takes them: each is split by factor
+                and keeps what else it says; a rate and a decay of its own are those at factor 1.
 
         Raises:
-            ConfigError: nothing of the model trains.
+            ConfigError: nothing trains, or a group has no ``params``.
         """
-        found = [p for p in model.parameters() if p.requires_grad]
+        own = _own_groups(model, weight_decay) if groups is None else [dict(group) for group in groups]
+        if not all("params" in group for group in own):
+            raise ConfigError("recipe: a group is a dictionary with 'params', as an optimizer takes it")
+        for group in own:
+            held = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+            group["params"] = [p for p in held if _tensor(p).requires_grad]
+        found = [_tensor(p) for group in own for p in group["params"]]
         if not found:
             raise ConfigError("recipe: the model has no parameter that requires a gradient")
-        parameters, groups = predicted_parameters(model, _Holder(found), roles)  # type: ignore[arg-type]
-        by_factor: dict[float, list[Tensor]] = {}
-        for i, parameter in enumerate(parameters):
-            role = groups.roles[groups.index[i]]
+        parameters, named = predicted_parameters(model, _Holder(found), roles)  # type: ignore[arg-type]
+        factors: dict[int, float] = {}
+        for parameter, row in zip(parameters, named.index, strict=True):
+            role = named.roles[row]
             name = FUSED_PARTS[2] if role == FUSED and role not in self.rates else role
-            by_factor.setdefault(self.rate_of(name), []).append(parameter)
-        total = lr * self.multiplier
+            factors[id(owner(parameter))] = self.rate_of(name)
+        return [part for group in own for part in self._split(group, factors, lr, weight_decay)]
+
+    def _split(
+        self, group: Mapping[str, Any], factors: Mapping[int, float], lr: float, weight_decay: float
+    ) -> list[dict[str, Any]]:
+        by_factor: dict[float, list[Any]] = {}
+        for parameter in group["params"]:
+            by_factor.setdefault(factors.get(id(_tensor(parameter)), 1.0), []).append(parameter)
+        rate, decay = group.get("lr", lr), group.get("weight_decay", weight_decay)
         return [
             {
-                "params": group,
-                "lr": total * factor,
-                "weight_decay": weight_decay / (factor * self.multiplier),
+                **group,
+                "params": held,
+                "lr": rate * self.multiplier * factor,
+                "weight_decay": decay / (factor * self.multiplier),
                 "rate_factor": factor,
             }
-            for factor, group in sorted(by_factor.items())
+            for factor, held in sorted(by_factor.items())
         ]
 
     def peak_rates(self, lr: float) -> dict[str, float]:
@@ -160,6 +179,15 @@ class Recipe:
         if not isinstance(rates, dict) or not isinstance(origin, str):
             raise ConfigError(f"recipe {path}: [rates] must be a table of numbers, and origin a sentence")
         return cls(rates, origin, found.get("multiplier", 1.0))
+
+
+def _own_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    return [{"params": list(model.parameters()), "weight_decay": weight_decay}]
+
+
+def _tensor(held: Any) -> Tensor:
+    """A parameter of a group, which may be a pair of its name and itself."""
+    return held[1] if isinstance(held, tuple) else held  # type: ignore[no-any-return]
 
 
 class _Holder:
@@ -259,8 +287,10 @@ def decay_of(optimizer: Optimizer, group: Mapping[str, Any]) -> float:
 
     A group of torch's, or of pytorch_optimizer's, says which of both it is; of the others the name does.
     """
-    said = [group[key] for key in ("decoupled_weight_decay", "weight_decouple") if key in group]
-    names = [kind.__name__.lower() for kind in type(optimizer).__mro__]
-    decoupled = said[0] if said else any(part in name for name in names for part in DECOUPLED)
     decay = group.get("weight_decay", 0.0)
-    return float(decay) if decoupled and isinstance(decay, int | float) else 0.0
+    if not decay or not isinstance(decay, int | float):
+        return 0.0
+    said = group.get("decoupled_weight_decay", group.get("weight_decouple"))
+    if said is None:
+        said = any(part in kind.__name__.lower() for kind in type(optimizer).__mro__ for part in DECOUPLED)
+    return float(decay) if said else 0.0

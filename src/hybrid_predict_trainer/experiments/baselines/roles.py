@@ -1,7 +1,7 @@
 """Rates per role set by hand: what a user can have without any trainer, and the steps that treat matrices as such.
 
-Each is the recipe's AdamW with groups that have rates of their own; one base rate is tuned, with as many trials as any
-other arm has.
+Each is the recipe's AdamW, or SGD, with groups that have rates of their own; one base rate is tuned, with as many
+trials as any other arm has.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 
 from ...move.recipe import Recipe
 from ...tasks import TaskDefaults, TaskSettings, build_optimizer
@@ -36,7 +36,7 @@ INPUT_LIKE = ("embedding", "norm_bias")
 
 
 def by_role(model: nn.Module, recipe: TaskDefaults, factors: Mapping[str, float], *, fused: bool = False) -> Optimizer:
-    """AdamW with the recipe's decay and a rate per role; decoupled decay is what it is at the base rate.
+    """The recipe's AdamW or SGD with a rate per role; what decay takes away is what it is at the base rate.
 
     Args:
         model: Whose parameters are trained.
@@ -45,18 +45,14 @@ def by_role(model: nn.Module, recipe: TaskDefaults, factors: Mapping[str, float]
         fused: Use the fused kernel.
 
     Raises:
-        ValueError: the recipe is not AdamW's.
+        ValueError: the recipe is neither AdamW's nor SGD's.
     """
-    if recipe.optimizer != "adamw":
-        raise ValueError(f"rates per role are written for AdamW, and this case trains with {recipe.optimizer}")
-    told = Recipe(factors).param_groups(model, recipe.lr)
-    factor_of = {id(p): float(group["rate_factor"]) for group in told for p in group["params"]}
-    groups = []
-    for group in decay_groups(model, recipe.weight_decay):
-        for factor in sorted({factor_of[id(p)] for p in group["params"]}):
-            held = [p for p in group["params"] if factor_of[id(p)] == factor]
-            decay = group["weight_decay"] / factor
-            groups.append({"params": held, "lr": factor * recipe.lr, "weight_decay": decay})
+    if recipe.optimizer not in ("adamw", "sgd"):
+        raise ValueError(f"rates per role are written for AdamW and SGD, and this case trains with {recipe.optimizer}")
+    groups = Recipe(factors).param_groups(model, recipe.lr, groups=decay_groups(model, recipe.weight_decay))
+    if recipe.optimizer == "sgd":
+        nesterov = recipe.momentum > 0
+        return SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=nesterov, fused=fused)
     return AdamW(groups, lr=recipe.lr, betas=recipe.betas, fused=fused)
 
 
