@@ -217,6 +217,17 @@ def test_a_loss_in_other_units_is_foretold_alike(unit: float) -> None:
     assert found.points[-1][1] == found.final_loss
 
 
+def test_steps_that_are_counted_otherwise_are_told() -> None:
+    """Micro-batches, eight to a step: the law's constants are those of steps."""
+    steps, losses, rates = made_up(noise=0.002)
+    assert not forecast(steps[:100], losses[:100], rates).notes
+    for counts in (8.0, 1 / 8):
+        total = round(counts * TOTAL)
+        told = np.interp(np.arange(1, total + 1) / counts, np.arange(1, TOTAL + 1), rates)
+        notes = forecast(counts * steps[:100], losses[:100], told).notes
+        assert sum("times as steeply" in note for note in notes) == 1
+
+
 def test_a_curve_that_the_law_does_not_describe_is_told_or_refused() -> None:
     steps, losses, rates = made_up(noise=0.002)
     assert not forecast(steps[:100], losses[:100], rates).notes
@@ -628,6 +639,16 @@ def test_scores_leave_the_own_family_out(monkeypatch: pytest.MonkeyPatch) -> Non
     assert max(abs(s.error) for s in found) < 0.005
     (row,) = scores.summary(found)
     assert row["median"] < row["last_value"]
+
+
+def test_a_run_is_the_same_however_its_steps_are_counted() -> None:
+    run = family("a", 0.0)[0]
+    fourfold = scores.counted(run, 4.0)
+    assert fourfold.curve.steps.tolist() == (4 * run.curve.steps).tolist()
+    assert fourfold.plan.steps == 4 * run.plan.steps
+    at = np.array([500.0, 4000.0, 7999.0])
+    assert fourfold.plan.at(4 * at) == pytest.approx(4 * run.plan.at(at), rel=3e-3)
+    assert scores.counted(run, 1.0) is run
 
 
 def test_widening_brings_intervals_to_their_level() -> None:

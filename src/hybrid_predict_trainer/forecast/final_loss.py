@@ -12,8 +12,8 @@ import numpy as np
 from ..records import ConfigError
 from .curve import MIN_ROWS, Array, Curve
 from .fit import Fit, _optimize, fit
-from .law import Plan
-from .prior import PRIORS, Prior, shipped
+from .law import REFERENCE, SCALE, Plan
+from .prior import PRIORS, SCALE_SHARE, Prior, shipped
 
 #: Points of the forecast curve that are told.
 NUM_POINTS = 50
@@ -22,6 +22,9 @@ FINAL_SHARE = 0.01
 #: The law's distance from the known losses (of their logarithms, beyond their noise) that is told, and that is refused:
 #: on published curves it is below 0.001, on short runs of small models below 0.015.
 OFF, FAR_OFF = 0.01, 0.03
+#: How far the logarithm of the scale is from the usual one where that is told: on published curves it is within 0.31,
+#: and where each of their steps is told as four, or four as one, from 0.27 to 0.75 off.
+STEEP = 0.45
 #: Of a prior whose evidence is so much smaller than the best one's (in ln) nothing is mixed in.
 NEGLIGIBLE = 10.0
 
@@ -119,6 +122,14 @@ def forecast(
         notes.append(
             f"the law is off by {100 * off:.2g} % where losses are known: the interval, which was measured on curves "
             "that follow it, is too narrow"
+        )
+    best = int(shares.argmax())
+    steep = float(fits[best].theta[SCALE]) - math.log(SCALE_SHARE)
+    if known[best].name in PRIORS and abs(steep) > STEEP:
+        notes.append(
+            f"after {REFERENCE:,.0f} steps this loss falls {math.exp(steep):.2g} times as steeply as the curves that "
+            "the law was measured on: if its steps are no optimizer steps, or have many more or fewer examples, the "
+            "interval is too narrow"
         )
     return Forecast(
         final_loss=float(points[-1, 1]), low=float(points[-1, 2]), high=float(points[-1, 3]), level=level,

@@ -65,14 +65,33 @@ def shapes_of(runs: Sequence[Run]) -> dict[tuple[str, str], Array]:
     }  # fmt: skip
 
 
-def leave_family_out(runs: Sequence[Run], shares: Sequence[float] = SHARES, widening: float = 1.0) -> list[Score]:
-    """Forecast every run at every share with a prior from the whole curves of all other families."""
+def leave_family_out(
+    runs: Sequence[Run], shares: Sequence[float] = SHARES, widening: float = 1.0, counts: float = 1.0
+) -> list[Score]:
+    """Forecast every run at every share with a prior from the whole curves of all other families.
+
+    Args:
+        runs: Of several families.
+        shares: Of each that are known.
+        widening: Of the prior.
+        counts: Of a step of the runs that are foretold, and not of those that the prior comes from.
+    """
     shapes = shapes_of(runs)
     found = []
     for family in sorted({run.family for run in runs}):
         prior = learnt("others", [s for (other, _), s in shapes.items() if other != family], widening=widening)
-        found += [score(run, share, prior) for run in runs if run.family == family for share in shares]
+        told = [counted(run, counts) for run in runs if run.family == family]
+        found += [score(run, share, prior) for run in told for share in shares]
     return found
+
+
+def counted(run: Run, counts: float) -> Run:
+    """The same run with so many counts a step."""
+    if counts == 1.0:
+        return run
+    total = round(counts * len(run.rates))
+    rates = np.interp(np.arange(1, total + 1) / counts, np.arange(1, len(run.rates) + 1), run.rates)
+    return replace(run, curve=replace(run.curve, steps=counts * run.curve.steps), rates=rates)
 
 
 def with_prior(runs: Sequence[Run], prior: Prior, shares: Sequence[float] = SHARES) -> list[Score]:
