@@ -84,6 +84,15 @@ def test_the_bootstrap_t_is_repeatable_and_stands_beside() -> None:
     assert t_interval(values[:3]).bootstrap_t is None
 
 
+def test_the_bootstrap_t_reaches_further_on_the_side_of_the_tail() -> None:
+    """The quantiles of the statistic change sides: on symmetric values nobody would see it if they did not."""
+    low, high = bootstrap_t([1.0, 1.1, 1.2, 1.4, 3.0], 0.9)
+    mean = np.mean([1.0, 1.1, 1.2, 1.4, 3.0])
+    assert high - mean > 1.5 * (mean - low) > 0
+    mirrored = bootstrap_t([-1.0, -1.1, -1.2, -1.4, -3.0], 0.9)
+    assert mirrored == pytest.approx((-high, -low))
+
+
 def test_a_known_interval() -> None:
     found = t_interval([1.0, 2.0, 3.0])
     assert (found.mean, found.n, found.note) == (2.0, 3, "")
