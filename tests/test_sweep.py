@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -25,12 +26,13 @@ from hybrid_predict_trainer.experiments.run_folder import Request  # noqa: E402
 from hybrid_predict_trainer.experiments.sweep import plan as plans  # noqa: E402
 from hybrid_predict_trainer.experiments.sweep import storage as storages  # noqa: E402
 from hybrid_predict_trainer.experiments.sweep import trials as runs  # noqa: E402
+from hybrid_predict_trainer.experiments.sweep.proposals import proposed  # noqa: E402
 from hybrid_predict_trainer.experiments.sweep.space import OPTIONS, read_space, with_params  # noqa: E402
 from hybrid_predict_trainer.experiments.sweep.worker import Turn, Worker  # noqa: E402
 from hybrid_predict_trainer.experiments.train import train  # noqa: E402
 from hybrid_predict_trainer.records import ConfigError  # noqa: E402
 from hybrid_predict_trainer.sweeps.allocate import wants_new  # noqa: E402
-from hybrid_predict_trainer.sweeps.curves import LOOKS  # noqa: E402
+from hybrid_predict_trainer.sweeps.curves import LOOKS, TrialCurve  # noqa: E402
 from hybrid_predict_trainer.sweeps.ends import UNKNOWN, End  # noqa: E402
 
 STEPS = 40
@@ -330,6 +332,47 @@ def test_samplers_go_on_where_they_were(tmp_path: Path) -> None:
     assert drawn(3, shared=False) != drawn(4, shared=False)
     assert drawn(3, shared=False) != drawn(3, shared=True)
     assert plans.SAMPLERS == names.SAMPLERS
+
+
+def test_the_forecast_proposes_what_is_near_the_best_and_was_not_tried(tmp_path: Path) -> None:
+    """The loss ends at |log10(lr) + 2|: low in the middle of the range."""
+    plan = plan_of(tmp_path, sampler="joint")
+    setup = plans.checked(plan)
+
+    def run(key: int, lr: float) -> TrialCurve:
+        reports = [(s, abs(math.log10(lr) + 2) + (s / STEPS) ** -0.5) for s in range(2, STEPS + 1, 2)]
+        params = {"lr": lr, "schedule": "linear"}
+        return TrialCurve.of(key, reports, lr * np.ones(STEPS), params=params, complete=True)
+
+    curves = [run(k, lr) for k, lr in enumerate((1e-3, 3e-3, 3e-2, 1e-1))]
+    found = [proposed(plan, setup, [], curves, seed) for seed in range(5)]
+    assert all(params is not None and 4e-3 < params["lr"] < 2.5e-2 for params in found), found
+    assert found[0] == proposed(plan, setup, [], curves, 0) != found[1]
+    assert proposed(plan, setup, [], [], 0) is None, "nothing has been shown"
+    few = plan_of(tmp_path, 'schedule = ["linear", "wsd"]\n', sampler="joint")
+    left = proposed(few, setup, [{"schedule": "wsd"}], curves, 0)
+    assert left == {"schedule": "linear"}
+    assert proposed(few, setup, [{"schedule": "wsd"}, left], curves, 0) is None, "all were tried"
+
+
+def test_a_search_begins_what_the_forecast_proposes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def watched(*args: Any) -> dict[str, Any] | None:
+        asked.append(proposed(*args))
+        return asked[-1]
+
+    monkeypatch.setattr("hybrid_predict_trainer.experiments.sweep.worker.proposed", watched)
+    plan = plan_of(tmp_path, plain=True, sampler="joint")
+    worker = worker_of(tmp_path, plan, trials=4)
+    worker.study.enqueue_trial({"lr": 0.05, "schedule": "wsd"})
+    while worker.turn() is Turn.WORKED:
+        pass
+    found = [t.params for t in worker.standing()]
+    assert len(found) == 4
+    assert found[0] == {"lr": 0.05, "schedule": "wsd"}, "what was asked for before goes first"
+    assert found[2:] == asked
+    assert len({t["lr"] for t in found}) == 4
 
 
 def test_a_new_trial_goes_before_one_that_is_expected_to_end_above_a_quarter() -> None:

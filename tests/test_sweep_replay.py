@@ -50,6 +50,28 @@ def test_ours_find_the_best_and_spend_less(way: program.Way) -> None:
     assert found.spent < 0.7
 
 
+@pytest.mark.parametrize("forecast", [False, True])
+def test_trials_that_are_given_one_at_a_time(forecast: bool) -> None:
+    found = replay.one_at_a_time(LADDER, share=1.0, forecast=forecast)
+    assert (found.regret, found.winner_stopped) == (0.0, False)
+    few = replay.one_at_a_time(LADDER, share=2 / 21, forecast=forecast)
+    assert few.regret == math.inf, "the budget goes into the beginnings of the first six"
+    assert 0.06 < few.spent <= 2 / 21 + 1e-9
+
+
+def test_forecasts_choose_a_better_trial_than_comes_next() -> None:
+    """Of trials that end the better the higher their rate is, the best comes last."""
+
+    def of(k: int) -> Trial:
+        found = trial(k)
+        return Trial(**{**{f: getattr(found, f) for f in found.__slots__}, "params": {"lr": 10.0**-k},
+                        "rates": 10.0**-k * found.rates, "cost": 1.0})  # fmt: skip
+
+    ladder = [of(k) for k in range(12, -1, -1)]
+    blind, seeing = (replay.one_at_a_time(ladder, share=0.5, first=3, forecast=f) for f in (False, True))
+    assert seeing.regret < blind.regret
+
+
 def test_lowest_first_finds_the_best_after_the_first_looks() -> None:
     found = replay.lowest_first(LADDER)
     assert found.regret == 0.0
@@ -65,6 +87,14 @@ def test_regret_at_a_quarter_counts_what_was_complete_by_then() -> None:
 def test_one_by_one_is_what_the_pruner_does_in_a_study() -> None:
     pruner = HybridPruner(schedule="linear", total_steps=600, min_gain=replay.REGRET)
     assert replay.with_optuna(LADDER, pruner) == replay.one_by_one(LADDER)
+
+
+def test_a_bracket_of_hyperband_hangs_on_the_problem_alone() -> None:
+    def search() -> replay.Outcome:
+        pruner = optuna.pruners.HyperbandPruner(min_resource=40, max_resource=600, reduction_factor=2)
+        return replay.with_optuna([*LADDER, *LADDER], pruner, 2)
+
+    assert len({search() for _ in range(4)}) == 1
 
 
 def test_a_run_that_diverged_has_no_end() -> None:

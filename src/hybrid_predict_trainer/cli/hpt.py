@@ -246,7 +246,12 @@ def _add_sweep(sweep: argparse.ArgumentParser) -> None:
         "--first", type=number(int, 1, 10_000), default=8, metavar="N",
         help="trials that are begun before any is preferred (default 8)",
     )  # fmt: skip
-    sweep.add_argument("--sampler", choices=SAMPLERS, default=SAMPLERS[0], help="how new trials are chosen")
+    sweep.add_argument(
+        "--sampler",
+        choices=SAMPLERS,
+        default=SAMPLERS[0],
+        help="how new trials are chosen (joint: the best of a random pool, by forecast)",
+    )
     sweep.add_argument("--workers", type=number(int, 1, 256), default=1, metavar="N", help="processes (default 1)")
     sweep.add_argument("--storage", metavar="URL", help="of Optuna (default: a journal in --out)")
     sweep.add_argument("--study", metavar="NAME", help="name in the storage (default: that of the folder)")

@@ -13,7 +13,7 @@ TASKS = (
 )  # fmt: skip
 
 #: ``experiments.sweep.plan.SAMPLERS``.
-SAMPLERS = ("tpe", "random")
+SAMPLERS = ("tpe", "random", "joint")
 
 #: Values of ``tasks.base.OptimizerName`` and ``tasks.base.ScheduleName``.
 OPTIMIZERS = ("adamw", "adamw8bit", "adam", "sgd", "muon")

@@ -22,7 +22,7 @@ from .space import extremes, with_params
 
 #: File of the plan in the search's folder, and attribute of the study.
 PLAN = "sweep.json"
-SAMPLERS = ("tpe", "random")
+SAMPLERS = ("tpe", "random", "joint")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +125,11 @@ def host() -> str:
     return platform.node() or "localhost"
 
 
+def seed_of(plan: Plan, begun: int, shared: bool) -> int:
+    """Of what is drawn for the next trial; see :func:`sampler_of`."""
+    return zlib.crc32(f"{plan.seed}:{begun}:{host() if shared else ''}".encode())
+
+
 def sampler_of(plan: Plan, begun: int, shared: bool) -> Any:
     """Optuna's sampler for the next trial.
 
@@ -138,7 +143,7 @@ def sampler_of(plan: Plan, begun: int, shared: bool) -> Any:
     """
     import optuna
 
-    seed = zlib.crc32(f"{plan.seed}:{begun}:{host() if shared else ''}".encode())
-    if plan.sampler == "random":
+    seed = seed_of(plan, begun, shared)
+    if plan.sampler != "tpe":
         return optuna.samplers.RandomSampler(seed=seed)
     return optuna.samplers.TPESampler(seed=seed, n_startup_trials=plan.first)

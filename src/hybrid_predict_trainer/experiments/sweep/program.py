@@ -25,6 +25,9 @@ BARS = {"compute": 0.25, "regret_met": 0.95, "times_less": 1.5}
 PUBLISHED = "published"
 #: A search with a quarter of the compute as its budget, as ``hpt sweep --budget`` has one: what the bars are held to.
 QUARTER = "freeze and thaw, a quarter"
+#: The same where new trials come in random order, as from a sampler that knows nothing of the forecasts, and where
+#: forecasts choose them.  Not held against the bars, which are about searches that may begin any trial.
+SAMPLED, PROPOSED = "random trials, a quarter", "--sampler joint, a quarter"
 OURS = (QUARTER, "freeze and thaw", "HybridPruner")
 #: Replayed until the best is found, which no search knows: not held against ours.
 ENDLESS = "lowest first"
@@ -76,6 +79,8 @@ def ways() -> dict[str, Way]:
     return {
         "all": replay.run_all, "random, a quarter": lambda trials: replay.random_search(trials, 0.25),
         QUARTER: lambda trials: replay.freeze_thaw(trials, share=BARS["compute"]),
+        SAMPLED: lambda trials: replay.one_at_a_time(trials, share=BARS["compute"]),
+        PROPOSED: lambda trials: replay.one_at_a_time(trials, share=BARS["compute"], forecast=True),
         "freeze and thaw": replay.freeze_thaw, "lowest first": replay.lowest_first, "HybridPruner": replay.one_by_one,
         "MedianPruner": of(lambda steps: pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=steps // 10)),
         "SuccessiveHalving": of(
@@ -164,7 +169,9 @@ def behind(trials: Sequence[Trial], share: float = 0.13) -> int:
 def verdicts(rows: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
     """The bars, and by how much ours spends less than the best pruner that finds the best as often."""
     ours = rows[OURS[0]]
-    others = {w: r for w, r in rows.items() if w not in (*OURS, ENDLESS) and not w.startswith("random")}
+    others = {
+        w: r for w, r in rows.items() if w not in (*OURS, SAMPLED, PROPOSED, ENDLESS) and not w.startswith("random")
+    }
     equal = {w: r for w, r in others.items() if r["regret_met"] >= min(ours["regret_met"], BARS["regret_met"])}
     best = min(equal, key=lambda w: equal[w]["compute"])
     times = equal[best]["compute"] / ours["compute"]

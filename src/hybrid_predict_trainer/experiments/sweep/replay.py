@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 import random
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from ...sweeps.allocate import Rules, first_look, next_slice
+from ...sweeps.allocate import Rules, first_look, next_slice, wants_new
 from ...sweeps.curves import LATE, LOOKS, TrialCurve
 from ...sweeps.decide import bar_of, cannot_win
 from ...sweeps.joint import ends_jointly, spread_first
@@ -181,6 +182,44 @@ def freeze_thaw(
     return book.outcome()
 
 
+def one_at_a_time(trials: Sequence[Trial], *, share: float, first: int = FIRST, forecast: bool = False) -> Outcome:
+    """As :func:`freeze_thaw` where new trials are given one at a time, as ``hpt sweep`` asks for them.
+
+    Args:
+        trials: Of the problem; the first ones, and where forecasts have no say all, come in this order.
+        share: Of the compute of all, after which it ends.
+        first: Trials that are begun before any is preferred.
+        forecast: Later ones are those that are foretold to end best, of all that are left (``--sampler joint``).
+    """
+    book = Book(trials)
+    rules = Rules(error=spent_at_a_look(0.95), min_gain=math.log1p(REGRET), rate_names=RATE_NAMES)
+    curves = [curve_of(i, trial, 0) for i, trial in enumerate(trials)]
+    alive, total = [True] * len(trials), sum(trial.cost for trial in trials)
+    begun: list[int] = []
+    while True:
+        step, stop, ends = next_slice([curves[i] for i in begun], [alive[i] for i in begun], rules)
+        for k in stop:
+            alive[begun[k]] = False
+        left = [i for i in range(len(trials)) if i not in begun]
+        if left and (len(begun) < first or wants_new(ends, None if step is None else step.index)):
+            i = left[0]
+            if forecast and len(begun) >= first:
+                told = ends_jointly([curves[j] for j in (*begun, *left)], rate_names=RATE_NAMES)[len(begun) :]
+                i = left[min(range(len(left)), key=lambda k: told[k].mean)]
+            until = LOOKS[first_look(curves[i])] * trials[i].steps
+        elif step is not None:
+            i, until = begun[step.index], float(step.until)
+        else:
+            break
+        done = min(until / trials[i].steps, 1.0) - curves[i].share
+        if book.spent + done * trials[i].cost > share * total + 1e-9:
+            break
+        if i in left:
+            begun.append(i)
+        _read(book, curves, alive, i, trials[i], until)
+    return book.outcome()
+
+
 def lowest_first(trials: Sequence[Trial]) -> Outcome:
     """As :func:`freeze_thaw` without forecasts: whichever trial shows the lowest loss goes on, and none is stopped.
 
@@ -234,7 +273,9 @@ def with_optuna(trials: Sequence[Trial], pruner: Any, report_every: int = 1) -> 
     import optuna
 
     book = Book(trials)
-    study = optuna.create_study(pruner=pruner)
+    # a bracket of Hyperband hangs on the study's name, which is random where nobody says one
+    name = f"{zlib.crc32(repr([trial.params for trial in trials]).encode()):x}"
+    study = optuna.create_study(pruner=pruner, study_name=name)
     for i, trial in enumerate(trials):
         asked = study.ask()
         rows, pruned = len(trial.at), False

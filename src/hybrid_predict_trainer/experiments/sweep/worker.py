@@ -25,7 +25,8 @@ from ..arms.options import InputError
 from ..run_arm import Experiment
 from . import storage as storages
 from . import trials as runs
-from .plan import PLAN, Allowance, Plan, host, sampler_of, schedule_of
+from .plan import PLAN, Allowance, Plan, host, sampler_of, schedule_of, seed_of
+from .proposals import proposed
 from .space import RATE_NAMES
 from .storage import StorageError, storage_errors
 
@@ -256,6 +257,7 @@ class Worker:
                 if not self._may_begin(found) or self._kept(found, curves, alive):
                     return Turn.WORKED  # another one was quicker
                 self.study.sampler = sampler_of(self._plan, len(found), self._url is not None)
+                self._propose(found, curves)
                 trial = self.study.ask(fixed_distributions=dict(self._plan.space))
                 stack.enter_context(runs.claimed(self._out, f"{trial.number:05d}"))
                 runs.note(self._out, trial.number, params=trial.params)
@@ -264,6 +266,17 @@ class Worker:
             curve = TrialCurve.of(trial.number, [], rates_of(now), params=trial.params)
             self._train(trial.number, next_stop(curve), None)
         return Turn.WORKED
+
+    def _propose(self, found: Sequence[Any], curves: Sequence[TrialCurve]) -> None:
+        """Have the forecast's own choice asked for next, where the plan wants it and nothing else waits."""
+        if self._plan.sampler != "joint" or self._begun(found) < self._plan.first:
+            return
+        if any(t.state.name == "WAITING" for t in found):
+            return  # proposed by a worker that was killed before it asked
+        seed = seed_of(self._plan, len(found), self._url is not None)
+        params = proposed(self._plan, self._setup, [t.params for t in found], curves, seed)
+        if params is not None:
+            self.study.enqueue_trial(params)
 
     def _train(self, number: int, until: float, end: End | None) -> None:
         """Train a claimed trial and report what it shows."""
