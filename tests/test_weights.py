@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -50,8 +52,6 @@ NAMES = {
     "cls.predictions.decoder.weight": "head",
     "qa_outputs.weight": "head",
     "embed_out.weight": "head",
-    "_orig_mod.output.weight": "head",
-    "module.decoder.weight": "head",
     "generator.proj.weight": "head",
     "decoder.layers.0.fc1.weight": "mlp_up",
     "decoder.layers.0.self_attn.out_proj.weight": "attention_out",
@@ -62,6 +62,8 @@ NAMES = {
     "transformer.h.0.self_attention.query_key_value.weight": "attention_qkv_by_head",
     "gpt_neox.layers.0.attention.query_key_value.weight": "attention_qkv_by_head",
     "blocks.0.attn.qkv.weight": "attention_qkv",
+    "lin1.weight": "other",
+    "out.weight": "other",
     "features.0.conv.weight": "other",
     "0.weight": "other",
 }
@@ -295,7 +297,10 @@ def test_recurrent_biases_are_biases() -> None:
 class Speaks(nn.Module):
     """A table and, under a name that tells nothing, what gives every row of it a logit."""
 
-    def __init__(self, *, first: bool = False, tied: bool = False, twice: bool = False, named: bool = False) -> None:
+    def __init__(
+        self, *, first: bool = False, tied: bool = False, twice: bool = False, named: bool = False,
+        blocks: bool = True, top: str = "",
+    ) -> None:  # fmt: skip
         super().__init__()
         if first:
             self.vocab = nn.Linear(4, 7, bias=False)
@@ -308,6 +313,10 @@ class Speaks(nn.Module):
             self.vocab_too = nn.Linear(4, 7)
         if named:
             self.lm_head = nn.Linear(4, 7)
+        if blocks:
+            self.q_proj = nn.Linear(4, 4)
+        if top:
+            self.add_module(top, nn.Linear(4, 3))
 
 
 def roles_of(model: nn.Module) -> dict[str, str]:
@@ -317,12 +326,23 @@ def roles_of(model: nn.Module) -> dict[str, str]:
 
 @pytest.mark.parametrize(
     ("options", "role"),
-    [({}, "head"), ({"first": True}, "head"), ({"twice": True}, "other"), ({"named": True}, "other")],
-)
-def test_a_head_without_a_name_is_known_by_its_shape(options: dict[str, bool], role: str) -> None:
+    [({}, "head"), ({"first": True}, "head"), ({"twice": True}, "other"), ({"named": True}, "other"),
+     ({"blocks": False}, "other"), ({"top": "decoder"}, "other")],
+)  # fmt: skip
+def test_a_head_without_a_name_is_known_by_its_shape(options: dict[str, Any], role: str) -> None:
     found = roles_of(Speaks(**options))
     assert (found["vocab.weight"], found["inside.weight"]) == (role, "other")
     assert roles_of(nn.ModuleDict({"module": Speaks(**options)}))["module.vocab.weight"] == role
+
+
+@pytest.mark.parametrize("top", ["output", "decoder", "out", "out_proj", "fc_out", "logits", "generator"])
+def test_a_head_by_a_common_name_is_one_at_the_top_of_a_network_of_blocks(top: str) -> None:
+    assert roles_of(Speaks(top=top))[f"{top}.weight"] == "head"
+    assert roles_of(nn.DataParallel(Speaks(top=top)))[f"module.{top}.weight"] == "head"
+    assert roles_of(Speaks(top=top, named=True))[f"{top}.weight"] != "head"
+    assert roles_of(Speaks(top=top, blocks=top == "out_proj"))["vocab.weight"] == "other"
+    inside = nn.ModuleDict({"layers": nn.ModuleList([Speaks(top=top)])})
+    assert roles_of(inside)[f"layers.0.{top}.weight"] != "head"
 
 
 @pytest.mark.parametrize("first", [False, True])

@@ -24,9 +24,6 @@ ROLES = (
 )  # fmt: skip
 
 
-#: What others put before the names of a model's own parts.
-_WRAPPERS = r"module\.|_orig_mod\.|_fsdp_wrapped_module\.|model\."
-
 # First match wins.  Names cover GPT-2 (c_attn, c_proj, c_fc), Llama (q_proj, gate_proj, w1..w3),
 # BERT (query, key, value), nn.TransformerEncoder (in_proj, linear1, linear2), and GPT-NeoX, BLOOM and Falcon, whose
 # query_key_value holds the three of one head after the other.  Heads come first where they hold what a block may hold,
@@ -37,7 +34,6 @@ _NAME_RULES = tuple(
         ("other", r"((^|\.)(classifier|lm_head)\.dense\.|pre_classifier)"),  # hidden layers before a head
         ("head", r"(^|\.)(classifier|lm_head|score|qa_outputs|embed_out|to_logits|output_projection)\."),
         ("head", r"(^|\.)(predictions\.decoder|generator\.proj)\."),
-        ("head", rf"^({_WRAPPERS})*(output|output_layer|decoder|out|out_proj|fc_out|logits|generator)\.weight$"),
         ("attention_qkv_by_head", r"query_key_value"),
         ("attention_qkv", r"(c_attn|in_proj|qkv)"),
         ("attention_q", r"(^|[._])(q|wq|q_proj|query)([._]|$)"),
@@ -51,12 +47,12 @@ _NAME_RULES = tuple(
         (
             "mlp_up",
             r"(up_proj|gate_proj|c_fc|fc1|linear1|intermediate|(^|[._])(w1|w3)([._]|$)"
-            r"|dense_h_to_4h|(^|[._])(fc_in|lin1|wi(_\d)?)([._]|$))",
+            r"|dense_h_to_4h|mlp\.fc_in|ffn\.lin1|Dense\w*\.wi(_\d)?\.)",
         ),
         (
             "mlp_down",
             r"(down_proj|mlp[\w.]*c_proj|fc2|linear2|(^|[._])w2([._]|$)|output\.dense"
-            r"|dense_4h_to_h|mlp\.fc_out|(^|[._])lin2([._]|$))",
+            r"|dense_4h_to_h|mlp\.fc_out|ffn\.lin2)",
         ),
         ("head", r"(lm_head|(^|(?<!multi)[._])head([._]|$)|classifier|unembed)"),
     )
@@ -122,7 +118,7 @@ def predicted_parameters(
         for leaf, parameter in module.named_parameters(recurse=False):
             owner.setdefault(id(parameter), (f"{prefix}.{leaf}" if prefix else leaf, module))
     tables = {id(m.weight): m for m in model.modules() if isinstance(m, nn.Embedding)}
-    unnamed_head = _head_by_shape(owner, tables)
+    unnamed_head = _unnamed_head(owner, tables)
     overrides = roles or {}
     unknown = sorted(set(overrides) - {name for name, _ in owner.values()})
     if unknown:
@@ -154,22 +150,39 @@ def predicted_parameters(
     return parameters, Groups(tuple(names), index, tuple(present), tuple(sizes))
 
 
-def _head_by_shape(owner: dict[int, tuple[str, nn.Module]], tables: dict[int, nn.Embedding]) -> int | None:
-    """``id`` of the weight that gives every row of a table a logit, where no name tells a head: the one of its shape.
+#: Names at the top of a model that are its head's if the model has blocks and nothing else is called one; others put
+#: names of their own before them.
+_AT_THE_TOP = re.compile(
+    r"^((module|_orig_mod|_fsdp_wrapped_module|model)\.)*"
+    r"(output|output_layer|decoder|out|out_proj|fc_out|logits|generator)\.weight$"
+)
 
-    A model of language has one of them, whatever it is called.  Where several matrices have the shape none is taken.
+
+def _unnamed_head(owner: dict[int, tuple[str, nn.Module]], tables: dict[int, nn.Embedding]) -> int | None:
+    """``id`` of the head's weight in a network of blocks where no name tells it for sure.
+
+    It is what a common name stands at the top for, or what gives every row of a table a logit and so has its shape.  A
+    model of language has one of them, whatever it is called.  Where there are several none is taken.
     """
+    layers = {
+        place: (name, module, role_of(name, module.weight, module))
+        for place, (name, module) in owner.items()
+        if place not in tables and isinstance(module, nn.Linear) and name.rpartition(".")[2] == "weight"
+    }
+    roles = {role for _, _, role in layers.values()}
+    if "head" in roles or not any(role.startswith(("attention", "mlp")) for role in roles):
+        return None
     shapes = {(m.num_embeddings, m.embedding_dim) for m in tables.values() if m.num_embeddings != m.embedding_dim}
-    candidates = []
-    for place, (name, module) in owner.items():
-        if place in tables or not isinstance(module, nn.Linear) or name.rpartition(".")[2] != "weight":
-            continue
-        role = role_of(name, module.weight, module)
-        if role == "head":
-            return None
-        if role == "other" and (module.out_features, module.in_features) in shapes:
-            candidates.append(place)
-    return candidates[0] if len(candidates) == 1 else None
+    at_the_top = [place for place, (name, _, _) in layers.items() if _AT_THE_TOP.match(name)]
+    of_the_shape = [
+        place
+        for place, (_, module, role) in layers.items()
+        if role == "other" and (module.out_features, module.in_features) in shapes
+    ]
+    for found in (at_the_top, of_the_shape):
+        if found:
+            return found[0] if len(found) == 1 else None
+    return None
 
 
 def _seen(parameter: Tensor, total: Total) -> Tensor:
