@@ -309,6 +309,24 @@ def test_failed_and_unfinished_trials_are_no_bar() -> None:
     assert [state for state, _ in search(HybridPruner(), runs[:1], study=study)][2] == "COMPLETE"
 
 
+def test_a_trial_that_is_tried_again_is_judged_from_its_start() -> None:
+    """Optuna copies system attributes to the trial that takes a failed one's place."""
+    study, runs = study_of(HybridPruner()), ladder(3)
+    search(study.pruner, runs[:1], study=study)
+    lost = study.ask()
+    for name, value in (("schedule", "linear"), ("total_steps", T)):
+        lost.set_user_attr(name, value)
+    for k, value in enumerate(runs[0][2][:36]):
+        lost.report(value, 10 * (k + 1))
+        assert not lost.should_prune()
+    study.tell(lost, state=optuna.trial.TrialState.FAIL)
+    copied = study.trials[lost.number].system_attrs
+    assert copied["hybrid_predict_trainer:look"] == [1, 7]
+    study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.WAITING, system_attrs=copied))
+    again = search(study.pruner, [(*runs[2][:2], 9 * runs[2][2]), runs[2]], study=study)
+    assert again[2][0] == "PRUNED", again
+
+
 def test_a_resumed_study_decides_as_one_that_went_on() -> None:
     storage = optuna.storages.InMemoryStorage()
     runs = ladder()

@@ -48,7 +48,7 @@ Schedule = Callable[[int], float] | Sequence[float] | Array | str
 SEEN = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING, TrialState.FAIL)
 #: User attributes of a trial that are read where no arguments say it.
 SCHEDULE, TOTAL_STEPS = "schedule", "total_steps"
-#: System attribute: the last look that was decided on.
+#: System attribute: the trial's number and the last look that was decided on; a trial that is retried has a copy of it.
 LOOKED = "hybrid_predict_trainer:look"
 #: Trials that a forecast learns from: the nearest ones.  More would cost time and say little.
 MOST_KNOWN = 64
@@ -128,7 +128,7 @@ class HybridPruner(BasePruner):  # type: ignore[misc]
                 known = self._rates_of(other, needed=False)
                 if known is not None and other.intermediate_values:
                     self._compare_units(other, max(other.intermediate_values), len(known))
-        done = trial.system_attrs.get(LOOKED, -1)
+        done = _looked(trial)
         due = max((k for k, look in enumerate(LOOKS[:-1]) if look <= last / len(rates) + LATE), default=-1)
         if due <= done or last >= len(rates):
             return False
@@ -137,7 +137,7 @@ class HybridPruner(BasePruner):  # type: ignore[misc]
         # whether the reports say enough for the look does not hang on the values
         if not lost and TrialCurve.of(trial.number, [(float(step), 0.0) for step in reports], rates).standing != due:
             return False
-        study._storage.set_trial_system_attr(trial._trial_id, LOOKED, due)
+        study._storage.set_trial_system_attr(trial._trial_id, LOOKED, [trial.number, due])
         others = [t for t in study.get_trials(deepcopy=False, states=SEEN) if t.number != trial.number]
         if lost:  # a first report may be infinite; one that still is at a look loses against any end
             return any(_has_ended(t) for t in others)
@@ -271,6 +271,15 @@ _Key = tuple[int, int, Any]
 
 def _key(trial: FrozenTrial) -> _Key:
     return trial._trial_id, trial.number, trial.datetime_start
+
+
+def _looked(trial: FrozenTrial) -> int:
+    """Index of the last look that was decided on; -1 before the first."""
+    said: Any = trial.system_attrs.get(LOOKED, -1)
+    if isinstance(said, list):
+        number, look = said
+        return int(look) if number == trial.number else -1
+    return int(said)  # of a study of before, which kept no number
 
 
 def _has_ended(trial: FrozenTrial) -> bool:
