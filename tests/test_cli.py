@@ -204,6 +204,28 @@ def test_bad_text_is_one_line_and_status_2(
 
 
 @pytest.mark.parametrize(
+    "command",
+    [
+        ["probe", "--task", "regression", "--toml"], ["validate", "--markdown"], ["bench", "probe", "--markdown"],
+        ["bench", "forecast", "--write-priors"], ["doctor", ".", "--patch"],
+    ],
+)  # fmt: skip
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_computed(
+    command: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in cli.COMMANDS.values():
+        monkeypatch.setattr(f"hybrid_predict_trainer.cli{module}.run", lambda args: pytest.fail("it was computed"))
+    (tmp_path / "file").write_text("x")
+    for place, words in ((tmp_path, "is a folder"), (tmp_path / "file" / "a.md", "is no folder")):
+        status, _, err = run(capsys, *command, place)
+        assert status == 2
+        assert words in err
+        assert err.count("\n") == 1
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert "no right to write" in run(capsys, *command, tmp_path / "new" / "a.md")[2]
+
+
+@pytest.mark.parametrize(
     ("text", "words"),
     [("[training]\nful_steps = 3", r"c.toml: unknown key 'training.ful_steps'"), ("a =", r"c.toml: not valid TOML")],
 )

@@ -256,6 +256,11 @@ def test_the_accelerated_bootstrap_holds_less_than_it_says_of_few_seeds() -> Non
     rng = np.random.default_rng(0)
     found = [bca_interval(rng.normal(size=10)) for _ in range(60)]
     assert 0.8 <= np.mean([low < 0 < high for low, high in found]) <= 1.0
+    skewed = [1.0, 1.05, 1.1, 1.2, 1.3, 1.4, 3.0]
+    drawn = np.random.default_rng(1).choice(skewed, size=(20_000, len(skewed))).mean(axis=1)
+    low, high = bca_interval(skewed)
+    assert low > np.quantile(drawn, 0.025) + 0.005  # both ends go to the side of the tail
+    assert high > np.quantile(drawn, 0.975) + 0.05
     assert bca_interval([1.0] * 6) is None
     assert bca_interval([1.0, 2.0, 3.0, 4.0]) is None
 

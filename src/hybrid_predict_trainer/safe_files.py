@@ -185,6 +185,22 @@ def write_named(path: str | Path, text: str) -> None:
         write_text(path, text)
 
 
+def refuse_unwritable(path: str | Path) -> None:
+    """Refuse a place for a file before hours are spent on what is to be written there.
+
+    Raises:
+        UnusableFileError: it is a folder, lies below a file, or may not be written.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UnusableFileError(f"{path}: is a folder, a file is to be written there")
+    place = path if path.exists() else next((p for p in path.absolute().parents if p.exists()), path)
+    if place != path and not place.is_dir():
+        raise UnusableFileError(f"{path}: cannot be written: {place} is no folder")
+    if not os.access(place, os.W_OK):
+        raise UnusableFileError(f"{path}: cannot be written: no right to write to {place}")
+
+
 def open_append(path: str | Path, *, written: bool = True) -> int:
     """A descriptor that appends to a regular file, which is made if missing.
 

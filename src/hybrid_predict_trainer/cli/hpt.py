@@ -38,6 +38,8 @@ from .arguments import (
 )
 from .names import ABLATIONS, PRIORS, SAMPLERS, TASKS
 
+#: Flags that name a file which is written when all else is done.
+FILES = ("markdown", "patch", "toml", "write_priors")
 #: Command -> the module beside this one whose ``run`` it calls.
 COMMANDS = {
     "train": ".train", "compare": ".compare", "inspect": ".inspect", "report": ".report", "forecast": ".forecast",
@@ -384,6 +386,7 @@ def _run(args: argparse.Namespace) -> int:
         warnings.showwarning = one_line_warning
         try:
             check_texts(args)
+            check_places(args)
             status: int = importlib.import_module(COMMANDS[args.command], __package__).run(args)
         except (InputError, ConfigError) as error:
             return complain(error, BAD_INPUT)
@@ -419,6 +422,21 @@ def check_texts(args: argparse.Namespace) -> None:
                 raise InputError(
                     f"{name.replace('_', '-')}: {short_value(told)} is no name or value (too long, or a NUL)"
                 )
+
+
+def check_places(args: argparse.Namespace) -> None:
+    """Refuse places where nothing can be written before anything is computed for them.
+
+    Raises:
+        InputError: a file of :data:`FILES` cannot be written.
+    """
+    from ..experiments.arms.options import as_input_error
+    from ..safe_files import refuse_unwritable
+
+    with as_input_error():
+        for name in FILES:
+            if getattr(args, name, None) is not None:
+                refuse_unwritable(getattr(args, name))
 
 
 def one_line_warning(
