@@ -368,6 +368,7 @@ NOT_SAVED: dict[str, set[str]] = {
         "_watch",
         "_schedule",
         "_failures",
+        "_decay_follows",
         "_drifts",
         "_awaited",
         "_handed_in",
