@@ -83,27 +83,14 @@ def forecast(
     """
     if not 0 < level < 1:
         raise ConfigError(f"the level of an interval lies between 0 and 1, not at {level:g}")
-    curve, plan = Curve.of(steps, losses), Plan.of(rates)
-    if not len(curve.steps):
-        raise ConfigError("there are no losses to forecast from")
+    curve, plan = under_way(steps, losses, rates)
     now = float(curve.steps[-1])
-    if now > plan.steps:
-        raise ConfigError(f"the run is at step {now:g}, beyond the {plan.steps} steps of the plan")
-    if float(np.ptp(curve.losses)) == 0.0 and len(curve.steps) > 1:
-        raise ConfigError(
-            f"all {len(curve.steps)} losses are {curve.losses[0]:g}: a loss that never moves has no forecast"
-        )
     unit = last_value(curve)  # a loss in other units, or a tiny one of a problem that is solved, is the same loss
     curve = curve.scaled(1 / unit)
     known = [shipped(name) for name in PRIORS] if priors is None else list(priors)
     fits = [fit([(curve, plan)], prior) for prior in known]
-    off = min(f.off for f in fits)
-    if off > FAR_OFF:
-        raise ConfigError(
-            f"the law does not describe this curve, it is off by {100 * off:.2g} % where losses are known: a loss that "
-            "rises, or stands still and falls later, cannot be forecast"
-        )
     shares = weights_of(fits)
+    notes = [*notes_of(curve, plan), *misfit(fits, known, shares)]
     at = np.linspace(now, plan.steps, NUM_POINTS)
     middle, deviation = mixture(fits, known, shares, plan, at)
     final_rows = max(1.0, FINAL_SHARE * len(curve.steps) * plan.steps / max(now, 1.0))
@@ -117,26 +104,65 @@ def forecast(
             f"the forecast is no finite number: losses of about {unit:g} cannot be told in this precision"
         )
     power, line = power_law(curve, plan), log_line(curve, plan)
-    notes = notes_of(curve, plan)
-    if off > OFF:
-        notes.append(
-            f"the law is off by {100 * off:.2g} % where losses are known: the interval, which was measured on curves "
-            "that follow it, is too narrow"
-        )
-    best = int(shares.argmax())
-    steep = float(fits[best].theta[SCALE]) - math.log(SCALE_SHARE)
-    if known[best].name in PRIORS and abs(steep) > STEEP:
-        notes.append(
-            f"after {REFERENCE:,.0f} steps this loss falls {math.exp(steep):.2g} times as steeply as the curves that "
-            "the law was measured on: if its steps are no optimizer steps, or have many more or fewer examples, the "
-            "interval is too narrow"
-        )
     return Forecast(
         final_loss=float(points[-1, 1]), low=float(points[-1, 2]), high=float(points[-1, 3]), level=level,
         step=int(now), total_steps=plan.steps, last_value=unit, power_law=None if power is None else unit * power,
         log_line=None if line is None else unit * line, points=tuple(map(tuple, points.tolist())),
         prior=tuple((prior.name, float(w)) for prior, w in zip(known, shares, strict=True)), notes=tuple(notes),
     )  # fmt: skip
+
+
+def under_way(
+    steps: Sequence[float] | Array, losses: Sequence[float] | Array, rates: Sequence[float] | Array
+) -> tuple[Curve, Plan]:
+    """What is known of a run and what is planned, of which something can be said.
+
+    Args:
+        steps: (n,) optimizer steps taken when each loss was measured.
+        losses: (n,) above 0.
+        rates: (T,) learning rate of each step.
+
+    Raises:
+        ConfigError: there are no losses, they all are the same, or they go beyond the plan.
+    """
+    curve, plan = Curve.of(steps, losses), Plan.of(rates)
+    if not len(curve.steps):
+        raise ConfigError("there are no losses to forecast from")
+    if curve.steps[-1] > plan.steps:
+        raise ConfigError(f"the run is at step {curve.steps[-1]:g}, beyond the {plan.steps} steps of the plan")
+    if float(np.ptp(curve.losses)) == 0.0 and len(curve.steps) > 1:
+        raise ConfigError(
+            f"all {len(curve.steps)} losses are {curve.losses[0]:g}: a loss that never moves has no forecast"
+        )
+    return curve, plan
+
+
+def misfit(fits: Sequence[Fit], priors: Sequence[Prior], shares: Array) -> list[str]:
+    """What a reader has to know of how the law describes a curve.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    found, off = [], min(f.off for f in fits)
+    if off > FAR_OFF:
+        raise ConfigError(
+            f"the law does not describe this curve, it is off by {100 * off:.2g} % where losses are known: a loss that "
+            "rises, or stands still and falls later, cannot be forecast"
+        )
+    if off > OFF:
+        found.append(
+            f"the law is off by {100 * off:.2g} % where losses are known: the interval, which was measured on curves "
+            "that follow it, is too narrow"
+        )
+    best = int(shares.argmax())
+    steep = float(fits[best].theta[SCALE]) - math.log(SCALE_SHARE)
+    if priors[best].name in PRIORS and abs(steep) > STEEP:
+        found.append(
+            f"after {REFERENCE:,.0f} steps this loss falls {math.exp(steep):.2g} times as steeply as the curves that "
+            "the law was measured on: if its steps are no optimizer steps, or have many more or fewer examples, the "
+            "interval is too narrow"
+        )
+    return found
 
 
 def weights_of(fits: Sequence[Fit]) -> Array:
