@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hybrid_predict_trainer.cli import names
+from hybrid_predict_trainer.cli import main, names
 from hybrid_predict_trainer.experiments.downstream import harness, minimal_pairs
 from hybrid_predict_trainer.experiments.report import validation
 from hybrid_predict_trainer.experiments.validation import (
@@ -255,6 +255,23 @@ def test_a_page_shows_it_all(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "<script" not in page
     assert validation.holds(folder)
     assert not validation.holds(folder / "collected")
+
+
+def test_what_is_kept_is_judged_with_the_seeds_that_each_experiment_has(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(program.SCALES, "tiny", HALF)
+    for path in folder.glob("experiment[45]-tiny-seed*.json"):
+        if path.name != "experiment5-tiny-seed1.json":
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    before = sorted(tmp_path.iterdir())
+    assert main(["validate", "--kept", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "experiment 4: hybrid training, tiny, 2 seeds" in said
+    assert "experiment 5: residual correction, tiny, 1 seeds" in said
+    assert [p for p in sorted(tmp_path.iterdir()) if p.suffix == ".json"] == before
+    assert main(["validate", "--kept", "--scale", "small", "--out", str(tmp_path)]) == 2
+    assert "holds no results of --scale small" in capsys.readouterr().err
 
 
 def test_acceptance_tables_stand_beside_their_claims(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

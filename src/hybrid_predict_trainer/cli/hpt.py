@@ -317,6 +317,11 @@ def _add_validate(validate: argparse.ArgumentParser) -> None:
         help="the seeds' acceptance tables and decision points from all five experiments, with costs, energy and CO2",
     )  # fmt: skip
     more.add_argument(
+        "--kept",
+        action="store_true",
+        help="judge the results that --out holds, however many seeds each has; run nothing",
+    )
+    more.add_argument(
         "--ablation", type=name_of("ablation", ABLATIONS), metavar="NAME",
         help=f"change one thing in a run with half of its steps predicted: {', '.join(ABLATIONS)}",
     )  # fmt: skip

@@ -50,6 +50,9 @@ def _measured(args: argparse.Namespace) -> tuple[dict[str, Any], str, str]:
         scores = harness.evaluate(args.harness, args.out / "harness")
         lines = [f"{task}: {name} {value:.4g}" for task, own in scores.items() for name, value in own.items()]
         return {"harness": scores}, "\n".join(lines), "\n".join(f"- {line}" for line in lines) + "\n"
+    if args.kept:
+        found = program.kept_of(args.out, args.scale)
+        return found, program.format_text(found), program.markdown(found)
     wanted = tuple(args.experiment or program.EXPERIMENTS)
     if args.acceptance and set(wanted) != set(program.EXPERIMENTS):
         raise ConfigError("--acceptance needs all five experiments: leave out --experiment")

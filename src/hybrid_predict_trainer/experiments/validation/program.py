@@ -106,6 +106,18 @@ def kept(out: Path) -> list[dict[str, Any]]:
     return found
 
 
+def kept_of(out: Path, scale_name: str) -> dict[str, Any]:
+    """What a folder holds of one scale.
+
+    Raises:
+        ConfigError: nothing, or a result is damaged, or of another version or size.
+    """
+    for found in kept(out):
+        if found["scale"] == scale_name:
+            return found
+    raise ConfigError(f"{out}: holds no results of --scale {scale_name}; the same command without --kept makes them")
+
+
 def _measure(
     number: int, scale: Scale, seed: int, recorded: Recorded | None, tell: Tell
 ) -> tuple[dict[str, Any], list[Criterion]]:
@@ -186,7 +198,7 @@ def format_text(found: dict[str, Any]) -> str:
     """What a person reads."""
     lines = []
     for number, result in found["experiments"].items():
-        lines.append(f"experiment {number}: {result['name']}, {found['scale']}, {found['seeds']} seeds")
+        lines.append(f"experiment {number}: {result['name']}, {found['scale']}, {len(result['results'])} seeds")
         for bar in result["criteria"]:
             ends = bar["interval"]
             interval = "" if ends is None else f" [{ends[0]:.3g}, {ends[1]:.3g}]"
