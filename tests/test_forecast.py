@@ -243,6 +243,20 @@ def test_a_curve_that_the_law_does_not_describe_is_told_or_refused() -> None:
         forecast(steps[:100], np.full(100, 3.0), rates)
 
 
+@pytest.mark.parametrize("num_rows", [10, 20, 50])
+def test_few_noisy_rows_of_a_curve_that_the_law_describes_are_not_taken_for_another(num_rows: int) -> None:
+    steps, losses, rates = made_up(noise=0.0)
+    every, draws = 100 // num_rows, np.random.default_rng(0)
+    refused = []
+    for _ in range(20):
+        noisy = losses[:100:every] * np.exp(0.2 * draws.normal(size=len(losses[:100:every])))
+        try:
+            forecast(steps[:100:every], noisy, rates)
+        except ConfigError as error:
+            refused.append(str(error))
+    assert len(refused) <= 1, refused
+
+
 def test_rates_that_teach_nothing_are_refused() -> None:
     steps, losses, rates = made_up()
     for wrong in (0 * rates, -rates, rates[:0]):

@@ -283,13 +283,26 @@ def test_a_disk_that_is_really_full(tmp_path: Path, capsys: pytest.CaptureFixtur
     """The limit on file sizes refuses writes as a full disk does."""
     argv = ["train", *TINY, *EVERY, "--steps", "4", "--out", tmp_path / "run"]
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4500, before[1]))  # more than the settings, less than a checkpoint
     try:
         status, _, err = run(capsys, *argv)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert (status, len(errors(err))) == (3, 1), err
     assert run(capsys, "train", "--resume", "--out", tmp_path / "run")[0] == 0
+
+
+def test_a_disk_that_is_full_before_anything_is_trained_names_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        status, _, err = run(capsys, "train", *TINY, "--out", tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (status, len(errors(err))) == (2, 1), err
+    assert str(tmp_path / "run") in err
 
 
 # ---- signals ---------------------------------------------------------------------------------------------

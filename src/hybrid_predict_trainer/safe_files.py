@@ -147,6 +147,10 @@ def write_text(path: str | Path, text: str) -> None:
         with os.fdopen(os.open(partial, _NEW, 0o666), "w", encoding="utf-8", newline="\n") as file:
             file.write(text)
         partial.replace(path)
+    except OSError as error:
+        if error.filename is None:  # a full disk does not say what was to be written
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)

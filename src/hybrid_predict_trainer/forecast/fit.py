@@ -22,6 +22,9 @@ SMOOTH_ROWS = 40
 #: Share of the rows that say whether the law describes a curve (single spikes do not), the share that is its end, and
 #: how many standard errors of the end's rows are left to their noise.
 WITHOUT_SPIKES, AT_THE_END, NOISE_ERRORS = 0.9, 0.125, 3.0
+#: The noise of so many rows is itself known to half: of pure noise, whatever the number of rows, less than one curve in
+#: a hundred lies farther off than is left to it.
+FEW_ROWS = 60
 LEAST_LOSS = 1e-12
 
 
@@ -108,10 +111,13 @@ def fit(curves: Sequence[tuple[Curve, Plan]], prior: Prior, *, discrepancy: floa
 def _beyond_noise(theta: Array, part: Curve, plan: Plan, start: float) -> float:
     """How far the law is from a curve beyond its rows' noise: over all of it, or at its end, whichever is more."""
     residuals = np.log(_positive(losses(theta, plan, part.steps, start))) - np.log(part.losses)
-    kept = np.sort(residuals**2 - part.noise**2 / part.sizes)[: math.ceil(WITHOUT_SPIKES * len(residuals))]
+    of_noise = part.noise**2 / part.sizes
+    kept = np.sort(residuals**2 - of_noise)[: math.ceil(WITHOUT_SPIKES * len(residuals))]
+    count = len(residuals)
+    chance = NOISE_ERRORS * float(of_noise.mean()) * math.sqrt(2 / count) * (1 + FEW_ROWS / count)
     last = math.ceil(AT_THE_END * len(residuals))
     end = abs(float(np.median(residuals[-last:]))) - NOISE_ERRORS * part.noise / math.sqrt(part.sizes[-last:].sum())
-    return max(math.sqrt(max(0.0, float(kept.mean()))), end)
+    return max(math.sqrt(max(0.0, float(kept.mean()) - chance)), end)
 
 
 def _usable(curve: Curve, plan: Plan) -> Curve:
