@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -465,6 +466,13 @@ def test_decay_that_is_part_of_the_gradient_is_part_of_the_step() -> None:
     assert _decay_in_one_step(4.0, torch.optim.SGD, recipe="off")[0] == pytest.approx(0.2, rel=1e-4)
 
 
+def test_decay_that_no_rate_multiplies_stays_as_it_is() -> None:
+    package = pytest.importorskip("pytorch_optimizer")
+    fixed = functools.partial(package.Lion, weight_decouple=True, fixed_decay=True)
+    assert _decay_in_one_step(4.0, fixed, recipe="off")[0] == pytest.approx(0.5, rel=1e-4)
+    assert _decay_in_one_step(1.0, fixed, recipe="off")[0] == pytest.approx(0.5, rel=1e-4)
+
+
 @pytest.mark.parametrize("follows", [False, True])
 def test_a_step_from_a_package_decays_as_the_users_own(follows: bool) -> None:
     model = Small()
@@ -486,7 +494,7 @@ def test_a_step_from_a_package_decays_as_the_users_own(follows: bool) -> None:
     ("name", "keys", "decoupled"),
     [("AdamW", {}, True), ("Adam", {}, False), ("Adam", {"decoupled_weight_decay": True}, True), ("SGD", {}, False),
      ("AdamW8bit", {}, True), ("MuonAdamW", {}, True), ("Lion", {}, True), ("Lamb", {"weight_decouple": True}, True),
-     ("SOAP", {"weight_decouple": False}, False)],
+     ("SOAP", {"weight_decouple": False}, False), ("Lion", {"weight_decouple": True, "fixed_decay": True}, False)],
 )  # fmt: skip
 def test_whose_decay_is_decoupled(name: str, keys: dict[str, Any], decoupled: bool) -> None:
     held = type(name, (), {})()

@@ -163,6 +163,15 @@ DAMAGE = {
 }
 
 
+def refused(command: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line with which a command ends."""
+    capsys.readouterr()
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    return error
+
+
 @pytest.mark.parametrize("name", DAMAGE)
 def test_a_result_that_is_damaged_within_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
@@ -175,11 +184,7 @@ def test_a_result_that_is_damaged_within_is_named(
     DAMAGE[name](found)
     path.write_text(json.dumps(found))
     for command in (arguments, ["report", str(tmp_path)]):
-        capsys.readouterr()
-        assert main(command) == 2
-        error = capsys.readouterr().err
-        assert "experiment2-tiny-seed1.json: is damaged" in error
-        assert len(error.splitlines()) == 1
+        assert "experiment2-tiny-seed1.json: is damaged" in refused(command, capsys)
 
 
 def test_seeds_with_other_criteria_and_a_page_without_its_figures_are_refused(
@@ -195,11 +200,7 @@ def test_seeds_with_other_criteria_and_a_page_without_its_figures_are_refused(
         ({**whole, "results": {"decision": "stop"}}, ["report", str(tmp_path)]),
     ):
         path.write_text(json.dumps(damaged))
-        capsys.readouterr()
-        assert main(command) == 2
-        error = capsys.readouterr().err
-        assert "holds a result that is damaged" in error
-        assert len(error.splitlines()) == 1
+        assert "holds a result that is damaged" in refused(command, capsys)
 
 
 @pytest.mark.parametrize(

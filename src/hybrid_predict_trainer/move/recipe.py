@@ -288,7 +288,7 @@ def decay_of(optimizer: Optimizer, group: Mapping[str, Any]) -> float:
     A group of torch's, or of pytorch_optimizer's, says which of both it is; of the others the name does.
     """
     decay = group.get("weight_decay", 0.0)
-    if not decay or not isinstance(decay, int | float):
+    if not decay or not isinstance(decay, int | float) or group.get("fixed_decay"):  # which no rate multiplies
         return 0.0
     said = group.get("decoupled_weight_decay", group.get("weight_decouple"))
     if said is None:

@@ -34,10 +34,9 @@ def opened(url: str | None, out: Path) -> Any:
     with storage_errors():
         if url is None:
             journal = out / JOURNAL
+            backend = Journal(journal, KernelLock(out / f"{JOURNAL}.lock"))
             try:
-                return JournalStorage(
-                    Journal(journal, KernelLock(out / f"{JOURNAL}.lock"))
-                )  # plays back what the file says
+                return JournalStorage(backend)  # plays back what the file says
             except (LookupError, TypeError, ValueError, AttributeError, AssertionError) as error:
                 raise InputError(
                     f"{journal}: is damaged ({type(error).__name__}: {_line(error)}); without it 'hpt sweep' makes it "
