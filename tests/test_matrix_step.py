@@ -277,7 +277,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(kind: str, tmp_path: Path) -> No
 def test_a_state_can_be_gone_back_to_twice(kind: str) -> None:
     """What was put back is a copy: steps after it do not write into what is kept."""
     _, trainer = full_batch_run(kind)
-    step = trainer.run.optimizer_step.modifiers[0]
+    step = trainer.run.optimizer_step.modifiers[-1]
     for batch in batches(6):
         trainer.step(batch)
     kept = copy.deepcopy(step.state_dict())
@@ -291,7 +291,7 @@ def test_a_state_can_be_gone_back_to_twice(kind: str) -> None:
 
 def test_a_step_that_a_scaler_leaves_out_puts_the_gradients_back() -> None:
     _, trainer = full_batch_run("muon")
-    step = trainer.run.optimizer_step.modifiers[0]
+    step = trainer.run.optimizer_step.modifiers[-1]
     parameters = trainer.run.subject.parameters
     for p in parameters:
         p.grad = torch.ones_like(p)
@@ -307,7 +307,7 @@ def test_a_step_that_a_scaler_leaves_out_puts_the_gradients_back() -> None:
         ({"training.step": "muon"}, {}, 'training.step = "muon", and is continued without but with step sizes'),
         ({"training.step": "soap"}, {}, 'training.step = "soap", and is continued without but with step sizes'),
         (
-            {"training.recipe": "prior"}, {"training.step": "muon"},
+            {"training.recipe": "prior"}, {"training.step": "muon", "training.recipe": "off"},
             r'by role \(training.recipe\), and is continued without but with training.step = "muon": set',
         ),
     ],

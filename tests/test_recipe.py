@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,23 @@ from torch import Tensor, nn
 from cases import assert_same, config
 from hybrid_predict_trainer import CheckpointError, ConfigError, HybridTrainer, Recipe, attach, find_recipe
 from hybrid_predict_trainer.cycle.motions import end_motions
+from hybrid_predict_trainer.experiments.baselines.roles import by_role
 from hybrid_predict_trainer.move.head_ladder import _climb, shape
-from hybrid_predict_trainer.move.recipe import PRIOR, decay_of, prior, thirds
+from hybrid_predict_trainer.move.recipe import (
+    PRIOR,
+    PRIOR_BESIDE_MUON,
+    decay_of,
+    for_run,
+    measured_factors,
+    prior,
+    thirds,
+)
+from hybrid_predict_trainer.tasks.base import TaskDefaults
+from hybrid_predict_trainer.tasks.recipes import MuonAdamW, muon_adamw
 from hybrid_predict_trainer.weights.parameters import predicted_parameters
 
 VOCABULARY, WIDTH, LENGTH = 11, 8, 6
+LANGUAGE = TaskDefaults(lr=1e-2, steps=12, betas=(0.9, 0.95))
 
 
 class Block(nn.Module):
@@ -135,6 +148,83 @@ def test_off_is_the_plain_loop_and_the_prior_is_for_untrained_blocks_alone() -> 
     assert prior(*predicted_parameters(model, torch.optim.SGD(model.parameters(), lr=1.0))).empty
     mlp = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2))
     assert prior(*predicted_parameters(mlp, torch.optim.SGD(mlp.parameters(), lr=1.0))).empty
+
+
+def muon(model: nn.Module, adjusted: str = "match_rms_adamw", **options: Any) -> MuonAdamW:
+    """Muon for the block's matrices, whose step is of Adam's length or of another, and AdamW for the rest."""
+    recipe = replace(LANGUAGE, **{"lr": 1e-2, "optimizer": "muon"} | options)
+    optimizer = muon_adamw(model, [{"params": list(model.parameters()), "weight_decay": recipe.weight_decay}], recipe)
+    for group in optimizer.param_groups:
+        if group["use_muon"]:
+            group["adjust_lr_fn"] = adjusted
+    return optimizer
+
+
+WHOSE_PRIOR: list[tuple[str, Any, str, Any]] = [
+    ("Adam", lambda m: torch.optim.Adam(m.parameters()), "optimizer", PRIOR),
+    ("AdamW", lambda m: torch.optim.AdamW(m.parameters()), "optimizer", PRIOR),
+    ("SGD", lambda m: torch.optim.SGD(m.parameters()), "optimizer", None),
+    ("NAdam", lambda m: torch.optim.NAdam(m.parameters()), "optimizer", None),
+    ("Muon beside AdamW", muon, "optimizer", PRIOR_BESIDE_MUON),
+    ("Muon's own length", lambda m: muon(m, "original"), "optimizer", None),
+    ("Muon alone", lambda m: torch.optim.Muon([m.block.q_proj.weight], adjust_lr_fn="match_rms_adamw"),
+     "optimizer", None),
+    ("AdamW, matrices by Muon", lambda m: torch.optim.AdamW(m.parameters()), "muon", PRIOR_BESIDE_MUON),
+    ("AdamW, matrices by SOAP", lambda m: torch.optim.AdamW(m.parameters()), "soap", None),
+    ("Muon, matrices by Muon", muon, "muon", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "step", "expected"), [w[1:] for w in WHOSE_PRIOR], ids=[w[0] for w in WHOSE_PRIOR]
+)
+def test_factors_are_those_that_were_measured_with_the_optimizer(optimizer: Any, step: str, expected: Any) -> None:
+    model = Small()
+    held = optimizer(model)
+    assert measured_factors(held, step) == expected
+    asked = for_run("auto", held, *predicted_parameters(model, held), step)
+    present = set(predicted_parameters(model, held)[1].roles)
+    assert dict(asked.rates) == {role: rate for role, rate in (expected or {}).items() if role in present}
+
+
+def test_beside_muon_a_table_that_is_the_head_has_no_rate_of_its_own() -> None:
+    model = Small()
+    model.head.weight = model.embedding.weight
+    held = muon(model)
+    assert for_run("auto", held, *predicted_parameters(model, held)).empty
+    assert not for_run("prior", held, *predicted_parameters(model, held)).empty
+
+
+def test_muon_has_its_prior_by_default_and_it_is_groups_with_rates_of_their_own() -> None:
+    """In the user's optimizer, in the step of the trainer's own, and by hand: one and the same run."""
+    still = STILL | {"recipe": "auto", "max_predict_steps": 1}
+
+    def run(how: str) -> nn.Module:
+        torch.manual_seed(0)
+        model = Small()
+        if how == "by hand":
+            recipe = replace(LANGUAGE, lr=1e-2, optimizer="muon", momentum=0.95, weight_decay=0.0)
+            optimizer = by_role(model, recipe, PRIOR_BESIDE_MUON)
+            for batch in batches(2):  # Muon computes in bfloat16: later steps are apart by its rounding
+                optimizer.zero_grad()
+                loss_fn(model, batch).backward()
+                optimizer.step()
+            return model
+        if how == "optimizer":
+            optimizer = muon(model, momentum=0.95, weight_decay=0.0, betas=LANGUAGE.betas)
+        else:
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=LANGUAGE.betas, weight_decay=0.0)
+        trainer = HybridTrainer(model, optimizer, config(**still, step=how if how == "muon" else "optimizer"),
+                                loss_fn=loss_fn)  # fmt: skip
+        assert dict(trainer.recipe().rates) == PRIOR_BESIDE_MUON
+        for batch in batches(2):
+            trainer.step(batch)
+        return model
+
+    expected = run("by hand").state_dict()
+    for how in ("optimizer", "muon"):
+        for name, value in run(how).state_dict().items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6, msg=f"{how}: {name}")
 
 
 def test_nothing_frozen_moves_and_weight_decay_stays_what_it_was() -> None:

@@ -337,11 +337,10 @@ def recipe_for(subject: Subject, watch: Watch, config: HybridTrainerConfig) -> R
     Raises:
         ConfigError: ``training.recipe`` names a file that cannot be read, or that is not of this network.
     """
-    # the prior was measured with Adam's own step
-    nothing_of_ours = (config.never_predicts or config.step != "optimizer") and config.recipe == "auto"
+    nothing_of_ours = config.never_predicts and config.recipe == "auto"
     if not config.enabled or watch.hands_off is not None or config.recipe == "off" or nothing_of_ours:
         return None
-    return for_run(config.recipe, subject.optimizer, subject.parameters, subject.groups)
+    return for_run(config.recipe, subject.optimizer, subject.parameters, subject.groups, config.step)
 
 
 def modifiers_for(
@@ -387,7 +386,9 @@ def multiplier_for(
         anneals: There is a schedule.
     """
     least = config.min_group_factor if watch.hands_off is None else 1.0
-    if config.never_predicts or not anneals or not (config.max_lr_multiplier > 1 or least < 1):
+    # steps that are equally long in every direction do not tell how long they should be: neither raised nor cut
+    equally_long = config.step == "muon" or orthogonalizes(subject.optimizer)
+    if config.never_predicts or not anneals or equally_long or not (config.max_lr_multiplier > 1 or least < 1):
         return UnitMultiplier()
     groups, by_role = subject.groups, recipe is not None and not recipe.empty
     drawn = untrained(subject.parameters, groups.names)
@@ -396,9 +397,8 @@ def multiplier_for(
         least = max(least, LEAST_BEHIND_TABLE)
     # on an accelerator a check waits for the device: as often as losses are read, no more
     steps = CHECK_STEPS if subject.on_cpu else max(CHECK_STEPS, config.divergence.check_interval_steps)
-    equally_long = config.step == "muon" or orthogonalizes(subject.optimizer)
     return LrMultiplier(
-        groups, 1.0 if equally_long else config.max_lr_multiplier, least, steps, untrained=drawn,
+        groups, config.max_lr_multiplier, least, steps, untrained=drawn,
         pretrained=pretrained(subject.model), holdout_fraction=config.block_holdout, generator=generator,
     )  # fmt: skip
 

@@ -25,6 +25,9 @@ from .group_warmup import is_inside_a_block
 
 #: Factors for networks whose blocks were never trained; every other role keeps the schedule's rate.
 PRIOR = {"head": 8.0, "embedding": 4.0, "attention_q": 3.0, "attention_k": 3.0}
+#: The same where Muon steps the hidden matrices as far as Adam would, and Adam the rest at the same rate.  The head
+#: needs no more there, and queries and keys bear more only where they are normalised (LOG.md).
+PRIOR_BESIDE_MUON = {"embedding": 8.0}
 #: Optimizers with which the prior was measured, by name.
 MEASURED_WITH = ("Adam", "AdamW")
 #: Roles that a matrix with queries, keys and values in one is cut into, by thirds.
@@ -197,7 +200,26 @@ class _Holder:
         self.param_groups = [{"params": parameters}]
 
 
-def prior(parameters: list[Tensor], groups: Groups) -> Recipe:
+def measured_factors(optimizer: Optimizer, step: str = "optimizer") -> Mapping[str, float] | None:
+    """The prior's factors that were measured with an optimizer; None: none were.
+
+    Args:
+        optimizer: Adam and AdamW go by their names.  Muon is known by its groups: torch's say that its step is brought
+            to the length of Adam's (``adjust_lr_fn``), and all others must be Adam's (``betas``), at least one.  Of any
+            other length nothing was measured.
+        step: Who steps the hidden matrices in Adam's place (``training.step``).
+    """
+    if type(optimizer).__name__ in MEASURED_WITH:
+        return {"optimizer": PRIOR, "muon": PRIOR_BESIDE_MUON}.get(step)
+    if step != "optimizer":
+        return None
+    of_muon = [group.get("adjust_lr_fn") == "match_rms_adamw" for group in optimizer.param_groups]
+    of_adam = ["betas" in group for group in optimizer.param_groups]
+    known = all(muon != adam for muon, adam in zip(of_muon, of_adam, strict=True))
+    return PRIOR_BESIDE_MUON if known and any(of_muon) and any(of_adam) else None
+
+
+def prior(parameters: list[Tensor], groups: Groups, factors: Mapping[str, float] = PRIOR) -> Recipe:
     """The recipe for a network of blocks that was never trained; for any other all factors are 1.
 
     Measured on language models with a head of its own, drawn or of zeros, and on one whose head is its embedding, which
@@ -206,6 +228,7 @@ def prior(parameters: list[Tensor], groups: Groups) -> Recipe:
     Args:
         parameters: That are trained.
         groups: Their names and roles.
+        factors: By role (:func:`measured_factors`).
     """
     inside = [is_inside_a_block(role) for role in groups.roles]
     if not any(inside) or all(inside):
@@ -213,34 +236,42 @@ def prior(parameters: list[Tensor], groups: Groups) -> Recipe:
     if not untrained(parameters, groups.names):
         return Recipe({}, "no recipe: the network has been trained before, or nothing tells that it has not")
     present = _roles_in(groups)
-    rates = {role: rate for role, rate in PRIOR.items() if role in present}
+    rates = {role: rate for role, rate in factors.items() if role in present}
     return Recipe(rates, "prior of untrained networks of blocks")
 
 
-def for_run(asked: str, optimizer: Optimizer, parameters: list[Tensor], groups: Groups) -> Recipe:
+def for_run(
+    asked: str, optimizer: Optimizer, parameters: list[Tensor], groups: Groups, step: str = "optimizer"
+) -> Recipe:
     """What ``training.recipe`` names: ``"auto"``, ``"off"``, ``"prior"``, or a file.
 
-    ``"auto"`` is the prior where it was measured: with Adam or AdamW at one rate for all of its groups.
+    ``"auto"`` is the prior where it was measured: with Adam or AdamW at one rate for all of its groups, and with Muon
+    beside them (:func:`measured_factors`).
 
     Args:
         asked: The setting.
         optimizer: Its groups are looked at, and its name.
         parameters: That are trained.
         groups: Their names and roles.
+        step: Who steps the hidden matrices in the optimizer's place (``training.step``).
 
     Raises:
         ConfigError: the file cannot be read, or names a role that this network has not.
     """
     if asked == "off":
         return Recipe({}, "off")
+    factors = measured_factors(optimizer, step)
     if asked == "prior":
-        return prior(parameters, groups)
+        return prior(parameters, groups, factors or PRIOR)
     if asked == "auto":
-        if type(optimizer).__name__ not in MEASURED_WITH:
-            return Recipe({}, f"no recipe: not measured with {type(optimizer).__name__}")
+        if factors is None:
+            stepped = "" if step == "optimizer" else f' and training.step = "{step}"'
+            return Recipe({}, f"no recipe: not measured with {type(optimizer).__name__}{stepped}")
         if len({float(group["lr"]) for group in optimizer.param_groups if "lr" in group}) != 1:
             return Recipe({}, "no recipe: the optimizer's groups have rates of their own")
-        return prior(parameters, groups)
+        if factors is PRIOR_BESIDE_MUON and "head" not in groups.roles:  # it ended 1 % higher (LOG.md)
+            return Recipe({}, "no recipe: Muon steps the matrices, and no head trains that is not the embedding")
+        return prior(parameters, groups, factors)
     found = Recipe.load(asked)
     foreign = sorted(set(found.rates) - _roles_in(groups))
     if foreign:

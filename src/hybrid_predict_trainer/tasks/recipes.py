@@ -110,19 +110,30 @@ def build_optimizer(model: nn.Module, recipe: TaskDefaults, *, fused: bool = Fal
             nesterov = recipe.momentum > 0
             return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=nesterov, fused=fused)
         case "muon":
-            return _build_muon(model, recipe, fused=fused)
+            return muon_adamw(model, groups, recipe, fused=fused)
     raise unknown_name("optimizer", recipe.optimizer, get_args(OptimizerName))
 
 
-def _build_muon(model: nn.Module, recipe: TaskDefaults, *, fused: bool) -> MuonAdamW:
-    # Muon is for hidden matrices: embeddings and the output layer stay with AdamW (Jordan et al., 2024).
+def muon_adamw(
+    model: nn.Module, groups: list[dict[str, Any]], recipe: TaskDefaults, *, fused: bool = False
+) -> MuonAdamW:
+    """Muon for hidden matrices; embeddings and the output layer stay with AdamW (Jordan et al., 2024).
+
+    Args:
+        model: Whose last linear layer is its output.
+        groups: Of its parameters; each is split in two where it holds both kinds.
+        recipe: lr, betas and momentum are read.
+        fused: AdamW's.
+
+    Raises:
+        ValueError: there is no hidden matrix.
+    """
     linears = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
     hidden = {id(weight) for weight in linears[:-1]}
 
     def is_hidden(p: Tensor) -> bool:
         return id(p) in hidden
 
-    groups = decay_groups(model, recipe.weight_decay)
     muon = [{**g, "params": [p for p in g["params"] if is_hidden(p)]} for g in groups]
     adamw = [{**g, "params": [p for p in g["params"] if not is_hidden(p)]} for g in groups]
     muon, adamw = [g for g in muon if g["params"]], [g for g in adamw if g["params"]]

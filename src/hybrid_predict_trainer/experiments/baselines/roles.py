@@ -15,7 +15,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from ...move.recipe import Recipe
 from ...tasks import TaskDefaults, TaskSettings, build_optimizer
-from ...tasks.recipes import decay_groups
+from ...tasks.recipes import decay_groups, muon_adamw
 from ...trainer import HybridTrainer
 from ..arms.drive import (
     ArmRun,
@@ -36,7 +36,7 @@ INPUT_LIKE = ("embedding", "norm_bias")
 
 
 def by_role(model: nn.Module, recipe: TaskDefaults, factors: Mapping[str, float], *, fused: bool = False) -> Optimizer:
-    """The recipe's AdamW or SGD with a rate per role; what decay takes away is what it is at the base rate.
+    """The recipe's AdamW, SGD or Muon with a rate per role; what decay takes away is what it is at the base rate.
 
     Args:
         model: Whose parameters are trained.
@@ -45,14 +45,18 @@ def by_role(model: nn.Module, recipe: TaskDefaults, factors: Mapping[str, float]
         fused: Use the fused kernel.
 
     Raises:
-        ValueError: the recipe is neither AdamW's nor SGD's.
+        ValueError: the recipe is none of these.
     """
-    if recipe.optimizer not in ("adamw", "sgd"):
-        raise ValueError(f"rates per role are written for AdamW and SGD, and this case trains with {recipe.optimizer}")
+    if recipe.optimizer not in ("adamw", "sgd", "muon"):
+        raise ValueError(
+            f"rates per role are written for AdamW, SGD and Muon, and this case trains with {recipe.optimizer}"
+        )
     groups = Recipe(factors).param_groups(model, recipe.lr, groups=decay_groups(model, recipe.weight_decay))
     if recipe.optimizer == "sgd":
         nesterov = recipe.momentum > 0
         return SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=nesterov, fused=fused)
+    if recipe.optimizer == "muon":
+        return muon_adamw(model, groups, recipe, fused=fused)
     return AdamW(groups, lr=recipe.lr, betas=recipe.betas, fused=fused)
 
 

@@ -180,6 +180,15 @@ BASELINES: dict[str, Baseline] = {
         grid=recipe_grid,
         train=in_loop(optimizer=role_rates),
     ),
+    "embedding-rate": Baseline(
+        about="the plain recipe, embedding at eight times the others' rate: beside Muon",
+        source="-",
+        family="schedule",
+        weights_only=False,
+        values={"embedding": 8.0},
+        grid=recipe_grid,
+        train=in_loop(optimizer=role_rates),
+    ),
     "taken-home-3": _taken_home(3),
     "taken-home-10": _taken_home(10),
     "mup": Baseline(

@@ -310,8 +310,8 @@ def _modern_muon(turn: int) -> Case:
     case = _modern("lm-1000", turn)
     options = {"optimizer": "muon"}
     return replace(
-        case, options={**case.options, **options}, fallback={**(case.fallback or {}), **options}, peers=(),
-        quick_peers=(), bases=(),
+        case, options={**case.options, **options}, fallback={**(case.fallback or {}), **options},
+        peers=("embedding-rate",), quick_peers=("embedding-rate",), bases=("embedding-rate",),
     )  # fmt: skip
 
 
