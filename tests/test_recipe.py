@@ -24,6 +24,7 @@ from hybrid_predict_trainer.move.recipe import (
     decay_of,
     for_run,
     measured_factors,
+    peak_rate_of,
     prior,
     thirds,
 )
@@ -161,16 +162,16 @@ def muon(model: nn.Module, adjusted: str = "match_rms_adamw", **options: Any) ->
 
 
 WHOSE_PRIOR: list[tuple[str, Any, str, Any]] = [
-    ("Adam", lambda m: torch.optim.Adam(m.parameters()), "optimizer", PRIOR),
-    ("AdamW", lambda m: torch.optim.AdamW(m.parameters()), "optimizer", PRIOR),
-    ("SGD", lambda m: torch.optim.SGD(m.parameters()), "optimizer", None),
-    ("NAdam", lambda m: torch.optim.NAdam(m.parameters()), "optimizer", None),
+    ("Adam", lambda m: torch.optim.Adam(m.parameters(), lr=1e-2), "optimizer", PRIOR),
+    ("AdamW", lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2), "optimizer", PRIOR),
+    ("SGD", lambda m: torch.optim.SGD(m.parameters(), lr=1e-2), "optimizer", None),
+    ("NAdam", lambda m: torch.optim.NAdam(m.parameters(), lr=1e-2), "optimizer", None),
     ("Muon beside AdamW", muon, "optimizer", PRIOR_BESIDE_MUON),
     ("Muon's own length", lambda m: muon(m, "original"), "optimizer", None),
     ("Muon alone", lambda m: torch.optim.Muon([m.block.q_proj.weight], adjust_lr_fn="match_rms_adamw"),
      "optimizer", None),
-    ("AdamW, matrices by Muon", lambda m: torch.optim.AdamW(m.parameters()), "muon", PRIOR_BESIDE_MUON),
-    ("AdamW, matrices by SOAP", lambda m: torch.optim.AdamW(m.parameters()), "soap", None),
+    ("AdamW, matrices by Muon", lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2), "muon", PRIOR_BESIDE_MUON),
+    ("AdamW, matrices by SOAP", lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2), "soap", None),
     ("Muon, matrices by Muon", muon, "muon", None),
 ]  # fmt: skip
 
@@ -185,6 +186,62 @@ def test_factors_are_those_that_were_measured_with_the_optimizer(optimizer: Any,
     asked = for_run("auto", held, *predicted_parameters(model, held), step)
     present = set(predicted_parameters(model, held)[1].roles)
     assert dict(asked.rates) == {role: rate for role, rate in (expected or {}).items() if role in present}
+
+
+@pytest.mark.parametrize(
+    ("deviation", "rate", "expected"),
+    [
+        pytest.param(1.0, 1e-3, 10.0, id="short steps: a hundredth of its size"),
+        pytest.param(1.0, 1e-4, 16.0, id="no further than this"),
+        pytest.param(1.0, 3e-3, 4.0, id="long enough"),
+        pytest.param(0.02, 1e-4, 4.0, id="a small table"),
+        pytest.param(0.0, 1e-4, 4.0, id="a table of zeros"),
+        pytest.param(float("nan"), 1e-4, 4.0, id="no numbers"),
+        pytest.param(1.0, 0.0, 4.0, id="a rate of zero"),
+    ],
+)
+def test_a_table_steps_by_a_hundredth_of_its_size_at_least(deviation: float, rate: float, expected: float) -> None:
+    model, optimizer = made(lr=rate)
+    with torch.no_grad():
+        model.embedding.weight.fill_(deviation)
+    recipe = for_run("auto", optimizer, *predicted_parameters(model, optimizer))
+    assert dict(recipe.rates) == PRIOR | {"embedding": pytest.approx(expected)}
+    assert ("hundredth" in recipe.origin) == (expected > 4)
+    asked = for_run("prior", optimizer, *predicted_parameters(model, optimizer))
+    assert dict(asked.rates) == PRIOR  # which is asked for by its name
+    model.head.weight = model.embedding.weight
+    tied = for_run("auto", optimizer, *predicted_parameters(model, optimizer))
+    assert tied.rate_of("embedding") == 4.0
+
+
+SCHEDULES: list[tuple[str, Any, float]] = [
+    ("none", lambda o: None, 0.01),
+    ("warm-up", lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda t: min((t + 1) / 100, 1.0)), 0.01),
+    ("one cycle", lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.03, total_steps=50), 0.03),
+    ("from a tenth", lambda o: torch.optim.lr_scheduler.LinearLR(o, 0.1, 1.0, 20), 0.01),
+]
+
+
+@pytest.mark.parametrize(("schedule", "expected"), [s[1:] for s in SCHEDULES], ids=[s[0] for s in SCHEDULES])
+def test_the_peak_of_a_schedule_is_known_before_its_warm_up(schedule: Any, expected: float) -> None:
+    _, optimizer = made()
+    schedule(optimizer)
+    assert peak_rate_of(optimizer) == pytest.approx(expected)
+
+
+def test_a_run_goes_on_with_the_rate_that_its_table_began_with(tmp_path: Path) -> None:
+    """What is trained by then has another size."""
+
+    def run(scale: float) -> HybridTrainer:
+        model, optimizer = made(lr=1e-3)
+        with torch.no_grad():
+            model.embedding.weight.mul_(scale)
+        return HybridTrainer(model, optimizer, config(recipe="auto"), loss_fn=loss_fn)
+
+    first, again = run(1.0), run(0.1)
+    assert first.recipe().rate_of("embedding") > 4 == again.recipe().rate_of("embedding")
+    again.load_checkpoint(first.save_checkpoint(tmp_path))
+    assert again.recipe().rates == first.recipe().rates
 
 
 def test_beside_muon_a_table_that_is_the_head_has_no_rate_of_its_own() -> None:

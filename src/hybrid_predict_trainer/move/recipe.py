@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ from torch.optim import Optimizer
 
 from ..records import ConfigError
 from ..safe_files import UnusableFileError, read_text, write_text
+from ..weights.algebra import on_host
 from ..weights.parameters import Groups, predicted_parameters, untrained
 from ..weights.real_views import owner
+from ..weights.shards import whole
 from .group_warmup import is_inside_a_block
 
 #: Factors for networks whose blocks were never trained; every other role keeps the schedule's rate.
@@ -28,6 +30,11 @@ PRIOR = {"head": 8.0, "embedding": 4.0, "attention_q": 3.0, "attention_k": 3.0}
 #: The same where Muon steps the hidden matrices as far as Adam would, and Adam the rest at the same rate.  The head
 #: needs no more there, and queries and keys bear more only where they are normalised (LOG.md).
 PRIOR_BESIDE_MUON = {"embedding": 8.0}
+#: At the peak of the schedule a table of embeddings steps by at least this share of its root mean square: a rate that
+#: is too low for the whole network is so for the table first, and can be told there before any step (LOG.md).
+LEAST_TABLE_STEP = 0.01
+#: Its factor is raised no further than this for it.
+MOST_FOR_TABLE = 16.0
 #: Optimizers with which the prior was measured, by name.
 MEASURED_WITH = ("Adam", "AdamW")
 #: Roles that a matrix with queries, keys and values in one is cut into, by thirds.
@@ -240,6 +247,39 @@ def prior(parameters: list[Tensor], groups: Groups, factors: Mapping[str, float]
     return Recipe(rates, "prior of untrained networks of blocks")
 
 
+def with_moving_table(recipe: Recipe, parameters: list[Tensor], groups: Groups, peak_rate: float) -> Recipe:
+    """The embedding's factor raised where its steps would be too short for its size; any other recipe as it is.
+
+    A step of Adam is as long as the rate, whatever the size of what it moves.  Tables drawn with deviation 1, as
+    ``nn.Embedding`` draws them, need more than those of deviation 0.02.
+
+    Args:
+        recipe: The prior.
+        parameters: That are trained, on any device; those that are sharded are gathered.
+        groups: Their names and roles.  Where no head trains beside the table nothing was measured.
+        peak_rate: Largest learning rate of the schedule.
+    """
+    if "embedding" not in recipe.rates or "head" not in groups.roles or not peak_rate > 0:
+        return recipe
+    role = groups.roles.index("embedding")
+    tables = [whole(p).detach() for p, row in zip(parameters, groups.index, strict=True) if row == role]
+    sizes = on_host([t.abs().float().square().mean().sqrt() for t in tables if t.numel()])
+    drawn = [float(size) for size in sizes if size > 0]  # positions may begin at zero
+    least = LEAST_TABLE_STEP * min(drawn, default=0.0) / peak_rate
+    factor = min(least, MOST_FOR_TABLE)
+    if not factor > recipe.rates["embedding"]:  # or not a number
+        return recipe
+    origin = f"{recipe.origin}; the embedding steps by up to a hundredth of its size"
+    return replace(recipe, rates={**recipe.rates, "embedding": float(f"{factor:.3g}")}, origin=origin)
+
+
+def peak_rate_of(optimizer: Optimizer) -> float:
+    """Largest learning rate of the schedule that was put on an optimizer, as far as its groups say; else its rate."""
+    known = ("max_lr", "initial_lr", "lr")  # OneCycleLR's peak; where any other began; no schedule
+    rates = [next((float(group[key]) for key in known if key in group), 0.0) for group in optimizer.param_groups]
+    return max(rates, default=0.0)
+
+
 def for_run(
     asked: str, optimizer: Optimizer, parameters: list[Tensor], groups: Groups, step: str = "optimizer"
 ) -> Recipe:
@@ -271,7 +311,7 @@ def for_run(
             return Recipe({}, "no recipe: the optimizer's groups have rates of their own")
         if factors is PRIOR_BESIDE_MUON and "head" not in groups.roles:  # it ended 1 % higher (LOG.md)
             return Recipe({}, "no recipe: Muon steps the matrices, and no head trains that is not the embedding")
-        return prior(parameters, groups, factors)
+        return with_moving_table(prior(parameters, groups, factors), parameters, groups, peak_rate_of(optimizer))
     found = Recipe.load(asked)
     foreign = sorted(set(found.rates) - _roles_in(groups))
     if foreign:

@@ -153,6 +153,25 @@ class Gpt(nn.Module):
         return self.lm_head(self.norm(x))  # type: ignore[no-any-return]
 
 
+class TorchGpt(nn.Module):
+    """The same of torch's layers and initial values: tables of deviation 1, norms behind every part, ReLU, biases."""
+
+    def __init__(self, dropout: float) -> None:
+        """Draw the weights."""
+        super().__init__()
+        self.embed, self.positions = nn.Embedding(NUM_BYTE_TOKENS, WIDTH), nn.Embedding(data.CONTEXT, WIDTH)
+        layer = nn.TransformerEncoderLayer(WIDTH, NUM_HEADS, 4 * WIDTH, dropout=dropout, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, NUM_LAYERS, enable_nested_tensor=False)
+        self.head = nn.Linear(WIDTH, NUM_BYTE_TOKENS)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(N, T) -> (N, T, V)."""
+        length = tokens.shape[1]
+        x = self.embed(tokens) + self.positions.weight[:length]
+        mask = nn.Transformer.generate_square_subsequent_mask(length, device=tokens.device)
+        return self.head(self.encoder(x, mask=mask, is_causal=True))  # type: ignore[no-any-return]
+
+
 #: Inputs and outputs by source.
 SIZES = {
     "glyphs": (data.GLYPH_SIDE**2, data.NUM_CLASSES),
@@ -198,6 +217,8 @@ def _new_model(setting: Setting) -> nn.Module:
             return in_bfloat16(Mlp(num_in, num_out, nn.ReLU))
         case "gpt-bf16":
             return in_bfloat16(Gpt(modern=False))
+        case "gpt-torch":
+            return TorchGpt(setting.dropout)
     return Gpt(modern=setting.model == "gpt-modern", dropout=setting.dropout, tied=setting.model == "gpt-tied")
 
 

@@ -21,8 +21,8 @@ Source = Literal[
     "stdlib", "manual", "regression", "poisson", "oscillator",
 ]  # fmt: skip
 Model = Literal[
-    "mlp", "logistic", "cnn", "cnn-bn", "gru", "lstm", "gpt", "gpt-tied", "gpt-modern", "mlp-lora", "gpt-lora",
-    "gpt-trained", "pinn", "mlp-bf16", "gpt-bf16",
+    "mlp", "logistic", "cnn", "cnn-bn", "gru", "lstm", "gpt", "gpt-tied", "gpt-modern", "gpt-torch", "mlp-lora",
+    "gpt-lora", "gpt-trained", "pinn", "mlp-bf16", "gpt-bf16",
 ]  # fmt: skip
 Optimizer = Literal["sgd", "adam", "adamw", "muon", "schedule-free"]
 Schedule = Literal["none", "constant", "wsd", "cosine", "linear", "onecycle", "step"]
@@ -185,6 +185,13 @@ _SEQUENCES = (
     _gpt("lstm-text", model="lstm", batch=16, lr=3e-3, schedule="cosine", weight_decay=0.0, ms=5.5),
     _gpt("gpt-b8-cosine", model="gpt", batch=8, lr=1e-3, dropout=0.1, schedule="cosine", warmup=100, ms=7.5),
     _gpt("gpt-modern-b4-wsd", steps=3000, quick_steps=300),
+    _gpt("gpt-modern-low-rate", batch=8, lr=3e-4, schedule="cosine", about="a tenth of the best"),
+    _gpt("gpt-modern-arithmetic-low-rate", source="arithmetic", batch=16, lr=1e-3, schedule="linear", steps=600,
+         ms=5.0),
+    _gpt("gpt-torch", model="gpt-torch", batch=8, lr=1e-3, schedule="cosine", ms=7.5,
+         about="torch's layers and initial values"),
+    _gpt("gpt-torch-adam", model="gpt-torch", batch=16, optimizer="adam", lr=3e-4, schedule="linear", dropout=0.1,
+         warmup=0, clip=0.0, steps=600),
     _gpt("gpt-bf16", model="gpt-bf16", batch=8, schedule="cosine", steps=600, about="the same of a GPT", ms=9.0),
     _gpt("gpt-modern-muon", batch=8, optimizer="muon", ms=15.0),
     _gpt("gpt-muon", model="gpt", batch=8, optimizer="muon", lr=1e-2, schedule="cosine", warmup=100, ms=11.0),
