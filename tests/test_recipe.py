@@ -17,7 +17,7 @@ from cases import assert_same, config
 from hybrid_predict_trainer import CheckpointError, ConfigError, HybridTrainer, Recipe, attach, find_recipe
 from hybrid_predict_trainer.cycle.motions import end_motions
 from hybrid_predict_trainer.experiments.baselines.roles import by_role
-from hybrid_predict_trainer.move.head_ladder import _climb, shape
+from hybrid_predict_trainer.move.head_ladder import _climb, shape, with_head
 from hybrid_predict_trainer.move.recipe import (
     PRIOR,
     PRIOR_BESIDE_MUON,
@@ -242,6 +242,16 @@ def test_a_run_goes_on_with_the_rate_that_its_table_began_with(tmp_path: Path) -
     assert first.recipe().rate_of("embedding") > 4 == again.recipe().rate_of("embedding")
     again.load_checkpoint(first.save_checkpoint(tmp_path))
     assert again.recipe().rates == first.recipe().rates
+
+
+def test_the_ladder_turns_at_the_head_alone_where_the_prior_has_no_factor_for_it() -> None:
+    assert dict(with_head(Recipe(PRIOR_BESIDE_MUON), 3.0).rates) == {"embedding": 8.0, "head": 3.0}
+    assert dict(with_head(Recipe(PRIOR), 2.0).rates) == {
+        "head": 2.0, "embedding": 1.0, "attention_q": 1.0, "attention_k": 1.0,
+    }  # fmt: skip
+    model = Small()
+    found = find_recipe(model, muon(model), loss_fn, batches(14), num_steps=12)
+    assert found.recipe.rate_of("embedding") == 8.0
 
 
 def test_beside_muon_a_table_that_is_the_head_has_no_rate_of_its_own() -> None:

@@ -265,6 +265,44 @@ def test_its_own_state_is_used_where_an_optimizer_hides_it() -> None:
 # ---------------------------------------------------------------- groups, names, numbers
 
 
+class Linked(Optimizer):
+    """SGD for some and Adam for the rest: a step gives the inner ones the groups and the state of the outer one."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.sgd, self.adam = torch.optim.SGD(parameters[:1], lr=0.1, momentum=0.9), torch.optim.Adam(parameters[1:])
+        groups = [{**g, "mine": inner is self.sgd} for inner in (self.sgd, self.adam) for g in inner.param_groups]
+        super().__init__(groups, {})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for inner, mine in ((self.sgd, True), (self.adam, False)):
+            inner.state = self.state
+            inner.param_groups = [group for group in self.param_groups if group["mine"] is mine]
+            inner.step()
+
+
+@pytest.mark.parametrize("before", [0, 2], ids=["before its first step", "after two"])
+def test_inner_optimizers_may_be_given_the_outer_ones_groups_after_a_snapshot(before: int) -> None:
+    """What was two things then and is one now is put back once: groups keep their own settings, and moments stay."""
+    model = nn.Linear(3, 2)
+    optimizer = Linked(list(model.parameters()))
+
+    def steps(count: int) -> list[Tensor]:
+        for _ in range(count):
+            optimizer.zero_grad()
+            model(torch.ones(4, 3)).square().sum().backward()
+            optimizer.step()
+        return [p.detach().clone() for p in model.parameters()]
+
+    steps(before)
+    start = Snapshot.take(model, optimizer)
+    expected = steps(4)
+    for _ in range(3):
+        start.restore(model, optimizer)
+        assert [group["mine"] for group in optimizer.param_groups] == [True, False]
+        assert_same(steps(4), expected)
+
+
 def test_a_group_added_since_a_snapshot_stays_the_users() -> None:
     model = network()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)

@@ -69,6 +69,8 @@ NO_STATE_MODULES = ("torch._C", "torch.cuda", "torch._dynamo", "torch.distribute
 #: Values without parts.
 VALUES = (slice, type(...), Fraction, Decimal, PurePosixPath, PureWindowsPath, PosixPath, WindowsPath)
 
+#: Kinds of marks that put nothing into what is there.
+_STAYING = ("live", "kept", "same", "code")
 _SIMPLE = (type(None), bool, int, float, str)
 _HOOKS = ("_optimizer_", "_hook_for_profile", "_zero_grad_profile_name", "_patched")
 
@@ -216,6 +218,8 @@ class Restore:
         packages: Top-level packages whose classes may be made anew.
         follows: The parameter whose memory order a tensor takes on, from the tensor and the path to it; None: its own.
         device: Where a tensor goes that nothing live has room for, from the tensor and the path to it.
+        spoken_for: ids of live containers that have been put back by now and may be reached a second time, by a way
+            that led elsewhere when the state was taken: what was there then is made anew, and they stay as they are.
     """
 
     parameters: Mapping[str, Tensor]
@@ -226,6 +230,7 @@ class Restore:
     copies: dict[int, Tensor] = field(default_factory=dict)
     spread: Callable[[Path], Tensor | None] = lambda path: None  # the parameter whose ranks hold a shard's other parts
     in_place: bool = True  # write over live tensors that fit; no: only over parameters
+    spoken_for: frozenset[int] = frozenset()
 
     def of(self, state: Any, live: Any, path: Path) -> Any:
         """``live`` with the state written into it, or a new value where that is not possible.
@@ -233,6 +238,8 @@ class Restore:
         Raises:
             CheckpointError: the state is of an object that the live one is not.
         """
+        if id(live) in self.spoken_for and not (isinstance(state, Mark) and state.kind in _STAYING):
+            live = None
         if isinstance(state, Mark):
             value = self._mark(state, live, path)
         elif isinstance(state, Tensor):

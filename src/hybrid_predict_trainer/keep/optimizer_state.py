@@ -76,10 +76,8 @@ def _rest(optimizer: Optimizer, walk: Capture) -> tuple[Any, Any]:
     parameters = set(map(id, optimizer_parameters(optimizer)))
     keys = [key for key in optimizer.state if id(key) not in parameters]
     # what has been walked by now stays where another part of the optimizer holds the same object
-    held = [optimizer, optimizer.state, optimizer.param_groups, *optimizer.param_groups]
-    walk.stay |= frozenset(map(id, held + [group["params"] for group in optimizer.param_groups]))
-    walk.stay |= frozenset(id(v) for k, v in optimizer.state.items() if id(k) in parameters)
-    walk.alive += held
+    walk.stay |= _containers(optimizer, parameters)
+    walk.alive += [optimizer, optimizer.state, optimizer.param_groups, *optimizer.param_groups]
     found = attributes(optimizer) or {}
     try:
         return {
@@ -91,6 +89,14 @@ def _rest(optimizer: Optimizer, walk: Capture) -> tuple[Any, Any]:
         if not _has_its_own(optimizer):
             raise
         return None, copy.deepcopy(optimizer.state_dict())
+
+
+def _containers(optimizer: Optimizer, parameters: set[int]) -> frozenset[int]:
+    """Ids of the optimizer and of what holds its state and groups; ``parameters``: ids of its parameters."""
+    held: list[Any] = [optimizer, optimizer.state, optimizer.param_groups, *optimizer.param_groups]
+    held += [group["params"] for group in optimizer.param_groups]
+    held += [value for key, value in optimizer.state.items() if id(key) in parameters]
+    return frozenset(map(id, held))
 
 
 def _has_its_own(optimizer: Optimizer) -> bool:
@@ -140,6 +146,8 @@ def restore(model: nn.Module, optimizer: Optimizer, saved: StateDict) -> None:
 
 
 def _restore_rest(optimizer: Optimizer, rest: StateDict, walk: Restore, parameters: set[int]) -> None:
+    # an inner optimizer may hold the same groups by now, and had groups of its own when the state was taken
+    walk.spoken_for = _containers(optimizer, parameters)
     found = attributes(optimizer) or {}
     live_keys = [key for key in optimizer.state if id(key) not in parameters]
     keys: dict[Any, Any] = {}

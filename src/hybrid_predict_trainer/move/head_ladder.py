@@ -27,7 +27,7 @@ from ..keep.subject import LossFn, Subject
 from ..observe import batches as data
 from ..records import ConfigError
 from ..weights.parameters import optimizer_parameters, predicted_parameters
-from .recipe import PRIOR, Recipe, prior
+from .recipe import PRIOR, Recipe, measured_factors, prior
 from .role_rates import RoleRates
 
 #: A rung of the ladder, and the last half rung.
@@ -83,7 +83,7 @@ def find_recipe(
     if len(taken) < num_steps + NUM_HELD_OUT:
         raise ConfigError(f"find_recipe: {num_steps + NUM_HELD_OUT} batches are needed, and there are {len(taken)}")
     parameters, groups = predicted_parameters(model, optimizer, roles)
-    ratios = prior(parameters, groups)
+    ratios = prior(parameters, groups, measured_factors(optimizer) or PRIOR)
     if ratios.empty:
         return Found(ratios, 0.0, ())
     subject = Subject.of(model, optimizer, loss_fn, None, roles)
@@ -100,8 +100,12 @@ def find_recipe(
 
 
 def with_head(ratios: Recipe, head: float) -> Recipe:
-    """The prior's ratios around another factor of the head; no role is slower than the schedule's rate but the head."""
-    rates = {role: max(1.0, rate * head / PRIOR["head"]) for role, rate in ratios.rates.items()} | {"head": head}
+    """The prior's ratios around another factor of the head; no role is slower than the schedule's rate but the head.
+
+    Where the prior has none for the head (with Muon) the others do not follow it.
+    """
+    along = head / ratios.rates["head"] if "head" in ratios.rates else 1.0
+    rates = {role: max(1.0, rate * along) for role, rate in ratios.rates.items()} | {"head": head}
     return Recipe(rates, f"head ladder: miniature runs chose {head:g}, the others follow by the prior's ratios")
 
 
