@@ -386,9 +386,7 @@ def multiplier_for(
         anneals: There is a schedule.
     """
     least = config.min_group_factor if watch.hands_off is None else 1.0
-    # steps that are equally long in every direction do not tell how long they should be: neither raised nor cut
-    equally_long = config.step == "muon" or orthogonalizes(subject.optimizer)
-    if config.never_predicts or not anneals or equally_long or not (config.max_lr_multiplier > 1 or least < 1):
+    if config.never_predicts or not anneals or not (config.max_lr_multiplier > 1 or least < 1):
         return UnitMultiplier()
     groups, by_role = subject.groups, recipe is not None and not recipe.empty
     drawn = untrained(subject.parameters, groups.names)
@@ -397,8 +395,12 @@ def multiplier_for(
         least = max(least, LEAST_BEHIND_TABLE)
     # on an accelerator a check waits for the device: as often as losses are read, no more
     steps = CHECK_STEPS if subject.on_cpu else max(CHECK_STEPS, config.divergence.check_interval_steps)
+    most = config.max_lr_multiplier
+    if config.step == "muon" or orthogonalizes(subject.optimizer):
+        # what is equally long in every direction does not tell how long it should be: it is neither raised nor cut
+        most = least = 1.0
     return LrMultiplier(
-        groups, config.max_lr_multiplier, least, steps, untrained=drawn,
+        groups, most, least, steps, untrained=drawn,
         pretrained=pretrained(subject.model), holdout_fraction=config.block_holdout, generator=generator,
     )  # fmt: skip
 
