@@ -172,6 +172,23 @@ class TorchGpt(nn.Module):
         return self.head(self.encoder(x, mask=mask, is_causal=True))  # type: ignore[no-any-return]
 
 
+class RowEncoder(nn.Module):
+    """An encoder of torch's layers over the rows of an image; its only table holds positions, of deviation 1."""
+
+    def __init__(self, num_out: int) -> None:
+        """Draw the weights."""
+        super().__init__()
+        self.rows, self.positions = nn.Linear(data.GLYPH_SIDE, WIDTH), nn.Embedding(data.GLYPH_SIDE, WIDTH)
+        layer = nn.TransformerEncoderLayer(WIDTH, NUM_HEADS, 4 * WIDTH, dropout=0.0, batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, NUM_LAYERS, nn.LayerNorm(WIDTH), enable_nested_tensor=False)
+        self.head = nn.Linear(WIDTH, num_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, side * side) -> (N, classes)."""
+        x = self.rows(x.view(-1, data.GLYPH_SIDE, data.GLYPH_SIDE)) + self.positions.weight
+        return self.head(self.encoder(x).mean(1))  # type: ignore[no-any-return]
+
+
 #: Inputs and outputs by source.
 SIZES = {
     "glyphs": (data.GLYPH_SIDE**2, data.NUM_CLASSES),
@@ -217,6 +234,8 @@ def _new_model(setting: Setting) -> nn.Module:
             return in_bfloat16(Mlp(num_in, num_out, nn.ReLU))
         case "gpt-bf16":
             return in_bfloat16(Gpt(modern=False))
+        case "encoder":
+            return RowEncoder(num_out)
         case "gpt-torch":
             return TorchGpt(setting.dropout)
     return Gpt(modern=setting.model == "gpt-modern", dropout=setting.dropout, tied=setting.model == "gpt-tied")

@@ -21,8 +21,8 @@ Source = Literal[
     "stdlib", "manual", "regression", "poisson", "oscillator",
 ]  # fmt: skip
 Model = Literal[
-    "mlp", "logistic", "cnn", "cnn-bn", "gru", "lstm", "gpt", "gpt-tied", "gpt-modern", "gpt-torch", "mlp-lora",
-    "gpt-lora", "gpt-trained", "pinn", "mlp-bf16", "gpt-bf16",
+    "mlp", "logistic", "cnn", "cnn-bn", "gru", "lstm", "gpt", "gpt-tied", "gpt-modern", "gpt-torch", "encoder",
+    "mlp-lora", "gpt-lora", "gpt-trained", "pinn", "mlp-bf16", "gpt-bf16",
 ]  # fmt: skip
 Optimizer = Literal["sgd", "adam", "adamw", "muon", "schedule-free"]
 Schedule = Literal["none", "constant", "wsd", "cosine", "linear", "onecycle", "step"]
@@ -188,6 +188,8 @@ _SEQUENCES = (
     _gpt("gpt-modern-low-rate", batch=8, lr=3e-4, schedule="cosine", about="a tenth of the best"),
     _gpt("gpt-modern-arithmetic-low-rate", source="arithmetic", batch=16, lr=1e-3, schedule="linear", steps=600,
          ms=5.0),
+    _mlp("encoder-b64-cosine", model="encoder", weight_decay=0.01, ms=6.0, about="its only table holds positions"),
+    _mlp("encoder-b64-low-rate", model="encoder", lr=1e-4, weight_decay=0.01, schedule="linear", ms=6.0),
     _gpt("gpt-torch", model="gpt-torch", batch=8, lr=1e-3, schedule="cosine", ms=7.5,
          about="torch's layers and initial values"),
     _gpt("gpt-torch-adam", model="gpt-torch", batch=16, optimizer="adam", lr=3e-4, schedule="linear", dropout=0.1,
