@@ -304,8 +304,8 @@ def test_a_step_that_a_scaler_leaves_out_puts_the_gradients_back() -> None:
 @pytest.mark.parametrize(
     ("saved", "now", "expected"),
     [
-        ({"training.step": "muon"}, {}, 'training.step = "muon", and is continued without but with step sizes'),
-        ({"training.step": "soap"}, {}, 'training.step = "soap", and is continued without but with step sizes'),
+        ({"training.step": "muon"}, {}, 'training.step = "muon", and is continued without: set'),
+        ({"training.step": "soap"}, {}, 'training.step = "soap", and is continued without: set'),
         (
             {"training.recipe": "prior"}, {"training.step": "muon", "training.recipe": "off"},
             r'by role \(training.recipe\), and is continued without but with training.step = "muon": set',

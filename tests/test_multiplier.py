@@ -484,3 +484,9 @@ def test_orthogonal_steps_are_known_by_the_name_of_their_optimizer() -> None:
     assert orthogonalizes(Holder(p))
     assert not orthogonalizes(torch.optim.SGD(p, lr=0.1))
     assert not orthogonalizes(torch.optim.AdamW(p, lr=0.1))
+
+
+@pytest.mark.parametrize("says", [{"adjust_lr_fn": None}, {"ns_steps": 5}, {"use_muon": True}, {"use_muon": False}])
+def test_orthogonal_steps_are_known_by_their_groups(says: dict[str, object]) -> None:
+    p = [nn.Parameter(torch.ones(2, 2))]
+    assert orthogonalizes(torch.optim.SGD([{"params": p, **says}], lr=0.1)) == (says != {"use_muon": False})

@@ -17,6 +17,7 @@ from cases import assert_same, config
 from hybrid_predict_trainer import CheckpointError, ConfigError, HybridTrainer, Recipe, attach, find_recipe
 from hybrid_predict_trainer.cycle.motions import end_motions
 from hybrid_predict_trainer.experiments.baselines.roles import by_role
+from hybrid_predict_trainer.keep import migration
 from hybrid_predict_trainer.move.head_ladder import _climb, shape, with_head
 from hybrid_predict_trainer.move.recipe import (
     PRIOR,
@@ -28,6 +29,7 @@ from hybrid_predict_trainer.move.recipe import (
     prior,
     thirds,
 )
+from hybrid_predict_trainer.move.role_rates import RoleRates
 from hybrid_predict_trainer.tasks.base import TaskDefaults
 from hybrid_predict_trainer.tasks.recipes import MuonAdamW, muon_adamw
 from hybrid_predict_trainer.weights.parameters import predicted_parameters
@@ -229,6 +231,117 @@ def test_the_peak_of_a_schedule_is_known_before_its_warm_up(schedule: Any, expec
     assert peak_rate_of(optimizer) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("held", [None, "a word", [1.0, 2.0], torch.ones(2)], ids=["none", "word", "list", "tensor"])
+@pytest.mark.parametrize("key", ["max_lr", "initial_lr"])
+def test_a_group_may_hold_anything_by_a_schedules_names(key: str, held: Any) -> None:
+    model = Small()
+    optimizer = torch.optim.AdamW([{"params": list(model.parameters()), key: held}], lr=1e-3)
+    assert peak_rate_of(optimizer) == 1e-3
+    assert HybridTrainer(model, optimizer, config(recipe="auto"), loss_fn=loss_fn).recipe().rate_of("embedding") > 4
+
+
+def by_the_loop(peak: float) -> Any:
+    """A warm-up that a loop writes itself, from next to nothing."""
+    return lambda optimizer, step: optimizer.param_groups[0].update(lr=peak * (step + 1) / 10)
+
+
+BEYOND: list[tuple[str, float, Any, Any, float]] = [
+    ("a cycle", 1e-5, lambda o: torch.optim.lr_scheduler.CyclicLR(o, 1e-5, 5e-3, 5, cycle_momentum=False), None, 4.0),
+    ("a factor above one", 1e-5, lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda t: 10.0 * min(t + 1, 50)), None,
+     10.0),
+    ("a range test", 1e-4, lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 1.5), None, 4.0),
+    ("the loop's own", 1e-7, None, by_the_loop(2e-3), 5.0),
+    ("the loop's own, at a low rate", 1e-7, None, by_the_loop(1e-4), 16.0),
+    ("made afterwards", 1e-3, None, lambda o, t: torch.optim.lr_scheduler.OneCycleLR(o, 5e-3, 9) if t == 3 else
+     o.param_groups[0].update(lr=5e-3) if t == 8 else None, 4.0),
+    ("as it was read", 1e-3, lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 1e-3, 30), None, 10.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rides", [False, True], ids=["trainer", "attached"])
+@pytest.mark.parametrize(("rate", "schedule", "write", "expected"), [b[1:] for b in BEYOND], ids=[b[0] for b in BEYOND])
+def test_a_table_steps_no_further_where_the_rate_rises_above_its_peak(
+    rate: float, schedule: Any, write: Any, expected: float, rides: bool, tmp_path: Path
+) -> None:
+    """Its factor is that of the highest rate so far; a run that is continued has the same."""
+
+    def begun(to: Path | None = None) -> tuple[Any, Any, Any]:
+        model, optimizer = made(lr=rate)
+        with torch.no_grad():
+            model.embedding.weight.copy_(torch.where(model.embedding.weight > 0, 1.0, -1.0))
+        made_for = None if schedule is None else schedule(optimizer)
+        build = attach if rides else HybridTrainer
+        run = build(model, optimizer, config(max_predict_steps=1), loss_fn=loss_fn, lr_scheduler=made_for)
+        if to is not None:
+            run.load_checkpoint(to)
+        return model, optimizer, run
+
+    model, optimizer, run = begun()
+    for step, batch in enumerate(batches(10)):
+        if write is not None:
+            write(optimizer, step)
+        if rides:
+            optimizer.zero_grad()
+            loss = loss_fn(model, batch)
+            loss.backward()
+            run.note(loss, batch)
+            optimizer.step()
+        else:
+            run.force_full_phase(1)
+            run.step(batch)
+    assert run.recipe().rate_of("embedding") == pytest.approx(expected, rel=0.02)
+    again = begun(run.save_checkpoint(tmp_path))[2]
+    assert (again.recipe(), again.recipe().table) == (run.recipe(), run.recipe().table)
+    assert Recipe.load(run.recipe().save(tmp_path / "recipe.toml")) == run.recipe()
+
+
+def test_a_run_from_before_there_was_a_peak_goes_on_as_it_was() -> None:
+    then = {"rates": {"head": 8.0, "embedding": 4.0}, "origin": "then", "ended": False}
+    saved = {"optimizer_step": {"of_settings": {"RoleRates": then}}}
+    model, optimizer = made(lr=1e-3)
+    live = HybridTrainer(model, optimizer, config(recipe="auto"), loss_fn=loss_fn)
+    assert live.recipe().table is not None
+    upgraded = migration.with_later(saved, live.run.state_dict())
+    (rates,) = [m for m in live.run.optimizer_step.modifiers if isinstance(m, RoleRates)]
+    rates.load_state_dict(upgraded["optimizer_step"]["of_settings"]["RoleRates"])
+    assert (dict(live.recipe().rates), live.recipe().table) == ({"head": 8.0, "embedding": 4.0}, None)
+
+
+def test_the_prior_of_an_earlier_version_is_continued_by_its_name(tmp_path: Path) -> None:
+    """With Muon it had other factors; a file that says otherwise is still refused."""
+
+    def begun(asked: str) -> HybridTrainer:
+        torch.manual_seed(0)
+        model = Small()
+        return HybridTrainer(model, muon(model), config(**{**STILL, "recipe": asked}), loss_fn=loss_fn)
+
+    first = begun("prior")
+    (rates,) = [m for m in first.run.optimizer_step.modifiers if isinstance(m, RoleRates)]
+    rates._take(replace(first.recipe(), rates=PRIOR))
+    first.step(batches(1)[0])
+    saved = first.save_checkpoint(tmp_path)
+    again = begun("prior")
+    again.load_checkpoint(saved)
+    assert dict(again.recipe().rates) == PRIOR
+    with pytest.raises(CheckpointError, match=r"set training\.recipe to the one it was begun with"):
+        begun(str(Recipe({"embedding": 2.0}).save(tmp_path / "other.toml"))).load_checkpoint(saved)
+    state = rates.state_dict()
+    with pytest.raises(CheckpointError, match="cannot be used"):
+        again.run.optimizer_step.modifiers[0].load_state_dict({**state, "rates": {"head": "x"}})
+
+
+def test_a_run_is_continued_with_the_file_of_its_own_recipe(tmp_path: Path) -> None:
+    """Its factors are whole numbers there."""
+    model, optimizer = made()
+    first = HybridTrainer(model, optimizer, config(recipe="prior"), loss_fn=loss_fn)
+    first.step(batches(1)[0])
+    saved, file = first.save_checkpoint(tmp_path), first.recipe().save(tmp_path / "recipe.toml")
+    model, optimizer = made()
+    again = HybridTrainer(model, optimizer, config(recipe=str(file)), loss_fn=loss_fn)
+    again.load_checkpoint(saved)
+    assert again.recipe().rates == first.recipe().rates
+
+
 def test_a_run_goes_on_with_the_rate_that_its_table_began_with(tmp_path: Path) -> None:
     """What is trained by then has another size."""
 
@@ -260,6 +373,69 @@ def test_beside_muon_a_table_that_is_the_head_has_no_rate_of_its_own() -> None:
     held = muon(model)
     assert for_run("auto", held, *predicted_parameters(model, held)).empty
     assert not for_run("prior", held, *predicted_parameters(model, held)).empty
+
+
+class TwoHeads(Small):
+    """The table is the head of language, and there is another head beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.score = nn.Linear(WIDTH, 2)
+        self.head.weight = self.embedding.weight
+
+
+def test_a_table_that_is_a_head_is_known_beside_another_head() -> None:
+    """What steps it further than the prior was measured with tables that are none."""
+    model = TwoHeads()
+    held = two_inside(model)
+    assert "head" in predicted_parameters(model, held)[1].roles
+    assert HybridTrainer(model, held, config(recipe="auto"), loss_fn=loss_fn).recipe().empty
+    adam = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    assert dict(HybridTrainer(model, adam, config(recipe="auto"), loss_fn=loss_fn).recipe().rates) == PRIOR
+
+
+@pytest.mark.parametrize("of", ["embedding", "head"])
+def test_a_table_or_a_head_that_muon_steps_has_no_rate_of_its_own(of: str) -> None:
+    """All matrices handed to Muon: nothing of that was measured."""
+    model = Small()
+    held = two_inside(model, also=getattr(model, of).weight)
+    recipe = HybridTrainer(model, held, config(recipe="auto"), loss_fn=loss_fn).recipe()
+    assert recipe.empty
+    assert "embedding or the head" in recipe.origin
+
+
+class TwoInside(torch.optim.Optimizer):
+    """Muon and AdamW in a class of any name; groups are theirs."""
+
+    def __init__(self, *inner: torch.optim.Optimizer) -> None:
+        self.inner = list(inner)
+        super().__init__([group for one in inner for group in one.param_groups], {})
+        self.param_groups = [group for one in inner for group in one.param_groups]
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for one in self.inner:
+            one.step()
+
+
+def two_inside(model: nn.Module, also: Tensor | None = None) -> TwoInside:
+    """Muon for the block's matrices, and for one more."""
+    hidden = [p for p in model.block.parameters() if p.ndim == 2] + ([] if also is None else [also])
+    held = set(map(id, hidden))
+    rest = [p for p in model.parameters() if id(p) not in held]
+    return TwoInside(
+        torch.optim.Muon(hidden, lr=1e-2, adjust_lr_fn="match_rms_adamw"), torch.optim.AdamW(rest, lr=1e-2)
+    )
+
+
+def test_muon_inside_any_class_has_its_prior_and_no_multiplier() -> None:
+    model = Small()
+    held = two_inside(model)
+    schedule = torch.optim.lr_scheduler.LinearLR(held, 1.0, 0.1, 40)
+    settings = config(recipe="auto", max_lr_multiplier=100.0, min_group_factor=0.01)
+    trainer = HybridTrainer(model, held, settings, loss_fn=loss_fn, lr_scheduler=schedule)
+    assert dict(trainer.recipe().rates) == PRIOR_BESIDE_MUON
+    scale = trainer.run.optimizer_step.scale
+    assert (scale.may_grow, scale.shortening) == (False, False)
 
 
 def test_muon_has_its_prior_by_default_and_it_is_groups_with_rates_of_their_own() -> None:

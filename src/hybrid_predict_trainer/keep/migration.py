@@ -102,8 +102,9 @@ def upgraded(parts: dict[str, StateDict], live: dict[str, StateDict], format_ver
 def with_later(run: StateDict, live: StateDict) -> StateDict:
     """The library's state with what format 4 did not have from its beginning.
 
-    That is the run's whole loss curve, what settings put around the optimizer's step, the guard's second try, which of
-    the passes have a price of their own, how many gradients in a row were large, and narrow drifts.
+    That is the run's whole loss curve, what settings put around the optimizer's step, what the embedding's factor hangs
+    on, the guard's second try, which of the passes have a price of their own, how many gradients in a row were large,
+    and narrow drifts.
     """
     losses, around, safety = run.get("losses"), run.get("optimizer_step"), run.get("safety")
     if isinstance(run.get("meter"), dict):
@@ -114,6 +115,11 @@ def with_later(run: StateDict, live: StateDict) -> StateDict:
         run = {**run, "losses": {**losses, "curve": copy.deepcopy(live["losses"]["curve"])}}
     if isinstance(around, dict) and "of_settings" not in around:
         run = {**run, "optimizer_step": {**around, "of_settings": {}}}
+    elif isinstance(around, dict) and isinstance(around["of_settings"], dict):
+        modifiers = dict(around["of_settings"])
+        if isinstance(modifiers.get("RoleRates"), dict):
+            modifiers["RoleRates"] = {"table_least": 0.0, "table_length": 0.0, **modifiers["RoleRates"]}
+        run = {**run, "optimizer_step": {**around, "of_settings": modifiers}}
     if isinstance(safety, dict) and isinstance(safety.get("guard"), dict):
         run = {**run, "safety": {**safety, "guard": {"num_retries": 0, "exact": False, **safety["guard"]}}}
     drift = live["optimizer_step"]["lookahead"].get("b")

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ..tell.recorder import Metrics
 
 #: Tables of the library's own state that hold what a run happened to have: failures, and what its settings asked for.
-OPEN = (*failures.TABLES, "of_settings")
+OPEN = (*failures.TABLES, "of_settings", "rates")
 
 #: Said at a resume that is not bitwise.
 WITHOUT_PREDICTOR = (

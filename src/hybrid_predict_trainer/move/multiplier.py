@@ -38,6 +38,8 @@ MAX_TAKEN_BACK = 2
 STILL, PEAK_SHARE = 1e-9, 0.97
 #: Factor over the largest of the last losses that is no swing any more, where losses are exact.
 EXPLOSION = 4.0
+#: What groups of an optimizer say that makes its steps orthogonal, in torch's, pytorch_optimizer's and Keller Jordan's.
+NEWTON_SCHULZ = {"adjust_lr_fn", "ns_steps", "ns_coefficients"}
 #: Losses at either end that are compared to see whether the loss has fallen yet.
 NUM_ENDS = 5
 
@@ -46,10 +48,12 @@ def orthogonalizes(optimizer: Any) -> bool:
     """Whether an optimizer makes its steps orthogonal, as Muon and its kin do, or holds one that does.
 
     Their steps have the same length in every direction, so that h says nothing of how long they should be: Muon at its
-    usual rate on small images was raised to 8 times it and ended 6 % higher (LOG.md).
+    usual rate on small images was raised to 8 times it and ended 6 % higher (LOG.md).  Known by its name, or by its
+    groups, which stay what they are in a wrapper of any name.
     """
     held = [v for v in vars(optimizer).values() if hasattr(v, "param_groups")]
-    return any("muon" in kind.__name__.lower() for o in (optimizer, *held) for kind in type(o).__mro__)
+    named = any("muon" in kind.__name__.lower() for o in (optimizer, *held) for kind in type(o).__mro__)
+    return named or any(group.get("use_muon") or NEWTON_SCHULZ & group.keys() for group in optimizer.param_groups)
 
 
 class Advice(StrEnum):

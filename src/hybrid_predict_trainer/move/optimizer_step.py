@@ -25,7 +25,7 @@ from ..keep.subject import Subject
 from ..observe.history import Losses
 from ..records import CheckpointError, StateDict
 from ..weights.algebra import LARGE, Move
-from ..weights.parameters import head_is_table, pretrained, untrained
+from ..weights.parameters import head_is_table, pretrained, table_is_shared, untrained
 from ..weights.trained import Watch
 from .drift_storage import Storage
 from .group_warmup import LEAST_BEHIND_TABLE, is_inside_a_block
@@ -320,7 +320,8 @@ class OptimizerStep:
         saved = state.get("of_settings", {})
         gone = sorted(saved.keys() - self._of_settings.keys())
         if gone:
-            raise CheckpointError(" ".join(_asked_for_no_more(name, saved[name], self._of_settings) for name in gone))
+            since = {name: own for name, own in self._of_settings.items() if name not in saved}
+            raise CheckpointError(" ".join(_asked_for_no_more(name, saved[name], since) for name in gone))
         for name, own in self._of_settings.items():
             if name in saved:
                 own.load_state_dict(saved[name])
@@ -340,7 +341,10 @@ def recipe_for(subject: Subject, watch: Watch, config: HybridTrainerConfig) -> R
     nothing_of_ours = config.never_predicts and config.recipe == "auto"
     if not config.enabled or watch.hands_off is not None or config.recipe == "off" or nothing_of_ours:
         return None
-    return for_run(config.recipe, subject.optimizer, subject.parameters, subject.groups, config.step)
+    return for_run(
+        config.recipe, subject.optimizer, subject.parameters, subject.groups, config.step,
+        shared=table_is_shared(subject.model),
+    )  # fmt: skip
 
 
 def modifiers_for(
@@ -363,7 +367,7 @@ def modifiers_for(
         return schedule.factor * (scale.value if config.decay_follows_multiplier else 1.0)
 
     if recipe is not None:
-        found.append(RoleRates(subject, recipe, decays_by, adopts=config.recipe == "auto"))
+        found.append(RoleRates(subject, recipe, decays_by, adopts=config.recipe))
     if config.enabled and config.step != "optimizer":
         found.append(MatrixStep(subject, config.step, lambda: scale.value * schedule.factor, decays_by))
     return found

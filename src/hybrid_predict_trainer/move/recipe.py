@@ -11,6 +11,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,9 @@ from torch.optim import Optimizer
 
 from ..records import ConfigError
 from ..safe_files import UnusableFileError, read_text, write_text
-from ..weights.algebra import on_host
 from ..weights.parameters import Groups, predicted_parameters, untrained
 from ..weights.real_views import owner
-from ..weights.shards import whole
+from ..weights.shards import rms_over, size_of
 from .group_warmup import is_inside_a_block
 
 #: Factors for networks whose blocks were never trained; every other role keeps the schedule's rate.
@@ -35,6 +35,8 @@ PRIOR_BESIDE_MUON = {"embedding": 8.0}
 LEAST_TABLE_STEP = 0.01
 #: Its factor is raised no further than this for it.
 MOST_FOR_TABLE = 16.0
+#: Where the prior's numbers are from.
+PRIORS_ORIGIN = "prior of untrained networks of blocks"
 #: Optimizers with which the prior was measured, by name.
 MEASURED_WITH = ("Adam", "AdamW")
 #: Roles that a matrix with queries, keys and values in one is cut into, by thirds.
@@ -46,6 +48,23 @@ LEAST, MOST = 1e-4, 1e4
 
 
 @dataclass(frozen=True, slots=True)
+class TableStep:
+    """How the factor of a table of embeddings hangs on the largest rate of a schedule.
+
+    Attributes:
+        least: The prior's factor, which it never falls below.
+        length: Rate times factor that the table is to have at the peak of the schedule, in units of its weights.
+    """
+
+    least: float
+    length: float
+
+    def factor(self, peak: float) -> float:
+        """Factor where the largest rate is ``peak``, above 0; to three digits."""
+        return max(self.least, float(f"{min(self.length / peak, MOST_FOR_TABLE):.3g}"))
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
     """Multiples of the schedule's learning rate, by role.
 
@@ -54,11 +73,14 @@ class Recipe:
             that is not named has factor 1.
         origin: Where the numbers are from, in a sentence.
         multiplier: What all of them were multiplied by at the end of the run that found them.
+        table: Why the embedding's factor is above the prior's, for a run whose rate rises above the peak that it was
+            chosen for; None: it is not, or it is from a file.
     """
 
     rates: Mapping[str, float] = field(default_factory=dict)
     origin: str = "by hand"
     multiplier: float = 1.0
+    table: TableStep | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Check the numbers.
@@ -220,7 +242,7 @@ def measured_factors(optimizer: Optimizer, step: str = "optimizer") -> Mapping[s
         return {"optimizer": PRIOR, "muon": PRIOR_BESIDE_MUON}.get(step)
     if step != "optimizer":
         return None
-    of_muon = [group.get("adjust_lr_fn") == "match_rms_adamw" for group in optimizer.param_groups]
+    of_muon = [_is_muons(group) for group in optimizer.param_groups]
     of_adam = ["betas" in group for group in optimizer.param_groups]
     known = all(muon != adam for muon, adam in zip(of_muon, of_adam, strict=True))
     return PRIOR_BESIDE_MUON if known and any(of_muon) and any(of_adam) else None
@@ -244,7 +266,7 @@ def prior(parameters: list[Tensor], groups: Groups, factors: Mapping[str, float]
         return Recipe({}, "no recipe: the network has been trained before, or nothing tells that it has not")
     present = _roles_in(groups)
     rates = {role: rate for role, rate in factors.items() if role in present}
-    return Recipe(rates, "prior of untrained networks of blocks")
+    return Recipe(rates, PRIORS_ORIGIN)
 
 
 def with_moving_table(recipe: Recipe, parameters: list[Tensor], groups: Groups, peak_rate: float) -> Recipe:
@@ -255,34 +277,53 @@ def with_moving_table(recipe: Recipe, parameters: list[Tensor], groups: Groups, 
 
     Args:
         recipe: The prior.
-        parameters: That are trained, on any device; those that are sharded are gathered.
+        parameters: That are trained, on any device; of sharded ones all ranks come here.
         groups: Their names and roles.  Where no head trains beside the table nothing was measured.
         peak_rate: Largest learning rate of the schedule.
     """
     if "embedding" not in recipe.rates or "head" not in groups.roles or not peak_rate > 0:
         return recipe
     role = groups.roles.index("embedding")
-    tables = [whole(p).detach() for p, row in zip(parameters, groups.index, strict=True) if row == role]
-    sizes = on_host([t.abs().float().square().mean().sqrt() for t in tables if t.numel()])
-    drawn = [float(size) for size in sizes if size > 0]  # positions may begin at zero
-    least = LEAST_TABLE_STEP * min(drawn, default=0.0) / peak_rate
-    factor = min(least, MOST_FOR_TABLE)
-    if not factor > recipe.rates["embedding"]:  # or not a number
+    tables = [p for p, row in zip(parameters, groups.index, strict=True) if row == role and size_of(p)]
+    sizes = [rms_over([table], [table.detach()])[0] for table in tables]
+    drawn = [size for size in sizes if size > 0]  # positions may begin at zero
+    table = TableStep(recipe.rates["embedding"], LEAST_TABLE_STEP * min(drawn, default=0.0))
+    factor = table.factor(peak_rate)
+    if not factor > table.least:  # or not a number
         return recipe
     origin = f"{recipe.origin}; the embedding steps by up to a hundredth of its size"
-    return replace(recipe, rates={**recipe.rates, "embedding": float(f"{factor:.3g}")}, origin=origin)
+    return replace(recipe, rates={**recipe.rates, "embedding": factor}, origin=origin, table=table)
 
 
 def peak_rate_of(optimizer: Optimizer) -> float:
-    """Largest learning rate of the schedule that was put on an optimizer, as far as its groups say; else its rate."""
+    """Largest learning rate of the schedule that was put on an optimizer, as far as its groups say; else its rate.
+
+    A schedule may rise above it: its factor may be above 1, and a cycle's upper end is in no group.
+    """
     known = ("max_lr", "initial_lr", "lr")  # OneCycleLR's peak; where any other began; no schedule
-    rates = [next((float(group[key]) for key in known if key in group), 0.0) for group in optimizer.param_groups]
+    said = [group.get(key) for group in optimizer.param_groups for key in known]
+    # keys of the user's own may hold anything
+    rates = [float(rate) for rate in said if isinstance(rate, Real) or (isinstance(rate, Tensor) and rate.numel() == 1)]
     return max(rates, default=0.0)
 
 
+def _beside_muon(optimizer: Optimizer, parameters: list[Tensor], groups: Groups, shared: bool) -> str:
+    """What in a network that Muon trains is not as it was measured; nothing: it is."""
+    if "head" not in groups.roles or shared:  # it ended 1 % higher (LOG.md)
+        return "Muon steps the matrices, and no head trains that is not the embedding"
+    held = {id(p) for group in optimizer.param_groups if _is_muons(group) for p in group["params"]}
+    roles = {groups.roles[row] for p, row in zip(parameters, groups.index, strict=True) if id(owner(p)) in held}
+    return "Muon steps the embedding or the head as well" if roles & {"embedding", "head"} else ""
+
+
+def _is_muons(group: Mapping[str, Any]) -> bool:
+    return bool(group.get("adjust_lr_fn") == "match_rms_adamw")
+
+
 def for_run(
-    asked: str, optimizer: Optimizer, parameters: list[Tensor], groups: Groups, step: str = "optimizer"
-) -> Recipe:
+    asked: str, optimizer: Optimizer, parameters: list[Tensor], groups: Groups, step: str = "optimizer", *,
+    shared: bool = False,
+) -> Recipe:  # fmt: skip
     """What ``training.recipe`` names: ``"auto"``, ``"off"``, ``"prior"``, or a file.
 
     ``"auto"`` is the prior where it was measured: with Adam or AdamW at one rate for all of its groups, and with Muon
@@ -294,6 +335,7 @@ def for_run(
         parameters: That are trained.
         groups: Their names and roles.
         step: Who steps the hidden matrices in the optimizer's place (``training.step``).
+        shared: Another layer holds the table of embeddings as well (:func:`.table_is_shared`).
 
     Raises:
         ConfigError: the file cannot be read, or names a role that this network has not.
@@ -309,9 +351,11 @@ def for_run(
             return Recipe({}, f"no recipe: not measured with {type(optimizer).__name__}{stepped}")
         if len({float(group["lr"]) for group in optimizer.param_groups if "lr" in group}) != 1:
             return Recipe({}, "no recipe: the optimizer's groups have rates of their own")
-        if factors is PRIOR_BESIDE_MUON and "head" not in groups.roles:  # it ended 1 % higher (LOG.md)
-            return Recipe({}, "no recipe: Muon steps the matrices, and no head trains that is not the embedding")
-        return with_moving_table(prior(parameters, groups, factors), parameters, groups, peak_rate_of(optimizer))
+        unlike = _beside_muon(optimizer, parameters, groups, shared) if factors is PRIOR_BESIDE_MUON else ""
+        if unlike:
+            return Recipe({}, f"no recipe: {unlike}")
+        found = prior(parameters, groups, factors)
+        return found if shared else with_moving_table(found, parameters, groups, peak_rate_of(optimizer))
     found = Recipe.load(asked)
     foreign = sorted(set(found.rates) - _roles_in(groups))
     if foreign:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..keep.subject import Subject
-from ..records import CheckpointError, StateDict
+from ..records import CheckpointError, ConfigError, StateDict
 from ..weights.algebra import Move, without_graph
 from ..weights.real_views import owner
 from ..weights.shards import local_cut, size_of
 from .modifier import StepModifier
-from .recipe import Recipe, decay_of
+from .recipe import PRIORS_ORIGIN, Recipe, TableStep, decay_of
+
+#: A factor of the embedding that the rate asks for is taken where it is below this share of the present one.
+FALLEN = 0.99
 
 
 class RoleRates(StepModifier):
@@ -36,7 +40,7 @@ class RoleRates(StepModifier):
         return "step sizes by role (training.recipe)"
 
     def __init__(
-        self, subject: Subject, recipe: Recipe, decays_by: Callable[[], float] = lambda: 1.0, *, adopts: bool = False
+        self, subject: Subject, recipe: Recipe, decays_by: Callable[[], float] = lambda: 1.0, *, adopts: str = "off"
     ) -> None:
         """Bind.
 
@@ -44,7 +48,8 @@ class RoleRates(StepModifier):
             subject: What is trained.
             recipe: Factors by role.
             decays_by: What the schedule's rate times decoupled decay is multiplied by in the next step.
-            adopts: The recipe was chosen by us: a run that is continued keeps the one that it was begun with.
+            adopts: The setting.  Where it leaves the choice to us, a run that is continued keeps the recipe that it was
+                begun with: with ``"auto"`` any, with ``"prior"`` what that was then.
         """
         self._subject, self._decays_by, self._adopts = subject, decays_by, adopts
         self._optimizer = subject.optimizer
@@ -86,9 +91,24 @@ class RoleRates(StepModifier):
     @without_graph
     def before_step(self, parameters: Sequence[Tensor]) -> int:
         """Keep the weights whose step is to be another."""
+        self._follow_the_rate()
         self._before = {i: parameters[i].detach().clone() for i in self._parts}
         self._pull = {i: self._pull_of(i) for i in self._parts}
         return self._passes
+
+    def _follow_the_rate(self) -> None:
+        """The embedding's factor falls where the rate rises above the peak that it was chosen for, and stays there.
+
+        No group tells the peak of rates that a loop writes, of a cycle, of a factor above 1, or of a schedule that is
+        made after us.
+        """
+        table = self.recipe.table
+        if table is None or not self._parts:
+            return
+        rates = [float(group["lr"]) for group in self._optimizer.param_groups if group.get("lr") is not None]
+        rate = max(rates, default=0.0)
+        if rate > 0 and table.factor(rate) < FALLEN * self.recipe.rate_of("embedding"):
+            self._take(replace(self.recipe, rates={**self.recipe.rates, "embedding": table.factor(rate)}))
 
     def _pull_of(self, i: int) -> float:
         if i not in self._group_of:
@@ -123,11 +143,18 @@ class RoleRates(StepModifier):
 
     def state_dict(self) -> StateDict:
         """The factors, so that a run goes on with those it was begun with, and whether they are still applied."""
-        return {"rates": dict(self.recipe.rates), "origin": self.recipe.origin, "ended": self._ended}
+        table = self.recipe.table
+        return {
+            "rates": {role: float(rate) for role, rate in self.recipe.rates.items()},  # a file has whole numbers
+            "origin": self.recipe.origin,
+            "ended": self._ended,
+            "table_least": 0.0 if table is None else table.least,
+            "table_length": 0.0 if table is None else table.length,
+        }
 
     def not_saved(self) -> None:
         """A run that was begun before there were recipes goes on without one, unless the user asks for it."""
-        if self._adopts:
+        if self._adopts == "auto":
             self._take(Recipe({}, "no recipe: the run was begun without one"))
 
     def load_state_dict(self, state: StateDict) -> None:
@@ -138,12 +165,19 @@ class RoleRates(StepModifier):
         """
         self._before = {}
         same = dict(state["rates"]) == dict(self.recipe.rates)
-        if not same and not self._adopts:
+        chosen = self._adopts == "auto" or (self._adopts == "prior" and state["origin"] == PRIORS_ORIGIN)
+        if not same and not chosen:
             raise CheckpointError(
                 f"the run was saved with the recipe {dict(state['rates'])} and is continued with "
                 f"{dict(self.recipe.rates)}: set training.recipe to the one it was begun with"
             )
         self._ended = False
-        self._take(self.recipe if same else Recipe(dict(state["rates"]), str(state["origin"])))
+        length = float(state["table_length"])
+        table = TableStep(float(state["table_least"]), length) if length > 0 else None
+        try:
+            taken = self.recipe if same else Recipe(dict(state["rates"]), str(state["origin"]))
+        except ConfigError as error:
+            raise CheckpointError(f"the recipe of the run that was saved cannot be used: {error}") from error
+        self._take(replace(taken, table=table))
         if state.get("ended", False):
             self.end()

@@ -210,6 +210,13 @@ def untrained(parameters: Sequence[Tensor], names: Sequence[str]) -> bool:
     return bool(on_host([(g == g[0]).all() for g in gains]).all())
 
 
+def table_is_shared(model: nn.Module) -> bool:
+    """Whether a layer that is no table holds a table of embeddings as well: a head, whatever other heads there are."""
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    others = [m for m in model.modules() if not isinstance(m, nn.Embedding)]
+    return any(id(p) in tables for m in others for p in m.parameters(recurse=False))
+
+
 def head_is_table(model: nn.Module) -> bool:
     """Whether the head of a network is its table of embeddings: another layer holds it, or no other matrix can be one.
 
