@@ -769,6 +769,40 @@ def test_the_command_line_takes_a_recipe_home(tmp_path: Path, capsys: pytest.Cap
     assert "nowhere.toml" in capsys.readouterr().err
 
 
+def test_what_the_command_line_says_of_a_recipe_beside_muon_is_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not AdamW alone, which would have the embedding's factor and Muon's step nowhere."""
+    from hybrid_predict_trainer import cli
+
+    torch.manual_seed(0)
+    model = Small()
+    still = STILL | {"recipe": "auto", "max_predict_steps": 1}
+    trainer = HybridTrainer(model, muon(model, momentum=0.95), config(**still), loss_fn=loss_fn)
+    file = trainer.recipe().save(tmp_path / "recipe.toml")
+    assert cli.main(["recipe", str(file)]) == 0
+    said = [line[4:] for line in capsys.readouterr().out.splitlines() if line.startswith("#   ")]
+    torch.manual_seed(0)
+    plain = Small()
+    matrices = [p for p in plain.block.parameters() if p.ndim == 2]
+    held = set(map(id, matrices))
+    names: dict[str, Any] = {
+        "torch": torch, "model": plain, "LR": LANGUAGE.lr, "DECAY": LANGUAGE.weight_decay, "MATRICES": matrices,
+        "THE_REST": [p for p in plain.parameters() if id(p) not in held],
+    }  # fmt: skip
+    exec("\n".join(said), names)
+    for group in names["adamw"].param_groups:
+        group["betas"] = LANGUAGE.betas
+    for batch in batches(2):
+        trainer.step(batch)
+        plain.zero_grad()
+        loss_fn(plain, batch).backward()
+        names["muon"].step()
+        names["adamw"].step()
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6, msg=name)
+
+
 # ---- the multiplier leaves decoupled decay alone ---------------------------------------------------------------
 
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..experiments.arms.options import InputError
-from ..move.recipe import Recipe
+from ..move.recipe import BESIDE_MUON, Recipe
 from .arguments import OK, show
 
 
@@ -24,12 +24,18 @@ def run(args: argparse.Namespace) -> int:
     found = Recipe.load(file)
 
     def text() -> str:
+        loaded = f'Recipe.load("{file}").param_groups(model, lr=LR, weight_decay=DECAY'
+        if BESIDE_MUON in found.origin:  # in AdamW alone these factors are worth less than none for all
+            built = (
+                '#   muon = torch.optim.Muon(MATRICES, lr=LR, weight_decay=DECAY, adjust_lr_fn="match_rms_adamw")\n'
+                f'#   groups = {loaded}, groups=[{{"params": THE_REST}}])\n'
+                "#   adamw = torch.optim.AdamW(groups)\n"
+            )
+        else:
+            built = f"#   groups = {loaded})\n#   optimizer = torch.optim.AdamW(groups)\n"
         usage = (
-            "# in a plain script:\n"
-            "#   from hybrid_predict_trainer import Recipe\n"
-            f'#   groups = Recipe.load("{file}").param_groups(model, lr=LR, weight_decay=DECAY)\n'
-            "#   optimizer = torch.optim.AdamW(groups)\n"
-            f'# in the next run: --set training.recipe="{file}"'
+            "# in a plain script:\n#   from hybrid_predict_trainer import Recipe\n"
+            f'{built}# in the next run: --set training.recipe="{file}"'
         )
         return f"{found.lines()}\n{usage}"
 

@@ -35,8 +35,8 @@ PRIOR_BESIDE_MUON = {"embedding": 8.0}
 LEAST_TABLE_STEP = 0.01
 #: Its factor is raised no further than this for it.
 MOST_FOR_TABLE = 16.0
-#: Where the prior's numbers are from.
-PRIORS_ORIGIN = "prior of untrained networks of blocks"
+#: Where the prior's numbers are from, and what follows there where it is the one beside Muon.
+PRIORS_ORIGIN, BESIDE_MUON = "prior of untrained networks of blocks", ", beside Muon"
 #: Optimizers with which the prior was measured, by name.
 MEASURED_WITH = ("Adam", "AdamW")
 #: Roles that a matrix with queries, keys and values in one is cut into, by thirds.
@@ -266,7 +266,7 @@ def prior(parameters: list[Tensor], groups: Groups, factors: Mapping[str, float]
         return Recipe({}, "no recipe: the network has been trained before, or nothing tells that it has not")
     present = _roles_in(groups)
     rates = {role: rate for role, rate in factors.items() if role in present}
-    return Recipe(rates, PRIORS_ORIGIN)
+    return Recipe(rates, PRIORS_ORIGIN + (BESIDE_MUON if factors is PRIOR_BESIDE_MUON else ""))
 
 
 def with_moving_table(recipe: Recipe, parameters: list[Tensor], groups: Groups, peak_rate: float) -> Recipe:

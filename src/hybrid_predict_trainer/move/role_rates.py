@@ -165,7 +165,7 @@ class RoleRates(StepModifier):
         """
         self._before = {}
         same = dict(state["rates"]) == dict(self.recipe.rates)
-        chosen = self._adopts == "auto" or (self._adopts == "prior" and state["origin"] == PRIORS_ORIGIN)
+        chosen = self._adopts == "auto" or (self._adopts == "prior" and str(state["origin"]).startswith(PRIORS_ORIGIN))
         if not same and not chosen:
             raise CheckpointError(
                 f"the run was saved with the recipe {dict(state['rates'])} and is continued with "
