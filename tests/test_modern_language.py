@@ -74,7 +74,7 @@ def test_the_head_begins_at_zero_or_drawn() -> None:
 @pytest.mark.parametrize("preset", ["0.3M", "0.3M-drawn", "0.3M-swiglu"])
 def test_the_prior_of_untrained_blocks_applies(preset: str) -> None:
     model = make_task("gpt-modern", replace(SMALL, preset=preset)).build_model(0)
-    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)  # far enough for its table
     parameters, groups = predicted_parameters(model, optimizer)
     assert dict(for_run("auto", optimizer, parameters, groups).rates) == PRIOR
 
@@ -141,10 +141,10 @@ def test_a_recipe_found_by_a_short_run_is_taken_home(monkeypatch: pytest.MonkeyP
         return replace(found_recipe(setup, lr, steps, seed), multiplier=2.0)
 
     monkeypatch.setattr("hybrid_predict_trainer.experiments.baselines.roles.found_recipe", counted)
-    found = run_baseline(experiment(), Arm(name="taken-home-3", kind="peer", lr=1e-3), seed=3)
+    found = run_baseline(experiment(), Arm(name="taken-home-3", kind="peer", lr=3e-3), seed=3)
     assert asked == [(2, 2003)]
-    half = replace(experiment().recipe, weight_decay=experiment().recipe.weight_decay / 2)  # it pulls as at 1e-3
-    by_hand = run_baseline(replace(experiment(), recipe=half), Arm(name="four-rates", kind="peer", lr=2e-3), seed=3)
+    half = replace(experiment().recipe, weight_decay=experiment().recipe.weight_decay / 2)  # it pulls as at 3e-3
+    by_hand = run_baseline(replace(experiment(), recipe=half), Arm(name="four-rates", kind="peer", lr=6e-3), seed=3)
     assert found.final_val_loss == by_hand.final_val_loss
     assert baseline_of("taken-home-10").grid(experiment().recipe) == (3e-3,)
 
