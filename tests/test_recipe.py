@@ -295,6 +295,25 @@ def test_a_table_steps_no_further_where_the_rate_rises_above_its_peak(
     assert Recipe.load(run.recipe().save(tmp_path / "recipe.toml")) == run.recipe()
 
 
+def test_a_table_follows_the_rate_of_its_own_group() -> None:
+    """Another group may rise above it, and one that comes later may begin there."""
+    torch.manual_seed(0)
+    model = Small()
+    later = list(model.block.up_proj.parameters())
+    rest = [p for n, p in model.named_parameters() if "embedding" not in n and "up_proj" not in n]
+    optimizer = torch.optim.AdamW([{"params": model.embedding.weight}, {"params": rest}], lr=1e-3)
+    trainer = HybridTrainer(model, optimizer, config(recipe="auto", max_predict_steps=1), loss_fn=loss_fn)
+    begun = trainer.recipe().rate_of("embedding")
+    assert begun > 8
+    optimizer.param_groups[1]["lr"] = 0.01
+    optimizer.add_param_group({"params": later, "lr": 0.02})
+    trainer.step(batches(1)[0])
+    assert trainer.recipe().rate_of("embedding") == begun
+    optimizer.param_groups[0]["lr"] = 0.01
+    trainer.step(batches(1)[0])
+    assert trainer.recipe().rate_of("embedding") == 4.0
+
+
 def test_a_run_from_before_there_was_a_peak_goes_on_as_it_was() -> None:
     then = {"rates": {"head": 8.0, "embedding": 4.0}, "origin": "then", "ended": False}
     saved = {"optimizer_step": {"of_settings": {"RoleRates": then}}}

@@ -102,11 +102,11 @@ class RoleRates(StepModifier):
         No group tells the peak of rates that a loop writes, of a cycle, of a factor above 1, or of a schedule that is
         made after us.
         """
-        table = self.recipe.table
+        table, groups = self.recipe.table, self._subject.groups
         if table is None or not self._parts:
             return
-        rates = [float(group["lr"]) for group in self._optimizer.param_groups if group.get("lr") is not None]
-        rate = max(rates, default=0.0)
+        held = {g for i, g in self._group_of.items() if groups.roles[groups.index[i]] == "embedding"}
+        rate = max((float(self._optimizer.param_groups[g].get("lr", 0.0)) for g in held), default=0.0)
         if rate > 0 and table.factor(rate) < FALLEN * self.recipe.rate_of("embedding"):
             self._take(replace(self.recipe, rates={**self.recipe.rates, "embedding": table.factor(rate)}))
 
