@@ -376,6 +376,13 @@ def test_a_run_goes_on_with_the_rate_that_its_table_began_with(tmp_path: Path) -
     assert again.recipe().rates == first.recipe().rates
 
 
+@pytest.mark.parametrize(("rate", "expected"), [(1e-2, 8.0), (2.5e-2, 4.0), (0.2, 1.0)])
+def test_beside_muon_a_table_steps_by_a_tenth_at_most(rate: float, expected: float) -> None:
+    model = Small()
+    held = muon(model, lr=rate)
+    assert dict(for_run("auto", held, *predicted_parameters(model, held)).rates) == {"embedding": expected}
+
+
 def test_the_ladder_turns_at_the_head_alone_where_the_prior_has_no_factor_for_it() -> None:
     assert dict(with_head(Recipe(PRIOR_BESIDE_MUON), 3.0).rates) == {"embedding": 8.0, "head": 3.0}
     assert dict(with_head(Recipe(PRIOR), 2.0).rates) == {

@@ -30,6 +30,8 @@ PRIOR = {"head": 8.0, "embedding": 4.0, "attention_q": 3.0, "attention_k": 3.0}
 #: The same where Muon steps the hidden matrices as far as Adam would, and Adam the rest at the same rate.  The head
 #: needs no more there, and queries and keys bear more only where they are normalised (LOG.md).
 PRIOR_BESIDE_MUON = {"embedding": 8.0}
+#: With which a table steps by no more than this at the peak of the schedule, in units of its weights (LOG.md).
+MOST_TABLE_STEP_BESIDE_MUON = 0.1
 #: At the peak of the schedule a table of embeddings steps by at least this share of its root mean square: a rate that
 #: is too low for the whole network is so for the table first, and can be told there before any step (LOG.md).
 LEAST_TABLE_STEP = 0.01
@@ -316,6 +318,15 @@ def _beside_muon(optimizer: Optimizer, parameters: list[Tensor], groups: Groups,
     return "Muon steps the embedding or the head as well" if roles & {"embedding", "head"} else ""
 
 
+def _with_bounded_table(recipe: Recipe, peak_rate: float) -> Recipe:
+    """The embedding's factor lowered, to 1 at least, where it would step too far at the peak of the schedule."""
+    factor = recipe.rate_of("embedding")
+    if not factor * peak_rate > MOST_TABLE_STEP_BESIDE_MUON:
+        return recipe
+    bounded = max(1.0, float(f"{MOST_TABLE_STEP_BESIDE_MUON / peak_rate:.3g}"))
+    return replace(recipe, rates={**recipe.rates, "embedding": min(factor, bounded)})
+
+
 def _is_muons(group: Mapping[str, Any]) -> bool:
     return bool(group.get("adjust_lr_fn") == "match_rms_adamw")
 
@@ -354,8 +365,10 @@ def for_run(
         unlike = _beside_muon(optimizer, parameters, groups, shared) if factors is PRIOR_BESIDE_MUON else ""
         if unlike:
             return Recipe({}, f"no recipe: {unlike}")
-        found = prior(parameters, groups, factors)
-        return found if shared else with_moving_table(found, parameters, groups, peak_rate_of(optimizer))
+        found, peak = prior(parameters, groups, factors), peak_rate_of(optimizer)
+        if factors is PRIOR_BESIDE_MUON:
+            found = _with_bounded_table(found, peak)
+        return found if shared else with_moving_table(found, parameters, groups, peak)
     found = Recipe.load(asked)
     foreign = sorted(set(found.rates) - _roles_in(groups))
     if foreign:
