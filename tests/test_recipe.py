@@ -383,6 +383,44 @@ def test_beside_muon_a_table_steps_by_a_tenth_at_most(rate: float, expected: flo
     assert dict(for_run("auto", held, *predicted_parameters(model, held)).rates) == {"embedding": expected}
 
 
+@pytest.mark.parametrize("begins", [0.0, 1e-4, 1e-2])
+def test_beside_muon_a_table_steps_by_a_tenth_at_most_at_a_peak_that_no_group_tells(
+    begins: float, tmp_path: Path
+) -> None:
+    """A warm-up that the loop writes; a run that is continued has the same bound."""
+
+    def begun() -> tuple[Any, HybridTrainer]:
+        torch.manual_seed(0)
+        model = Small()
+        held = two_inside(model)
+        for group in held.param_groups:
+            group["lr"] = begins
+        return held, HybridTrainer(model, held, config(recipe="auto", max_predict_steps=1), loss_fn=loss_fn)
+
+    def step(held: Any, trainer: HybridTrainer, rate: float) -> float:
+        for group in held.param_groups:
+            group["lr"] = rate
+        trainer.force_full_phase(1)
+        trainer.step(batches(1)[0])
+        return trainer.recipe().rate_of("embedding")
+
+    held, trainer = begun()
+    assert step(held, trainer, 1e-2) == pytest.approx(8.0)
+    saved = trainer.save_checkpoint(tmp_path)
+    other, again = begun()
+    again.load_checkpoint(saved)
+    for one, run in ((held, trainer), (other, again)):
+        assert step(one, run, 2e-2) == pytest.approx(5.0)
+        assert step(one, run, 0.5) == 1.0
+
+
+def test_a_bound_on_tables_adds_no_role_to_a_network_without_one() -> None:
+    model = Small()
+    model.embedding = nn.EmbeddingBag(VOCABULARY, WIDTH)
+    held = muon(model, lr=0.2)
+    assert not for_run("auto", held, *predicted_parameters(model, held)).rates
+
+
 def test_the_ladder_turns_at_the_head_alone_where_the_prior_has_no_factor_for_it() -> None:
     assert dict(with_head(Recipe(PRIOR_BESIDE_MUON), 3.0).rates) == {"embedding": 8.0, "head": 3.0}
     assert dict(with_head(Recipe(PRIOR), 2.0).rates) == {

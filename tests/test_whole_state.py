@@ -770,7 +770,7 @@ def test_a_checkpoint_of_format_3_is_sorted_by_owner(tmp_path: Path) -> None:
         ("windows", "keeping"), ("windows", "sketch"), ("optimizer_step", "modifiers"),
         ("proposer", "feedback", "confidence", "num_new"), ("meter", "num_priced_passes"),
         *(("optimizer_step", "of_settings", "RoleRates", name)
-          for name in ("rates", "origin", "ended", "table_least", "table_length")),
+          for name in ("rates", "origin", "ended", "table_least", "table_length", "table_most")),
         *(("losses", "curve", name) for name in ("block", "num_open", "open", "sums")),
         *(("safety", "guard", name) for name in ("num_retries", "exact")), ("monitor", "num_large"),
     }  # fmt: skip

@@ -118,7 +118,8 @@ def with_later(run: StateDict, live: StateDict) -> StateDict:
     elif isinstance(around, dict) and isinstance(around["of_settings"], dict):
         modifiers = dict(around["of_settings"])
         if isinstance(modifiers.get("RoleRates"), dict):
-            modifiers["RoleRates"] = {"table_least": 0.0, "table_length": 0.0, **modifiers["RoleRates"]}
+            none = {"table_least": 0.0, "table_length": 0.0, "table_most": 0.0}
+            modifiers["RoleRates"] = {**none, **modifiers["RoleRates"]}
         run = {**run, "optimizer_step": {**around, "of_settings": modifiers}}
     if isinstance(safety, dict) and isinstance(safety.get("guard"), dict):
         run = {**run, "safety": {**safety, "guard": {"num_retries": 0, "exact": False, **safety["guard"]}}}

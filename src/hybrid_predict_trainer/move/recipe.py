@@ -8,6 +8,7 @@ down, and taken home into a plain script as parameter groups.
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -54,16 +55,20 @@ class TableStep:
     """How the factor of a table of embeddings hangs on the largest rate of a schedule.
 
     Attributes:
-        least: The prior's factor, which it never falls below.
-        length: Rate times factor that the table is to have at the peak of the schedule, in units of its weights.
+        least: The prior's factor.
+        length: Rate times factor that the table is to have at the peak of the schedule at least, in units of its
+            weights.
+        most: And at most; it may take the factor below the prior's, to 1.
     """
 
     least: float
     length: float
+    most: float = math.inf
 
     def factor(self, peak: float) -> float:
         """Factor where the largest rate is ``peak``, above 0; to three digits."""
-        return max(self.least, float(f"{min(self.length / peak, MOST_FOR_TABLE):.3g}"))
+        wanted = max(self.least, float(f"{min(self.length / peak, MOST_FOR_TABLE):.3g}"))
+        return min(wanted, max(1.0, float(f"{self.most / peak:.3g}")))
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +80,8 @@ class Recipe:
             that is not named has factor 1.
         origin: Where the numbers are from, in a sentence.
         multiplier: What all of them were multiplied by at the end of the run that found them.
-        table: Why the embedding's factor is above the prior's, for a run whose rate rises above the peak that it was
-            chosen for; None: it is not, or it is from a file.
+        table: What the embedding's factor hangs on, for a run whose rate rises above the peak that it was chosen for;
+            None: it is the prior's at any rate, or from a file.
     """
 
     rates: Mapping[str, float] = field(default_factory=dict)
@@ -271,8 +276,10 @@ def prior(parameters: list[Tensor], groups: Groups, factors: Mapping[str, float]
     return Recipe(rates, PRIORS_ORIGIN + (BESIDE_MUON if factors is PRIOR_BESIDE_MUON else ""))
 
 
-def with_moving_table(recipe: Recipe, parameters: list[Tensor], groups: Groups, peak_rate: float) -> Recipe:
-    """The embedding's factor raised where its steps would be too short for its size; any other recipe as it is.
+def with_moving_table(
+    recipe: Recipe, parameters: list[Tensor], groups: Groups, peak_rate: float, most: float = math.inf
+) -> Recipe:
+    """The embedding's factor where its steps would be too short for its size, or too long; any other recipe as it is.
 
     A step of Adam is as long as the rate, whatever the size of what it moves.  Tables drawn with deviation 1, as
     ``nn.Embedding`` draws them, need more than those of deviation 0.02.
@@ -281,19 +288,24 @@ def with_moving_table(recipe: Recipe, parameters: list[Tensor], groups: Groups, 
         recipe: The prior.
         parameters: That are trained, on any device; of sharded ones all ranks come here.
         groups: Their names and roles.  Where no head trains beside the table nothing was measured.
-        peak_rate: Largest learning rate of the schedule.
+        peak_rate: Largest learning rate of the schedule; 0: not known, and nothing is raised.
+        most: Bound on a step at the peak, in units of the weights.
     """
-    if "embedding" not in recipe.rates or "head" not in groups.roles or not peak_rate > 0:
+    if "embedding" not in recipe.rates or "head" not in groups.roles:
         return recipe
+    if not peak_rate > 0:
+        bounded = TableStep(recipe.rates["embedding"], 0.0, most)
+        return replace(recipe, table=bounded) if most < math.inf else recipe
     role = groups.roles.index("embedding")
     tables = [p for p, row in zip(parameters, groups.index, strict=True) if row == role and size_of(p)]
     sizes = [rms_over([table], [table.detach()])[0] for table in tables]
     drawn = [size for size in sizes if size > 0]  # positions may begin at zero
-    table = TableStep(recipe.rates["embedding"], LEAST_TABLE_STEP * min(drawn, default=0.0))
+    table = TableStep(recipe.rates["embedding"], LEAST_TABLE_STEP * min(drawn, default=0.0), most)
     factor = table.factor(peak_rate)
-    if not factor > table.least:  # or not a number
+    raised = factor > table.least  # or not a number
+    if not raised and most == math.inf:
         return recipe
-    origin = f"{recipe.origin}; the embedding steps by up to a hundredth of its size"
+    origin = recipe.origin + ("; the embedding steps by up to a hundredth of its size" if raised else "")
     return replace(recipe, rates={**recipe.rates, "embedding": factor}, origin=origin, table=table)
 
 
@@ -316,15 +328,6 @@ def _beside_muon(optimizer: Optimizer, parameters: list[Tensor], groups: Groups,
     held = {id(p) for group in optimizer.param_groups if _is_muons(group) for p in group["params"]}
     roles = {groups.roles[row] for p, row in zip(parameters, groups.index, strict=True) if id(owner(p)) in held}
     return "Muon steps the embedding or the head as well" if roles & {"embedding", "head"} else ""
-
-
-def _with_bounded_table(recipe: Recipe, peak_rate: float) -> Recipe:
-    """The embedding's factor lowered, to 1 at least, where it would step too far at the peak of the schedule."""
-    factor = recipe.rate_of("embedding")
-    if not factor * peak_rate > MOST_TABLE_STEP_BESIDE_MUON:
-        return recipe
-    bounded = max(1.0, float(f"{MOST_TABLE_STEP_BESIDE_MUON / peak_rate:.3g}"))
-    return replace(recipe, rates={**recipe.rates, "embedding": min(factor, bounded)})
 
 
 def _is_muons(group: Mapping[str, Any]) -> bool:
@@ -365,10 +368,10 @@ def for_run(
         unlike = _beside_muon(optimizer, parameters, groups, shared) if factors is PRIOR_BESIDE_MUON else ""
         if unlike:
             return Recipe({}, f"no recipe: {unlike}")
-        found, peak = prior(parameters, groups, factors), peak_rate_of(optimizer)
+        found, most = prior(parameters, groups, factors), math.inf
         if factors is PRIOR_BESIDE_MUON:
-            found = _with_bounded_table(found, peak)
-        return found if shared else with_moving_table(found, parameters, groups, peak)
+            most = MOST_TABLE_STEP_BESIDE_MUON
+        return found if shared else with_moving_table(found, parameters, groups, peak_rate_of(optimizer), most)
     found = Recipe.load(asked)
     foreign = sorted(set(found.rates) - _roles_in(groups))
     if foreign:

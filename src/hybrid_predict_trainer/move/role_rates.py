@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -150,6 +151,7 @@ class RoleRates(StepModifier):
             "ended": self._ended,
             "table_least": 0.0 if table is None else table.least,
             "table_length": 0.0 if table is None else table.length,
+            "table_most": 0.0 if table is None else table.most,
         }
 
     def not_saved(self) -> None:
@@ -172,8 +174,8 @@ class RoleRates(StepModifier):
                 f"{dict(self.recipe.rates)}: set training.recipe to the one it was begun with"
             )
         self._ended = False
-        length = float(state["table_length"])
-        table = TableStep(float(state["table_least"]), length) if length > 0 else None
+        least, length, most = (float(state[f"table_{name}"]) for name in ("least", "length", "most"))
+        table = TableStep(least, length, most or math.inf) if least > 0 else None
         try:
             taken = self.recipe if same else Recipe(dict(state["rates"]), str(state["origin"]))
         except ConfigError as error:
