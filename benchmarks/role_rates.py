@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig, ViTForImageClassification
 
 from hybrid_predict_trainer import HybridTrainer, HybridTrainerConfig, Recipe, with_values
-from hybrid_predict_trainer.move.recipe import PRIOR
+from hybrid_predict_trainer.move.prior import PRIOR
 from hybrid_predict_trainer.tasks import TaskSettings, build_optimizer, build_scheduler, make_task, with_steps
 
 PLAIN_ARMS = {"plain": {}, "head": {"head": PRIOR["head"]}, "prior": PRIOR}

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from hybrid_predict_trainer.experiments.baselines.roles import by_role
 from hybrid_predict_trainer.experiments.compare.equal_loss import Point, over_seeds, seed_speedup
-from hybrid_predict_trainer.move.recipe import PRIOR
+from hybrid_predict_trainer.move.prior import PRIOR
 from hybrid_predict_trainer.numerics.shrunken_mean import shrunken_mean
 from hybrid_predict_trainer.tasks import TaskSettings, build_scheduler, make_task, with_steps
 

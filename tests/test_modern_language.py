@@ -13,7 +13,8 @@ from hybrid_predict_trainer.config.settings import HybridTrainerConfig
 from hybrid_predict_trainer.experiments.baselines import baseline_of, run_baseline
 from hybrid_predict_trainer.experiments.baselines.roles import by_role, found_recipe, muon_flops, mup
 from hybrid_predict_trainer.experiments.run_arm import Arm, Experiment
-from hybrid_predict_trainer.move.recipe import PRIOR, Recipe, for_run
+from hybrid_predict_trainer.move.prior import PRIOR, for_run
+from hybrid_predict_trainer.move.recipe import Recipe
 from hybrid_predict_trainer.tasks import TaskSettings, make_task
 from hybrid_predict_trainer.tasks.base import count_parameters
 from hybrid_predict_trainer.tasks.language.modern import PRESETS, ModernGpt

@@ -19,16 +19,8 @@ from hybrid_predict_trainer.cycle.motions import end_motions
 from hybrid_predict_trainer.experiments.baselines.roles import by_role
 from hybrid_predict_trainer.keep import migration
 from hybrid_predict_trainer.move.head_ladder import _climb, shape, with_head
-from hybrid_predict_trainer.move.recipe import (
-    PRIOR,
-    PRIOR_BESIDE_MUON,
-    decay_of,
-    for_run,
-    measured_factors,
-    peak_rate_of,
-    prior,
-    thirds,
-)
+from hybrid_predict_trainer.move.prior import PRIOR, PRIOR_BESIDE_MUON, for_run, measured_factors, peak_rate_of, prior
+from hybrid_predict_trainer.move.recipe import decay_of, thirds
 from hybrid_predict_trainer.move.role_rates import RoleRates
 from hybrid_predict_trainer.tasks.base import TaskDefaults
 from hybrid_predict_trainer.tasks.recipes import MuonAdamW, muon_adamw

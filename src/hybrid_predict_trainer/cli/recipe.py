@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 
 from ..experiments.arms.options import InputError
-from ..move.recipe import BESIDE_MUON, Recipe
+from ..move.prior import BESIDE_MUON
+from ..move.recipe import Recipe
 from .arguments import OK, show
 
 

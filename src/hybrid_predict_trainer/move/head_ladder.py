@@ -27,7 +27,8 @@ from ..keep.subject import LossFn, Subject
 from ..observe import batches as data
 from ..records import ConfigError
 from ..weights.parameters import optimizer_parameters, predicted_parameters
-from .recipe import PRIOR, Recipe, measured_factors, prior
+from .prior import PRIOR, measured_factors, prior
+from .recipe import Recipe
 from .role_rates import RoleRates
 
 #: A rung of the ladder, and the last half rung.

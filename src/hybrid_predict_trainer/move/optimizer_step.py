@@ -35,7 +35,8 @@ from .matrix_step import MatrixStep
 from .modifier import StepModifier
 from .multiplier import orthogonalizes
 from .overflow import ScaleSearch
-from .recipe import Recipe, for_run
+from .prior import for_run
+from .recipe import Recipe
 from .role_rates import RoleRates
 from .schedule import LrSchedule
 from .unit_multiplier import Multiplier, UnitMultiplier

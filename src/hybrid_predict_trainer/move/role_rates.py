@@ -16,7 +16,8 @@ from ..weights.algebra import Move, without_graph
 from ..weights.real_views import owner
 from ..weights.shards import local_cut, size_of
 from .modifier import StepModifier
-from .recipe import PRIORS_ORIGIN, Recipe, TableStep, decay_of
+from .prior import PRIORS_ORIGIN
+from .recipe import Recipe, TableStep, decay_of
 
 #: A factor of the embedding that the rate asks for is taken where it is below this share of the present one.
 FALLEN = 0.99
