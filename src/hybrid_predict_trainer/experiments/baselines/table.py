@@ -23,6 +23,18 @@ from .warmup import block_warmup, long_warmup
 from .wnn import wnn_plus
 
 
+def _role_rates(rates: str, factors: dict[str, float], source: str = "-") -> Baseline:
+    return Baseline(
+        about=f"the plain recipe, {rates}",
+        source=source,
+        family="schedule",
+        weights_only=False,
+        values=factors,
+        grid=recipe_grid,
+        train=in_loop(optimizer=role_rates),
+    )
+
+
 def _taken_home(times: int) -> Baseline:
     return Baseline(
         about=f"a plain loop with the recipe of a run of ours of 1/{times} of the length, at the task's default rate",
@@ -162,33 +174,14 @@ BASELINES: dict[str, Baseline] = {
         grid=recipe_grid,
         train=in_loop(soap, optimizer=soap_optimizer),
     ),
-    "two-rates": Baseline(
-        about="the plain recipe, embedding and head at four times the blocks' rate",
-        source="arXiv 2502.19002",
-        family="schedule",
-        weights_only=False,
-        values={"embedding": 4.0, "head": 4.0},
-        grid=recipe_grid,
-        train=in_loop(optimizer=role_rates),
+    "two-rates": _role_rates(
+        "embedding and head at four times the blocks' rate", {"embedding": 4.0, "head": 4.0}, "arXiv 2502.19002"
     ),
-    "four-rates": Baseline(
-        about="the plain recipe, head at eight, embedding at four, queries and keys at three times the others' rate",
-        source="-",
-        family="schedule",
-        weights_only=False,
-        values={"head": 8.0, "embedding": 4.0, "attention_q": 3.0, "attention_k": 3.0},
-        grid=recipe_grid,
-        train=in_loop(optimizer=role_rates),
+    "four-rates": _role_rates(
+        "head at eight, embedding at four, queries and keys at three times the others' rate",
+        {"head": 8.0, "embedding": 4.0, "attention_q": 3.0, "attention_k": 3.0},
     ),
-    "embedding-rate": Baseline(
-        about="the plain recipe, embedding at eight times the others' rate: beside Muon",
-        source="-",
-        family="schedule",
-        weights_only=False,
-        values={"embedding": 8.0},
-        grid=recipe_grid,
-        train=in_loop(optimizer=role_rates),
-    ),
+    "embedding-rate": _role_rates("embedding at eight times the others' rate: beside Muon", {"embedding": 8.0}),
     "taken-home-3": _taken_home(3),
     "taken-home-10": _taken_home(10),
     "mup": Baseline(
