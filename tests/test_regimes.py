@@ -453,6 +453,15 @@ def test_other_lengths_have_trials_of_their_own_where_that_is_asked_for(tmp_path
     assert not prepare(request, case_of("slow")).tune_budgets, "a rate that is fixed is fixed at every length"
 
 
+@pytest.mark.parametrize("tune_budgets", [False, True])
+def test_one_rate_is_taken_without_a_trial(tmp_path: Path, tune_budgets: bool) -> None:
+    request = asked(tmp_path, arms=("hybrid",), tune_budgets=tune_budgets, lr_grid=(0.02,))
+    bench = regime_runs.Bench(request, [p := prepare(request, case_of("tuned"))], lambda line: None)
+    assert bench.sweep(p) == {
+        "seeds": list(p.sweep_seeds), "chosen": {"plain": 0.02, "hybrid": 0.02}, "at_edge_of_grid": [], "trials": {},
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("quick", "asked_for", "rates"),
     [(True, (), (1e-3, 4e-3)), (False, (), (1e-3, 2e-3, 4e-3, 8e-3)), (True, (5e-3,), (5e-3,))],

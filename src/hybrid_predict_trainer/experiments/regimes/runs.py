@@ -57,6 +57,11 @@ def train(setup: Experiment, arm: Arm, seed: int) -> TimedRun:
     return TimedRun(run=run, time_share=share)
 
 
+def to_try(grid: Sequence[float]) -> Sequence[float]:
+    """The rates that a sweep tries: none where there is nothing to choose."""
+    return grid if len(grid) > 1 else ()
+
+
 def neighbours(grid: Sequence[float], chosen: float) -> tuple[float, ...]:
     """A rate of a grid and the ones beside it, in the grid's order."""
     rates = sorted(grid)
@@ -104,10 +109,10 @@ class Bench:
         self.store = RunStore(request.out / "runs", fresh=request.fresh)
         left, runs = {}, 0
         for p in prepared:
-            num_trials = sum(len(c.grid) for c in p.contestants) * len(p.sweep_seeds)
+            num_trials = sum(len(to_try(c.grid)) for c in p.contestants) * len(p.sweep_seeds)
             if p.tune_budgets:
                 others = [b for b in p.budgets if b != 1.0]
-                num_trials += len(p.sweep_seeds) * sum(min(len(c.grid), 3) for c in p.curves) * len(others)
+                num_trials += len(p.sweep_seeds) * sum(min(len(to_try(c.grid)), 3) for c in p.curves) * len(others)
             at_one = [c for c in p.contestants if c.kind != "plain" and c.name not in p.case.bases]
             num_curves = 1 + sum(c.name in p.case.bases for c in p.contestants)
             budgets = [*(1.0 for _ in at_one), *num_curves * p.budgets, *tuned_budgets(p)]
@@ -150,15 +155,16 @@ class Bench:
         return self.store.get(identity(build(c.blueprint), first, p.sweep_seeds[0])) is not None
 
     def sweep(self, p: PreparedCase) -> dict[str, Any]:
-        """A trial per rate and sweep seed of every arm that has a grid; which rate each arm is to take."""
-        trials = self._trials(p, [(c.name, c, c.grid, 1.0) for c in p.contestants])
-        chosen = {name: best_rate(found, p.setup.recipe.lr) for name, found in trials.items()}
-        grids = {c.name: c.grid for c in p.contestants if len(c.grid) > 1}
+        """A trial per rate and sweep seed of every arm that has a choice; which rate each arm is to take."""
+        grids = {c.name: c.grid for c in p.contestants if to_try(c.grid)}
+        trials = self._trials(p, [(c.name, c, c.grid, 1.0) for c in p.contestants if c.name in grids])
+        chosen = {c.name: c.grid[0] for c in p.contestants if len(c.grid) == 1}
+        chosen |= {name: best_rate(found, p.setup.recipe.lr) for name, found in trials.items()}
         at_edge = sorted(n for n, grid in grids.items() if chosen[n] in (min(grid), max(grid)))
         if p.tune_budgets:
             others = [
                 (f"{c.name}@{budget:g}", c, neighbours(c.grid, chosen[c.name]), budget)
-                for c in p.curves if c.name in chosen
+                for c in p.curves if c.name in grids
                 for budget in p.budgets if budget != 1.0
             ]  # fmt: skip
             more = self._trials(p, others)
@@ -247,7 +253,7 @@ class Bench:
         return [
             ArmRuns(
                 name=arm.name, kind=kind, weights_only=c.weights_only, runs=tuple(found[arm.name]),
-                trials=len(c.grid) * len(p.sweep_seeds),
+                trials=len(to_try(c.grid)) * len(p.sweep_seeds),
             )
             for arm, c, kind in arms
         ]  # fmt: skip
