@@ -232,9 +232,10 @@ _CORPORA = ("tinystories", "novels", "wikitext-2")
 def _modern(length: str, turn: int, preset: str = "0.3M") -> Case:
     """A case with today's model; corpus and schedule by its turn, so that lengths together see all of both."""
     data, schedule = _CORPORA[turn % len(_CORPORA)], ("wsd", "linear")[turn % 2]
-    name = f"modern-{LENGTHS[length].full}-{data}-{schedule}{preset.removeprefix('0.3M')}"
+    variant = preset.removeprefix("0.3M").removeprefix("-")
+    name = "-".join(filter(None, ("modern", str(LENGTHS[length].full), data, schedule, variant)))
     return Case(
-        name=name if preset.startswith("0.3M") else f"{name}-{preset}", task="gpt-modern", length=length,
+        name=name, task="gpt-modern", length=length,
         options={"preset": preset, "schedule": schedule, "data": data},
         fallback={"preset": preset, "schedule": schedule}, peers=_STRONG, quick_peers=_BASES, bases=_BASES,
         budgets=(0.5, 1.0, 2.0), quick_budgets=(0.7, 1.0, 1.7),
