@@ -779,6 +779,27 @@ def test_the_search_leaves_no_trace_and_says_what_it_cost() -> None:
         find_recipe(model, optimizer, loss_fn, data, num_steps=3)
 
 
+@pytest.mark.parametrize(
+    ("deviation", "rate", "optimizer"),
+    [
+        pytest.param(1.0, 1e-4, torch.optim.AdamW, id="too low a rate for a table of this size"),
+        pytest.param(0.02, 1e-2, torch.optim.AdamW, id="far enough"),
+        pytest.param(1.0, 1e-4, torch.optim.SGD, id="SGD"),
+    ],
+)  # fmt: skip
+def test_the_search_raises_a_table_as_the_trainer_does(deviation: float, rate: float, optimizer: Any) -> None:
+    """By the size that it has before the search, which moves it."""
+    model, held = made(optimizer=optimizer, lr=rate)
+    with torch.no_grad():
+        model.embedding.weight.mul_(deviation / model.embedding.weight.std())
+    recipe = find_recipe(model, held, loss_fn, batches(14), num_steps=12).recipe
+    unraised = max(1.0, PRIOR["embedding"] * recipe.rate_of("head") / PRIOR["head"])
+    size = float(model.embedding.weight.detach().square().mean().sqrt())
+    raised = min(16.0, 0.01 * size / rate) if optimizer is torch.optim.AdamW else 0.0
+    assert recipe.rate_of("embedding") == pytest.approx(max(unraised, raised), rel=1e-2)
+    assert ("hundredth" in recipe.origin) == (raised > unraised)
+
+
 def test_a_loss_that_raises_in_the_search_leaves_everything_as_it_was() -> None:
     model, optimizer = made()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}

@@ -4,7 +4,8 @@ A miniature run is ``num_steps`` steps on a quarter of every batch, with a warm-
 zero over the last.  It is complete because the loss of a run that is cut off ranks rates by how fast they begin.  All
 miniatures see the same batches and are judged on the same held-out ones.  The head's factor goes up by threes while the
 held-out loss falls by more than a hundredth, and down by threes if the first step up does not pay.  One try at the
-square root of three beyond what was found is the last.  Embedding, queries and keys follow by the ratios of the prior.
+square root of three beyond what was found is the last.  Embedding, queries and keys follow by the ratios of the prior,
+and a table whose steps would be too short for its size steps further (:func:`.prior.with_moving_table`).
 
 Model, optimizer and random numbers are afterwards what they were before, bit for bit.
 """
@@ -26,8 +27,8 @@ from ..keep.snapshot import Snapshot
 from ..keep.subject import LossFn, Subject
 from ..observe import batches as data
 from ..records import ConfigError
-from ..weights.parameters import optimizer_parameters, predicted_parameters
-from .prior import PRIOR, measured_factors, prior
+from ..weights.parameters import optimizer_parameters, predicted_parameters, table_is_shared
+from .prior import PRIOR, measured_factors, prior, with_table_for
 from .recipe import Recipe
 from .role_rates import RoleRates
 
@@ -84,20 +85,32 @@ def find_recipe(
     if len(taken) < num_steps + NUM_HELD_OUT:
         raise ConfigError(f"find_recipe: {num_steps + NUM_HELD_OUT} batches are needed, and there are {len(taken)}")
     parameters, groups = predicted_parameters(model, optimizer, roles)
-    ratios = prior(parameters, groups, measured_factors(optimizer) or PRIOR)
+    measured = measured_factors(optimizer)
+    ratios = prior(parameters, groups, measured or PRIOR)
     if ratios.empty:
         return Found(ratios, 0.0, ())
+
+    def around(head: float) -> Recipe:
+        """A table is raised as it would be without a search; its size is that of the weights as they are now."""
+        recipe = with_head(ratios, head)
+        if measured is None or table_is_shared(model):
+            return recipe
+        return with_table_for(recipe, optimizer, parameters, groups, measured)
+
+    def loss_at(head: float) -> float:
+        start.restore(model, optimizer)
+        return minis.run(around(head))
+
     subject = Subject.of(model, optimizer, loss_fn, None, roles)
     minis = _Miniatures(subject, taken[:num_steps], taken[num_steps:], clip_norm)
     start = Snapshot.take(model, optimizer)
     try:
-        head = _climb(lambda factor: minis.run(start, with_head(ratios, factor)))
+        head = _climb(loss_at)
     finally:
         start.restore(model, optimizer)
         for parameter in optimizer_parameters(optimizer):
             parameter.grad = None
-    recipe = with_head(ratios, head)
-    return Found(recipe, minis.cost, tuple(minis.tries))
+    return Found(around(head), minis.cost, tuple(minis.tries))
 
 
 def with_head(ratios: Recipe, head: float) -> Recipe:
@@ -138,7 +151,7 @@ def _climb(loss_at: Callable[[float], float]) -> float:
 
 
 class _Miniatures:
-    """Miniature runs from one state on common batches.
+    """Miniature runs on common batches.
 
     Attributes:
         cost: So far, in steps of the run.
@@ -154,10 +167,9 @@ class _Miniatures:
         self.cost = 0.0
         self.tries: list[tuple[float, float]] = []
 
-    def run(self, start: Snapshot, recipe: Recipe) -> float:
-        """Held-out loss after one miniature; infinity if it was ended."""
+    def run(self, recipe: Recipe) -> float:
+        """Held-out loss after one miniature from where the model is; infinity if it was ended."""
         subject = self._subject
-        start.restore(subject.model, subject.optimizer)
         rates = RoleRates(subject, recipe)
         bases = [group["lr"] for group in subject.optimizer.param_groups]
         losses: list[float] = []

@@ -87,7 +87,7 @@ def with_moving_table(
     ``nn.Embedding`` draws them, need more than those of deviation 0.02.
 
     Args:
-        recipe: The prior.
+        recipe: The prior, or its ratios around another head.
         parameters: That are trained, on any device; of sharded ones all ranks come here.
         groups: Their names and roles.  Where no head trains beside the table nothing was measured.
         peak_rate: Largest learning rate of the schedule; 0: not known, and nothing is raised.
@@ -109,6 +109,22 @@ def with_moving_table(
         return recipe
     origin = recipe.origin + ("; the embedding steps by up to a hundredth of its size" if raised else "")
     return replace(recipe, rates={**recipe.rates, "embedding": factor}, origin=origin, table=table)
+
+
+def with_table_for(
+    recipe: Recipe, optimizer: Optimizer, parameters: list[Tensor], groups: Groups, factors: Mapping[str, float]
+) -> Recipe:
+    """:func:`with_moving_table` for the peak that an optimizer's groups tell.
+
+    Args:
+        recipe: A prior, or its ratios around another head.
+        optimizer: Whose schedule it is.
+        parameters: That are trained.
+        groups: Their names and roles.
+        factors: What was measured with this optimizer (:func:`measured_factors`).
+    """
+    most = MOST_TABLE_STEP_BESIDE_MUON if factors is PRIOR_BESIDE_MUON else math.inf
+    return with_moving_table(recipe, parameters, groups, peak_rate_of(optimizer), most)
 
 
 def peak_rate_of(optimizer: Optimizer) -> float:
@@ -170,10 +186,8 @@ def for_run(
         unlike = _beside_muon(optimizer, parameters, groups, shared) if factors is PRIOR_BESIDE_MUON else ""
         if unlike:
             return Recipe({}, f"no recipe: {unlike}")
-        found, most = prior(parameters, groups, factors), math.inf
-        if factors is PRIOR_BESIDE_MUON:
-            most = MOST_TABLE_STEP_BESIDE_MUON
-        return found if shared else with_moving_table(found, parameters, groups, peak_rate_of(optimizer), most)
+        found = prior(parameters, groups, factors)
+        return found if shared else with_table_for(found, optimizer, parameters, groups, factors)
     found = Recipe.load(asked)
     foreign = sorted(set(found.rates) - roles_in(groups))
     if foreign:
