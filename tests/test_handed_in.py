@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from cases import full_batch, loss_fn, make_batches, setup
-from hybrid_predict_trainer import ConfigError, HybridTrainer, HybridTrainerConfig, attach
+from hybrid_predict_trainer import ConfigError, HybridTrainer, HybridTrainerConfig, attach, find_recipe
 from hybrid_predict_trainer.predictors import Hold
 
 Make = Callable[..., Any]
@@ -17,6 +18,10 @@ Make = Callable[..., Any]
 
 def _named(name: str, value: Any) -> Callable[[Any, Make], Any]:
     return lambda s, make: make(s.model, s.optimizer, **{"loss_fn": loss_fn, name: value})
+
+
+def _without_values(make: Make, model: nn.Module) -> Any:
+    return make(model, torch.optim.SGD(model.parameters(), lr=0.1), loss_fn=lambda model, batch: model(batch).mean())
 
 
 #: name -> (what is done, what the line says)
@@ -27,6 +32,12 @@ SLIPS: dict[str, tuple[Callable[[Any, Make], Any], str]] = {
     "path as config": (lambda s, make: make(s.model, s.optimizer, "run.toml"), "load_config"),
     "parameters as optimizer": (lambda s, make: make(s.model, s.model.parameters()), "not an optimizer"),
     "another model": (lambda s, make: make(setup().model, s.optimizer, loss_fn=loss_fn), "none of the optimizer's"),
+    "shapes only": (lambda s, make: _without_values(make, nn.Linear(2, 2, device="meta")), "on the meta device"),
+    "some on meta": (
+        lambda s, make: _without_values(make, nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))),
+        "on the meta device",
+    ),
+    "lazy": (lambda s, make: _without_values(make, nn.Sequential(nn.LazyLinear(2))), "lazy layers"),
     "loss": (_named("loss_fn", 3.0), "loss_fn is a float"),
     "schedule by name": (_named("lr_scheduler", "cosine"), "lr_scheduler is 'cosine'"),
     "class of a schedule": (_named("lr_scheduler", torch.optim.lr_scheduler.StepLR), "the class StepLR"),
@@ -52,6 +63,22 @@ def test_a_slip_is_one_line_that_says_what_is_wanted(name: str, make: Make) -> N
         slip(made, make)
     assert "\n" not in str(raised.value)
     assert not made.optimizer._optimizer_step_pre_hooks, "nothing was hooked"
+
+
+@pytest.mark.parametrize(
+    "model", [nn.Linear(2, 2, device="meta"), nn.Sequential(nn.LazyLinear(2))], ids=["meta", "lazy"]
+)
+def test_a_search_for_a_recipe_wants_values_too(model: nn.Module) -> None:
+    search = lambda *given, loss_fn: find_recipe(*given, loss_fn, [torch.ones(1, 2)] * 14, num_steps=12)  # noqa: E731
+    with pytest.raises(ConfigError, match=r"meta device|lazy layers"):
+        _without_values(search, model)
+
+
+def test_what_is_frozen_may_have_no_values() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))
+    optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    trainer = HybridTrainer(model, optimizer, loss_fn=lambda model, batch: model[0](batch).mean())
+    assert trainer.step(torch.ones(1, 2)).step == 1
 
 
 def test_the_trainer_is_refused_on_an_optimizer_with_an_engine() -> None:

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from ..config.settings import HybridTrainerConfig
 from ..move.modifier import StepModifier
 from ..records import ConfigError
+from ..weights.parameters import check_values
 
 #: What the methods of a predictor are called; see :class:`..predictors.Predictor`.
 PREDICTOR = ("observe", "predict", "state_dict", "load_state_dict")
@@ -62,6 +63,7 @@ def _check_model(model: Any, optimizer: Any) -> None:
             "none of the optimizer's parameters is the model's: make the optimizer from model.parameters(), after the "
             "model was moved, wrapped or loaded"
         )
+    check_values(held)
 
 
 def _cure_of_config(config: Any) -> str:

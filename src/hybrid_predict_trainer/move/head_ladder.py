@@ -27,7 +27,7 @@ from ..keep.snapshot import Snapshot
 from ..keep.subject import LossFn, Subject
 from ..observe import batches as data
 from ..records import ConfigError
-from ..weights.parameters import optimizer_parameters, predicted_parameters, table_is_shared
+from ..weights.parameters import check_values, optimizer_parameters, table_is_shared
 from .prior import PRIOR, measured_factors, prior, with_table_for
 from .recipe import Recipe
 from .role_rates import RoleRates
@@ -77,14 +77,16 @@ def find_recipe(
         roles: Overrides, as for :class:`.HybridTrainer`.
 
     Raises:
-        ConfigError: too few batches; ``num_steps`` is below 12.
+        ConfigError: too few batches; ``num_steps`` is below 12; weights have no values yet.
     """
     if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 12:
         raise ConfigError(f"find_recipe: num_steps = {num_steps!r} must be a whole number of at least 12")
     taken = list(islice(batches, num_steps + NUM_HELD_OUT))
     if len(taken) < num_steps + NUM_HELD_OUT:
         raise ConfigError(f"find_recipe: {num_steps + NUM_HELD_OUT} batches are needed, and there are {len(taken)}")
-    parameters, groups = predicted_parameters(model, optimizer, roles)
+    check_values(optimizer_parameters(optimizer))
+    subject = Subject.of(model, optimizer, loss_fn, None, roles)
+    parameters, groups = subject.parameters, subject.groups
     measured = measured_factors(optimizer)
     ratios = prior(parameters, groups, measured or PRIOR)
     if ratios.empty:
@@ -101,7 +103,6 @@ def find_recipe(
         start.restore(model, optimizer)
         return minis.run(around(head))
 
-    subject = Subject.of(model, optimizer, loss_fn, None, roles)
     minis = _Miniatures(subject, taken[:num_steps], taken[num_steps:], clip_norm)
     start = Snapshot.take(model, optimizer)
     try:

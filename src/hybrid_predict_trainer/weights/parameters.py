@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from ..notices import users_line
@@ -148,6 +149,23 @@ def predicted_parameters(
     for g, parameter in zip(index, parameters, strict=True):
         sizes[g] += size_of(parameter)
     return parameters, Groups(tuple(names), index, tuple(present), tuple(sizes))
+
+
+def check_values(parameters: Sequence[Tensor]) -> None:
+    """Weights that are to be trained have values: a lazy layer's have no shape yet, and the meta device holds none.
+
+    Raises:
+        ConfigError: some have none.
+    """
+    if any(is_lazy(p) for p in parameters):
+        raise ConfigError(
+            "the model has lazy layers without a shape: run one batch through it, then make the optimizer"
+        )
+    if any(getattr(p, "is_meta", False) for p in parameters):
+        raise ConfigError(
+            "trained weights are on the meta device, which holds no values: put them on a real one "
+            "(model.to_empty(device=...), then load or draw them), then make the optimizer"
+        )
 
 
 #: Names at the top of a model that are its head's if the model has blocks and nothing else is called one; others put
