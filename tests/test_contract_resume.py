@@ -411,6 +411,7 @@ def test_every_owner_is_saved() -> None:
     _, trainer = built("secant", 1)
     assert set(vars(trainer.run)) - set(trainer.run.state_dict()) == {
         "subject",
+        "decay",  # looks at the optimizer's groups
         "origin",
         "config",
         "recorder",

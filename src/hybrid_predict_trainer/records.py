@@ -426,6 +426,7 @@ class StepOutcome:
 
     loss: Tensor
     gradient_norm: Tensor | None = None
+    decay: Tensor | None = None  # what weight decay adds to it in what is judged by; None: nothing
     skipped: bool = False
     searching: bool = False  # skipped because a gradient scaler is looking for its scale
     verdict: Verdict | None = None
@@ -440,3 +441,8 @@ class StepOutcome:
     claimed: int = 0
     prediction_ms: float = 0.0
     alarm: Alarm = field(default_factory=Alarm)  # of the loss on probation against the predicted one
+
+    @property
+    def judged(self) -> Tensor:
+        """The loss with what weight decay adds to it, where that is judged by; shape ()."""
+        return self.loss if self.decay is None else self.loss + self.decay.to(self.loss)

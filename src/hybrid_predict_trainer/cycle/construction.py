@@ -17,10 +17,12 @@ from ..judge.validation import ValFn, Validation
 from ..keep import resume
 from ..keep.subject import JudgeFn, LossFn, OutputFn, ResidualFn, Subject
 from ..move.modifier import StepModifier
+from ..notices import warn
 from ..observe.window_encoder import NullObserver
 from ..predictors import Predictor
 from ..records import ConfigError
 from ..tell.sinks import NullSink, Sink, Writer, sink_of
+from ..weights.decay import has_coupled_decay
 from ..weights.offload import own_defaults
 from ..weights.parameters import optimizer_parameters
 from .handed_in import check_handed_in
@@ -142,7 +144,7 @@ def build_run(model: nn.Module, optimizer: Optimizer, config: HybridTrainerConfi
         )
     if not handed.val_cost >= 0:
         raise ConfigError(f"val_cost = {handed.val_cost!r} is out of range: forwards of a training batch, at least 0")
-    _check_residuals(config, handed)
+    _check_residuals(config, handed, optimizer)
     validation = None if handed.val_fn is None else Validation(handed.val_fn, handed.val_cost)
     _check_sources(config, handed, shared)
     with own_defaults():
@@ -205,11 +207,15 @@ def _check_sharded(run: State) -> None:
         )
 
 
-def _check_residuals(config: HybridTrainerConfig, handed: Handed) -> None:
-    """What looks at residuals needs a function that has them.
+#: What to do where closed form would leave weight decay out.
+CURE_OF_DECAY = "take AdamW, whose decay is not, or weight_decay=0 and a penalty in the loss and its residuals"
+
+
+def _check_residuals(config: HybridTrainerConfig, handed: Handed, optimizer: Optimizer) -> None:
+    """What looks at residuals needs a function that has them, and that they are all there is to the gradient.
 
     Raises:
-        ConfigError: there is none, there are two, or it is no function.
+        ConfigError: there is none, there are two, it is no function, or the optimizer adds weight decay.
     """
     for name in ("residual_fn", "output_fn"):
         value = getattr(handed, name)
@@ -223,3 +229,11 @@ def _check_residuals(config: HybridTrainerConfig, handed: Handed) -> None:
             f"predictor.type = {config.predictor_type!r} needs residuals: pass residual_fn=lambda model, batch: ... of "
             "shape (R,) or (R, C) whose mean square is the loss, or output_fn= with a convex loss"
         )
+    if not has_coupled_decay(optimizer):
+        return
+    added = f"{type(optimizer).__name__} adds its weight_decay to the gradient, which closed form would leave out"
+    if needs:
+        raise ConfigError(f"predictor.type = {config.predictor_type!r}: {added}: {CURE_OF_DECAY}")
+    chooses = not config.never_predicts and handed.predictor is None and config.predictor_type == AUTO
+    if chooses and (handed.residual_fn is not None or handed.output_fn is not None):
+        warn(f"residuals are not solved for: {added}; {CURE_OF_DECAY}")

@@ -25,7 +25,7 @@ def conclude(run: State, outcome: StepOutcome) -> None:
     probation = run.judge.probation
     if probation is None:  # another set of weights is trained from this step on: there is no way back
         return
-    probation.count_step(None if outcome.skipped else outcome.loss)
+    probation.count_step(None if outcome.skipped else outcome.judged)
     if outcome.skipped and not outcome.searching:
         probation.on_level(Level.CRITICAL)
     if probation.num_steps_left > 0 and probation.worst_level < Level.CRITICAL:

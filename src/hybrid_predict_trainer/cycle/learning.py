@@ -48,7 +48,7 @@ def monitor(run: State, metrics: Metrics, outcome: StepOutcome) -> Alarm:
         return Alarm()
     if outcome.searching:  # the scaler has left the step out
         return Alarm()
-    run.losses.push(run.meter.num_attempted_steps, outcome.loss, outcome.gradient_norm)
+    run.losses.push(run.meter.num_attempted_steps, outcome.loss, outcome.gradient_norm, outcome.decay)
     window_full = run.windows.full
     alarm = read(run, metrics, force=window_full)
     if alarm.action is Action.ABORT and rescue(run):

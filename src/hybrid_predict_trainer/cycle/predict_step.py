@@ -85,7 +85,7 @@ def _moved(run: State, batch: Any) -> tuple[PhasePrediction | None, list[Move], 
     room = max(planned - run.meter.cost_units, 0.0) / FORWARD_UNITS if planned else math.inf
     material = Material(
         model=run.subject.model, parameters=run.subject.parameters, movable=list(run.watch.trained.movable),
-        batch=batch, exact=run.judged_exactly, room=room,
+        batch=batch, exact=run.judged_exactly, decay=run.decay.value if run.penalized else None, room=room,
     )  # fmt: skip
     return propose_move(run.proposer, material, run.meter)
 
@@ -111,7 +111,7 @@ def run_predict(run: State, batch: Any, decision: Decision) -> StepOutcome:
 
     prediction, verdict = transact(run, batch, decision, accept)
     loss = verdict.loss_after if verdict.accepted else verdict.loss_before
-    outcome.loss = torch.tensor(loss, device="cpu")
+    outcome.loss = torch.tensor(loss - run.added_by_decay, device="cpu")  # a user is told his own
     outcome.verdict, outcome.prediction = verdict, prediction
     outcome.consumed = verdict.accepted
     outcome.forwards = verdict.num_forward

@@ -63,6 +63,7 @@ class RealStep:
         self.run = run
         self.loss = UNKNOWN
         self.norm: Tensor | None = None
+        self.decay: Tensor | None = None
         self.usable = True
         self.last = False  # it fills the window
         self._passes: float = 0.0
@@ -103,7 +104,11 @@ class RealStep:
         run.buffers.after()
         run.optimizer_step.scale_search.found()
         outside.on_training(run)
-        run.windows.add_step(run.learning_rate)
+        decays: list[float] = []
+        if run.penalized:  # both are of the weights that the loss was computed with
+            with torch.no_grad():
+                self.decay, decays = run.decay.value(), run.decay.factors()
+        run.windows.add_step(run.learning_rate, decays)
         return True
 
     def overflow(self, loss: Tensor) -> None:
@@ -117,7 +122,7 @@ class RealStep:
         self._passes = before_optimizer(run)
         self._rate = run.learning_rate
         if run.judge.probation is not None:
-            run.judge.probation.begin_step(self.loss)
+            run.judge.probation.begin_step(self.judged)
 
     def step_optimizer(self) -> None:
         """The optimizer's own step, for drivers that own it."""
@@ -131,7 +136,12 @@ class RealStep:
         run.meter.add_passes(passes)
         run.judge.ledger.observe(passes * PASS_UNITS)
         count_real(run)
-        return StepOutcome(self.loss, self.norm, forwards=1, backwards=1)
+        return StepOutcome(self.loss, self.norm, self.decay, forwards=1, backwards=1)
+
+    @property
+    def judged(self) -> Tensor:
+        """See :attr:`.StepOutcome.judged`."""
+        return StepOutcome(self.loss, decay=self.decay).judged
 
     def skip(self) -> StepOutcome:
         """Instead of ``step_optimizer`` and ``end`` where the step cannot be used.

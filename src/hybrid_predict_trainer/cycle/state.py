@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from .. import former_names
 from ..config.settings import AUTO, HybridTrainerConfig
 from ..cost import CostMeter
@@ -37,6 +39,7 @@ from ..records import StateDict, Window
 from ..tell.recorder import Metrics
 from ..tell.sinks import NullSink
 from ..weights.algebra import LARGE, Move
+from ..weights.decay import CoupledDecay
 from ..weights.trained import Watch
 from .phases import PhaseState, controller_for
 from .predictor_choice import parts_for, settings_for, settled
@@ -57,6 +60,7 @@ class State:
         schedule: The learning-rate schedule on the run's clock.
         watch: Which weights may be moved, and who else has moved them.
         losses: Losses and gradient norms of the real steps.
+        decay: What weight decay adds to the loss.
         batches: What is known of the data.
         monitor: Alarms on those losses.
         phases: Where the run is in its cycle.
@@ -95,6 +99,7 @@ class State:
         hands_off = None if config.never_predicts else left_alone(subject.optimizer)
         look_every = 1 if subject.on_cpu else max(config.divergence.check_interval_steps, 1)
         self.watch = Watch(subject.parameters, subject.optimizer, look_every, hands_off)
+        self.decay = CoupledDecay(subject.optimizer, subject.parameters)
         self.losses = Losses(config.divergence.check_interval_steps)
         self.batches = Batches(subject.views, self.failures)
         self.monitor = Monitor(config.divergence, config.divergence_threshold)
@@ -182,6 +187,19 @@ class State:
             return exact == "always"
         # where nothing is judged nobody measures
         return self.batches.same and (self.judge.exactness.agreed is True or not self.windows.observing)
+
+    @property
+    def penalized(self) -> bool:
+        """Whether weight decay is a part of what jumps and losses are judged by; see :mod:`..weights.decay`."""
+        return self.decay.present and self.windows.observing and self.full_batch
+
+    @property
+    def added_by_decay(self) -> float:
+        """What weight decay adds to a judged loss at the present weights; nothing to a score of the user's own."""
+        if not self.penalized or self.subject.judge_fn is not None:
+            return 0.0
+        with torch.no_grad():
+            return float(self.decay.value())
 
     @property
     def judged_exactly(self) -> bool:

@@ -147,9 +147,10 @@ def judge_pair(run: State, pair: Pair) -> None:
 
 def _loss(run: State, batch: Any) -> float:
     evaluation = run.judge.evaluation
-    return evaluation.attempt(
+    loss = evaluation.attempt(
         lambda isolation: evaluation.shared_losses_of([batch], isolation)[0], exact=run.full_batch
     )
+    return loss + run.added_by_decay
 
 
 @torch.no_grad()

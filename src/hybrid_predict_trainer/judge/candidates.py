@@ -55,7 +55,9 @@ def judge(run: State, batch: Any, prediction: PhasePrediction, deltas: list[Move
                 weights.move_(only(run.subject.parameters), only(origin), only(deltas[candidate]), scale, rounding)
                 run.meter.add_passes(3)
 
-            return evaluation.shared_losses_of(parts[part], isolation, move)
+            losses = evaluation.shared_losses_of(parts[part], isolation, move)
+            added = run.added_by_decay if exact else 0.0
+            return [loss + added for loss in losses] if added else losses
 
         if exact:
             return _judge_exactly(run, evaluate, prediction, len(deltas))

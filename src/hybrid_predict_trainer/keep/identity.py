@@ -79,7 +79,7 @@ def check_identity(run: State, parts: Mapping[str, StateDict], live: Mapping[str
     if predictor is not None and predictor["name"] == PORTFOLIO and not run.subject.can_solve:
         raise CheckpointError(
             "it was written by a run in closed form, and this run has no residuals to solve for: pass the same "
-            "residual_fn or output_fn, and train in one process"
+            "residual_fn or output_fn, train in one process, and add no weight decay to the gradient"
         )
     settings = _settings(config_toml)
     same = predictor is not None and predictor["name"] == run.proposer.predictor.name

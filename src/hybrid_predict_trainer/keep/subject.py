@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from ..distributed.collective import ALONE, Collective
 from ..distributed.processes import NOT_SHARED, Shared, reshard
+from ..weights.decay import has_coupled_decay
 from ..weights.parameters import Groups, predicted_parameters
 from ..weights.real_views import ParameterView, all_differentiable
 
@@ -79,9 +80,13 @@ class Subject:
 
     @property
     def can_solve(self) -> bool:
-        """Whether closed form can be had: residuals and real weights, and not a batch of its own on every rank."""
+        """Whether closed form can be had: residuals and real weights, and not a batch of its own on every rank.
+
+        Nor with weight decay that is added to the gradient: residuals know nothing of it.
+        """
         has = self.residual_fn is not None or self.output_fn is not None
-        return has and self.ranks.alone and all_differentiable(self.parameters)
+        alone = self.ranks.alone and not has_coupled_decay(self.optimizer)
+        return has and alone and all_differentiable(self.parameters)
 
     @classmethod
     def of(

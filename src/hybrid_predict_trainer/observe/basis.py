@@ -142,6 +142,16 @@ class Basis:
         self._landing.fetch(terms)
         self._underway = {i: totals[i] for i in terms}
 
+    @without_graph
+    def add_decay(self, decays: Sequence[float]) -> None:
+        """After :meth:`accumulate`: add what the optimizer adds to the gradients of that step.
+
+        Args:
+            decays: Of every parameter, per unit of weight.
+        """
+        for total, p, decay in zip(self._layout.views(self._sum_grad), self.parameters, decays, strict=True):
+            total.add_(p.detach().to(total.device), alpha=decay)
+
     def _land(self) -> None:
         """Add what the last step sent to the host."""
         underway, self._underway = self._underway, {}

@@ -22,11 +22,12 @@ NORM_CAPACITY = 64
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """Loss and gradient norm of one step, on the host."""
+    """Loss and gradient norm of one step, on the host; the loss is what is judged by."""
 
     step: int
     loss: float
     gradient_norm: float | None
+    decay: float = 0.0  # what of the loss is weight decay's
 
     @property
     def finite(self) -> bool:
@@ -49,11 +50,11 @@ class Readout:
     def __init__(self, interval: int) -> None:
         """Args: interval: steps between two fetches from an accelerator."""
         self.interval = interval
-        self._pending: list[tuple[int, Tensor, Tensor | None]] = []
+        self._pending: list[tuple[int, Tensor, Tensor | None, Tensor | None]] = []
 
-    def push(self, step: int, loss: Tensor, gradient_norm: Tensor | None) -> None:
-        """Queue the scalars of one step."""
-        self._pending.append((step, loss, gradient_norm))
+    def push(self, step: int, loss: Tensor, gradient_norm: Tensor | None, decay: Tensor | None = None) -> None:
+        """Queue the scalars of one step; ``decay``: what weight decay adds to the loss."""
+        self._pending.append((step, loss, gradient_norm, decay))
 
     @property
     def waiting(self) -> bool:
@@ -71,11 +72,21 @@ class Readout:
             return []
         pending, self._pending = self._pending, []
         if len(pending) == 1:
-            step, loss, norm = pending[0]
-            return [Reading(step, float(loss), None if norm is None else float(norm))]
-        known = [t.detach().float() for _, *pair in pending for t in pair if t is not None]
+            step, loss, norm, decay = pending[0]
+            return [_reading(step, float(loss), None if norm is None else float(norm), decay)]
+        known = [t.detach().float() for _, *three in pending for t in three if t is not None]
         fetched: Iterator[float] = iter(weights.on_host(known).tolist())
-        return [Reading(step, next(fetched), None if norm is None else next(fetched)) for step, _, norm in pending]
+        return [
+            _reading(
+                step, next(fetched), None if norm is None else next(fetched), None if decay is None else next(fetched)
+            )
+            for step, _, norm, decay in pending
+        ]
+
+
+def _reading(step: int, loss: float, norm: float | None, decay: Tensor | float | None) -> Reading:
+    added = 0.0 if decay is None else float(decay)
+    return Reading(step, loss + added, norm, added)
 
 
 class History:
@@ -187,9 +198,9 @@ class Losses:
         self.history = History()
         self.curve = ThinnedCurve()
 
-    def push(self, step: int, loss: Tensor, gradient_norm: Tensor | None) -> None:
-        """Queue the scalars of one step."""
-        self.readout.push(step, loss, gradient_norm)
+    def push(self, step: int, loss: Tensor, gradient_norm: Tensor | None, decay: Tensor | None = None) -> None:
+        """Queue the scalars of one step; ``decay``: what weight decay adds to the loss in what is judged by."""
+        self.readout.push(step, loss, gradient_norm, decay)
 
     def read(self, *, force: bool = False) -> list[Reading]:
         """Readings that are due, oldest first; :meth:`keep` remembers the good ones."""
@@ -198,7 +209,7 @@ class Losses:
     def keep(self, reading: Reading, *, warming_up: bool, position: int, rate: float) -> None:
         """Remember a reading that raised no alarm, and where the run's clock and learning rate were."""
         self.history.push(reading, warming_up=warming_up)
-        self.curve.push(position, reading.loss, rate)
+        self.curve.push(position, reading.loss - reading.decay, rate)  # a forecast is of the user's own loss
 
     def newest(self, num: int) -> list[float]:
         """The last losses, oldest first."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -122,10 +122,14 @@ class WindowRecorder:
         """Whether the window can be closed."""
         return self.observing and self.basis.num_steps >= self._settings.window
 
-    def add_step(self, lr: float) -> None:
+    def add_step(self, lr: float, decays: Sequence[float] = ()) -> None:
         """Before the optimizer's step: add the weights and the rate it steps with; may be a step of rest.
 
         What raises (no memory for the sums) must not end a run.
+
+        Args:
+            lr: Of the step.
+            decays: Of every parameter, where weight decay is a part of what is minimized; none: it is not.
         """
         if self.num_rest_steps > 0:
             self.num_rest_steps -= 1
@@ -139,6 +143,8 @@ class WindowRecorder:
                     self.sketch.add_step()
                 if self.keeping:
                     self.basis.accumulate()
+                    if decays:
+                        self.basis.add_decay(decays)
                     self.basis.before_step(last=last)
                 else:
                     self.basis.pass_step()

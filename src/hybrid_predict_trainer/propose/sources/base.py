@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ class Material:
         movable: Which of them may be moved now.
         batch: That the proposal will be judged on.
         exact: Every batch is the same, and losses are exact.
+        decay: What weight decay adds to the loss, with a graph; None: nothing.
         room: Forwards that are left until the run's planned end; infinite where there is none.
     """
 
@@ -33,6 +35,7 @@ class Material:
     movable: list[bool]
     batch: Any
     exact: bool
+    decay: Callable[[], Tensor] | None = None
     room: float = math.inf
 
 

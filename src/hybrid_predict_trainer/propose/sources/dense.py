@@ -112,6 +112,8 @@ class OwnSteps(Source):
                     passes += 1
                     with torch.enable_grad():
                         loss = self._loss_fn(material.model, material.batch)
+                        if material.decay is not None:
+                            loss = loss + material.decay().to(loss)
                         found = torch.autograd.grad(loss, live, allow_unused=True)
                     parts = [torch.zeros_like(p) if g is None else g for p, g in zip(live, found, strict=True)]
                     return float(loss.detach()), joined(parts, x)
