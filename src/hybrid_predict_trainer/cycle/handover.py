@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..judge.labels import is_of_labels
 from ..keep.subject import JudgeFn, LossFn, ResidualFn
 from ..observe.batches import tensors
 from ..weights.trained import Write, Writes
@@ -131,6 +132,7 @@ class Handover:
         """Nothing was handed over yet."""
         self._losses: list[Tensor] = []
         self._batches: list[Any] = []
+        self.of_labels: bool | None = None  # whether the losses are; found out from the first one with a graph
 
     @property
     def empty(self) -> bool:
@@ -157,6 +159,8 @@ class Handover:
         if value.numel() != 1 or value.is_complex():
             raise TypeError(f"the loss must be a real scalar, not of shape {tuple(value.shape)}: take its mean")
         self._losses.append(value if value.dim() == 0 else value.reshape(()))
+        if self.of_labels is None and isinstance(loss, Tensor) and loss.grad_fn is not None:
+            self.of_labels = is_of_labels(loss)
 
     def take_batch(self, batch: Any) -> None:
         """Add a batch; it is kept until the next step, not copied."""
@@ -192,6 +196,12 @@ class Intake:
         self._writes: Writes | None = Writes(parameters, 1 if on_cpu else LOOK_EVERY)
         self._several = False  # more than one thing was ever handed over for one step
         self._graphs = 0  # when the last step had been made
+
+    @property
+    def of_labels(self) -> bool | None:
+        """Whether the losses are of labels; None: none has come with a graph."""
+        known = (self.loop.of_labels, self.seen.of_labels)
+        return None if known == (None, None) else True in known
 
     @property
     def empty(self) -> bool:

@@ -39,7 +39,7 @@ def preview_proposal(run: State) -> Preview:
         return Preview(horizon)
     due = phases.current is Phase.FULL and phases.num_forced_full_steps == 0
     due = due and phases.num_real_steps_since_predict >= num_full_steps_due(run)
-    due = due and windows_to_wait(run) == 0 and predictor_ready(run) and affordable(run)
+    due = due and windows_to_wait(run) == 0 and not run.by_heart and predictor_ready(run) and affordable(run)
     promising = False
     if due:
         horizon, promising = _considered(run, horizon)
@@ -88,6 +88,7 @@ def inputs(run: State, preview: Preview) -> Signals:
         goes_on=phases.current is Phase.PREDICT and goes_on(run),
         num_segments_left=0 if proposer.segment is None else proposer.segment.num_left,
         fallback_threshold=2 * run.windows.loss,
+        by_heart=run.by_heart,
     )
 
 
@@ -166,6 +167,11 @@ def why_ended(run: State) -> str:
         return run.failures.reason(place)
     if run.judge.ledger.switched_off:
         return "jumps were switched off: they did not pay, or were taken back again and again"
+    if run.by_heart:
+        return (
+            "there are fewer labels than weights, and the training loss cannot tell learning from learning by heart: "
+            "pass val_fn=, or let the optimizer add weight decay to the gradient"
+        )
     return ""
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..cost import PASS_UNITS
+from ..judge.labels import is_of_labels
 from ..records import Decision, Phase, StepOutcome
 from ..weights import algebra as weights
 from ..weights.offload import activations_on_host
@@ -89,6 +90,8 @@ class RealStep:
         """
         run = self.run
         self.loss = loss.detach()
+        if run.judge.of_labels is None and loss.grad_fn is not None:
+            run.judge.on_labels(is_of_labels(loss))
         # with those that are not predicted (complex ones)
         self.norm = weights.global_norm(local_gradients(optimizer_parameters(run.subject.optimizer)))
         ranks = run.subject.ranks

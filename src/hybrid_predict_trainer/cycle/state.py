@@ -202,6 +202,20 @@ class State:
             return float(self.decay.value())
 
     @property
+    def by_heart(self) -> bool:
+        """Whether the training loss cannot tell learning from learning by heart; see :mod:`..judge.labels`.
+
+        Nothing is proposed then, unless weight decay or a validation loss says where to stop, or the user has chosen
+        the predictor or asked for exact losses himself.
+        """
+        judge, validation = self.judge, self.safety.validation
+        if not judge.of_labels or judge.num_samples is None or not self.proposer.chooses:
+            return False
+        told = self.decay.present or (validation is not None and not validation.failed)
+        few = judge.num_samples < self.subject.groups.num_weights
+        return few and not told and self.config.gate.exact == "auto" and self.full_batch
+
+    @property
     def judged_exactly(self) -> bool:
         """Whether a proposal is judged by losses without noise: those of one batch, for a source also of a new one."""
         return self.full_batch or (self.meets_new_batches and self.judge.exactness.agreed is True)
@@ -233,6 +247,8 @@ class State:
         """Look at the batch of the step that begins."""
         compare = self.config.enabled and self.config.gate.exact != "never"
         self.batches.see(batch, compare=compare, remember=self.optimizer_step.scale.may_grow)
+        if self.batches.same and self.judge.num_samples is None:
+            self.judge.count_samples(batch)
         self.proposer.on_data(self.batches.same_batch.num_different if compare else 0)
 
     def step_scheduler(self) -> None:

@@ -119,6 +119,7 @@ class StepUnderWay:
             pair = measured_pair(run, batch) if comparing else None
         step = self._begun()
         self._watching.close()
+        run.judge.on_labels(self._intake.of_labels)
         step.after_backward(loss)
         self.pending = PendingStep(run, decision, step, batch, measured)
         if comparing:

@@ -14,6 +14,7 @@ from ..cost import FORWARD_UNITS, CostMeter
 from ..keep.failures import Failures, Place
 from ..keep.subject import Subject
 from ..notices import warn
+from ..observe.batches import num_samples
 from ..records import Level, StateDict
 from ..weights.algebra import Together, copied_together
 from .evaluation import Evaluation
@@ -32,6 +33,8 @@ class Judge:
         probation: The jump on trial.
         generator: Draws what is skipped as a control.
         num_rollbacks: Jumps taken back in a row.
+        of_labels: Whether the loss is one of labels; None: nobody has looked.
+        num_samples: Of the batch that comes again and again; None: none does, as far as is known.
         held: The weights while a proposal is judged.
     """
 
@@ -44,6 +47,8 @@ class Judge:
         self.probation: Probation | None = None
         self.generator = torch.Generator().manual_seed(config.seed)
         self.num_rollbacks = 0
+        self.of_labels: bool | None = None
+        self.num_samples: int | None = None
         self.held: Sequence[Tensor] = []
         self._spare: Sequence[Tensor] = ()  # memory of the last one, of small models
 
@@ -105,6 +110,15 @@ class Judge:
         noise, forwards = noise * ranks.size, math.ceil(forwards)
         return Agreement(exact=exact == 1, noise=noise, num_forward=forwards, finite=finite == 1)
 
+    def on_labels(self, of_labels: bool | None) -> None:
+        """Whether the loss of a step was one of labels; None: that could not be told."""
+        if self.of_labels is None:
+            self.of_labels = of_labels
+
+    def count_samples(self, batch: Any) -> None:
+        """This batch comes again."""
+        self.num_samples = num_samples(batch)
+
     def hold(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
         """These are the weights that a proposal starts from; returns the copy that is held."""
         held, self._spare = copied_together(parameters, self._spare), ()
@@ -150,6 +164,7 @@ class Judge:
             "ledger": self.ledger.state_dict(), "exactness": self.exactness.state_dict(),
             "evaluation": self.evaluation.state_dict(), "probation": probation_state(self.probation),
             "generator": self.generator.get_state(), "num_rollbacks": self.num_rollbacks,
+            "of_labels": self.of_labels, "num_samples": self.num_samples,
         }  # fmt: skip
 
     def load_state_dict(self, state: StateDict) -> None:
@@ -160,3 +175,4 @@ class Judge:
         self.probation = probation_from(state["probation"])
         self.generator.set_state(state["generator"])
         self.num_rollbacks = state["num_rollbacks"]
+        self.of_labels, self.num_samples = state.get("of_labels"), state.get("num_samples")

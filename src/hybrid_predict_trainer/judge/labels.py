@@ -1,0 +1,47 @@
+"""Whether a loss is one of labels: it has no minimum but at infinite weights, once a network knows all labels by heart.
+
+A jump that is judged by the training loss goes there as fast as it can.  With more weights than samples nothing in the
+training loss tells that from learning: full-batch cross-entropy on 1,000 images ended at four times the plain run's
+validation loss (LOG.md).  What the loss is made of is read off the names of its autograd nodes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from torch import Tensor
+
+#: Nodes of losses of labels, by the beginnings of their names: cross-entropy in both forms, also written by hand.
+LABELS = ("NllLoss", "BinaryCrossEntropy", "LogSoftmax", "LogSigmoid", "Logsumexp", "CtcLoss", "SoftMarginLoss")
+#: Nodes that weigh, pick, add up or reshape what comes from before them.
+PASSED = (
+    "Mean", "Sum", "Mul", "Div", "Add", "Sub", "Neg", "Exp", "Clamp", "Squeeze", "Unsqueeze", "View", "Reshape",
+    "UnsafeView", "Alias", "Clone", "ToCopy", "Select", "Slice", "Index", "IndexSelect", "Gather", "MaskedSelect",
+    "MaskedFill", "Where", "Expand", "Stack", "Cat", "Transpose", "Permute", "T", "Dot",
+)  # fmt: skip
+#: Nodes that are looked at: the losses themselves lie before the network.
+MOST_NODES = 64
+
+
+def is_of_labels(loss: Tensor) -> bool:
+    """Whether a loss is the mean, or any weighted sum, of losses of labels.
+
+    Args:
+        loss: Shape (), with its graph; backward may have been through it.  Without a graph nothing is known: no.
+    """
+    if loss.grad_fn is None:
+        return False
+    waiting, seen = deque([loss.grad_fn]), 0
+    while waiting and seen < MOST_NODES:
+        node, seen = waiting.popleft(), seen + 1
+        name = node.name().removeprefix("torch::autograd::")
+        if name.startswith(LABELS):
+            return True
+        if _passed(name):
+            waiting.extend(before for before, _ in node.next_functions if before is not None)
+    return False
+
+
+def _passed(name: str) -> bool:
+    kind = name.partition("Backward")[0]
+    return kind.rstrip("0123456789") in PASSED
