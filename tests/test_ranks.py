@@ -351,3 +351,28 @@ def test_the_command_fails_where_one_process_is_another_run(
     monkeypatch.setattr(command, "apart", lambda *_: differs)
     assert command.main(["--only", "default", "--steps", "1"]) == status
     assert f"one process with the whole batch: {differs or 'the same'}" in capsys.readouterr().out
+
+
+def _validated(rank: int, size: int) -> dict[str, Any]:
+    """Ranks of two minds about a full batch: the mean of their answers rises from the fourth one on."""
+    answers = iter([4.0 - rank, 3.0 + rank, 1.0, *(2.0 + 8 * rank for _ in range(100))])
+    asked: list[float] = []
+    trainer = trainer_of(rank, "full", val_fn=lambda model: asked.append(next(answers)) or asked[-1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for batch in data(rank, 60, "full"):
+            trainer.step(batch)
+    check = trainer.run.safety.validation.jumps
+    return {
+        "weights": _weights(trainer).tolist(), "best": check.best, "ended": check.ended_jumps, "asked": len(asked),
+        "parted": trainer.run.subject.ranks.num_brought_together,
+    }  # fmt: skip
+
+
+def test_what_jumps_do_is_judged_by_the_mean_of_the_ranks_answers(tmp_path: Path) -> None:
+    first, second = with_ranks(2, tmp_path, _validated)
+    assert first == second
+    assert first["ended"]
+    assert first["best"] == 1.0
+    assert first["asked"] == 4
+    assert first["parted"] == 0

@@ -89,8 +89,10 @@ class HybridTrainer:
             predictor: One of your own instead of ``config.predictor_type``.
             roles: Overrides of parameter roles, qualified name -> role.
             lr_interval: What one step of the schedule stands for: a step, or a pass over the data; None: as configured.
-            val_fn: model -> validation loss.  Where the same data come round again (several epochs) the learning rate
-                is raised on its word only; it is asked rarely.
+            val_fn: model -> validation loss, a number or a scalar tensor in the units of the loss, of samples that no
+                step is trained on.  Where the same data come round again (several epochs, a full batch) the learning
+                rate is raised on its word only, and jumps end for good, with the state of its best answer put back,
+                where it rises on them.  It is asked rarely; one that raises is told and not asked again.
             val_cost: What one answer of it costs, in forwards of a training batch.
             sinks: Objects of your own that get every record, beside the file that ``metrics.path`` names.
             modifiers: Of your own, around every step of the optimizer (:class:`.StepModifier`).

@@ -79,7 +79,8 @@ def digest(run: State) -> int:
         around.scale.learned, around.scale.value, around.scale.num_cuts, around.scale.shortening,
         around.lookahead.num_steps, around.switchback.num_blocks, around.switchback.moving,
         s.guard.withdrawn, s.guard.comparing, s.guard.anchor_step, s.raise_point is None,
-        s.validation is not None and s.validation.failed,
+        s.validation is not None and (s.validation.failed, *s.validation.jumps.state_dict().values()),
+        s.best_point is None,
         run.schedule.num_steps, run.learning_rate, run.monitor.num_consecutive_critical,
         run.losses.history.loss_ema.mean, run.watch.trained.movable,
     )  # fmt: skip

@@ -596,7 +596,8 @@ def attach(
         lr_scheduler: The schedule.
         auto: The optimizer's post-hook proposes (:meth:`Engine.between_steps`); else the loop calls it.
         grad_scaler: The loop's ``torch.amp.GradScaler``: steps that it leaves out are noticed.
-        val_fn: model -> validation loss, see :class:`.HybridTrainer`.
+        val_fn: model -> validation loss, with the last word on raises and on jumps where data come round again, see
+            :class:`.HybridTrainer`.
         val_cost: What one answer of it costs, in forwards of a training batch.
         predictor: One of your own instead of ``config.predictor_type``.
         roles: Overrides of parameter roles, qualified name -> role.

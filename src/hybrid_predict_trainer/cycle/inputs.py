@@ -165,6 +165,8 @@ def why_ended(run: State) -> str:
     place = Place.WEIGHTS if run.failures.exhausted(Place.WEIGHTS) else ended_by(run)
     if place is not None:
         return run.failures.reason(place)
+    if run.safety.validation is not None and run.safety.validation.jumps.ended_jumps:
+        return "jumps were ended: the validation loss (val_fn) rose while they took the training loss down"
     if run.judge.ledger.switched_off:
         return "jumps were switched off: they did not pay, or were taken back again and again"
     if run.by_heart:

@@ -7,7 +7,6 @@ import time
 
 from ..cost import PASS_UNITS
 from ..judge.switchback import NUM_LOSSES
-from ..judge.validation import Validation
 from ..keep.failures import Place
 from ..keep.finiteness import whereabouts
 from ..move.multiplier import Advice
@@ -18,6 +17,7 @@ from ..records import Action, Alarm, Decision, Level, Phase, StepOutcome, StepRe
 from ..recovery import NumericalInstability
 from ..tell.recorder import Metrics
 from .alarms import respond
+from .jump_check import ask
 from .motions import on_motion_failure
 from .real_step import settle_rollback_point
 from .state import State
@@ -152,7 +152,7 @@ def validated(run: State, advice: Advice) -> Advice:
         return advice
     if advice is Advice.RAISED:
         before = validation.before_raise
-        validation.begin_raise(_ask(run, validation))
+        validation.begin_raise(ask(run, validation))
         # where an earlier raise was settled in the same breath its state is still there
         worse = run.safety.raise_point is not None and validation.before_raise > before
         if validation.before_raise == math.inf and not worse:  # nobody can tell
@@ -160,18 +160,11 @@ def validated(run: State, advice: Advice) -> Advice:
             run.safety.end_raise()
             return Advice.NOTHING
     elif advice is Advice.SETTLED:
-        answer = _ask(run, validation)
+        answer = ask(run, validation)
         worse = answer > validation.before_raise or answer == math.inf
     else:
-        worse = validation.due(step) and _ask(run, validation) == math.inf
+        worse = validation.due(step) and ask(run, validation) == math.inf
     return run.optimizer_step.scale.withdraw(for_good=True) if worse or validation.rising else advice
-
-
-def _ask(run: State, validation: Validation) -> float:
-    run.meter.add_forwards(validation.cost)
-    found = validation.ask(run.subject.model, run.meter.num_real_steps, run.subject.ranks)
-    run.subject.reshard()
-    return found
 
 
 def judge_lookahead(run: State, outcome: StepOutcome) -> None:

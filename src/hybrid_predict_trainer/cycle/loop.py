@@ -15,6 +15,7 @@ from ..weights.offload import own_defaults
 from . import outside
 from .agreement import agree, agreed_decision
 from .inputs import inputs, preview_proposal
+from .jump_check import after_step, before_jump
 from .learning import describe, enter, judge_lookahead, monitor, observe, rescale
 from .predictor_change import choose_by_losses
 from .real_step import run_plain
@@ -58,8 +59,10 @@ def decide(run: State) -> Decision:
 def prepare(run: State, decision: Decision) -> None:
     """In the decided phase, before the step: the predictor that suits the losses."""
     run.schedule.begin_step()
-    if decision.phase is not Phase.PREDICT:
-        with own_defaults():
+    with own_defaults():
+        if decision.phase is Phase.PREDICT:
+            before_jump(run)
+        else:
             choose_by_losses(run)
 
 
@@ -74,6 +77,7 @@ def close_step(run: State, decision: Decision, outcome: StepOutcome, watch: Stop
         alarm = monitor(run, run.recorder, outcome)
         rescale(run, outcome)
         judge_lookahead(run, outcome)
+        after_step(run, outcome)
         observe(run, run.recorder, outcome, watch.began)
         run.proposer.add_time(watch.seconds)
         result = describe(run, decision, outcome, alarm, watch.called)

@@ -108,7 +108,7 @@ def on_trained(run: State, places: Sequence[int]) -> None:
         return
     run.overwritten()
     run.optimizer_step.lookahead.begin_anew(run.subject.parameters, places)
-    for point in (run.rollback.point, run.safety.raise_point, run.safety.safe_point):
+    for point in (run.rollback.point, *run.safety.points):
         if point is not None:
             _keep_in_place(run, point, places)
 

@@ -177,7 +177,13 @@ class State:
     @property
     def watches_data(self) -> bool:
         """Whether it matters that the data come round again."""
-        return self.optimizer_step.scale.may_grow and not self.batches.free
+        return self._recurrence_matters and not self.batches.free
+
+    @property
+    def _recurrence_matters(self) -> bool:
+        validation = self.safety.validation
+        jumps = validation is not None and validation.guards_jumps and not self.config.never_predicts
+        return self.optimizer_step.scale.may_grow or jumps
 
     @property
     def full_batch(self) -> bool:
@@ -211,7 +217,8 @@ class State:
         judge, validation = self.judge, self.safety.validation
         if not judge.of_labels or judge.num_samples is None or not self.proposer.chooses:
             return False
-        told = self.decay.present or (validation is not None and not validation.failed)
+        asked = validation is not None and not validation.failed and not validation.jumps.mute
+        told = self.decay.present or asked
         few = judge.num_samples < self.subject.groups.num_weights
         return few and not told and self.config.gate.exact == "auto" and self.full_batch
 
@@ -246,7 +253,7 @@ class State:
     def see(self, batch: Any) -> None:
         """Look at the batch of the step that begins."""
         compare = self.config.enabled and self.config.gate.exact != "never"
-        self.batches.see(batch, compare=compare, remember=self.optimizer_step.scale.may_grow)
+        self.batches.see(batch, compare=compare, remember=self._recurrence_matters)
         if self.batches.same and self.judge.num_samples is None:
             self.judge.count_samples(batch)
         self.proposer.on_data(self.batches.same_batch.num_different if compare else 0)

@@ -204,7 +204,9 @@ class StepUnderWay:
             conclude(run, outcome)
         outcome.forwards += pending.measured
         began, clock = self._began
-        result = close_step(run, pending.decision, outcome, Stopwatch(began, began, run.proposer.time.clock() - clock))
+        watch = Stopwatch(began, began, run.proposer.time.clock() - clock)
+        with self._own.evaluating():  # a validation loss may be asked
+            result = close_step(run, pending.decision, outcome, watch)
         if pending.compares:  # not before: the gradients that the optimizer has used were those of the present weights
             judge_pair(run, pending.pair)
         outside.remember(run)

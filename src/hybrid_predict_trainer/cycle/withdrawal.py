@@ -1,9 +1,10 @@
 """States to come back to: taken before something is tried, put back when it did harm.
 
-Two are kept.  ``raise_point`` is the start of a raise of the learned multiplier until the raise is settled;
-``safe_point`` is the guard's anchor.  Both are weights, buffers, optimizer state and what the lookahead remembers, and
-not the schedule, the clock or random numbers: the steps since were spent, and the data go on.  What a user has put
-around the step goes back too: an average of the weights is one of those that came back.
+Three are kept.  ``raise_point`` is the start of a raise of the learned multiplier until the raise is settled;
+``safe_point`` is the guard's anchor, ``best_point`` that of the validation's best answer about jumps.
+All are weights, buffers, optimizer state and what the lookahead remembers, and not the schedule, the clock or random
+numbers: the steps since were spent, and the data go on.  What a user has put around the step goes back too: an average
+of the weights is one of those that came back.
 """
 
 from __future__ import annotations
@@ -98,6 +99,29 @@ def _end_motions(run: State, outcome: str) -> None:
     warn(
         "the training loss stands above its best by more than its noise: prediction, learned multiplier and lookahead "
         f"are off from here on, and the run goes on as the plain loop; {outcome}",
+    )
+
+
+def end_jumps(run: State, why: str) -> None:
+    """Validation says that jumps did harm: its best state comes back, and none are made from here on.
+
+    Multiplier, lookahead and the guard stay, and begin anew at the losses of that state.
+
+    Args:
+        run: Between two steps; holds the state.
+        why: What was found.
+    """
+    point = run.safety.best_point
+    if point is not None:
+        put_back(run, point)
+    run.safety.begin_anew()
+    run.optimizer_step.scale.begin_anew()
+    run.losses.history.begin_losses_anew()
+    run.judge.ledger.switch_off()
+    warn(
+        f"jumps took the training loss down and the validation loss up ({why}): the state of that step came back, and "
+        "the rest of the run has no jumps.  The training loss says little of new data here: more data, a smaller model "
+        "or weight decay help; enabled = False is the plain loop from the start",
     )
 
 

@@ -134,6 +134,13 @@ class Guard:
         """The anchor is void; a comparison under way ends without a verdict."""
         self.anchor_step, self.comparing = NO_ANCHOR, False
 
+    def begin_anew(self) -> None:
+        """An earlier state has come back at somebody else's word: what was seen since does not count as its best."""
+        self.forget_anchor()
+        self._losses, self._num_above, self._num_windows = [], 0, 0
+        self._blocks.clear()
+        self._best = self._best_block = math.inf
+
     def compare(self, present: float, anchor: float) -> Request:
         """Take a pair of losses on one batch; not finite: the worst there is.
 

@@ -19,6 +19,7 @@ PURPOSES: dict[str, tuple[tuple[str, str], ...]] = {
         ("run.optimizer_step", "step modifiers"),
         ("run.safety.safe_point", "guard: the state to come back to"),
         ("run.safety.raise_point", "multiplier: the state before a raise on trial"),
+        ("run.safety.best_point", "validation: the state of its best answer"),
         ("run.judge.probation", "jump on trial: the state before it"),
         ("run.rollback", "readings that come late: the state before them"),
         ("run.proposer", "corrections learnt, pieces of a jump"),

@@ -103,8 +103,8 @@ def with_later(run: StateDict, live: StateDict) -> StateDict:
     """The library's state with what format 4 did not have from its beginning.
 
     That is the run's whole loss curve, what settings put around the optimizer's step, what the embedding's factor hangs
-    on, the guard's second try, which of the passes have a price of their own, how many gradients in a row were large,
-    and narrow drifts.
+    on, the guard's second try, what the validation says of jumps, which of the passes have a price of their own, how
+    many gradients in a row were large, and narrow drifts.
     """
     losses, around, safety = run.get("losses"), run.get("optimizer_step"), run.get("safety")
     if isinstance(run.get("meter"), dict):
@@ -122,7 +122,10 @@ def with_later(run: StateDict, live: StateDict) -> StateDict:
             modifiers["RoleRates"] = {**none, **modifiers["RoleRates"]}
         run = {**run, "optimizer_step": {**around, "of_settings": modifiers}}
     if isinstance(safety, dict) and isinstance(safety.get("guard"), dict):
-        run = {**run, "safety": {**safety, "guard": {"num_retries": 0, "exact": False, **safety["guard"]}}}
+        safety = {"best_point": None, **safety, "guard": {"num_retries": 0, "exact": False, **safety["guard"]}}
+        if isinstance(safety.get("validation"), dict):
+            safety["validation"] = {"jumps": None, **safety["validation"]}  # begins anew
+        run = {**run, "safety": safety}
     drift = live["optimizer_step"]["lookahead"].get("b")
     return _with_drift_like(run, drift[0]) if drift else run
 

@@ -242,6 +242,11 @@ class LrMultiplier:
         self._begin_test()
         self.multiplier.level()
 
+    def begin_anew(self) -> None:
+        """Weights of before have come back: a raise that is not settled was not made, and no loss is the lowest."""
+        self._begin_test()
+        self.multiplier.begin_anew()
+
     def end_cuts(self) -> None:
         """Every group steps as it is, from here on."""
         self.cuts.end()

@@ -170,6 +170,12 @@ class Multiplier:
         self.account = None
         self.learning = False
 
+    def begin_anew(self) -> None:
+        """Weights of before have come back on somebody else's account: losses since are no measure, nor a raise."""
+        if self.account is not None:
+            self.value, self.account = self.account.value, None
+        self.best = math.inf
+
     def has_fallen(self, reading: Reading) -> bool:
         """Whether the loss has ever stood below its beginning, by more than chance allows; remembered.
 

@@ -93,6 +93,10 @@ class Multiplier(Protocol):
         """m is 1 from here on: not because it did harm, but because nobody could tell."""
         ...
 
+    def begin_anew(self) -> None:
+        """Weights of before have come back, and it was not the multiplier: no loss since is a measure of it."""
+        ...
+
     def end_cuts(self) -> None:
         """Every group steps as it is, from here on."""
         ...
@@ -150,6 +154,9 @@ class UnitMultiplier:
         """Nothing."""
 
     def level(self) -> None:
+        """Nothing."""
+
+    def begin_anew(self) -> None:
         """Nothing."""
 
     def end_cuts(self) -> None:

@@ -112,6 +112,11 @@ class History:
             if reading.gradient_norm is not None:
                 self.norm_baseline.push(reading.gradient_norm)
 
+    def begin_losses_anew(self) -> None:
+        """Weights of long before have come back: the losses since are no measure of those that follow."""
+        self.losses.clear()
+        self.loss_ema = RunningMoments(decay=0.95)
+
     def begin_norms_anew(self, norm: float) -> None:
         """Gradients have another size for good, after the loss was scaled say: from here on this one is usual."""
         self.norms.clear()
