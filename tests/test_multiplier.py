@@ -6,7 +6,7 @@ Readings are made up here: a check is one call of each, in the order in which th
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -22,15 +22,21 @@ from hybrid_predict_trainer.move.multiplier import (
     EXPLOSION,
     FIRST_CHECKS,
     GROWTH,
+    MAX_LOOKS,
     MAX_TAKEN_BACK,
+    MOST_UNSETTLED,
+    NUM_ARRIVED,
     NUM_ENDS,
+    NUM_UNSTEADY,
     PATIENCE,
     PEAK_SHARE,
     ROOM,
     SIGMAS,
+    UNTOLD,
     Advice,
     Multiplier,
     Reading,
+    chooses_its_rate,
     orthogonalizes,
 )
 from hybrid_predict_trainer.numerics.sequential import Moments
@@ -70,6 +76,9 @@ def moments(values: Sequence[float]) -> Moments:
 SHORT = moments([-0.4 + 0.02 * (-1) ** i for i in range(20)])
 IN_NOISE = moments([-0.1 + 0.1 * (-1) ** i for i in range(100)])
 ZERO = moments([0.1 * (-1) ** i for i in range(MAX_COSINES)])
+#: h of single steps: those that count for nothing, and a look at steps that end at the edge, beyond it, before it.
+UNSTEADY = [0.9] * NUM_UNSTEADY
+AT_EDGE, BEYOND, BEFORE = ([mean + 0.05 * (-1) ** i for i in range(NUM_ARRIVED)] for mean in (-0.002, 0.01, -0.2))
 
 
 def check(m: Multiplier, cosines: Moments, now: Reading) -> Advice:
@@ -149,16 +158,146 @@ def test_past_the_edge_it_creeps_to_a_bound() -> None:
         values.append(m.value)
     assert values[:2] == pytest.approx([GROWTH * CREEP, GROWTH * CREEP**2])
     assert values[-1] == ROOM * GROWTH
+    m.follow(1.0)
+    assert m.learning  # until the last raise is seen to have come to the edge
+    m.arrive(UNSTEADY + AT_EDGE)
+    m.follow(1.0)
     assert not m.learning
 
 
 def test_the_bound_given_holds_in_the_slow_start() -> None:
     m = begun(3.0)
     for _ in range(5):
+        m.account = None
         m.decide(SHORT, reading())
     assert m.value == 3.0
+    m.arrive(UNSTEADY + AT_EDGE)
     m.follow(1.0)
     assert not m.learning
+
+
+# ---------------------------------------------------------------- whether a raise has gone past the edge
+
+
+def touched(value: float = GROWTH**3, **changes: object) -> Multiplier:
+    """At the end of a slow start, waiting to see where its steps end."""
+    m = begun()
+    while m.value < value:
+        m.account = None
+        m.decide(SHORT, reading())
+    m.decide(ZERO, reading(**changes))
+    assert m.touched
+    return m
+
+
+def test_steps_that_end_beyond_the_edge_halve_it_until_they_do_not() -> None:
+    m = touched()
+    m.arrive(UNSTEADY + BEYOND)
+    assert (m.value, m.cap, m.arrived) == (GROWTH**2, ROOM * GROWTH**2, False)
+    m.arrive(UNSTEADY + AT_EDGE)
+    assert (m.value, m.arrived) == (GROWTH**2, True)
+    m.arrive(UNSTEADY + BEYOND)  # later h is positive at any rate
+    assert m.value == GROWTH**2
+
+
+def test_what_h_cannot_tell_from_one_is_not_halved() -> None:
+    m = touched(GROWTH)
+    assert (m.value, m.arrived) == (UNTOLD, True)
+    m.account = None
+    m.decide(IN_NOISE, reading())
+    assert (m.value, m.arrived) == (GROWTH * CREEP, False)
+    m.arrive(UNSTEADY + BEYOND)
+    assert (m.value, m.arrived) == (UNTOLD, True)
+
+
+def test_the_first_steps_after_a_change_do_not_say_where_it_has_led_to() -> None:
+    m = touched()
+    for value in UNSTEADY + AT_EDGE[:-1]:  # one at a time, too
+        m.arrive([value])
+    assert not m.arrived
+    m.arrive(AT_EDGE[-1:])
+    assert (m.value, m.arrived) == (GROWTH**3, True)
+
+
+def test_while_steps_are_still_too_short_it_waits() -> None:
+    m = touched()
+    m.arrive(UNSTEADY + BEFORE + BEFORE)
+    m.arrive(BEFORE)
+    assert (m.value, m.arrived) == (GROWTH**3, False)
+    m.arrive(BEYOND)
+    assert m.value == GROWTH**2
+
+
+def test_it_does_not_wait_for_ever() -> None:
+    m = touched()
+    m.arrive(UNSTEADY)
+    for _ in range(MAX_LOOKS):
+        assert not m.arrived
+        m.arrive(BEFORE)
+    assert (m.value, m.arrived) == (GROWTH**3, True)
+
+
+def test_a_later_raise_has_to_arrive_as_well() -> None:
+    m = touched()
+    m.arrive(UNSTEADY + AT_EDGE)
+    m.account = None
+    m.decide(IN_NOISE, reading())
+    assert (m.value, m.arrived) == (GROWTH**3 * CREEP, False)
+
+
+def test_it_waits_where_the_schedule_falls_and_not_where_it_rises() -> None:
+    m = touched()
+    assert not m.follow(0.5)  # no raise
+    assert m.learning
+    m.follow(0.6)
+    assert not m.learning
+
+
+def test_exact_losses_have_judged_a_raise() -> None:
+    assert touched(exact=True).arrived
+    assert not touched().arrived
+
+
+def test_without_a_raise_there_is_nothing_to_arrive() -> None:
+    m = begun()
+    m.decide(ZERO, reading())
+    assert (m.touched, m.arrived) == (True, True)
+
+
+@pytest.mark.parametrize("end", [Multiplier.take_back, Multiplier.level])
+def test_what_went_back_does_not_wait(end: Callable[[Multiplier], object]) -> None:
+    m = touched()
+    end(m)
+    assert m.arrived
+
+
+def test_a_takeback_after_a_halving_does_not_raise() -> None:
+    m = touched()
+    m.arrive(UNSTEADY + AT_EDGE)
+    m.account = None
+    m.decide(IN_NOISE, reading())
+    assert m.account is not None
+    m.arrive(UNSTEADY + BEYOND)
+    halved = m.value
+    assert halved < GROWTH**3
+    m.take_back()
+    assert m.value == halved
+
+
+def test_beyond_fourfold_the_loss_is_asked_in_between() -> None:
+    m = raised(MOST_UNSETTLED)
+    assert m.decide(SHORT, reading()) == (Advice.NOTHING, True)  # of older steps, later
+    assert m.value == MOST_UNSETTLED
+    for _ in range(PATIENCE):
+        m.settle(reading())
+    assert m.decide(SHORT, reading()) == (Advice.RAISED, True)
+    assert m.value == MOST_UNSETTLED * GROWTH
+
+
+def test_exact_losses_are_asked_at_every_step() -> None:
+    m = raised(MOST_UNSETTLED)
+    m.decide(SHORT, reading(exact=True))
+    assert m.value == MOST_UNSETTLED * GROWTH
 
 
 @pytest.mark.parametrize("noise", [1e-3, 0.03, 0.3])
@@ -456,6 +595,18 @@ def test_its_state_round_trips_at_any_check(at: int) -> None:
     assert a.num_raises > 3
 
 
+def test_state_round_trips_while_a_raise_waits_to_arrive() -> None:
+    a, b = touched(), Multiplier(7.0)
+    a.arrive(UNSTEADY[:3])
+    for values in (UNSTEADY[3:] + BEYOND[:5], BEYOND[5:], UNSTEADY + AT_EDGE):
+        b.load_state_dict(a.state_dict())
+        assert_same(b.state_dict(), a.state_dict())
+        a.arrive(values)
+        b.arrive(values)
+        assert_same(b.state_dict(), a.state_dict())
+    assert (a.value, a.arrived) == (GROWTH**2, True)
+
+
 def test_state_round_trips_while_the_first_losses_are_taken() -> None:
     a, b = Multiplier(HIGH), Multiplier(HIGH)
     a.watch(reading(newest=FIRST[:1]))
@@ -490,3 +641,20 @@ def test_orthogonal_steps_are_known_by_the_name_of_their_optimizer() -> None:
 def test_orthogonal_steps_are_known_by_their_groups(says: dict[str, object]) -> None:
     p = [nn.Parameter(torch.ones(2, 2))]
     assert orthogonalizes(torch.optim.SGD([{"params": p, **says}], lr=0.1)) == (says != {"use_muon": False})
+
+
+def test_optimizers_that_choose_their_rate_are_known_by_name_or_estimate() -> None:
+    class Prodigy(torch.optim.SGD):
+        pass
+
+    class Holder(torch.optim.SGD):
+        def __init__(self, parameters: list[nn.Parameter]) -> None:
+            super().__init__(parameters, lr=0.1)
+            self.inner = Prodigy(parameters, lr=0.1)
+
+    p = [nn.Parameter(torch.ones(2, 2))]
+    assert chooses_its_rate(Prodigy(p, lr=1.0))
+    assert chooses_its_rate(Holder(p))
+    assert chooses_its_rate(torch.optim.SGD([{"params": p, "d": 1e-6}], lr=1.0))
+    assert not chooses_its_rate(torch.optim.SGD(p, lr=0.1))
+    assert not chooses_its_rate(torch.optim.AdamW(p, lr=0.1))

@@ -72,6 +72,16 @@ def test_a_rate_far_too_small_is_made_up_for() -> None:
     assert ours < 0.8 * plain
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_what_chooses_its_rate_is_not_raised(own: bool) -> None:
+    model = nn.Linear(4, 2)
+    says = {"d": 1e-6} if own else {}
+    optimizer = torch.optim.SGD([{"params": list(model.parameters()), **says}], lr=0.1)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100)
+    trainer = HybridTrainer(model, optimizer, HybridTrainerConfig(), lambda m, b: m(b).square().mean(), schedule)
+    assert trainer.run.optimizer_step.scale.may_grow is not own
+
+
 # ---------------------------------------------------------------- early cuts where they do harm
 
 

@@ -15,7 +15,17 @@ from hybrid_predict_trainer.move.edge_test import MAX_COSINES
 from hybrid_predict_trainer.move.group_warmup import EARLY_STEPS
 from hybrid_predict_trainer.move.lookahead import DriftLookahead
 from hybrid_predict_trainer.move.lr_multiplier import CHECK_STEPS, MEASURED_AT_EDGE, LrMultiplier
-from hybrid_predict_trainer.move.multiplier import FIRST_CHECKS, GROWTH, PATIENCE, ROOM, Advice, Reading
+from hybrid_predict_trainer.move.multiplier import (
+    FIRST_CHECKS,
+    GROWTH,
+    MAX_LOOKS,
+    NUM_ARRIVED,
+    NUM_UNSTEADY,
+    PATIENCE,
+    ROOM,
+    Advice,
+    Reading,
+)
 from hybrid_predict_trainer.move.unit_multiplier import UnitMultiplier
 from hybrid_predict_trainer.numerics.sequential import Moments
 from hybrid_predict_trainer.weights.parameters import Groups
@@ -113,9 +123,12 @@ def test_a_raise_in_the_slow_start_lets_groups_be_cut_again() -> None:
 
 
 def test_bound_holds_and_measuring_ends_there() -> None:
-    scale = learned(2.0)
-    feed(scale, -0.5, checks=16)
-    assert scale.value == 2.0
+    scale = learned(4.0)
+    feed(scale, -0.5, checks=24)
+    assert scale.value == 4.0
+    assert scale.before_step([torch.ones(2)]) > 0  # it may have gone past the edge
+    feed(scale, -0.5, checks=(NUM_UNSTEADY + MAX_LOOKS * NUM_ARRIVED) // CHECK_STEPS)
+    assert scale.value == 4.0
     assert scale.before_step([torch.ones(2)]) == 0
     assert scale.memory_bytes() == 0
 

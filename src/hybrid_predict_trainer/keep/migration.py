@@ -104,7 +104,8 @@ def with_later(run: StateDict, live: StateDict) -> StateDict:
 
     That is the run's whole loss curve, what settings put around the optimizer's step, what the embedding's factor hangs
     on, the guard's second try, what the validation says of jumps, which of the passes have a price of their own, how
-    many gradients in a row were large, and narrow drifts.
+    many gradients in a row were large, narrow drifts, and whether a raise of the multiplier still waits to be seen to
+    end above the bottom.
     """
     losses, around, safety = run.get("losses"), run.get("optimizer_step"), run.get("safety")
     if isinstance(run.get("meter"), dict):
@@ -113,6 +114,9 @@ def with_later(run: StateDict, live: StateDict) -> StateDict:
         run = {**run, "monitor": {"num_large": 0, **run["monitor"]}}
     if isinstance(losses, dict) and "curve" not in losses:
         run = {**run, "losses": {**losses, "curve": copy.deepcopy(live["losses"]["curve"])}}
+    around = _with_arrivals(around)
+    if isinstance(around, dict):
+        run = {**run, "optimizer_step": around}
     if isinstance(around, dict) and "of_settings" not in around:
         run = {**run, "optimizer_step": {**around, "of_settings": {}}}
     elif isinstance(around, dict) and isinstance(around["of_settings"], dict):
@@ -128,6 +132,15 @@ def with_later(run: StateDict, live: StateDict) -> StateDict:
         run = {**run, "safety": safety}
     drift = live["optimizer_step"]["lookahead"].get("b")
     return _with_drift_like(run, drift[0]) if drift else run
+
+
+def _with_arrivals(around: Any) -> Any:
+    """What is around the optimizer's step with a multiplier whose raises have all arrived, if it says nothing of it."""
+    scale = around.get("scale") if isinstance(around, dict) else None
+    if not isinstance(scale, dict) or not isinstance(scale.get("multiplier"), dict):
+        return around
+    all_arrived = {"arrived": True, "arrivals": [0, 0.0, 0.0], "num_unsteady": 0, "num_looks": 0}
+    return {**around, "scale": {**scale, "multiplier": {**all_arrived, **scale["multiplier"]}}}
 
 
 def _with_drift_like(state: Any, live: Any) -> Any:

@@ -11,7 +11,9 @@ rate spends its stable phase (Cohen et al., arXiv 2103.00065; the same product d
 descent, Baydin et al., arXiv 1703.04782).  So
 
     slow start: while single steps show that h is negative (:mod:`.edge_test`), m doubles at every check (``GROWTH``);
-    of a network that was trained before, while the mean shows it.
+    of a network that was trained before, while the mean shows it.  Beyond fourfold the loss is asked in between.
+    arrival: after the slow start, and after every later raise, all steps are measured until h is no longer negative;
+    for as long as it is positive then, m is halved, to 2 at least: h cannot tell a factor of two from none.
     edge: once they do not, one step per check is measured and m grows by ``CREEP``, only on significant evidence that
     h is negative, only while the schedule stands at its peak (a decay is meant to go below the edge), and to at most
     ``ROOM`` times its value at the edge.
@@ -175,7 +177,8 @@ class LrMultiplier:
     def before_step(self, parameters: Sequence[Tensor]) -> int:
         """Keep the weights while there is something to learn: at every step before the edge, then at one per check."""
         learning = self.multiplier.learning and self.trial.moving and not self._resting
-        self._collecting = learning and not (self.touched and self._num_steps >= MEASURED_AT_EDGE)
+        enough = self.touched and self.multiplier.arrived and self._num_steps >= MEASURED_AT_EDGE
+        self._collecting = learning and not enough
         if not (self._collecting or self.cuts.watching or self.cuts.active):
             self._before = []
             return 0
@@ -271,8 +274,9 @@ class LrMultiplier:
         if advice is Advice.TAKEN_BACK:
             self._begin_test()
             return advice
-        if self.multiplier.follow(reading.lr) and self._cosines:
-            raised = self._decide(reading)
+        allowed = self.multiplier.follow(reading.lr)
+        if self._cosines and (allowed or not self.multiplier.arrived):
+            raised = self._decide(reading, allowed=allowed)
             return advice if raised is Advice.NOTHING else raised  # a new raise keeps a state of its own
         return advice
 
@@ -287,12 +291,18 @@ class LrMultiplier:
                 return self.withdraw(for_good=True)
         return Advice.NOTHING
 
-    def _decide(self, reading: Reading) -> Advice:
-        self._moments.push(weights.on_host(self._cosines).tolist())  # one transfer
+    def _decide(self, reading: Reading, *, allowed: bool) -> Advice:
+        cosines = weights.on_host(self._cosines).tolist()  # one transfer
         self._cosines = []
-        self.last_cosine = self._moments.mean
         before, touched = self.multiplier.value, self.touched
-        advice, decided = self.multiplier.decide(self._moments, reading)
+        self.multiplier.arrive(cosines)
+        if self.multiplier.value < before:  # what was measured so far is of longer steps
+            self._begin_test()
+            self.trial.restart()
+            return Advice.NOTHING
+        self._moments.push(cosines[:MEASURED_AT_EDGE] if touched else cosines)
+        self.last_cosine = self._moments.mean
+        advice, decided = self.multiplier.decide(self._moments, reading) if allowed else (Advice.NOTHING, False)
         if decided:
             self._begin_test()
         if self.multiplier.value > before:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -30,6 +30,16 @@ SIGMAS = 2.0
 #: Checks before the first cosine counts.  In the first steps of any training h is as negative at a rate three times too
 #: high as at a tenth of the best one (LOG.md).
 FIRST_CHECKS = 4
+#: Largest factor in the slow start that the loss has not been asked about.
+MOST_UNSETTLED = GROWTH**2
+#: Cosines of one look at what a raise has led to, and those that count for nothing before it: while the optimizer's
+#: averages and the weights answer to the new length, h still is that of the old one.
+NUM_ARRIVED, NUM_UNSTEADY = 24, 10
+#: Least m that is halved on the word of h.  It is as positive at the best rate as at two or three times it (LOG.md):
+#: halved further, m lost what it had won where twice the rate was better.
+UNTOLD = GROWTH
+#: Looks at one raise at most: a bound may hold m below the edge for as long as the run lasts.
+MAX_LOOKS = 10
 #: Takebacks after which m is 1 for good.  One is enough to end all raises (``learning`` is False from there on), so a
 #: second can only meet what an earlier, settled raise has left: it is a bound that a run hardly ever reaches.
 MAX_TAKEN_BACK = 2
@@ -40,6 +50,8 @@ STILL, PEAK_SHARE = 1e-9, 0.97
 EXPLOSION = 4.0
 #: What groups of an optimizer say that makes its steps orthogonal, in torch's, pytorch_optimizer's and Keller Jordan's.
 NEWTON_SCHULZ = {"adjust_lr_fn", "ns_steps", "ns_coefficients"}
+#: Parts of the names of optimizers that estimate their step size (those that keep the estimate in ``d`` need none).
+OWN_RATE = ("dadapt", "prodigy", "mechanic", "adamg")
 #: Losses at either end that are compared to see whether the loss has fallen yet.
 NUM_ENDS = 5
 
@@ -54,6 +66,18 @@ def orthogonalizes(optimizer: Any) -> bool:
     held = [v for v in vars(optimizer).values() if hasattr(v, "param_groups")]
     named = any("muon" in kind.__name__.lower() for o in (optimizer, *held) for kind in type(o).__mro__)
     return named or any(group.get("use_muon") or NEWTON_SCHULZ & group.keys() for group in optimizer.param_groups)
+
+
+def chooses_its_rate(optimizer: Any) -> bool:
+    """Whether an optimizer estimates its own step size, as D-Adaptation and Prodigy do, or holds one that does.
+
+    Its ``lr`` is a factor of that estimate, which grows by itself for as long as steps are too short: raised as well it
+    is double (LOG.md).  Known by the estimate that its groups hold, or by its name.
+    """
+    held = [v for v in vars(optimizer).values() if hasattr(v, "param_groups")]
+    kinds = [kind.__name__.lower() for o in (optimizer, *held) for kind in type(o).__mro__]
+    named = any(name in kind for kind in kinds for name in OWN_RATE)
+    return named or any("lr" in group and "d" in group for group in optimizer.param_groups)
 
 
 class Advice(StrEnum):
@@ -118,9 +142,13 @@ class Multiplier:
         self.peak_lr = 0.0
         self.account: Account | None = None
         self.learning = False  # the rate does not rise, and there is room to grow
+        self.arrived = True  # no raise is waiting to be seen to end above the bottom
         self._last_lr = math.nan
         self._num_checks = 0
         self._num_tests = 0  # after the edge
+        self._arrivals = Moments()  # h since the last change of m, or the last look at it
+        self._num_unsteady = 0  # cosines that still count for nothing
+        self._num_looks = 0  # at the last change of m
         self._first: list[float] = []  # losses of the first steps
         self._fallen = False  # the loss has been below them
 
@@ -161,14 +189,14 @@ class Multiplier:
             before = 1.0
         self.cap = self.value = before
         self.account = None
-        self.learning = False
+        self.learning, self.arrived = False, True
         return Advice.TAKEN_BACK
 
     def level(self) -> None:
         """1 from here on, without a word on what m did."""
         self.value = self.cap = 1.0
         self.account = None
-        self.learning = False
+        self.learning, self.arrived = False, True
 
     def begin_anew(self) -> None:
         """Weights of before have come back on somebody else's account: losses since are no measure, nor a raise."""
@@ -200,7 +228,7 @@ class Multiplier:
         rising = not lr <= last * (1 + STILL)  # at the first check too
         falling = lr < self.peak_lr * PEAK_SHARE
         allowed = not rising and not (self.touched and falling) and self._num_checks >= FIRST_CHECKS
-        self.learning = allowed and self.value < self.cap
+        self.learning = (allowed and self.value < self.cap) or not (self.arrived or rising)
         return allowed
 
     def decide(self, cosines: Moments, reading: Reading) -> tuple[Advice, bool]:
@@ -215,10 +243,12 @@ class Multiplier:
         """
         if not self.touched:
             edge = locate(cosines, LEVEL)
+            if edge in self._enough and self._must_settle(reading):
+                return Advice.NOTHING, True
             if edge in self._enough:
                 return self._raise(GROWTH, reading)
             if edge is not Edge.UNKNOWN:
-                self._touch()
+                self._touch(exact=reading.exact)
                 return Advice.NOTHING, True
             return Advice.NOTHING, False
         edge = locate(cosines, spent(CREEP_LEVEL, self._num_tests + 1), patient=True)
@@ -229,9 +259,47 @@ class Multiplier:
         self._num_tests += decided
         return advice, decided
 
-    def _touch(self) -> None:
+    def _must_settle(self, reading: Reading) -> bool:
+        """Whether the open raise is as large as one may be before the loss is asked; exact losses are asked at once."""
+        return self.account is not None and not reading.exact and self.value >= MOST_UNSETTLED * self.account.value
+
+    def arrive(self, cosines: Sequence[float]) -> None:
+        """Halve m where the steps that raises have led to end beyond the bottom; ends once they do so no more.
+
+        A raise is decided on by few steps, of a network whose curvature still grows: when the raise shows in h, m may
+        be far beyond the edge, and the loss, which falls fastest at first, does not say so for hundreds of steps.
+        While h is significantly negative it is looked at again, ``MAX_LOOKS`` times: the edge is not there yet.
+
+        Args:
+            cosines: h of the steps since the last check.
+        """
+        if self.arrived:
+            return
+        skipped = min(self._num_unsteady, len(cosines))
+        self._num_unsteady -= skipped
+        self._arrivals.push(cosines[skipped:])
+        if self._arrivals.num < NUM_ARRIVED:
+            return
+        found = locate(self._arrivals, LEVEL)
+        self._num_looks += 1
+        if self._arrivals.mean > 0:
+            self.value = max(self.value / GROWTH, UNTOLD)
+            self.cap = min(self.cap, ROOM * self.value)
+            if self.account is not None:
+                self.account = replace(self.account, value=min(self.account.value, self.value))
+            self._await_arrival()
+        elif found is Edge.NEAR or self._num_looks >= MAX_LOOKS:
+            self.arrived = True
+        self._arrivals = Moments()
+
+    def _await_arrival(self, *, exact: bool = False) -> None:
+        self.arrived = exact or self.value <= UNTOLD  # where losses are exact they have judged the raise
+        self._arrivals, self._num_unsteady, self._num_looks = Moments(), NUM_UNSTEADY, 0
+
+    def _touch(self, *, exact: bool = False) -> None:
         self.touched = True
         self.cap = min(self.cap, ROOM * self.value)
+        self._await_arrival(exact=exact)
 
     def _raise(self, factor: float, reading: Reading) -> tuple[Advice, bool]:
         if not reading.allowed or not self.has_fallen(reading):
@@ -244,14 +312,17 @@ class Multiplier:
             self.account = Account(PATIENCE, self.value, reading.loss, ceiling)
         self.value = min(self.value * factor, self.cap)
         self.num_raises += 1
-        self.learning = self.learning and self.value < self.cap
+        if self.touched or self.value >= self.cap:
+            self._await_arrival(exact=reading.exact)
+        self.learning = self.learning and (self.value < self.cap or not self.arrived)
         return (Advice.RAISED if first else Advice.NOTHING), True
 
     # ---- state --------------------------------------------------------------------------------------
 
     _NAMES = (
         "value", "cap", "touched", "num_raises", "num_taken_back", "best", "peak_lr", "learning",
-        "_last_lr", "_num_checks", "_num_tests", "_fallen",
+        "_last_lr", "_num_checks", "_num_tests", "_fallen", "arrived",
+        "_num_unsteady", "_num_looks",
     )  # fmt: skip
 
     def state_dict(self) -> StateDict:
@@ -259,13 +330,17 @@ class Multiplier:
         a = self.account
         state: StateDict = {name.lstrip("_"): getattr(self, name) for name in self._NAMES}
         account = None if a is None else [a.checks_left, a.value, a.loss, a.ceiling]
-        return {**state, "first": list(self._first), "account": account}
+        seen = self._arrivals
+        arrivals = [seen.num, seen.mean, seen.squares]
+        return {**state, "first": list(self._first), "account": account, "arrivals": arrivals}
 
     def load_state_dict(self, state: StateDict) -> None:
         """Inverse of :meth:`state_dict`."""
         for name in self._NAMES:
             setattr(self, name, state[name.lstrip("_")])
         self._first = [float(v) for v in state["first"]]
+        num, mean_, squares = state["arrivals"]
+        self._arrivals = Moments(int(num), float(mean_), float(squares))
         a = state["account"]
         self.account = None if a is None else Account(int(a[0]), float(a[1]), float(a[2]), float(a[3]))
 

@@ -33,7 +33,7 @@ from .lookahead import DriftLookahead, Lookahead, NoLookahead
 from .lr_multiplier import CHECK_STEPS, LrMultiplier
 from .matrix_step import MatrixStep
 from .modifier import StepModifier
-from .multiplier import orthogonalizes
+from .multiplier import chooses_its_rate, orthogonalizes
 from .overflow import ScaleSearch
 from .prior import for_run
 from .recipe import Recipe
@@ -404,6 +404,8 @@ def multiplier_for(
     if config.step == "muon" or orthogonalizes(subject.optimizer):
         # what is equally long in every direction does not tell how long it should be: it is neither raised nor cut
         most = least = 1.0
+    elif chooses_its_rate(subject.optimizer):
+        most = 1.0  # its estimate grows by itself where steps are too short
     return LrMultiplier(
         groups, most, least, steps, untrained=drawn,
         pretrained=pretrained(subject.model), holdout_fraction=config.block_holdout, generator=generator,
