@@ -165,6 +165,8 @@ def test_what_comes_back_is_the_state_of_the_best_answer() -> None:
         if run.safety.validation.jumps.ended_jumps and not found:
             found.append(([p.detach().clone() for p in problem.model.parameters()], run.meter.num_jumps_proposed))
             found.append(copy.deepcopy(problem.optimizer.state_dict()["state"]))
+            assert not run.losses.history.losses, "losses of what did harm are no measure of what follows"
+            assert run.optimizer_step.scale.multiplier.best == math.inf
 
     with pytest.warns(UserWarning, match=ENDED) as told:
         trainer.fit(itertools.repeat(problem.train), total_steps=STEPS, progress_callback=look)
@@ -206,17 +208,19 @@ def test_frozen_weights_stay() -> None:
 def test_what_is_frozen_since_the_best_answer_does_not_go_back() -> None:
     problem, answers = Problem(), itertools.chain([3.0, 1.0], itertools.repeat(9.0))
     trainer = problem.trainer(lambda model: next(answers))
-    weight, since = problem.model[2].weight, []
+    weight, since, at_best = problem.model[2].weight, [], []
 
     def look(result: Any) -> None:
-        if trainer.run.safety.validation.num_asked == 2 and not since:
-            with torch.no_grad():
-                since.append(weight.detach().clone())
+        if trainer.run.safety.validation.num_asked != 2 or since:
+            return
+        at_best.append(weight.detach().clone())
+        if len(at_best) == 3:
+            since.append(at_best[-1])
             weight.requires_grad_(False)
 
     with pytest.warns(UserWarning, match=ENDED):
         trainer.fit(itertools.repeat(problem.train), total_steps=80, progress_callback=look)
-    assert since
+    assert not torch.equal(since[0], at_best[0]), "or nothing here says anything"
     assert_same(weight.detach(), since[0])
 
 
