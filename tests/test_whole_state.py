@@ -773,7 +773,7 @@ def test_a_checkpoint_of_format_3_is_sorted_by_owner(tmp_path: Path) -> None:
           for name in ("rates", "origin", "ended", "table_least", "table_length", "table_most")),
         *(("losses", "curve", name) for name in ("block", "num_open", "open", "sums")),
         *(("safety", "guard", name) for name in ("num_retries", "exact")), ("monitor", "num_large"),
-        ("safety", "best_point"),
+        ("safety", "best_point"), ("judge", "of_labels"), ("judge", "num_samples"),
         *(("optimizer_step", "scale", "multiplier", name)
           for name in ("arrived", "arrivals", "num_unsteady", "num_looks")),
     }  # fmt: skip
