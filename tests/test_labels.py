@@ -15,6 +15,7 @@ from torch.nn import functional
 from hybrid_predict_trainer import HybridTrainer, HybridTrainerConfig, attach
 from hybrid_predict_trainer.config.presets import PRESETS
 from hybrid_predict_trainer.config.toml import with_values
+from hybrid_predict_trainer.cycle.inputs import why_ended
 from hybrid_predict_trainer.judge.labels import is_of_labels
 
 NUM_INPUTS, NUM_CLASSES = 6, 3
@@ -91,14 +92,14 @@ def _run(
 
 
 ALLOWED: dict[str, dict[str, Any]] = {
-    "more labels than weights": {"num_samples": 400}, "numbers": {"loss_fn": _squares}, "decay": {"decay": 1e-2},
+    "many labels": {"num_samples": 8200}, "numbers": {"loss_fn": _squares}, "decay": {"decay": 1e-2},
     "validation": {"val_fn": lambda model: float(_cross_entropy(model, _data(40)).detach())},
     "a predictor that was chosen": {"settings": {**PRESETS["full_batch"], "predictor.type": "quasi_newton"}},
     "asked for": {"settings": {"gate.exact": "always"}},
 }  # fmt: skip
 
 
-def test_fewer_labels_than_weights_are_left_to_the_optimizer() -> None:
+def test_few_labels_for_so_many_weights_are_left_to_the_optimizer() -> None:
     """To the last bit, and the run says why."""
     trainer = _run()
     model = _mlp()
@@ -111,7 +112,22 @@ def test_fewer_labels_than_weights_are_left_to_the_optimizer() -> None:
     assert trainer.statistics()["num_jumps_proposed"] == 0
     for ours, theirs in zip(trainer.run.subject.model.parameters(), model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
-    assert "by heart" in trainer.step(_data(40)).reason
+    assert "by heart" in why_ended(trainer.run)
+
+
+@pytest.mark.parametrize("validated", [False, True])
+def test_the_multiplier_stays_where_nothing_says_where_to_stop(validated: bool) -> None:
+    """At a rate that is far too low; with a validation loss it is raised."""
+    model = _mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 300)
+    options: dict[str, Any] = ALLOWED["validation"] if validated else {}
+    trainer = HybridTrainer(
+        model, optimizer, HybridTrainerConfig(), loss_fn=_cross_entropy, lr_scheduler=schedule,
+        **options,
+    )  # fmt: skip
+    trainer.fit(itertools.repeat(_data(40)), total_steps=100)
+    assert (trainer.statistics()["learned_scale"] > 1) == validated
 
 
 @pytest.mark.parametrize("name", ALLOWED)

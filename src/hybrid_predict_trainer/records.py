@@ -59,7 +59,6 @@ class Reason(StrEnum):
     FORCED_FULL = "full steps were forced"
     NEVER = "prediction is off"
     SWITCHED_OFF = "prediction does not pay on this run and has been switched off"
-    BY_HEART = "fewer labels than weights: without val_fn nothing tells learning from learning by heart"
     NOT_READY = "the predictor has not seen enough windows"
     NOT_CONFIDENT = "confidence is below the threshold"
     OVER_BUDGET = "the overhead budget does not allow a proposal yet"

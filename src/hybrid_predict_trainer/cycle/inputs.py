@@ -39,7 +39,7 @@ def preview_proposal(run: State) -> Preview:
         return Preview(horizon)
     due = phases.current is Phase.FULL and phases.num_forced_full_steps == 0
     due = due and phases.num_real_steps_since_predict >= num_full_steps_due(run)
-    due = due and windows_to_wait(run) == 0 and not run.by_heart and predictor_ready(run) and affordable(run)
+    due = due and windows_to_wait(run) == 0 and not run.proposes_nothing and predictor_ready(run) and affordable(run)
     promising = False
     if due:
         horizon, promising = _considered(run, horizon)
@@ -80,7 +80,7 @@ def inputs(run: State, preview: Preview) -> Signals:
         affordable=closed and affordable(run),
         promising=preview.promising,
         num_windows_to_wait=windows_to_wait(run),
-        switched_off=run.judge.ledger.switched_off or run.safety.guard.comparing,
+        switched_off=run.judge.ledger.switched_off or run.safety.guard.comparing or run.proposes_nothing,
         num_full_steps_due=num_full_steps_due(run),
         num_forced_full_steps=phases.num_forced_full_steps,
         forced_by_alarm=phases.forced_by_alarm,
@@ -88,7 +88,6 @@ def inputs(run: State, preview: Preview) -> Signals:
         goes_on=phases.current is Phase.PREDICT and goes_on(run),
         num_segments_left=0 if proposer.segment is None else proposer.segment.num_left,
         fallback_threshold=2 * run.windows.loss,
-        by_heart=run.by_heart,
     )
 
 
@@ -169,10 +168,10 @@ def why_ended(run: State) -> str:
         return "jumps were ended: the validation loss (val_fn) rose while they took the training loss down"
     if run.judge.ledger.switched_off:
         return "jumps were switched off: they did not pay, or were taken back again and again"
-    if run.by_heart:
+    if run.proposes_nothing:
         return (
-            "there are fewer labels than weights, and the training loss cannot tell learning from learning by heart: "
-            "pass val_fn=, or let the optimizer add weight decay to the gradient"
+            "there are few labels for so many weights, and the training loss cannot tell learning from learning by "
+            "heart: pass val_fn=, or let the optimizer add weight decay to the gradient"
         )
     return ""
 

@@ -137,7 +137,7 @@ def _look(run: State) -> None:
 def blind(run: State) -> bool:
     """Whether no loss at hand can tell a faster start from a faster overfitting: nothing is raised then."""
     asked = run.safety.validation is not None and not run.safety.validation.failed
-    return run.batches.recurrence.recurs and not run.full_batch and not asked
+    return run.by_heart or (run.batches.recurrence.recurs and not run.full_batch and not asked)
 
 
 def validated(run: State, advice: Advice) -> Advice:

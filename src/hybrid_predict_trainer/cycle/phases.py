@@ -61,7 +61,6 @@ class Signals:
     num_segments_left: int
     goes_on: bool  # a source of proposals has more to say without a real step
     fallback_threshold: float
-    by_heart: bool = False  # the loss cannot judge a jump
 
 
 class Controller(Protocol):
@@ -108,8 +107,7 @@ class PhaseController:
                 return self._predict(s, Reason.SEGMENT)
             phase = Phase.CORRECT if c.correct_steps else Phase.FULL
             return Decision(phase=phase, reason=Reason.NOT_CONFIDENT, confidence=s.confidence)
-        stopped = s.switched_off or s.by_heart
-        if s.goes_on and s.phase is Phase.PREDICT and s.num_forced_full_steps == 0 and not stopped:
+        if s.goes_on and s.phase is Phase.PREDICT and s.num_forced_full_steps == 0 and not s.switched_off:
             return self._predict(s, Reason.CONFIDENT)
         reason = self._objection(s)
         if reason is not None:
@@ -127,8 +125,6 @@ class PhaseController:
             return Reason.WINDOW_OPEN
         if s.switched_off:
             return Reason.SWITCHED_OFF
-        if s.by_heart:
-            return Reason.BY_HEART
         if not s.predictor_ready:
             return Reason.NOT_READY
         if s.num_windows_to_wait > 0:

@@ -13,6 +13,7 @@ from .. import former_names
 from ..config.settings import AUTO, HybridTrainerConfig
 from ..cost import CostMeter
 from ..judge.judge import Judge
+from ..judge.labels import SAMPLES_PER_WEIGHT
 from ..judge.safety import Safety
 from ..judge.switchback import Switchback
 from ..judge.validation import Validation
@@ -211,16 +212,20 @@ class State:
     def by_heart(self) -> bool:
         """Whether the training loss cannot tell learning from learning by heart; see :mod:`..judge.labels`.
 
-        Nothing is proposed then, unless weight decay or a validation loss says where to stop, or the user has chosen
-        the predictor or asked for exact losses himself.
+        Nothing is made faster then, unless weight decay or a validation loss says where to stop.
         """
         judge, validation = self.judge, self.safety.validation
-        if not judge.of_labels or judge.num_samples is None or not self.proposer.chooses:
+        if not judge.of_labels or judge.num_samples is None:
             return False
         asked = validation is not None and not validation.failed and not validation.jumps.mute
         told = self.decay.present or asked
-        few = judge.num_samples < self.subject.groups.num_weights
-        return few and not told and self.config.gate.exact == "auto" and self.full_batch
+        few = judge.num_samples < SAMPLES_PER_WEIGHT * self.subject.groups.num_weights
+        return few and not told and self.full_batch
+
+    @property
+    def proposes_nothing(self) -> bool:
+        """Whether jumps would learn by heart, and the user has neither chosen the predictor nor asked for exactness."""
+        return self.by_heart and self.proposer.chooses and self.config.gate.exact == "auto"
 
     @property
     def judged_exactly(self) -> bool:

@@ -175,4 +175,4 @@ class Judge:
         self.probation = probation_from(state["probation"])
         self.generator.set_state(state["generator"])
         self.num_rollbacks = state["num_rollbacks"]
-        self.of_labels, self.num_samples = state.get("of_labels"), state.get("num_samples")
+        self.of_labels, self.num_samples = state["of_labels"], state["num_samples"]

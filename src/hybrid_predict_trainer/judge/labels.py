@@ -1,8 +1,8 @@
 """Whether a loss is one of labels: it has no minimum but at infinite weights, once a network knows all labels by heart.
 
-A jump that is judged by the training loss goes there as fast as it can.  With more weights than samples nothing in the
-training loss tells that from learning: full-batch cross-entropy on 1,000 images ended at four times the plain run's
-validation loss (LOG.md).  What the loss is made of is read off the names of its autograd nodes.
+A jump that is judged by the training loss goes there as fast as it can, and so does a larger step.  Unless samples are
+many nothing in the training loss tells that from learning: full-batch cross-entropy on 1,000 images ended at four times
+the plain run's validation loss (LOG.md).  What the loss is made of is read off the names of its autograd nodes.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ PASSED = (
     "UnsafeView", "Alias", "Clone", "ToCopy", "Select", "Slice", "Index", "IndexSelect", "Gather", "MaskedSelect",
     "MaskedFill", "Where", "Expand", "Stack", "Cat", "Transpose", "Permute", "T", "Dot",
 )  # fmt: skip
+#: At the minimum of the training loss p weights fitted to n labels are p / 2n nats of each above the best there is (the
+#: expansion behind Akaike's criterion, 1974): with so many samples per weight that is a hundredth.
+SAMPLES_PER_WEIGHT = 50
 #: Nodes that are looked at: the losses themselves lie before the network.
 MOST_NODES = 64
 

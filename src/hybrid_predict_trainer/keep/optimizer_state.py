@@ -71,6 +71,10 @@ def taken(
     }  # fmt: skip
 
 
+#: Without these attributes no optimizer steps, whatever a checkpoint lacks.
+EVERY_OPTIMIZER_HAS = {"state", "param_groups", "defaults"}
+
+
 def _rest(optimizer: Optimizer, walk: Capture) -> tuple[Any, Any]:
     """What hangs on the optimizer besides state and groups of its parameters; or its own state where that is hidden."""
     parameters = set(map(id, optimizer_parameters(optimizer)))
@@ -164,7 +168,7 @@ def _restore_rest(optimizer: Optimizer, rest: StateDict, walk: Restore, paramete
         new = walk.of(value, found.get(name), ("attributes", name))
         if new is not found.get(name) or name not in found:
             vars(optimizer)[name] = new
-    for name in found.keys() - rest["attributes"].keys():
+    for name in found.keys() - rest["attributes"].keys() - EVERY_OPTIMIZER_HAS:
         vars(optimizer).pop(name, None)
 
 

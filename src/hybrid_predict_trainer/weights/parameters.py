@@ -152,7 +152,7 @@ def predicted_parameters(
 
 
 def check_values(parameters: Sequence[Tensor]) -> None:
-    """Weights that are to be trained have values: a lazy layer's have no shape yet, and the meta device holds none.
+    """Weights that are to be trained have values, which a lazy layer's have not before its first forward.
 
     Raises:
         ConfigError: some have none.
@@ -160,11 +160,6 @@ def check_values(parameters: Sequence[Tensor]) -> None:
     if any(is_lazy(p) for p in parameters):
         raise ConfigError(
             "the model has lazy layers without a shape: run one batch through it, then make the optimizer"
-        )
-    if any(getattr(p, "is_meta", False) for p in parameters):
-        raise ConfigError(
-            "trained weights are on the meta device, which holds no values: put them on a real one "
-            "(model.to_empty(device=...), then load or draw them), then make the optimizer"
         )
 
 

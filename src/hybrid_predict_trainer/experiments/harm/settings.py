@@ -37,6 +37,7 @@ class Setting:
         source: of the data; all are made, or come with Python or scikit-learn.
         samples: training samples that the run passes over again and again in a new order each time; 0: every batch is
             new.  For equations: the points are drawn anew every so many steps, 0 for never.
+        full: every step sees the same batch.
         batch: samples per step; for equations, points.
         model: by name.
         dropout: probability, where the model has such layers.
@@ -66,6 +67,7 @@ class Setting:
     lr: float
     steps: int
     samples: int = 0
+    full: bool = False
     dropout: float = 0.0
     optimizer: Optimizer = "adamw"
     momentum: float = 0.0
@@ -86,7 +88,7 @@ class Setting:
     @property
     def full_batch(self) -> bool:
         """Whether every step sees the same data: then there is no order to change."""
-        return self.source == "regression" or (self.is_equation and self.samples == 0)
+        return self.full or self.source == "regression" or (self.is_equation and self.samples == 0)
 
     @property
     def is_equation(self) -> bool:
@@ -160,6 +162,11 @@ _IMAGES = (
         schedule="step", about="16 epochs, the rate falls twice", ms=4.5,
     ),
     _mlp("cnn-bn-adamw", model="cnn-bn", batch=128, lr=3e-3, weight_decay=0.05, ms=7.0, quick_steps=150),
+    _mlp("mlp-full-batch", full=True, batch=1000, lr=3e-3, steps=300, about="few labels for so many weights", ms=4.0),
+    _mlp("mlp-full-batch-decay", full=True, batch=1000, optimizer="sgd", lr=0.1, momentum=0.9, weight_decay=5e-4,
+         steps=300, about="full batch, decay that is added to the gradient", ms=4.0),
+    _mlp("logistic-full-batch", full=True, model="logistic", batch=4000, lr=1e-2, steps=300, ms=2.0,
+         about="few labels still"),
     _mlp("digits-epochs", source="digits", samples=1400, batch=32, lr=3e-3, weight_decay=0.1, schedule="step"),
 )  # fmt: skip
 
