@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from cases import assert_same
+from hybrid_predict_trainer import HybridTrainer
 from hybrid_predict_trainer.move.edge_test import MAX_COSINES
 from hybrid_predict_trainer.move.multiplier import (
     CREEP,
@@ -33,6 +35,7 @@ from hybrid_predict_trainer.move.multiplier import (
     ROOM,
     SIGMAS,
     UNTOLD,
+    UNTOLD_BY_SGD,
     Advice,
     Multiplier,
     Reading,
@@ -208,6 +211,28 @@ def test_what_h_cannot_tell_from_one_is_not_halved() -> None:
     assert (m.value, m.arrived) == (GROWTH * CREEP, False)
     m.arrive(UNSTEADY + BEYOND)
     assert (m.value, m.arrived) == (UNTOLD, True)
+
+
+def test_steps_that_grow_with_the_gradient_may_go_back_to_one() -> None:
+    m = touched(GROWTH)
+    m.halve_down_to(UNTOLD_BY_SGD)
+    m.account = None
+    m.decide(IN_NOISE, reading())
+    m.arrive(UNSTEADY + BEYOND)
+    assert (m.value, m.arrived) == (GROWTH * CREEP / GROWTH, False)
+    m.arrive(UNSTEADY + BEYOND)
+    assert (m.value, m.arrived) == (1.0, True)
+
+
+@pytest.mark.parametrize(("optimizer", "least"), [(torch.optim.SGD, UNTOLD_BY_SGD), (torch.optim.Adam, UNTOLD)])
+def test_which_steps_grow_is_told_by_the_optimizer(optimizer: Any, least: float) -> None:
+    model = nn.Linear(4, 2)
+    held = optimizer(model.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(held, 100)
+    trainer = HybridTrainer(
+        model, held, loss_fn=lambda model, batch: model(batch).square().mean(), lr_scheduler=schedule
+    )
+    assert trainer.run.optimizer_step.scale.multiplier._least_halved == least
 
 
 def test_the_first_steps_after_a_change_do_not_say_where_it_has_led_to() -> None:

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hybrid_predict_trainer.experiments import statistics
@@ -168,6 +168,7 @@ def test_the_lower_end_of_cut_off_seeds_is_one() -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.floats(), max_size=7), st.sampled_from([0.5, 0.95, 0.99]))
+@example([0.0, 9e307, 9e307, -1.7976931348623157e308], 0.5)
 def test_no_values_make_it_raise(values: list[float], level: float) -> None:
     for found in (t_interval(values, level), log_interval(values, level), paired_interval(values, values[::-1], level)):
         assert found.n == len(values)

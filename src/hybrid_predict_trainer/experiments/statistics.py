@@ -204,7 +204,10 @@ def bootstrap_t(values: Sequence[float] | np.ndarray, level: float = 0.95, seed:
     center, spread = _moments(data)
     if spread == 0.0 or not math.isfinite(spread):
         return None
-    scaled = (data - center) / spread
+    with np.errstate(over="ignore"):
+        scaled = (data - center) / spread
+    if not np.isfinite(scaled).all():  # values at either end of what a float holds
+        scaled = data / spread - center / spread
     if count <= ALL_RESAMPLES:
         picks = np.array(list(itertools.product(range(count), repeat=count)))
     else:

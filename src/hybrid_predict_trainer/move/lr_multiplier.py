@@ -13,7 +13,7 @@ descent, Baydin et al., arXiv 1703.04782).  So
     slow start: while single steps show that h is negative (:mod:`.edge_test`), m doubles at every check (``GROWTH``);
     of a network that was trained before, while the mean shows it.  Beyond fourfold the loss is asked in between.
     arrival: after the slow start, and after every later raise, all steps are measured until h is no longer negative;
-    for as long as it is positive then, m is halved, to 2 at least: h cannot tell a factor of two from none.
+    for as long as it is positive then, m is halved, to 2 at least (1 with SGD): h cannot tell 2 from 1.
     edge: once they do not, one step per check is measured and m grows by ``CREEP``, only on significant evidence that
     h is negative, only while the schedule stands at its peak (a decay is meant to go below the edge), and to at most
     ``ROOM`` times its value at the edge.
@@ -106,6 +106,10 @@ class LrMultiplier:
         self._resting = False
         self._generator = torch.Generator() if generator is None else generator
         self.last_cosine = math.nan
+
+    def halve_down_to(self, least: float) -> None:
+        """Bound from below on an m that is halved; see :data:`.multiplier.UNTOLD`."""
+        self.multiplier.halve_down_to(least)
 
     @property
     def value(self) -> float:

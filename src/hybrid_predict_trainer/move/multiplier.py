@@ -36,8 +36,9 @@ MOST_UNSETTLED = GROWTH**2
 #: averages and the weights answer to the new length, h still is that of the old one.
 NUM_ARRIVED, NUM_UNSTEADY = 24, 10
 #: Least m that is halved on the word of h.  It is as positive at the best rate as at two or three times it (LOG.md):
-#: halved further, m lost what it had won where twice the rate was better.
-UNTOLD = GROWTH
+#: halved further, m lost what it had won where twice the rate was better.  Steps of SGD grow with the gradient, where
+#: those of Adam do not: there twice the best rate is beyond the edge, h says so, and m may go back to 1 (LOG.md).
+UNTOLD, UNTOLD_BY_SGD = GROWTH, 1.0
 #: Looks at one raise at most: a bound may hold m below the edge for as long as the run lasts.
 MAX_LOOKS = 10
 #: Takebacks after which m is 1 for good.  One is enough to end all raises (``learning`` is False from there on), so a
@@ -133,6 +134,7 @@ class Multiplier:
                 network stays below zero for hundreds of steps whatever the rate.
         """
         self._enough = (Edge.SHORT, Edge.SHORT_IN_NOISE) if pretrained else (Edge.SHORT,)
+        self._least_halved = UNTOLD  # bound from below on a value that is halved
         self.value = 1.0
         self.cap = maximum
         self.touched = False  # the edge of stability has been seen
@@ -263,6 +265,10 @@ class Multiplier:
         """Whether the open raise is as large as one may be before the loss is asked; exact losses are asked at once."""
         return self.account is not None and not reading.exact and self.value >= MOST_UNSETTLED * self.account.value
 
+    def halve_down_to(self, least: float) -> None:
+        """Bound from below on a value that is halved."""
+        self._least_halved = least
+
     def arrive(self, cosines: Sequence[float]) -> None:
         """Halve m where the steps that raises have led to end beyond the bottom; ends once they do so no more.
 
@@ -283,7 +289,7 @@ class Multiplier:
         found = locate(self._arrivals, LEVEL)
         self._num_looks += 1
         if self._arrivals.mean > 0:
-            self.value = max(self.value / GROWTH, UNTOLD)
+            self.value = max(self.value / GROWTH, self._least_halved)
             self.cap = min(self.cap, ROOM * self.value)
             if self.account is not None:
                 self.account = replace(self.account, value=min(self.account.value, self.value))
@@ -293,7 +299,7 @@ class Multiplier:
         self._arrivals = Moments()
 
     def _await_arrival(self, *, exact: bool = False) -> None:
-        self.arrived = exact or self.value <= UNTOLD  # where losses are exact they have judged the raise
+        self.arrived = exact or self.value <= self._least_halved  # where losses are exact they have judged the raise
         self._arrivals, self._num_unsteady, self._num_looks = Moments(), NUM_UNSTEADY, 0
 
     def _touch(self, *, exact: bool = False) -> None:

@@ -33,7 +33,7 @@ from .lookahead import DriftLookahead, Lookahead, NoLookahead
 from .lr_multiplier import CHECK_STEPS, LrMultiplier
 from .matrix_step import MatrixStep
 from .modifier import StepModifier
-from .multiplier import chooses_its_rate, orthogonalizes
+from .multiplier import UNTOLD_BY_SGD, chooses_its_rate, orthogonalizes
 from .overflow import ScaleSearch
 from .prior import for_run
 from .recipe import Recipe
@@ -406,10 +406,13 @@ def multiplier_for(
         most = least = 1.0
     elif chooses_its_rate(subject.optimizer):
         most = 1.0  # its estimate grows by itself where steps are too short
-    return LrMultiplier(
+    made = LrMultiplier(
         groups, most, least, steps, untrained=drawn,
         pretrained=pretrained(subject.model), holdout_fraction=config.block_holdout, generator=generator,
     )  # fmt: skip
+    if type(subject.optimizer).__name__ == "SGD":
+        made.halve_down_to(UNTOLD_BY_SGD)
+    return made
 
 
 def lookahead_for(subject: Subject, config: HybridTrainerConfig, *, observing: bool, anneals: bool) -> Lookahead:
