@@ -235,6 +235,19 @@ def test_decoupled_decay_changes_nothing_that_is_judged() -> None:
     assert trainer.run.added_by_decay == 0
 
 
+def test_matrices_that_another_step_moves_have_no_decay_to_be_judged_by() -> None:
+    """Adam's decay is in the gradient, which Muon in its place makes orthogonal."""
+    batch, _ = _ridge()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(NUM_INPUTS, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    held = torch.optim.Adam(model.parameters(), lr=LR, weight_decay=DECAY)
+    trainer = HybridTrainer(model, held, HybridTrainerConfig(step="muon"), loss_fn=_half_square)
+    for _ in range(5):
+        trainer.step(batch)
+    assert trainer.run.full_batch
+    assert (trainer.run.decay.present, trainer.run.penalized) == (True, False)
+
+
 def test_noisy_losses_are_judged_as_they_are() -> None:
     (x, y), _ = _ridge()
     model = _linear()

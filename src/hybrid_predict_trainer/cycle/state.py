@@ -198,7 +198,8 @@ class State:
     @property
     def penalized(self) -> bool:
         """Whether weight decay is a part of what jumps and losses are judged by; see :mod:`..weights.decay`."""
-        return self.decay.present and self.windows.observing and self.full_batch
+        whole = self.config.step == "optimizer"  # matrices that Muon or SOAP steps for Adam have none of its decay
+        return whole and self.decay.present and self.windows.observing and self.full_batch
 
     @property
     def added_by_decay(self) -> float:

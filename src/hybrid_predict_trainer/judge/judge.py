@@ -34,7 +34,7 @@ class Judge:
         generator: Draws what is skipped as a control.
         num_rollbacks: Jumps taken back in a row.
         of_labels: Whether the loss is one of labels; None: nobody has looked.
-        num_samples: Of the batch that comes again and again; None: none does, as far as is known.
+        num_samples: Of the batches that come again and again, on all ranks; None: none does, as far as is known.
         held: The weights while a proposal is judged.
     """
 
@@ -116,8 +116,8 @@ class Judge:
             self.of_labels = of_labels
 
     def count_samples(self, batch: Any) -> None:
-        """This batch comes again."""
-        self.num_samples = num_samples(batch)
+        """This batch comes again, and one as large on every other rank."""
+        self.num_samples = num_samples(batch) * self._subject.ranks.size
 
     def hold(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
         """These are the weights that a proposal starts from; returns the copy that is held."""

@@ -40,11 +40,6 @@ def is_of_labels(loss: Tensor) -> bool:
         name = node.name().removeprefix("torch::autograd::")
         if name.startswith(LABELS):
             return True
-        if _passed(name):
+        if name.partition("Backward")[0] in PASSED:
             waiting.extend(before for before, _ in node.next_functions if before is not None)
     return False
-
-
-def _passed(name: str) -> bool:
-    kind = name.partition("Backward")[0]
-    return kind.rstrip("0123456789") in PASSED
