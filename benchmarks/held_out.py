@@ -150,6 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=lengths, choices=lengths)
     parser.add_argument("--no-classes", action="store_true", help="regression only")
     parser.add_argument("--seeds", type=int, default=5, help="paired (default 5)")
+    parser.add_argument("--first-seed", type=int, default=0, help="of these (default 0)")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     chosen = parser.parse_args(arguments)
     warnings.filterwarnings("ignore", message="jumps took the training loss down")
@@ -158,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for case in cases(chosen.noise, chosen.samples, chosen.steps, not chosen.no_classes):
         plain: list[float] = []
         for arm in chosen.arms:
-            ends = [trained(case, arm, seed) for seed in range(chosen.seeds)]
+            ends = [trained(case, arm, seed) for seed in range(chosen.first_seed, chosen.first_seed + chosen.seeds)]
             tests = [end.test for end in ends]
             plain = tests if arm == "plain" else plain
             means = [float(np.mean([getattr(end, field.name) for end in ends])) for field in fields(End)]

@@ -168,6 +168,8 @@ def why_ended(run: State) -> str:
         return "jumps were ended: the validation loss (val_fn) rose while they took the training loss down"
     if run.judge.ledger.switched_off:
         return "jumps were switched off: they did not pay, or were taken back again and again"
+    if run.proposes_nothing and run.judge.noise.found:
+        return "what is left of the training loss looks like noise: pass val_fn= to have new data judge jumps"
     if run.proposes_nothing:
         return (
             "there are few labels for so many weights, and the training loss cannot tell learning from learning by "

@@ -194,6 +194,8 @@ def observe(run: State, metrics: Metrics, outcome: StepOutcome, began: float) ->
     started = time.perf_counter()
     run.windows.add_seconds(started - began)
     if not run.windows.full:
+        if not run.windows.basis.num_steps and ended(run):
+            run.windows.rest()
         return
     loss_before = run.windows.loss
     try:
@@ -214,9 +216,20 @@ def observe(run: State, metrics: Metrics, outcome: StepOutcome, began: float) ->
     run.meter.add_passes(passes)
     run.judge.ledger.observe(passes * PASS_UNITS)
     run.windows.hand_on()
+    if ended(run):
+        run.windows.rest()
     run.buffers.forget()
     metrics.on_health(run)
     metrics.on_window(1e3 * (encoded - started), 1e3 * (updated - encoded), cosine)
+
+
+def ended(run: State) -> bool:
+    """Whether nobody will look at another window: losses are exact, and jumps have ended for good.
+
+    Sixty columns and their products may take a third of a step.
+    """
+    off = run.judge.ledger.switched_off or run.safety.guard.withdrawn or run.proposes_nothing
+    return off and run.full_batch and run.judge.probation is None and not run.judge.ledger.open
 
 
 def learn(run: State, window: Window) -> None:

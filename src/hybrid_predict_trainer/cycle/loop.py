@@ -12,7 +12,7 @@ from typing import Any
 
 from ..records import Decision, Phase, StepOutcome, StepResult
 from ..weights.offload import own_defaults
-from . import outside
+from . import noise_check, outside
 from .agreement import agree, agreed_decision
 from .inputs import inputs, preview_proposal
 from .jump_check import after_step, before_jump
@@ -47,7 +47,7 @@ def look_at(run: State, batch: Any) -> float:
     asks = run.judge.asks_for_exactness(run.meter, same=same, observing=run.windows.observing)
     measured = run.judge.measure_exactness(batch, run.meter) if agree(run, asks) else 0.0
     run.judge.ledger.losses_are(exact=run.judged_exactly)  # which does not change before the next batch
-    return measured
+    return measured + noise_check.ask_if_due(run, batch)
 
 
 def decide(run: State) -> Decision:
@@ -78,6 +78,7 @@ def close_step(run: State, decision: Decision, outcome: StepOutcome, watch: Stop
         rescale(run, outcome)
         judge_lookahead(run, outcome)
         after_step(run, outcome)
+        noise_check.after_step(run, outcome)
         observe(run, run.recorder, outcome, watch.began)
         run.proposer.add_time(watch.seconds)
         result = describe(run, decision, outcome, alarm, watch.called)

@@ -211,11 +211,14 @@ class State:
 
     @property
     def by_heart(self) -> bool:
-        """Whether the training loss cannot tell learning from learning by heart; see :mod:`..judge.labels`.
+        """Whether the training loss cannot tell learning from learning by heart.
 
-        Nothing is made faster then, unless weight decay or a validation loss says where to stop.
+        That is known of labels (:mod:`..judge.labels`) and found out of numbers (:mod:`..judge.noise`).  Nothing is
+        made faster then, unless a validation loss says where to stop; of labels weight decay does so, too.
         """
         judge, validation = self.judge, self.safety.validation
+        if judge.noise.found:
+            return self.full_batch
         if not judge.of_labels or judge.num_samples is None:
             return False
         asked = validation is not None and not validation.failed and not validation.jumps.mute

@@ -125,6 +125,30 @@ def end_jumps(run: State, why: str) -> None:
     )
 
 
+def end_by_noise(run: State, untold: float, *, back: bool) -> None:
+    """What is left of the training loss is noise: no jumps and no raises are made from here on.
+
+    Args:
+        run: Between two steps.
+        untold: Share of the residuals that leaving samples out could not tell.
+        back: Jumps have gone through the noise: the state of the question before comes back, if there is one.
+    """
+    point = run.safety.best_point
+    outcome = "the weights stay"
+    if back and point is not None:
+        put_back(run, point)
+        run.safety.begin_anew()
+        run.optimizer_step.scale.begin_anew()
+        run.losses.history.begin_losses_anew()
+        outcome = "the state before the last ones came back"
+    run.safety.drop_best()
+    warn(
+        f"what is left of the training loss looks like noise ({min(untold, 1.0):.0%} of a residual cannot be told from "
+        f"those of the other samples): the rest of the run has neither jumps nor raised rates, and {outcome}.  Pass "
+        'val_fn= to have new data judge instead; gate.exact = "always" takes the training loss down all the same',
+    )
+
+
 #: Losses of one batch at the present weights and at the anchor's; None: they cannot be evaluated.
 Pair = tuple[float, float] | None
 

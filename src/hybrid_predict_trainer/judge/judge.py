@@ -20,6 +20,7 @@ from ..weights.algebra import Together, copied_together
 from .evaluation import Evaluation
 from .exactness import Agreement, Exactness
 from .ledger import Ledger
+from .noise import NoiseCheck
 from .probation import Probation, probation_from, probation_state
 
 
@@ -35,6 +36,7 @@ class Judge:
         num_rollbacks: Jumps taken back in a row.
         of_labels: Whether the loss is one of labels; None: nobody has looked.
         num_samples: Of the batches that come again and again, on all ranks; None: none does, as far as is known.
+        noise: Whether what is left of a loss of numbers is noise.
         held: The weights while a proposal is judged.
     """
 
@@ -49,6 +51,7 @@ class Judge:
         self.num_rollbacks = 0
         self.of_labels: bool | None = None
         self.num_samples: int | None = None
+        self.noise = NoiseCheck()
         self.held: Sequence[Tensor] = []
         self._spare: Sequence[Tensor] = ()  # memory of the last one, of small models
 
@@ -164,7 +167,7 @@ class Judge:
             "ledger": self.ledger.state_dict(), "exactness": self.exactness.state_dict(),
             "evaluation": self.evaluation.state_dict(), "probation": probation_state(self.probation),
             "generator": self.generator.get_state(), "num_rollbacks": self.num_rollbacks,
-            "of_labels": self.of_labels, "num_samples": self.num_samples,
+            "of_labels": self.of_labels, "num_samples": self.num_samples, "noise": self.noise.state_dict(),
         }  # fmt: skip
 
     def load_state_dict(self, state: StateDict) -> None:
@@ -176,3 +179,7 @@ class Judge:
         self.generator.set_state(state["generator"])
         self.num_rollbacks = state["num_rollbacks"]
         self.of_labels, self.num_samples = state["of_labels"], state["num_samples"]
+        if state["noise"] is None:  # of an older build
+            self.noise = NoiseCheck()
+        else:
+            self.noise.load_state_dict(state["noise"])

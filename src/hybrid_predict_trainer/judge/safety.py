@@ -16,7 +16,7 @@ class Safety:
         validation: Asked where data come round again; None: there is none.
         raise_point: The start of a raise of the multiplier that is not settled yet.
         safe_point: The guard's, from when the loss was at its best.
-        best_point: Of the validation's best answer about jumps.
+        best_point: Of the validation's best answer about jumps, or the last in which no noise was found.
     """
 
     def __init__(self, validation: Validation | None) -> None:
@@ -40,7 +40,7 @@ class Safety:
         self.safe_point = kept
 
     def keep_best(self, kept: Snapshot) -> None:
-        """The validation loss was at its best in this state, as far as jumps are concerned."""
+        """The validation loss was at its best in this state, as far as jumps are concerned, or noise was not met."""
         self.best_point = kept
 
     def drop_best(self) -> None:
@@ -104,4 +104,4 @@ class Safety:
                 self.validation.load_state_dict(state["validation"])
         self.raise_point = snapshot_from(state["raise_point"])
         self.safe_point = snapshot_from(state["safe_point"])
-        self.best_point = None if self.validation is None else snapshot_from(state["best_point"])
+        self.best_point = snapshot_from(state["best_point"])

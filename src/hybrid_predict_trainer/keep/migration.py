@@ -103,7 +103,8 @@ def with_later(run: StateDict, live: StateDict) -> StateDict:
     """The library's state with what format 4 did not have from its beginning.
 
     That is the run's whole loss curve, what settings put around the optimizer's step, what the embedding's factor hangs
-    on, the guard's second try, what the validation says of jumps, what losses are of, which of the passes have a price
+    on, the guard's second try, what the validation says of jumps, what losses are of and whether noise is left of them,
+    which of the passes have a price
     of their own, how many gradients in a row were large, narrow drifts, and whether a raise of the multiplier still
     waits to be seen to end above the bottom.
     """
@@ -113,7 +114,7 @@ def with_later(run: StateDict, live: StateDict) -> StateDict:
     if isinstance(run.get("monitor"), dict):
         run = {**run, "monitor": {"num_large": 0, **run["monitor"]}}
     if isinstance(run.get("judge"), dict):
-        run = {**run, "judge": {"of_labels": None, "num_samples": None, **run["judge"]}}  # nobody has looked
+        run = {**run, "judge": {"of_labels": None, "num_samples": None, "noise": None, **run["judge"]}}  # nobody asked
     if isinstance(losses, dict) and "curve" not in losses:
         run = {**run, "losses": {**losses, "curve": copy.deepcopy(live["losses"]["curve"])}}
     around = _with_arrivals(around)

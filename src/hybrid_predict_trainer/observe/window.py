@@ -257,6 +257,10 @@ class WindowRecorder:
         """All have learnt from the window: the next step may propose."""
         self.just_closed = True
 
+    def rest(self) -> None:
+        """The next real step belongs to no window."""
+        self.num_rest_steps = max(self.num_rest_steps, 1)
+
     def interrupted(self) -> None:
         """Forget a window that is half closed."""
         if self._closing:

@@ -1,0 +1,204 @@
+"""Whether what is left of a loss of numbers is noise, found out from its training samples alone.
+
+The loss of a full batch of noisy numbers goes to nothing in some dozen jumps, its noise included, while the loss on new
+data rises.  The noise shows when samples are left out: as long as a network has something to learn, a sample's
+residual can be told from those of the others, by the kernel of the network's own Jacobian; what is noise cannot
+(:mod:`..numerics.leave_one_out`).  Here are the bookkeeping, and how residuals are read off the graph of a loss;
+who asks is :mod:`..cycle.noise_check`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from ..records import StateDict
+from .labels import PASSED
+
+T = TypeVar("T")
+
+#: Dampings at which samples are left out, as shares of the kernel's trace; the last one leaves next to nothing.
+DAMPINGS = (1e-4, 1e-2, 1e-6, 1e-8)
+#: Share of the residuals that the best damping leaves, from which on the rest counts as noise; and what fitting the
+#: rest to the end would leave, by the same measure, as a share of the loss at the first question: below that there is
+#: nothing to lose that matters.
+NOISE, MATTERS = 0.9, 0.1
+#: Answers in a row that have to say so, the second one as soon as the loss has fallen to this share; and what fitting
+#: to the end would make of the residuals' mean square where one answer is enough.
+IN_A_ROW, CONFIRM, DECISIVE = 2, 0.9, 4.0
+#: By how much a loss has to fall to the next question: to the share that cannot be told, in these bounds.
+LEAST_FALL, MOST_FALL = 1e-3, 0.7
+#: Share of the loss at the first question below which nobody asks any more.
+ENOUGH = 1e-3
+#: Of the loss at which noise was to be expected: below that a jump has gone through it, if so much of the loss at the
+#: first question was expected to be noise.  What is left then tells nothing any more.
+THROUGH, DOUBT = 0.5, 0.3
+
+#: Nodes that compare outputs and targets themselves, by the beginnings of their names.
+COMPARING = ("MseLoss", "SmoothL1Loss", "HuberLoss")
+#: Nodes of losses by hand: squares, distances, norms of a difference.
+MEASURING = ("AbsBackward", "LinalgVectorNorm")
+#: What such a loss is wrapped in besides what :data:`.labels.PASSED` names.
+WRAPPED = ("Sqrt",)
+#: Nodes of a difference that are looked through for a scale.
+SCALES = ("MulBackward", "DivBackward", "NegBackward")
+#: Nodes above the terms of a loss that are looked at.
+MOST_NODES = 64
+
+
+def residuals_of(loss: Tensor) -> Tensor | None:
+    """Differences of outputs and data of which a loss is the mean square, distance or the like, with their graph.
+
+    Args:
+        loss: Shape (), with a graph that no backward has been through.
+
+    Returns:
+        Of any shape, samples first as the loss had them; None where the loss is nothing of the kind, or has several
+        such terms, as that of a differential equation with its boundary has.
+    """
+    terms = list(_terms(loss))
+    return _residuals(terms[0]) if len(terms) == 1 else None
+
+
+def _terms(loss: Tensor) -> Iterator[Any]:
+    """Nodes at which a loss measures something that is no weight by itself."""
+    waiting, seen = deque([loss.grad_fn]), 0
+    while waiting and seen < MOST_NODES:
+        node, seen = waiting.popleft(), seen + 1
+        if node is None:
+            continue
+        name = _name(node)
+        if _measures(node, name):
+            if not _is_of_a_weight(node):
+                yield node
+        elif name.partition("Backward")[0] in (*PASSED, *WRAPPED):
+            waiting.extend(before for before, _ in node.next_functions)
+
+
+def _name(node: Any) -> str:
+    return str(node.name()).removeprefix("torch::autograd::")
+
+
+def _measures(node: Any, name: str) -> bool:
+    if name.startswith("PowBackward0"):
+        return float(node._saved_exponent) == 2
+    if name.startswith("MulBackward"):  # r * r
+        (left, _), (right, _) = node.next_functions
+        return left is not None and left is right
+    return name.startswith((*COMPARING, *MEASURING))
+
+
+def _is_of_a_weight(node: Any) -> bool:
+    """Whether it is a penalty of a weight."""
+    before = node.next_functions[0][0]
+    return before is not None and _name(before).startswith("AccumulateGrad")
+
+
+def _residuals(node: Any) -> Tensor | None:
+    if _name(node).startswith(COMPARING):
+        outputs, targets = node._saved_self, node._saved_target
+        return None if targets.requires_grad or not outputs.requires_grad else outputs - targets
+    return node._saved_self if _is_from_data(node.next_functions[0][0]) else None
+
+
+def _is_from_data(node: Any) -> bool:
+    """Whether it is a difference of something trained and something that is not, up to a scale."""
+    for _ in range(MOST_NODES):
+        trained = [] if node is None else [before for before, _ in node.next_functions if before is not None]
+        if len(trained) != 1:
+            return False
+        name = _name(node)
+        if name.startswith(("SubBackward", "RsubBackward")):
+            return len(node.next_functions) == 2
+        if not name.startswith(SCALES) and name.partition("Backward")[0] not in PASSED:
+            return False
+        node = trained[0]
+    return False
+
+
+class NoiseCheck:
+    """Holds what leaving samples out has said against how far the loss has fallen.
+
+    Bookkeeping only.  A question costs as much as some steps, so the next one is asked when the loss comes near what
+    could not be told at the last one: without noise that is two or three times in a run.
+
+    Attributes:
+        found: What is left is noise.
+        unable: Residuals cannot be had: nobody asks.
+        num_asked: Questions so far.
+    """
+
+    def __init__(self) -> None:
+        """Nobody has asked."""
+        self.found = self.unable = False
+        self.num_asked = 0
+        self._first = math.inf  # loss at the first question
+        self._loss = math.inf  # as far as it is known
+        self._next = math.inf  # loss at which to ask next
+        self._expected = 0.0  # loss at which noise was to be met, by the last question that found none
+        self._in_a_row = 0  # answers that found it
+        self._rows: tuple[tuple[int, ...], Any] | None = None  # how rows of weights lie; after a resume seen anew
+
+    def see(self, loss: float) -> None:
+        """The training loss now, as well as it is known."""
+        self._loss = loss
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to ask."""
+        return not (self.found or self.unable) and self._loss <= self._next
+
+    def rows_of(self, weights: Sequence[Tensor], build: Callable[[], T]) -> T:
+        """What was found out about the rows of these weights, or what ``build`` makes of them."""
+        which = tuple(map(id, weights))
+        if self._rows is None or self._rows[0] != which:
+            self._rows = (which, build())
+        found: T = self._rows[1]
+        return found
+
+    def take(self, loss: float, untold: float, fitted: float) -> bool:
+        """Take an answer, of :func:`~..numerics.leave_one_out.left_out_error`.
+
+        Args:
+            loss: At the weights that were asked about.
+            untold: The least ratio, at least as far as it is known that it is below :data:`NOISE`.
+            fitted: The one of the least damping, where it is not.
+
+        Returns:
+            Whether jumps have gone through the noise since the question before.
+        """
+        self.num_asked += 1
+        self._first = loss if self._first == math.inf else self._first
+        if loss < THROUGH * self._expected and self._expected >= DOUBT * self._first:
+            self.found = True
+            return True
+        if untold >= NOISE and fitted * loss >= MATTERS * self._first:
+            self._in_a_row += 1
+            self._next = CONFIRM * loss
+            self.found = fitted >= DECISIVE or self._in_a_row >= IN_A_ROW
+            return False
+        self._in_a_row = 0
+        self._expected = untold * loss
+        self._next = loss * min(max(untold, LEAST_FALL), MOST_FALL)
+        if self._next < ENOUGH * self._first:
+            self._next = -math.inf
+        return False
+
+    def give_up(self) -> None:
+        """Residuals cannot be had."""
+        self.unable = True
+
+    _NAMES = ("found", "unable", "num_asked", "_first", "_loss", "_next", "_expected", "_in_a_row")
+
+    def state_dict(self) -> StateDict:
+        """Plain numbers."""
+        return {name.lstrip("_"): getattr(self, name) for name in self._NAMES}
+
+    def load_state_dict(self, state: StateDict) -> None:
+        """Inverse of :meth:`state_dict`."""
+        for name in self._NAMES:
+            setattr(self, name, state[name.lstrip("_")])
