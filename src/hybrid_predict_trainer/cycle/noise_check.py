@@ -42,7 +42,8 @@ def after_step(run: State, outcome: StepOutcome) -> None:
     """After a step of any phase: remember the loss, as far as it is on the host."""
     verdict = outcome.verdict
     jumped = verdict is not None and verdict.accepted and run.judged_exactly
-    run.judge.noise.see(verdict.loss_after if jumped and verdict is not None else run.losses.history.loss_ema.mean)
+    loss = verdict.loss_after if jumped and verdict is not None else run.losses.history.loss_ema.mean
+    run.judge.noise.see(loss, run.meter.num_jumps_accepted)
 
 
 def ask_if_due(run: State, batch: Any) -> float:

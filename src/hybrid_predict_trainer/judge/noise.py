@@ -23,17 +23,24 @@ T = TypeVar("T")
 
 #: Dampings at which samples are left out, as shares of the kernel's trace; the last one leaves next to nothing.
 DAMPINGS = (1e-4, 1e-2, 1e-6, 1e-8)
-#: Share of the residuals that the best damping leaves, from which on the rest counts as noise; and what fitting the
-#: rest to the end would leave, by the same measure, as a share of the loss at the first question: below that there is
-#: nothing to lose that matters.
-NOISE, MATTERS = 0.9, 0.1
-#: Answers in a row that have to say so, the second one as soon as the loss has fallen to this share; and what fitting
-#: to the end would make of the residuals' mean square where one answer is enough.
-IN_A_ROW, CONFIRM, DECISIVE = 2, 0.9, 4.0
-#: By how much a loss has to fall to the next question: to the share that cannot be told, in these bounds.
-LEAST_FALL, MOST_FALL = 1e-3, 0.7
+#: Share of the residuals that the best damping leaves, from which on samples tell no more of one another.
+NOISE = 0.9
+#: What fitting the rest to the end would leave of samples that were left out: over what there was left of them when
+#: they first told no more, where it does harm, and where one answer is enough; and over the loss at the first question,
+#: where it matters.  Details that are too fine for the samples do less, 1.1 to 1.9, than noise, 2 to 9.
+HARM, DECISIVE, MATTERS = 1.6, 4.0, 0.1
+#: Answers in a row that have to say so.
+IN_A_ROW = 2
+#: To what share the loss falls until the next question: so many times the share that cannot be told, in these bounds,
+#: and where more than that share cannot.
+MARGIN, LEAST_FALL, MOST_FALL, LITTLE_TOLD = 4.0, 1e-3, 0.7, (0.6, 0.85)
+#: The same where samples tell no more of one another: at first, how much less after each answer that it does no harm,
+#: and at least.
+NEAR, FURTHER, FAR = 0.9, 0.1, 0.5
+#: Jumps after which it is asked in any case: the noise may be learnt while the loss hardly falls.
+MOST_JUMPS = 24
 #: Share of the loss at the first question below which nobody asks any more.
-ENOUGH = 1e-3
+ENOUGH = 3e-3
 #: Of the loss at which noise was to be expected: below that a jump has gone through it, if so much of the loss at the
 #: first question was expected to be noise.  What is left then tells nothing any more.
 THROUGH, DOUBT = 0.5, 0.3
@@ -141,16 +148,21 @@ class NoiseCheck:
         self._next = math.inf  # loss at which to ask next
         self._expected = 0.0  # loss at which noise was to be met, by the last question that found none
         self._in_a_row = 0  # answers that found it
+        self._harmless = 0  # answers that samples tell no more of one another, and that it does no harm
+        self._num_jumps = self._at_last = 0  # now, and at the last question
+        self._best = math.inf  # what was left of samples that were left out when they first told no more
         self._rows: tuple[tuple[int, ...], Any] | None = None  # how rows of weights lie; after a resume seen anew
 
-    def see(self, loss: float) -> None:
-        """The training loss now, as well as it is known."""
-        self._loss = loss
+    def see(self, loss: float, num_jumps: int) -> None:
+        """The training loss now, as well as it is known, and jumps accepted so far."""
+        self._loss, self._num_jumps = loss, num_jumps
 
     @property
     def due(self) -> bool:
         """Whether it is time to ask."""
-        return not (self.found or self.unable) and self._loss <= self._next
+        if self.found or self.unable or self._next == -math.inf:
+            return False
+        return self._loss <= self._next or self._num_jumps - self._at_last >= MOST_JUMPS
 
     def rows_of(self, weights: Sequence[Tensor], build: Callable[[], T]) -> T:
         """What was found out about the rows of these weights, or what ``build`` makes of them."""
@@ -172,18 +184,25 @@ class NoiseCheck:
             Whether jumps have gone through the noise since the question before.
         """
         self.num_asked += 1
+        self._at_last = self._num_jumps
         self._first = loss if self._first == math.inf else self._first
         if loss < THROUGH * self._expected and self._expected >= DOUBT * self._first:
             self.found = True
             return True
-        if untold >= NOISE and fitted * loss >= MATTERS * self._first:
-            self._in_a_row += 1
-            self._next = CONFIRM * loss
-            self.found = fitted >= DECISIVE or self._in_a_row >= IN_A_ROW
-            return False
-        self._in_a_row = 0
-        self._expected = untold * loss
-        self._next = loss * min(max(untold, LEAST_FALL), MOST_FALL)
+        if untold < NOISE:
+            self._in_a_row, self._harmless, self._best = 0, 0, math.inf
+            self._expected = untold * loss
+            self._next = loss * min(max(MARGIN * untold, LEAST_FALL), MOST_FALL)
+            if untold > LITTLE_TOLD[0]:
+                self._next = loss * LITTLE_TOLD[1]
+        else:
+            self._best = untold * loss if self._best == math.inf else self._best
+            end = fitted * loss
+            harms = end >= max(HARM * self._best, MATTERS * self._first)
+            self._in_a_row = self._in_a_row + 1 if harms else 0
+            self.found = self._in_a_row >= IN_A_ROW or (harms and end >= DECISIVE * self._best)
+            self._next = loss * (NEAR if harms else max(NEAR - FURTHER * self._harmless, FAR))
+            self._harmless += not harms
         if self._next < ENOUGH * self._first:
             self._next = -math.inf
         return False
@@ -192,7 +211,10 @@ class NoiseCheck:
         """Residuals cannot be had."""
         self.unable = True
 
-    _NAMES = ("found", "unable", "num_asked", "_first", "_loss", "_next", "_expected", "_in_a_row")
+    _NAMES = (
+        "found", "unable", "num_asked", "_first", "_loss", "_next", "_expected", "_in_a_row", "_harmless", "_num_jumps",
+        "_at_last", "_best",
+    )  # fmt: skip
 
     def state_dict(self) -> StateDict:
         """Plain numbers."""
