@@ -19,7 +19,20 @@ from hybrid_predict_trainer.config.toml import with_values
 from hybrid_predict_trainer.cycle import noise_check
 from hybrid_predict_trainer.cycle.inputs import why_ended
 from hybrid_predict_trainer.cycle.withdrawal import end_by_noise
-from hybrid_predict_trainer.judge.noise import CONFIRM, DECISIVE, MOST_FALL, NOISE, NoiseCheck, residuals_of
+from hybrid_predict_trainer.judge.noise import (
+    DECISIVE,
+    FURTHER,
+    HARM,
+    LITTLE_TOLD,
+    MARGIN,
+    MATTERS,
+    MOST_FALL,
+    MOST_JUMPS,
+    NEAR,
+    NOISE,
+    NoiseCheck,
+    residuals_of,
+)  # fmt: skip
 from hybrid_predict_trainer.numerics.leave_one_out import left_out_error
 
 Batch = tuple[Tensor, Tensor]
@@ -122,38 +135,58 @@ def _told(*answers: tuple[float, float, float]) -> tuple[NoiseCheck, list[bool]]
     return check, [check.take(*answer) for answer in answers]
 
 
-def test_it_asks_again_where_the_noise_is_to_be_expected() -> None:
-    """A question costs as much as some steps: without noise there are two or three of them."""
+def _due_at(check: NoiseCheck, loss: float, num_jumps: int = 0) -> bool:
+    check.see(loss, num_jumps)
+    return check.due
+
+
+def test_questions_come_closer_the_less_samples_tell_of_one_another() -> None:
+    """One costs as much as some steps: where all is told there are two or three of them."""
     check = NoiseCheck()
-    check.see(2.0)
-    assert check.due
-    check.take(2.0, 0.01, 0.01)
-    for loss, due in ((1.0, False), (0.03, False), (0.02, True)):
-        check.see(loss)
-        assert check.due == due
-    check.take(0.02, 0.85, 0.85)
-    check.see(0.02 * MOST_FALL * 1.01)
-    assert not check.due
+    assert _due_at(check, 2.0)
+    for untold, fall in ((0.01, MARGIN * 0.01), (0.5, MOST_FALL), (LITTLE_TOLD[0] + 0.01, LITTLE_TOLD[1])):
+        check.take(2.0, untold, untold)
+        assert not _due_at(check, 2.0 * fall * 1.01)
+        assert _due_at(check, 2.0 * fall * 0.99)
+
+
+def test_many_jumps_that_gain_little_are_asked_about() -> None:
+    """They may learn the noise while the loss hardly falls: a network that was wide enough did so in 90 jumps."""
+    check = NoiseCheck()
+    check.see(1.0, 5)
+    check.take(1.0, 0.5, 0.5)
+    assert not _due_at(check, 0.99, 5 + MOST_JUMPS - 1)
+    assert _due_at(check, 0.99, 5 + MOST_JUMPS)
 
 
 def test_two_answers_in_a_row_find_noise_and_one_that_leaves_no_doubt() -> None:
-    check, _ = _told((1.0, 0.3, 0.3), (0.3, 0.95, 2.0))
+    harm = HARM + 0.1
+    check, _ = _told((1.0, 0.3, 0.3), (0.3, 1.0, harm))
     assert not check.found
-    check.see(0.3 * CONFIRM)
-    assert check.due
-    assert not check.take(0.27, 0.95, 2.0)
+    assert _due_at(check, 0.3 * NEAR)
+    assert not check.take(0.27, 1.0, harm / NEAR)
     assert check.found
     assert not check.due
-    assert _told((1.0, 0.3, 0.3), (0.3, 0.95, DECISIVE))[0].found
-    assert not _told((1.0, 0.3, 0.3), (0.3, 0.95, 2.0), (0.27, NOISE - 0.01, 0.5), (0.2, 0.95, 2.0))[0].found
+    assert _told((1.0, 0.3, 0.3), (0.3, 1.0, DECISIVE))[0].found
+    assert not _told((1.0, 0.3, 0.3), (0.3, 1.0, harm), (0.27, NOISE - 0.01, 0.5), (0.2, 1.0, harm))[0].found
 
 
-def test_where_nothing_is_left_to_lose_nobody_stops() -> None:
-    """A fit to the end would leave less than a tenth of what there was: small data without noise."""
+def test_what_samples_do_not_tell_but_does_no_harm_is_learnt() -> None:
+    """Details too fine for the samples: what is left of one that is left out stays what it was as the loss falls."""
+    answers = [(loss, 1.0, 0.3 / loss) for loss in (0.3, 0.27, 0.21, 0.15, 0.09)]
+    check, _ = _told((1.0, 0.4, 0.4), *answers)
+    assert not check.found
+    check, _ = _told((1.0, 0.4, 0.4), *answers[:3])
+    assert not _due_at(check, 0.21 * (NEAR - 2 * FURTHER) * 1.01)  # and questions become rare
+    assert _due_at(check, 0.21 * (NEAR - 2 * FURTHER) * 0.99)
+
+
+def test_where_little_is_left_to_lose_nobody_stops() -> None:
+    """Fitted to the end there would be less than a tenth of what there was."""
+    assert MATTERS > 0.02 * 4.5
     assert not _told((1.0, 0.1, 0.1), (0.02, 0.95, 4.5), (0.018, 0.95, 4.5))[0].found
-    check, _ = _told((1.0, 1e-4, 1e-4), (9e-4, 0.9, 4.5))
-    check.see(0.0)
-    assert not check.due  # not for ever
+    check, _ = _told((1.0, 0.1, 0.1), (3e-3, 0.5, 0.5))
+    assert not _due_at(check, 0.0, 1000)  # not for ever
 
 
 def test_a_jump_through_the_noise_leads_back_only_where_much_was_expected() -> None:
@@ -164,7 +197,7 @@ def test_a_jump_through_the_noise_leads_back_only_where_much_was_expected() -> N
 
 
 def test_its_state_is_plain_numbers() -> None:
-    check, _ = _told((1.0, 0.5, 0.5), (0.4, 0.95, 2.0))
+    check, _ = _told((1.0, 0.3, 0.3), (0.4, 0.95, 2.0))
     other = NoiseCheck()
     other.load_state_dict(check.state_dict())
     assert other.state_dict() == check.state_dict()
@@ -347,7 +380,7 @@ def test_a_question_leaves_no_trace_and_is_charged() -> None:
         p.grad = torch.ones_like(p)
     before = copy.deepcopy((model.state_dict(), [p.grad for p in model.parameters()], torch.get_rng_state()))
     noise.__init__()  # type: ignore[misc]
-    noise.see(1.0)
+    noise.see(1.0, 0)
     spent = run.meter.num_forward
     forwards = noise_check.ask_if_due(run, _data(0.0))
     assert noise.num_asked == 1

@@ -186,7 +186,8 @@ class NoiseCheck:
         self.num_asked += 1
         self._at_last = self._num_jumps
         self._first = loss if self._first == math.inf else self._first
-        if loss < THROUGH * self._expected and self._expected >= DOUBT * self._first:
+        told = self._best == math.inf  # at the question before
+        if told and loss < THROUGH * self._expected and self._expected >= DOUBT * self._first:
             self.found = True
             return True
         if untold < NOISE:
