@@ -23,7 +23,7 @@ from hybrid_predict_trainer.judge.noise import (
     DECISIVE,
     FURTHER,
     HARM,
-    LITTLE_TOLD,
+   
     MARGIN,
     MATTERS,
     MOST_FALL,
@@ -144,7 +144,7 @@ def test_questions_come_closer_the_less_samples_tell_of_one_another() -> None:
     """One costs as much as some steps: where all is told there are two or three of them."""
     check = NoiseCheck()
     assert _due_at(check, 2.0)
-    for untold, fall in ((0.01, MARGIN * 0.01), (0.5, MOST_FALL), (LITTLE_TOLD[0] + 0.01, LITTLE_TOLD[1])):
+    for untold, fall in ((0.01, MARGIN * 0.01), (0.5, MOST_FALL), (0.8, MOST_FALL)):
         check.take(2.0, untold, untold)
         assert not _due_at(check, 2.0 * fall * 1.01)
         assert _due_at(check, 2.0 * fall * 0.99)
@@ -169,6 +169,13 @@ def test_two_answers_in_a_row_find_noise_and_one_that_leaves_no_doubt() -> None:
     assert not check.due
     assert _told((1.0, 0.3, 0.3), (0.3, 1.0, DECISIVE))[0].found
     assert not _told((1.0, 0.3, 0.3), (0.3, 1.0, harm), (0.27, NOISE - 0.01, 0.5), (0.2, 1.0, harm))[0].found
+
+
+def test_where_nothing_was_ever_told_there_has_to_be_no_doubt() -> None:
+    """Sixty-four samples of eight inputs tell nothing of one another without any noise: what is wanted is their fit."""
+    harm = HARM + 0.1
+    assert not _told((1.0, 1.0, harm), (0.9, 1.0, harm), (0.8, 1.0, harm))[0].found
+    assert _told((1.0, 1.0, harm), (0.9, 1.0, DECISIVE / 0.9))[0].found
 
 
 def test_what_samples_do_not_tell_but_does_no_harm_is_learnt() -> None:
@@ -327,9 +334,9 @@ def test_closed_form_that_went_through_the_noise_comes_back(notices: list[str]) 
 
 
 def test_closed_form_learns_no_noise_either(notices: list[str]) -> None:
-    trainer = _run(_data(count=48), residual_fn=_residuals, steps=60)
+    trainer = _run(_data(0.3, count=48), residual_fn=_residuals, steps=60)
     assert trainer.run.judge.noise.found
-    assert float(_squares(trainer.run.subject.model, _data(count=48)).detach()) > 0.1  # the noise's variance is 0.25
+    assert float(_squares(trainer.run.subject.model, _data(0.3, count=48)).detach()) > 0.03  # of 0.09 that are noise
     notices.clear()
 
 

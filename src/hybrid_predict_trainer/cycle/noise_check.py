@@ -30,6 +30,8 @@ from .withdrawal import end_by_noise, keep
 
 #: Samples that are looked at: at least, at most, and by what factor fewer where inverses would cost more forwards.
 FEWEST_ROWS, MOST_ROWS, FEWER, MOST_FORWARDS = 128, 512, 0.8, 12.0
+#: Share of a run that questions may cost, and forwards besides where nobody knows how long it is.
+SHARE, ALLOWANCE = 0.08, 40.0
 #: Factorisations that an inverse is worth, with its own.
 FACTORS_OF_INVERSE = 3
 #: Rows that are differentiated at a time, and memory: not needed, because only what can be read off is asked about.
@@ -52,10 +54,11 @@ def ask_if_due(run: State, batch: Any) -> float:
     Returns:
         Forwards spent.
     """
-    if not _concerns(run) or not run.judge.noise.due:
+    if not _concerns(run) or not run.judge.noise.due or not _affordable(run):
         return 0.0
     loss, forwards, untold, fitted = _answer(run, batch)
     run.subject.reshard()
+    run.judge.noise.spend(forwards)
     run.meter.add_forwards(forwards)
     run.judge.ledger.observe(forwards * FORWARD_UNITS)
     if not (math.isfinite(loss) and math.isfinite(untold)):
@@ -80,6 +83,15 @@ def _concerns(run: State) -> bool:
     asked = validation is not None and not validation.failed and not validation.jumps.mute
     few = judge.num_samples < SAMPLES_PER_WEIGHT * run.subject.groups.num_weights
     return few and not asked and run.subject.judge_fn is None and not run.subject.ranks.sharded
+
+
+def _affordable(run: State) -> bool:
+    """Whether one more question is within its share of the run, as far as its length is known."""
+    noise, meter = run.judge.noise, run.meter
+    planned = meter.planned_units if run.schedule.end is not None else 0.0
+    usual = noise.num_forward / noise.num_asked if noise.num_asked else 0.0
+    allowed = SHARE * max(planned, meter.cost_units) / FORWARD_UNITS
+    return noise.num_forward + usual <= allowed + (0.0 if planned else ALLOWANCE)
 
 
 def _answer(run: State, batch: Any) -> list[float]:

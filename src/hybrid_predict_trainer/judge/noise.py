@@ -29,11 +29,10 @@ NOISE = 0.9
 #: they first told no more, where it does harm, and where one answer is enough; and over the loss at the first question,
 #: where it matters.  Details that are too fine for the samples do less, 1.1 to 1.9, than noise, 2 to 9.
 HARM, DECISIVE, MATTERS = 1.6, 4.0, 0.1
-#: Answers in a row that have to say so.
+#: Answers in a row that have to say so, where an earlier one told something: noise is what is left of it.
 IN_A_ROW = 2
-#: To what share the loss falls until the next question: so many times the share that cannot be told, in these bounds,
-#: and where more than that share cannot.
-MARGIN, LEAST_FALL, MOST_FALL, LITTLE_TOLD = 4.0, 1e-3, 0.7, (0.6, 0.85)
+#: To what share the loss falls until the next question: so many times the share that cannot be told, in these bounds.
+MARGIN, LEAST_FALL, MOST_FALL = 4.0, 1e-3, 0.7
 #: The same where samples tell no more of one another: at first, how much less after each answer that it does no harm,
 #: and at least.
 NEAR, FURTHER, FAR = 0.9, 0.1, 0.5
@@ -137,17 +136,20 @@ class NoiseCheck:
         found: What is left is noise.
         unable: Residuals cannot be had: nobody asks.
         num_asked: Questions so far.
+        num_forward: Forwards that they were worth.
     """
 
     def __init__(self) -> None:
         """Nobody has asked."""
         self.found = self.unable = False
         self.num_asked = 0
+        self.num_forward = 0.0
         self._first = math.inf  # loss at the first question
         self._loss = math.inf  # as far as it is known
         self._next = math.inf  # loss at which to ask next
         self._expected = 0.0  # loss at which noise was to be met, by the last question that found none
         self._in_a_row = 0  # answers that found it
+        self._told = False  # an answer told something
         self._harmless = 0  # answers that samples tell no more of one another, and that it does no harm
         self._num_jumps = self._at_last = 0  # now, and at the last question
         self._best = math.inf  # what was left of samples that were left out when they first told no more
@@ -172,6 +174,10 @@ class NoiseCheck:
         found: T = self._rows[1]
         return found
 
+    def spend(self, num_forward: float) -> None:
+        """A question was worth so many forwards."""
+        self.num_forward += num_forward
+
     def take(self, loss: float, untold: float, fitted: float) -> bool:
         """Take an answer, of :func:`~..numerics.leave_one_out.left_out_error`.
 
@@ -186,21 +192,20 @@ class NoiseCheck:
         self.num_asked += 1
         self._at_last = self._num_jumps
         self._first = loss if self._first == math.inf else self._first
-        told = self._best == math.inf  # at the question before
-        if told and loss < THROUGH * self._expected and self._expected >= DOUBT * self._first:
+        plain = self._best == math.inf  # samples told something at the question before
+        if plain and loss < THROUGH * self._expected and self._expected >= DOUBT * self._first:
             self.found = True
             return True
         if untold < NOISE:
             self._in_a_row, self._harmless, self._best = 0, 0, math.inf
             self._expected = untold * loss
             self._next = loss * min(max(MARGIN * untold, LEAST_FALL), MOST_FALL)
-            if untold > LITTLE_TOLD[0]:
-                self._next = loss * LITTLE_TOLD[1]
+            self._told = True
         else:
             self._best = untold * loss if self._best == math.inf else self._best
             end = fitted * loss
             harms = end >= max(HARM * self._best, MATTERS * self._first)
-            self._in_a_row = self._in_a_row + 1 if harms else 0
+            self._in_a_row = self._in_a_row + 1 if harms and self._told else 0
             self.found = self._in_a_row >= IN_A_ROW or (harms and end >= DECISIVE * self._best)
             self._next = loss * (NEAR if harms else max(NEAR - FURTHER * self._harmless, FAR))
             self._harmless += not harms
@@ -214,7 +219,7 @@ class NoiseCheck:
 
     _NAMES = (
         "found", "unable", "num_asked", "_first", "_loss", "_next", "_expected", "_in_a_row", "_harmless", "_num_jumps",
-        "_at_last", "_best",
+        "_at_last", "_best", "_told", "num_forward",
     )  # fmt: skip
 
     def state_dict(self) -> StateDict:
