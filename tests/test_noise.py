@@ -334,9 +334,9 @@ def test_closed_form_that_went_through_the_noise_comes_back(notices: list[str]) 
 
 
 def test_closed_form_learns_no_noise_either(notices: list[str]) -> None:
-    trainer = _run(_data(0.3, count=48), residual_fn=_residuals, steps=60)
+    trainer = _run(_data(0.3, count=64), residual_fn=_residuals, steps=60)
     assert trainer.run.judge.noise.found
-    assert float(_squares(trainer.run.subject.model, _data(0.3, count=48)).detach()) > 0.03  # of 0.09 that are noise
+    assert float(_squares(trainer.run.subject.model, _data(0.3, count=64)).detach()) > 0.03  # of 0.09 that are noise
     notices.clear()
 
 

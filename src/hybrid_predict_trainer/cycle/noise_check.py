@@ -28,6 +28,8 @@ from .handover import MicroBatches
 from .state import State
 from .withdrawal import end_by_noise, keep
 
+#: Samples of a batch from which on leaving one out says something of all.
+ENOUGH_SAMPLES = 48
 #: Samples that are looked at: at least, at most, and by what factor fewer where inverses would cost more forwards.
 FEWEST_ROWS, MOST_ROWS, FEWER, MOST_FORWARDS = 128, 512, 0.8, 12.0
 #: Share of a run that questions may cost, and forwards besides where nobody knows how long it is.
@@ -79,6 +81,8 @@ def _concerns(run: State) -> bool:
     if not (run.full_batch and run.windows.observing and run.proposer.chooses) or run.config.gate.exact != "auto":
         return False
     if judge.of_labels or judge.num_samples is None or judge.ledger.switched_off or run.config.never_predicts:
+        return False
+    if judge.num_samples < ENOUGH_SAMPLES:
         return False
     asked = validation is not None and not validation.failed and not validation.jumps.mute
     few = judge.num_samples < SAMPLES_PER_WEIGHT * run.subject.groups.num_weights
