@@ -61,7 +61,7 @@ if __name__ == "__main__":
 
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.Tanh(), torch.nn.Linear(32, 1))
-    inputs = torch.randn(256, 8)
+    inputs = torch.rand(256, 8)
     batch = (inputs, inputs.sum(dim=1, keepdim=True).sin())
 
     def loss_fn(model: torch.nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:

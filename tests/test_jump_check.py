@@ -23,6 +23,7 @@ from hybrid_predict_trainer import Engine, HybridTrainer, HybridTrainerConfig, a
 from hybrid_predict_trainer.cycle import jump_check
 from hybrid_predict_trainer.judge import candidates
 from hybrid_predict_trainer.judge.guard import NO_ANCHOR, Guard
+from hybrid_predict_trainer.judge.noise import NoiseCheck
 from hybrid_predict_trainer.judge.safety import Safety
 from hybrid_predict_trainer.judge.validation import (
     FALL,
@@ -38,6 +39,12 @@ from hybrid_predict_trainer.move.multiplier import Account, Multiplier
 ENDED = "jumps took the training loss down and the validation loss up"
 STEPS = 200
 Samples = tuple[Tensor, Tensor]
+
+
+@pytest.fixture(autouse=True)
+def training_samples_say_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they say of noise where there is no validation loss has tests of its own, in test_noise.py."""
+    monkeypatch.setattr(NoiseCheck, "due", False)
 
 
 def samples(num: int, seed: int, noise: float) -> Samples:

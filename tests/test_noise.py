@@ -23,7 +23,7 @@ from hybrid_predict_trainer.judge.noise import (
     DECISIVE,
     FURTHER,
     HARM,
-   
+    LEARNT,
     MARGIN,
     MATTERS,
     MOST_FALL,
@@ -173,9 +173,10 @@ def test_two_answers_in_a_row_find_noise_and_one_that_leaves_no_doubt() -> None:
 
 def test_where_nothing_was_ever_told_there_has_to_be_no_doubt() -> None:
     """Sixty-four samples of eight inputs tell nothing of one another without any noise: what is wanted is their fit."""
-    harm = HARM + 0.1
-    assert not _told((1.0, 1.0, harm), (0.9, 1.0, harm), (0.8, 1.0, harm))[0].found
-    assert _told((1.0, 1.0, harm), (0.9, 1.0, DECISIVE / 0.9))[0].found
+    harm, most = HARM + 0.1, DECISIVE / LEARNT
+    assert not _told((1.0, 1.0, harm), (0.5, 1.0, 2 * harm), (0.45, 1.0, 2 * harm))[0].found
+    assert _told((1.0, 1.0, harm), (LEARNT, 1.0, most))[0].found
+    assert not _told((1.0, 1.0, most), (LEARNT + 0.01, 1.0, most))[0].found  # nor has anything been learnt
 
 
 def test_what_samples_do_not_tell_but_does_no_harm_is_learnt() -> None:
@@ -334,7 +335,7 @@ def test_closed_form_that_went_through_the_noise_comes_back(notices: list[str]) 
 
 
 def test_closed_form_learns_no_noise_either(notices: list[str]) -> None:
-    trainer = _run(_data(0.3, count=64), residual_fn=_residuals, steps=60)
+    trainer = _run(_data(0.3, count=64), residual_fn=_residuals, steps=200)
     assert trainer.run.judge.noise.found
     assert float(_squares(trainer.run.subject.model, _data(0.3, count=64)).detach()) > 0.03  # of 0.09 that are noise
     notices.clear()

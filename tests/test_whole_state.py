@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from cases import assert_same, difference
 from hybrid_predict_trainer import CheckpointError, HybridTrainer, HybridTrainerConfig
 from hybrid_predict_trainer.config.toml import with_values
+from hybrid_predict_trainer.judge.noise import NoiseCheck
 from hybrid_predict_trainer.keep import checkpoint, migration, optimizer_state, state_tree
 from hybrid_predict_trainer.keep.buffers import BufferGuard, Buffers
 from hybrid_predict_trainer.keep.rng import rng_state, set_rng_state
@@ -774,6 +775,7 @@ def test_a_checkpoint_of_format_3_is_sorted_by_owner(tmp_path: Path) -> None:
         *(("losses", "curve", name) for name in ("block", "num_open", "open", "sums")),
         *(("safety", "guard", name) for name in ("num_retries", "exact")), ("monitor", "num_large"),
         ("safety", "best_point"), ("judge", "of_labels"), ("judge", "num_samples"),
+        *(("judge", "noise", name) for name in NoiseCheck().state_dict()),
         *(("optimizer_step", "scale", "multiplier", name)
           for name in ("arrived", "arrivals", "num_unsteady", "num_looks")),
     }  # fmt: skip

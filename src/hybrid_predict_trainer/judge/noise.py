@@ -31,6 +31,8 @@ NOISE = 0.9
 HARM, DECISIVE, MATTERS = 1.6, 4.0, 0.1
 #: Answers in a row that have to say so, where an earlier one told something: noise is what is left of it.
 IN_A_ROW = 2
+#: Where none did the loss has to have fallen to this share first: a network that has learnt nothing tells nothing.
+LEARNT = 0.5
 #: To what share the loss falls until the next question: so many times the share that cannot be told, in these bounds.
 MARGIN, LEAST_FALL, MOST_FALL = 4.0, 1e-3, 0.7
 #: The same where samples tell no more of one another: at first, how much less after each answer that it does no harm,
@@ -204,11 +206,15 @@ class NoiseCheck:
         else:
             self._best = untold * loss if self._best == math.inf else self._best
             end = fitted * loss
-            harms = end >= max(HARM * self._best, MATTERS * self._first)
+            learnt = self._told or loss <= LEARNT * self._first
+            harms = learnt and end >= max(HARM * self._best, MATTERS * self._first)
             self._in_a_row = self._in_a_row + 1 if harms and self._told else 0
             self.found = self._in_a_row >= IN_A_ROW or (harms and end >= DECISIVE * self._best)
-            self._next = loss * (NEAR if harms else max(NEAR - FURTHER * self._harmless, FAR))
-            self._harmless += not harms
+            if learnt:
+                self._next = loss * (NEAR if harms else max(NEAR - FURTHER * self._harmless, FAR))
+                self._harmless += not harms
+            else:
+                self._next = loss * MOST_FALL
         if self._next < ENOUGH * self._first:
             self._next = -math.inf
         return False
