@@ -47,6 +47,19 @@ OF_NUMBERS: dict[str, Loss] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "size", [lambda w: w.square().sum(), lambda w: w.norm(), lambda w: w.abs().sum(), lambda w: (w * w).mean()]
+)
+def test_a_penalty_of_weights_in_the_loss_says_where_to_stop(size: Callable[[Tensor], Tensor]) -> None:
+    """As decay that the optimizer adds does; the order of the terms is no matter."""
+    x, y = _data(12)
+    layer = nn.Linear(NUM_INPUTS, NUM_CLASSES)
+    told, penalty = functional.cross_entropy(layer(x), y), 1e-3 * size(layer.weight)
+    assert is_of_labels(told)
+    assert not is_of_labels(told + penalty)
+    assert not is_of_labels(penalty + told)
+
+
 def _data(num_samples: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(num_samples, NUM_INPUTS, generator=generator)

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..records import ConfigError, EpochResult
+from ..records import ConfigError, EpochResult, Phase
 from ..tell.figures import statistics
 from ..weights import algebra as weights
-from .inputs import predictor_ready
+from .inputs import affordable, predictor_ready, windows_to_wait
 from .state import State
 
 
@@ -105,10 +105,27 @@ def has_ended(run: State, total_steps: int | None) -> bool:
 def owes_proposal(run: State) -> bool:
     """Whether a run that might end goes on for one step, because its weights are worse than others that it knows."""
     source = run.proposer.source
-    if source is None or not source.owes:
+    if source is None:
+        return _has_left_a_jump(run)
+    if not source.owes:
         return False
     source.on_asked()
     return predictor_ready(run)
+
+
+def _has_left_a_jump(run: State) -> bool:
+    """Whether the last real step stands alone behind an accepted jump, and a proposal would judge where it has led to.
+
+    Where losses are exact the next proposal leads on from there, or back.  Without it the run would end where the
+    optimizer's own step goes from a place that it has not come to by itself: Rprop's by a loss of 0.08 to 11.
+    """
+    windows, phases = run.windows, run.phases
+    jumped = windows.just_closed and windows.last is not None and windows.last.jumped
+    due = run.full_batch and phases.current is Phase.FULL and jumped
+    if not due or phases.num_forced_full_steps or run.proposes_nothing:
+        return False
+    off = run.judge.ledger.switched_off or run.safety.guard.comparing or run.judge.probation is not None
+    return not off and windows_to_wait(run) == 0 and predictor_ready(run) and affordable(run)
 
 
 class Tally:

@@ -8,11 +8,14 @@ the plain run's validation loss (LOG.md).  What the loss is made of is read off 
 from __future__ import annotations
 
 from collections import deque
+from typing import Any
 
 from torch import Tensor
 
 #: Nodes of losses of labels, by the beginnings of their names: cross-entropy in both forms, also written by hand.
 LABELS = ("NllLoss", "BinaryCrossEntropy", "LogSoftmax", "LogSigmoid", "Logsumexp", "CtcLoss", "SoftMarginLoss")
+#: Nodes that measure how large something is; of a weight it is a penalty.
+SIZES = ("PowBackward", "MulBackward", "AbsBackward", "LinalgVectorNorm", "NormBackward")
 #: Nodes that weigh, pick, add up or reshape what comes from before them.
 PASSED = (
     "Mean", "Sum", "Mul", "Div", "Add", "Sub", "Neg", "Exp", "Clamp", "Squeeze", "Unsqueeze", "View", "Reshape",
@@ -29,17 +32,32 @@ MOST_NODES = 64
 def is_of_labels(loss: Tensor) -> bool:
     """Whether a loss is the mean, or any weighted sum, of losses of labels.
 
+    With a penalty of weights in the loss it has a minimum, as with decay: such a one is no loss of labels here.
+
     Args:
         loss: Shape (), with its graph; backward may have been through it.  Without a graph nothing is known: no.
     """
     if loss.grad_fn is None:
         return False
-    waiting, seen = deque([loss.grad_fn]), 0
+    waiting, seen, found = deque([loss.grad_fn]), 0, False
     while waiting and seen < MOST_NODES:
         node, seen = waiting.popleft(), seen + 1
-        name = node.name().removeprefix("torch::autograd::")
+        name = name_of(node)
         if name.startswith(LABELS):
-            return True
-        if name.partition("Backward")[0] in PASSED:
+            found = True
+        elif name.startswith(SIZES) and is_of_a_weight(node):
+            return False
+        elif name.partition("Backward")[0] in PASSED:
             waiting.extend(before for before, _ in node.next_functions if before is not None)
-    return False
+    return found
+
+
+def name_of(node: Any) -> str:
+    """What torch calls the node of a graph."""
+    return str(node.name()).removeprefix("torch::autograd::")
+
+
+def is_of_a_weight(node: Any) -> bool:
+    """Whether a node's input is a parameter itself."""
+    before = node.next_functions[0][0]
+    return before is not None and name_of(before).startswith("AccumulateGrad")

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from ..records import StateDict
-from .labels import PASSED
+from .labels import PASSED, is_of_a_weight, name_of
 
 T = TypeVar("T")
 
@@ -79,16 +79,12 @@ def _terms(loss: Tensor) -> Iterator[Any]:
         node, seen = waiting.popleft(), seen + 1
         if node is None:
             continue
-        name = _name(node)
+        name = name_of(node)
         if _measures(node, name):
-            if not _is_of_a_weight(node):
+            if not is_of_a_weight(node):
                 yield node
         elif name.partition("Backward")[0] in (*PASSED, *WRAPPED):
             waiting.extend(before for before, _ in node.next_functions)
-
-
-def _name(node: Any) -> str:
-    return str(node.name()).removeprefix("torch::autograd::")
 
 
 def _measures(node: Any, name: str) -> bool:
@@ -100,14 +96,8 @@ def _measures(node: Any, name: str) -> bool:
     return name.startswith((*COMPARING, *MEASURING))
 
 
-def _is_of_a_weight(node: Any) -> bool:
-    """Whether it is a penalty of a weight."""
-    before = node.next_functions[0][0]
-    return before is not None and _name(before).startswith("AccumulateGrad")
-
-
 def _residuals(node: Any) -> Tensor | None:
-    if _name(node).startswith(COMPARING):
+    if name_of(node).startswith(COMPARING):
         outputs, targets = node._saved_self, node._saved_target
         return None if targets.requires_grad or not outputs.requires_grad else outputs - targets
     return node._saved_self if _is_from_data(node.next_functions[0][0]) else None
@@ -119,7 +109,7 @@ def _is_from_data(node: Any) -> bool:
         trained = [] if node is None else [before for before, _ in node.next_functions if before is not None]
         if len(trained) != 1:
             return False
-        name = _name(node)
+        name = name_of(node)
         if name.startswith(("SubBackward", "RsubBackward")):
             return len(node.next_functions) == 2
         if not name.startswith(SCALES) and name.partition("Backward")[0] not in PASSED:
