@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -315,6 +316,21 @@ def test_from_there_the_run_is_the_plain_loop_to_the_last_bit(notices: list[str]
     for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     assert trainer.run.meter.num_passes - passes < 60 * 30  # and nothing is kept of its windows any more
+    notices.clear()
+
+
+def test_a_validation_loss_that_comes_with_a_resume_has_the_word(notices: list[str], tmp_path: Path) -> None:
+    """Noise stays found in a run that goes on as it was."""
+    saved = _run().save_checkpoint(tmp_path / "saved")
+    for options, ended in (
+        ({}, True),
+        ({"val_fn": lambda model: float(_squares(model, _data(count=50)).detach())}, False),
+    ):
+        again = _run(steps=0, **options)
+        again.load_checkpoint(saved)
+        again.fit(itertools.repeat(_data()), total_steps=160)
+        assert again.run.judge.noise.found
+        assert again.run.proposes_nothing == ended
     notices.clear()
 
 

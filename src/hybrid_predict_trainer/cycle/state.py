@@ -217,14 +217,13 @@ class State:
         made faster then, unless a validation loss says where to stop; of labels weight decay does so, too.
         """
         judge, validation = self.judge, self.safety.validation
-        if judge.noise.found:
-            return self.full_batch
-        if not judge.of_labels or judge.num_samples is None:
+        if not self.full_batch or (validation is not None and not validation.failed and not validation.jumps.mute):
             return False
-        asked = validation is not None and not validation.failed and not validation.jumps.mute
-        told = self.decay.present or asked
-        few = judge.num_samples < SAMPLES_PER_WEIGHT * self.subject.groups.num_weights
-        return few and not told and self.full_batch
+        if judge.noise.found:
+            return True
+        if not judge.of_labels or judge.num_samples is None or self.decay.present:
+            return False
+        return judge.num_samples < SAMPLES_PER_WEIGHT * self.subject.groups.num_weights
 
     @property
     def proposes_nothing(self) -> bool:
