@@ -376,3 +376,32 @@ def test_what_jumps_do_is_judged_by_the_mean_of_the_ranks_answers(tmp_path: Path
     assert first["best"] == 1.0
     assert first["asked"] == 4
     assert first["parted"] == 0
+
+
+def _noisy(rank: int, size: int) -> dict[str, Any]:
+    """A full batch of noise around a smooth function, half of it on either rank, until jumps have ended."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.rand(192, 2, generator=generator) * 2 - 1
+    y = torch.sin(3 * x[:, :1]) * x[:, 1:] + 0.5 * torch.randn(192, 1, generator=generator)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1))
+    model = DistributedDataParallel(model)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    trainer = HybridTrainer(model, optimizer, loss_fn=lambda m, b: nn.functional.mse_loss(m(b[0]), b[1]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(250):
+            trainer.step((x[rank::2], y[rank::2]))
+    run = trainer.run
+    return {
+        "weights": _weights(trainer).tolist(), "check": run.judge.noise.state_dict(),
+        "jumps": run.meter.num_jumps_accepted, "parted": run.subject.ranks.num_brought_together,
+    }  # fmt: skip
+
+
+def test_noise_is_found_on_all_ranks_at_once(tmp_path: Path) -> None:
+    first, second = with_ranks(2, tmp_path, _noisy)
+    assert first == second
+    assert first["check"]["found"]
+    assert first["jumps"] > 0
+    assert first["parted"] == 0
