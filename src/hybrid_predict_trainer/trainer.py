@@ -281,7 +281,7 @@ class HybridTrainer:
                 if progress_callback is not None:
                     progress_callback(result)
                 stopped = should_stop is not None and run.subject.ranks.any(should_stop())
-                if (stopped or has_ended(run, total_steps)) and not owes_proposal(run):
+                if (stopped or has_ended(run, total_steps)) and not owes_proposal(run, stopped=stopped):
                     break
         finally:
             run.schedule.plan(None)

@@ -102,11 +102,16 @@ def has_ended(run: State, total_steps: int | None) -> bool:
     return total_steps is not None and run.position >= total_steps and settled
 
 
-def owes_proposal(run: State) -> bool:
-    """Whether a run that might end goes on for one step, because its weights are worse than others that it knows."""
+def owes_proposal(run: State, *, stopped: bool) -> bool:
+    """Whether a run that might end goes on for one step, because its weights may be worse than others that it knows.
+
+    Args:
+        run: Between two steps.
+        stopped: Somebody wants it to end here: it may be resumed, and goes on then.
+    """
     source = run.proposer.source
     if source is None:
-        return _has_left_a_jump(run)
+        return not stopped and _has_left_a_jump(run)
     if not source.owes:
         return False
     source.on_asked()
