@@ -134,18 +134,21 @@ def end_by_noise(run: State, untold: float, *, back: bool) -> None:
         back: Jumps have gone through the noise: the state of the question before comes back, if there is one.
     """
     point = run.safety.best_point
+    found = f"{min(untold, 1.0):.0%} of a residual cannot be told from those of the other samples"
     outcome = "the weights stay"
+    if back:
+        found = "it fell through what could not be told of samples that were left out"
     if back and point is not None:
         put_back(run, point)
         run.safety.begin_anew()
         run.optimizer_step.scale.begin_anew()
         run.losses.history.begin_losses_anew()
-        outcome = "the state before the last ones came back"
+        outcome = "the state before it fell came back"
     run.safety.drop_best()
     warn(
-        f"what is left of the training loss looks like noise ({min(untold, 1.0):.0%} of a residual cannot be told from "
-        f"those of the other samples): the rest of the run has neither jumps nor raised rates, and {outcome}.  Pass "
-        'val_fn= to have new data judge instead; gate.exact = "always" takes the training loss down all the same',
+        f"what is left of the training loss looks like noise ({found}): the rest of the run has neither jumps nor raised "
+        f'rates, and {outcome}.  Pass val_fn= to have new data judge instead; gate.exact = "always" takes the training '
+        "loss down all the same",
     )
 
 
