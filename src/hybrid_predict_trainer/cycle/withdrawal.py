@@ -146,9 +146,9 @@ def end_by_noise(run: State, untold: float, *, back: bool) -> None:
         outcome = "the state before it fell came back"
     run.safety.drop_best()
     warn(
-        f"what is left of the training loss looks like noise ({found}): the rest of the run has neither jumps nor raised "
-        f'rates, and {outcome}.  Pass val_fn= to have new data judge instead; gate.exact = "always" takes the training '
-        "loss down all the same",
+        f"what is left of the training loss looks like noise ({found}): the rest of the run has neither jumps nor "
+        f'raised rates, and {outcome}.  Pass val_fn= to have new data judge instead; gate.exact = "always" takes the '
+        "training loss down all the same",
     )
 
 
