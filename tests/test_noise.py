@@ -96,12 +96,15 @@ OF_DATA: dict[str, Callable[[Tensor], Tensor]] = {
     "smooth l1": lambda o: functional.smooth_l1_loss(o, Y),
     "root": lambda o: functional.mse_loss(o, Y).sqrt(),
     "norm": lambda o: torch.linalg.vector_norm(o - Y),
-    "weighted": lambda o: (torch.tensor([1.0, 2.0, 0.5]) * (o - Y) ** 2).mean(),
     "with a penalty": lambda o: functional.mse_loss(o, Y) + 1e-3 * WEIGHT.square().sum(),
     "reshaped": lambda o: functional.mse_loss(o[:, None], Y[:, None]),
     "in double": lambda o: functional.mse_loss(o.double(), Y.double()).float(),
 }  # fmt: skip
 OF_ELSE: dict[str, Callable[[Tensor], Tensor]] = {
+    "weighted": lambda o: (torch.tensor([1.0, 2.0, 0.5]) * (o - Y) ** 2).mean(),
+    "masked": lambda o: (torch.tensor([1.0, 1.0, 0.0]) * (o - Y) ** 2).sum() / 2,
+    "distances, masked": lambda o: (torch.tensor([1.0, 1.0, 0.0]) * (o - Y).abs()).sum() / 2,
+    "huber, masked": lambda o: (torch.tensor([1.0, 1.0, 0.0]) * functional.huber_loss(o, Y, reduction="none")).sum(),
     "two terms": lambda o: (o - Y).square().mean() + o[:1].square().mean(),
     "of outputs alone": lambda o: o.square().mean(),
     "of two networks": lambda o: functional.mse_loss(o, (X @ WEIGHT)[:, 0].tanh()),
@@ -132,8 +135,11 @@ def test_what_is_no_difference_from_data_is_left_alone(name: str) -> None:
 
 
 def _told(*answers: tuple[float, float, float]) -> tuple[NoiseCheck, list[bool]]:
-    check = NoiseCheck()
-    return check, [check.take(*answer) for answer in answers]
+    check, through = NoiseCheck(), []
+    for number, answer in enumerate(answers):  # a jump before each
+        check.see(answer[0], number)
+        through.append(check.take(*answer))
+    return check, through
 
 
 def _due_at(check: NoiseCheck, loss: float, num_jumps: int = 0) -> bool:
@@ -146,6 +152,7 @@ def test_questions_come_closer_the_less_samples_tell_of_one_another() -> None:
     check = NoiseCheck()
     assert _due_at(check, 2.0)
     for untold, fall in ((0.01, MARGIN * 0.01), (0.5, MOST_FALL), (0.8, MOST_FALL)):
+        check.see(2.0, 0)
         check.take(2.0, untold, untold)
         assert not _due_at(check, 2.0 * fall * 1.01)
         assert _due_at(check, 2.0 * fall * 0.99)
@@ -203,6 +210,22 @@ def test_a_jump_through_the_noise_leads_back_only_where_much_was_expected() -> N
     check, through = _told((1.0, 0.05, 0.05), (1e-9, 0.2, 0.2))
     assert through == [False, False]
     assert not check.found
+
+
+def test_what_no_jump_has_done_is_no_jump_through_the_noise() -> None:
+    check, _ = _told((1.0, 0.5, 0.5))
+    assert not check.take(1e-9, 0.2, 0.2)
+    assert not check.found
+
+
+def test_a_loss_below_zero_is_asked_about_as_it_falls() -> None:
+    """Squares and a constant: bookkeeping is of the squares."""
+    check = NoiseCheck()
+    check.see(-4.5, 0)
+    check.take(0.5, 0.3, 0.3)
+    assert not check.found
+    assert not _due_at(check, -4.6)
+    assert _due_at(check, -4.5 - (1 - MOST_FALL) * 4.51)
 
 
 def test_its_state_is_plain_numbers() -> None:
@@ -358,8 +381,8 @@ def test_closed_form_learns_no_noise_either(notices: list[str]) -> None:
 
 
 def test_some_of_the_samples_are_enough(notices: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(noise_check, "MOST_ROWS", 64)
-    assert _run().run.judge.noise.found
+    monkeypatch.setattr(noise_check, "MOST_ROWS", 128)
+    assert _run(_data(count=200), steps=300).run.judge.noise.found
     notices.clear()
 
 
@@ -380,11 +403,24 @@ def test_nobody_asks_where_somebody_else_says_so(name: str) -> None:
     assert not trainer.run.judge.noise.unable
 
 
+def _table() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(200_000, 8), nn.Tanh(), nn.Linear(8, 1))
+
+
+def _of_table(model: nn.Module, batch: Batch) -> Tensor:
+    return functional.mse_loss(model((batch[0][:, 0] > 0).long()), batch[1])
+
+
 UNABLE: dict[str, dict[str, Any]] = {
     "an equation": {"loss_fn": _equation},
     "samples that depend on one another": {"model": _mlp(norm=True)},
     "no difference from data": {"loss_fn": lambda model, batch: torch.cosh(model(batch[0]) - batch[1]).log().mean()},
     "two terms": {"loss_fn": lambda model, batch: _squares(model, batch) + model(batch[0]).square().mean()},
+    "samples that are masked": {
+        "loss_fn": lambda model, batch: ((model(batch[0]) - batch[1]) ** 2 * (batch[0][:, :1] > 0)).mean()
+    },
+    "a table that does not fit": {"model": _table(), "loss_fn": _of_table},
 }
 
 
@@ -394,6 +430,64 @@ def test_where_residuals_cannot_be_had_jumps_are_judged_by_the_loss(name: str) -
     assert trainer.run.judge.noise.unable
     assert trainer.run.judge.noise.num_asked == 0
     assert trainer.statistics()["num_jumps_accepted"] > 0
+
+
+def test_hooks_of_the_user_hear_of_no_question() -> None:
+    model, heard = _mlp(), 0
+
+    def hear(gradient: Tensor) -> None:
+        nonlocal heard
+        heard += 1
+
+    next(model.parameters()).register_hook(hear)
+    trainer = _run(_data(0.0), model=model, steps=40)
+    assert trainer.run.judge.noise.unable
+    assert heard == trainer.run.meter.num_real_steps
+
+
+@pytest.mark.parametrize("when", [3, 12, 30])
+def test_a_run_that_asks_is_resumed_bit_for_bit(when: int, notices: list[str], tmp_path: Path) -> None:
+    """Its questions after a resume are those that it would have asked, at the same price."""
+
+    def begun() -> HybridTrainer:
+        model = _mlp()
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 150)
+        return HybridTrainer(model, optimizer, loss_fn=_squares, lr_scheduler=schedule)
+
+    whole, first, again = begun(), begun(), begun()
+    for trainer, steps in ((whole, when), (first, when)):
+        for _ in range(steps):
+            trainer.step(_data())
+    again.load_checkpoint(first.save_checkpoint(tmp_path / "saved"))
+    for _ in range(120):
+        a, b = whole.step(_data()), again.step(_data())
+        assert a.loss == b.loss
+    assert whole.run.judge.noise.state_dict() == again.run.judge.noise.state_dict()
+    assert whole.run.judge.noise.found
+    assert whole.run.meter.num_forward == again.run.meter.num_forward
+    notices.clear()
+
+
+def test_the_last_proposal_that_a_run_owes_is_made_after_a_resume(tmp_path: Path) -> None:
+    """It was stopped behind its last step."""
+
+    def begun() -> HybridTrainer:
+        model = _mlp()
+        return HybridTrainer(model, torch.optim.Rprop(model.parameters(), lr=1e-3), loss_fn=_squares)
+
+    for total in range(25, 40):
+        whole, first, again = begun(), begun(), begun()
+        whole.fit(itertools.repeat(_data(0.0)), total_steps=total)
+        first.fit(
+            itertools.repeat(_data(0.0)), total_steps=total,
+            should_stop=lambda run=first.run, end=total: run.position >= end,
+        )  # fmt: skip
+        again.load_checkpoint(first.save_checkpoint(tmp_path / str(total)))
+        again.fit(itertools.repeat(_data(0.0)), total_steps=total)
+        assert again.current_step == whole.current_step
+        for a, b in zip(whole.run.subject.model.parameters(), again.run.subject.model.parameters(), strict=True):
+            assert torch.equal(a, b)
 
 
 def test_a_question_leaves_no_trace_and_is_charged() -> None:

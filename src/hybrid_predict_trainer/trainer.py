@@ -272,7 +272,8 @@ class HybridTrainer:
             run.batches.recurrence.announce()
         try:
             left = self._data.follow(loader)
-            for batch in () if has_ended(run, total_steps) else replaying(chain(left, passes), self._unused):
+            over = has_ended(run, total_steps) and not owes_proposal(run, stopped=False)
+            for batch in () if over else replaying(chain(left, passes), self._unused):
                 self._last_batch = batch
                 result = self.step(batch)
                 tally.count_step()

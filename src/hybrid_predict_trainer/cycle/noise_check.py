@@ -11,16 +11,16 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..cost import BACKWARD_UNITS, FORWARD_UNITS
 from ..judge.labels import SAMPLES_PER_WEIGHT
 from ..judge.noise import DAMPINGS, NOISE, residuals_of
 from ..keep.isolation import Isolation
 from ..numerics.leave_one_out import left_out_error
-from ..observe.batches import copied, num_samples
+from ..observe.batches import num_samples, picked
 from ..propose.sources import price
-from ..propose.sources.graph import NotSeparableError, nodes_of
+from ..propose.sources.graph import nodes_of
 from ..propose.sources.jacobian import Linearizer
 from ..records import StepOutcome
 from ..weights.real_views import all_differentiable
@@ -30,14 +30,13 @@ from .withdrawal import end_by_noise, keep
 
 #: Samples of a batch from which on leaving one out says something of all.
 ENOUGH_SAMPLES = 48
-#: Samples that are looked at: at least, at most, and by what factor fewer where inverses would cost more forwards.
-FEWEST_ROWS, MOST_ROWS, FEWER, MOST_FORWARDS = 128, 512, 0.8, 12.0
+#: Samples that are looked at: at least, at most, and by what factor fewer where a question would cost more forwards of
+#: the whole batch, or hold more memory.
+FEWEST_ROWS, MOST_ROWS, FEWER, MOST_FORWARDS, MEMORY_MB = 128, 512, 0.8, 16.0, 512.0
 #: Share of a run that questions may cost, and forwards besides where nobody knows how long it is.
 SHARE, ALLOWANCE = 0.08, 40.0
 #: Factorisations that an inverse is worth, with its own.
 FACTORS_OF_INVERSE = 3
-#: Rows that are differentiated at a time, and memory: not needed, because only what can be read off is asked about.
-CHUNK_ROWS, MEMORY_MB = 64, 512.0
 #: Kinds of nodes that a model leaves behind which is differentiated inside its loss.
 DIFFERENTIATED = "BackwardBackward"
 
@@ -58,16 +57,17 @@ def ask_if_due(run: State, batch: Any) -> float:
     """
     if not _concerns(run) or not run.judge.noise.due or not _affordable(run):
         return 0.0
-    loss, forwards, untold, fitted = _answer(run, batch)
+    square, usual, once, untold, fitted = _answer(run, batch)
+    forwards = usual + once
     run.subject.reshard()
-    run.judge.noise.spend(forwards)
+    run.judge.noise.spend(usual)
     run.meter.add_forwards(forwards)
     run.judge.ledger.observe(forwards * FORWARD_UNITS)
-    if not (math.isfinite(loss) and math.isfinite(untold)):
+    if not (math.isfinite(square) and math.isfinite(untold)):
         run.judge.noise.give_up()
         run.safety.drop_best()
         return forwards
-    through = run.judge.noise.take(loss, untold, fitted)
+    through = run.judge.noise.take(square, untold, fitted)
     if run.judge.noise.found:
         end_by_noise(run, untold, back=through)
     elif run.subject.can_solve and untold < NOISE:  # closed form may go through decades of the loss at once
@@ -93,14 +93,16 @@ def _affordable(run: State) -> bool:
     """Whether one more question is within its share of the run, as far as its length is known."""
     noise, meter = run.judge.noise, run.meter
     planned = meter.planned_units if run.schedule.end is not None else 0.0
-    usual = noise.num_forward / noise.num_asked if noise.num_asked else 0.0
     allowed = SHARE * max(planned, meter.cost_units) / FORWARD_UNITS
-    return noise.num_forward + usual <= allowed + (0.0 if planned else ALLOWANCE)
+    return noise.num_forward + noise.usual <= allowed + (0.0 if planned else ALLOWANCE)
 
 
 def _answer(run: State, batch: Any) -> list[float]:
-    """Loss, forwards spent, the least ratio and that of the last damping, means over ranks; NaN: they cannot be had."""
-    none = [math.nan, 1.0, math.nan, math.nan]
+    """Mean square of the residuals, forwards spent, those spent only once, the least ratio, that of the last damping.
+
+    With several ranks these are the means over them; NaN where they cannot be had.
+    """
+    none = [math.nan, 1.0, 0.0, math.nan, math.nan]
 
     def own() -> list[float]:
         try:
@@ -117,53 +119,88 @@ def _measured(run: State, batch: Any, isolation: Isolation) -> list[float] | Non
     subject, movable = run.subject, run.watch.trained.movable
     weights = [p for p, may in zip(subject.parameters, movable, strict=True) if may]
     batch = batch[0] if isinstance(batch, MicroBatches) else batch
+    size = num_samples(batch)
+    most = _most_rows(subject.model, weights)
+    if not weights or not all_differentiable(weights) or _hooked(subject.model) or min(size, FEWEST_ROWS) > most:
+        return None
+    chosen = _chosen(run, size, most)
     isolation.begin()
-    loss = subject.loss_fn(subject.model, copied(batch, tensors_too=run.judge.evaluation.loss_writes is not False))
-    residuals = residuals_of(loss) if weights and all_differentiable(weights) else None
+    loss = subject.loss_fn(subject.model, picked(batch, chosen))
+    residuals = residuals_of(loss)
     if residuals is None or not residuals.is_floating_point() or residuals.dim() == 0:
         return None
-    if len(residuals) < 2 or len(residuals) != num_samples(batch) or _is_differentiated(residuals, weights):
+    if len(residuals) != len(chosen) or len(residuals) < 2 or _is_differentiated(residuals, weights):
         return None
-    K, rho, counts, passes = _kernel(run, weights, residuals)
+    K, rho, counts = _kernel(run, weights, residuals)
     errors: list[float] = []
     for damping in DAMPINGS:  # until one tells enough of the residuals
         errors.append(left_out_error(K, rho, damping))
         if errors[-1] < NOISE:
             break
-    return [float(loss.detach()), passes + _price(counts, len(rho), len(errors)), min(errors), errors[-1]]
+    share = len(chosen) / size
+    backward = share * BACKWARD_UNITS / FORWARD_UNITS
+    usual = share + 2 * backward + _price(counts, share, len(errors))
+    once = 0.0 if run.judge.noise.num_asked else math.ceil(math.log2(len(chosen)) + 1) * backward  # digits of the rows
+    square = float(residuals.detach().double().square().mean())
+    return [square, usual, once, min(errors), errors[-1]]
 
 
-def _kernel(run: State, weights: list[Tensor], residuals: Tensor) -> tuple[Tensor, Tensor, price.Counts, float]:
-    """The kernel of some samples' residuals, these, counts of the Jacobian of all, and forwards that were made."""
-    noise = run.judge.noise
-    generator = torch.Generator().manual_seed(run.config.seed + noise.num_asked)
+def _most_rows(model: nn.Module, weights: list[Tensor]) -> int:
+    """Samples whose Jacobian fits into the memory for it: kernels of convolutions and tables are written out."""
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
+    written = sum(p.numel() for p in weights if p.dim() > 2 or id(p) in tables)
+    return MOST_ROWS if not written else min(MOST_ROWS, int(MEMORY_MB * 2**20 / (8 * written)))
+
+
+def _hooked(model: nn.Module) -> bool:
+    """Whether a user's code hears of backwards: those of a question are not his."""
+    names = ("_backward_hooks", "_backward_pre_hooks")
+    on_modules = any(getattr(m, name, None) for m in model.modules() for name in names)
+    return on_modules or any(p._backward_hooks for p in model.parameters())
+
+
+def _chosen(run: State, size: int, most: int) -> Tensor:
+    """The samples that are looked at, the same ones at every question."""
+    rows = min(size, most)
+    weights = float(run.subject.groups.num_weights)
+    while rows > FEWEST_ROWS:
+        counts = price.Counts(rows, int(weights), weights * rows, weights * rows, 0.0)
+        counts = replace(counts, num_gram_products=rows**2 * weights**0.5)
+        if _price(counts, rows / size, len(DAMPINGS)) <= MOST_FORWARDS:
+            break
+        rows = max(round(FEWER * rows), FEWEST_ROWS)
+    generator = torch.Generator().manual_seed(run.config.seed)
+    return torch.randperm(size, generator=generator)[:rows].sort().values
+
+
+def _kernel(run: State, weights: list[Tensor], residuals: Tensor) -> tuple[Tensor, Tensor, price.Counts]:
+    """The kernel of the samples' residuals, these, and counts of their Jacobian.
+
+    Raises:
+        NotSeparableError: a backward tells not every sample's gradient.
+    """
     outputs = residuals if residuals.dim() == 1 else residuals.flatten(1)
     signs = torch.ones(outputs.shape, dtype=torch.float64)
     if outputs.dim() == 2:  # of several outputs of a sample one sum with random signs stands for all
+        generator = torch.Generator().manual_seed(run.config.seed)
         signs = (2.0 * torch.randint(2, outputs.shape[1:], generator=generator) - 1).expand(outputs.shape)
     signs = signs.to(outputs)
-    linearizer = noise.rows_of(weights, lambda: Linearizer(weights, chunk_rows=CHUNK_ROWS, memory_mb=MEMORY_MB))
-    new = linearizer.separable is None
-    if new:
-        linearizer.counted(outputs, [signs])
-    if linearizer.separable is False:
-        raise NotSeparableError(linearizer.why_not)
-    A = linearizer.jacobian(outputs, [signs], check=new)
+    linearizer = run.judge.noise.rows_of(weights, lambda: Linearizer(weights, chunk_rows=1, memory_mb=0.0))
+    A = linearizer.read_off(outputs, [signs], check=True)  # at every question: after a resume as before it
     wide = (outputs.detach() * signs).double()
-    rows, of_all = min(A.num_rows, MOST_ROWS), A.counts
-    while rows > FEWEST_ROWS and _price(of_all, rows, len(DAMPINGS)) > MOST_FORWARDS:
-        rows = max(round(FEWER * rows), FEWEST_ROWS)
-    chosen = torch.randperm(A.num_rows, generator=generator)[:rows].sort().values.to(outputs.device)
-    rho = (wide if wide.dim() == 1 else wide.sum(1))[chosen]
-    passes = 1 + (1 if noise.num_asked else 3) * BACKWARD_UNITS / FORWARD_UNITS
-    return A.weighted(chosen, torch.ones_like(rho)).gram().double(), rho, of_all, passes
+    return A.gram().double(), wide if wide.dim() == 1 else wide.sum(1), A.counts
 
 
-def _price(counts: price.Counts, rows: int, number: int) -> float:
-    """Forwards on the whole batch, of these counts, that the kernel of some rows and its inverses are worth."""
-    of_gram = counts.num_gram_products * (rows / counts.num_rows) ** 2
-    some = replace(counts, num_rows=rows)
-    return price.least_squares(some, of_gram, num_products=0, num_factors=FACTORS_OF_INVERSE * number)
+def _price(counts: price.Counts, share: float, number: int) -> float:
+    """Forwards on the whole batch that a kernel and so many of its inverses are worth.
+
+    Args:
+        counts: Of the samples that are looked at.
+        share: They are of the batch.
+        number: Of inverses.
+    """
+    whole = replace(counts, num_products=counts.num_products / share, num_units=counts.num_units / share)
+    return price.least_squares(whole, counts.num_gram_products, num_products=0, num_factors=FACTORS_OF_INVERSE * number)
 
 
 def _is_differentiated(residuals: Tensor, weights: list[Tensor]) -> bool:

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from ..records import StateDict
@@ -56,6 +57,8 @@ WRAPPED = ("Sqrt",)
 SCALES = ("MulBackward", "DivBackward", "NegBackward")
 #: Nodes above the terms of a loss that are looked at.
 MOST_NODES = 64
+#: Ratio of the weights of two residuals that is rounding; of those above this share of their root mean square.
+ALIKE, LARGE = 1.02, 1e-2
 
 
 def residuals_of(loss: Tensor) -> Tensor | None:
@@ -65,11 +68,14 @@ def residuals_of(loss: Tensor) -> Tensor | None:
         loss: Shape (), with a graph that no backward has been through.
 
     Returns:
-        Of any shape, samples first as the loss had them; None where the loss is nothing of the kind, or has several
-        such terms, as that of a differential equation with its boundary has.
+        Of any shape, samples first as the loss had them; None where the loss is nothing of the kind, has several such
+        terms, as that of a differential equation with its boundary has, or weighs (masks) them.
     """
     terms = list(_terms(loss))
-    return _residuals(terms[0]) if len(terms) == 1 else None
+    if len(terms) != 1:
+        return None
+    found = _residuals(terms[0])
+    return None if found is None or not _weighs_alike(loss, terms[0], found) else found
 
 
 def _terms(loss: Tensor) -> Iterator[Any]:
@@ -103,6 +109,20 @@ def _residuals(node: Any) -> Tensor | None:
     return node._saved_self if _is_from_data(node.next_functions[0][0]) else None
 
 
+def _weighs_alike(loss: Tensor, node: Any, residuals: Tensor) -> bool:
+    """Whether a loss treats all residuals alike: its derivative by one is the same function of it for all."""
+    base = node._saved_self  # of outputs where the node compares, else the residuals themselves
+    (slope,) = torch.autograd.grad(loss, base, retain_graph=True)
+    size, name = residuals.detach().abs().double(), name_of(node)
+    if name.startswith(("AbsBackward", "SmoothL1Loss", "HuberLoss", "L1Loss")):  # at least alike on either side of zero
+        size = torch.ones_like(size)
+    large = size > LARGE * size.square().mean().sqrt()
+    weights = (slope.detach().abs().double() / size)[large]
+    if name.startswith(("SmoothL1Loss", "HuberLoss")):
+        return bool((weights > 0).all())
+    return bool(weights.numel()) and bool(weights.max() <= ALIKE * weights.min())
+
+
 def _is_from_data(node: Any) -> bool:
     """Whether it is a difference of something trained and something that is not, up to a scale."""
     for _ in range(MOST_NODES):
@@ -128,18 +148,19 @@ class NoiseCheck:
         found: What is left is noise.
         unable: Residuals cannot be had: nobody asks.
         num_asked: Questions so far.
-        num_forward: Forwards that they were worth.
+        num_forward: Forwards that they were worth, what only the first one takes left out.
+        usual: Those of the last one.
     """
 
     def __init__(self) -> None:
         """Nobody has asked."""
         self.found = self.unable = False
         self.num_asked = 0
-        self.num_forward = 0.0
-        self._first = math.inf  # loss at the first question
+        self.num_forward = self.usual = 0.0
+        self._first = math.inf  # mean square of the residuals at the first question
         self._loss = math.inf  # as far as it is known
         self._next = math.inf  # loss at which to ask next
-        self._expected = 0.0  # loss at which noise was to be met, by the last question that found none
+        self._expected = 0.0  # mean square at which noise was to be met, by the last question that found none
         self._in_a_row = 0  # answers that found it
         self._told = False  # an answer told something
         self._harmless = 0  # answers that samples tell no more of one another, and that it does no harm
@@ -166,15 +187,16 @@ class NoiseCheck:
         found: T = self._rows[1]
         return found
 
-    def spend(self, num_forward: float) -> None:
-        """A question was worth so many forwards."""
-        self.num_forward += num_forward
+    def spend(self, usual: float) -> None:
+        """A question was worth so many forwards, what only the first one takes left out."""
+        self.usual = usual
+        self.num_forward += usual
 
-    def take(self, loss: float, untold: float, fitted: float) -> bool:
+    def take(self, square: float, untold: float, fitted: float) -> bool:
         """Take an answer, of :func:`~..numerics.leave_one_out.left_out_error`.
 
         Args:
-            loss: At the weights that were asked about.
+            square: Mean square of the residuals, of which the loss may be any increasing function.
             untold: The least ratio, at least as far as it is known that it is below :data:`NOISE`.
             fitted: The one of the least damping, where it is not.
 
@@ -182,30 +204,32 @@ class NoiseCheck:
             Whether jumps have gone through the noise since the question before.
         """
         self.num_asked += 1
+        jumped = self._num_jumps > self._at_last
         self._at_last = self._num_jumps
-        self._first = loss if self._first == math.inf else self._first
+        self._first = square if self._first == math.inf else self._first
         plain = self._best == math.inf  # samples told something at the question before
-        if plain and loss < THROUGH * self._expected and self._expected >= DOUBT * self._first:
+        if jumped and plain and square < THROUGH * self._expected and self._expected >= DOUBT * self._first:
             self.found = True
             return True
         if untold < NOISE:
             self._in_a_row, self._harmless, self._best = 0, 0, math.inf
-            self._expected = untold * loss
-            self._next = loss * min(max(MARGIN * untold, LEAST_FALL), MOST_FALL)
+            self._expected = untold * square
+            fall = min(max(MARGIN * untold, LEAST_FALL), MOST_FALL)
             self._told = True
         else:
-            self._best = untold * loss if self._best == math.inf else self._best
-            end = fitted * loss
-            learnt = self._told or loss <= LEARNT * self._first
+            self._best = untold * square if self._best == math.inf else self._best
+            end = fitted * square
+            learnt = self._told or square <= LEARNT * self._first
             harms = learnt and end >= max(HARM * self._best, MATTERS * self._first)
             self._in_a_row = self._in_a_row + 1 if harms and self._told else 0
             self.found = self._in_a_row >= IN_A_ROW or (harms and end >= DECISIVE * self._best)
             if learnt:
-                self._next = loss * (NEAR if harms else max(NEAR - FURTHER * self._harmless, FAR))
+                fall = NEAR if harms else max(NEAR - FURTHER * self._harmless, FAR)
                 self._harmless += not harms
             else:
-                self._next = loss * MOST_FALL
-        if self._next < ENOUGH * self._first:
+                fall = MOST_FALL
+        self._next = self._loss - (1 - fall) * abs(self._loss)
+        if fall * square < ENOUGH * self._first:
             self._next = -math.inf
         return False
 
@@ -215,7 +239,7 @@ class NoiseCheck:
 
     _NAMES = (
         "found", "unable", "num_asked", "_first", "_loss", "_next", "_expected", "_in_a_row", "_harmless", "_num_jumps",
-        "_at_last", "_best", "_told", "num_forward",
+        "_at_last", "_best", "_told", "num_forward", "usual",
     )  # fmt: skip
 
     def state_dict(self) -> StateDict:

@@ -84,6 +84,22 @@ def narrow(batch: Any, start: int, stop: int) -> Any:
     return rebuilt(batch, cut)
 
 
+def picked(batch: Any, index: Tensor) -> Any:
+    """Samples of these numbers, on the CPU, as a batch of the same structure (copies)."""
+    size, numbers = num_samples(batch), index.tolist()
+
+    def chosen(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf[index.to(leaf.device)] if leaf.shape[:1] == (size,) else leaf
+        if isinstance(leaf, np.ndarray):
+            return leaf[numbers] if leaf.shape[:1] == (size,) else leaf
+        if isinstance(leaf, tuple | list) and len(leaf) == size:
+            return _like(leaf, [leaf[i] for i in numbers])
+        return leaf
+
+    return rebuilt(batch, chosen)
+
+
 def rebuilt(batch: Any, leaf: Callable[[Any], Any]) -> Any:
     """The same structure in new containers, ``leaf`` of everything else; lists of plain values are leaves."""
     if isinstance(batch, Mapping):

@@ -418,6 +418,17 @@ class Linearizer:
             cotangents: Each of the outputs' shape; row (k, n) is the gradient of ``cotangents[k][n] . outputs[n]``.
             check: Compare one product with what a backward of its own says.
         """
+        try:
+            return self.read_off(outputs, cotangents, check=check)
+        except NotSeparableError:
+            return self._row_by_row(outputs, cotangents)
+
+    def read_off(self, outputs: Tensor, cotangents: Sequence[Tensor], *, check: bool) -> Jacobian:
+        """The same, from one backward per cotangent.
+
+        Raises:
+            NotSeparableError: that tells not every residual's gradient.
+        """
         while self.separable is not False:
             try:
                 found = self._read_off(outputs, cotangents)
@@ -431,7 +442,7 @@ class Linearizer:
             else:
                 self.separable = True
                 return found
-        return self._row_by_row(outputs, cotangents)
+        raise NotSeparableError(self.why_not)
 
     def num_backward(self, num_cotangents: int, num_rows: int) -> float:
         """Backwards that a Jacobian takes."""
