@@ -32,7 +32,7 @@ from .withdrawal import end_by_noise, keep
 ENOUGH_SAMPLES = 48
 #: Samples that are looked at: at least, at most, and by what factor fewer where a question would cost more forwards of
 #: the whole batch, or hold more memory.
-FEWEST_ROWS, MOST_ROWS, FEWER, MOST_FORWARDS, MEMORY_MB = 128, 512, 0.8, 16.0, 512.0
+FEWEST_ROWS, MOST_ROWS, FEWER, MOST_FORWARDS, MEMORY_MB = 128, 512, 0.8, 16.0, 128.0
 #: Share of a run that questions may cost, and forwards besides where nobody knows how long it is.
 SHARE, ALLOWANCE = 0.08, 40.0
 #: Factorisations that an inverse is worth, with its own.
@@ -146,10 +146,12 @@ def _measured(run: State, batch: Any, isolation: Isolation) -> list[float] | Non
 
 
 def _most_rows(model: nn.Module, weights: list[Tensor]) -> int:
-    """Samples whose Jacobian fits into the memory for it: kernels of convolutions and tables are written out."""
+    """Samples whose Jacobian fits into the memory for it, where it is written out, and takes no longer than it must."""
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
-    written = sum(p.numel() for p in weights if p.dim() > 2 or id(p) in tables)
-    return MOST_ROWS if not written else min(MOST_ROWS, int(MEMORY_MB * 2**20 / (8 * written)))
+    kernels = sum(p.numel() for p in weights if p.dim() > 2)  # each meets a row of the data per pixel
+    written = kernels + sum(p.numel() for p in weights if id(p) in tables)
+    most = FEWEST_ROWS if kernels else MOST_ROWS
+    return most if not written else min(most, int(MEMORY_MB * 2**20 / (8 * written)))
 
 
 def _hooked(model: nn.Module) -> bool:
