@@ -313,6 +313,19 @@ def test_without_noise_jumps_go_on() -> None:
     assert trainer.statistics()["num_jumps_accepted"] > 20
 
 
+@pytest.mark.parametrize("offset", [-5.0, 5.0])
+def test_a_constant_in_the_loss_changes_nothing(offset: float, notices: list[str]) -> None:
+    def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
+        return _squares(model, batch) + offset
+
+    clean = _run(_data(0.0), loss_fn=loss_fn)
+    assert not clean.run.judge.noise.found
+    assert clean.statistics()["num_jumps_accepted"] > 20
+    assert not notices
+    assert _run(loss_fn=loss_fn, steps=300).run.judge.noise.found
+    notices.clear()
+
+
 def test_from_there_the_run_is_the_plain_loop_to_the_last_bit(notices: list[str]) -> None:
     model = _mlp()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
