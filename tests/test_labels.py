@@ -34,6 +34,7 @@ OF_LABELS: dict[str, Loss] = {
     "soft margin": lambda o, y: functional.soft_margin_loss(o[:, 0], torch.sign(y - 0.5)),
     "in double": lambda o, y: functional.cross_entropy(o.double(), y).float(),
     "with a penalty": lambda o, y: functional.cross_entropy(o, y) + 1e-3 * o.square().mean(),
+    "weighed by what is learned": lambda o, y: nn.Parameter(torch.ones(())) * functional.cross_entropy(o, y),
     "of some": lambda o, y: functional.cross_entropy(o[y > 0], y[y > 0]),
 }  # fmt: skip
 OF_NUMBERS: dict[str, Loss] = {

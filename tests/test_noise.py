@@ -18,6 +18,7 @@ from hybrid_predict_trainer import HybridTrainer, HybridTrainerConfig, attach
 from hybrid_predict_trainer.config.presets import PRESETS
 from hybrid_predict_trainer.config.toml import with_values
 from hybrid_predict_trainer.cycle import noise_check
+from hybrid_predict_trainer.cycle.handover import MicroBatches
 from hybrid_predict_trainer.cycle.inputs import why_ended
 from hybrid_predict_trainer.cycle.withdrawal import end_by_noise
 from hybrid_predict_trainer.judge.noise import (
@@ -423,6 +424,16 @@ def _table() -> nn.Module:
 
 def _of_table(model: nn.Module, batch: Batch) -> Tensor:
     return functional.mse_loss(model((batch[0][:, 0] > 0).long()), batch[1])
+
+
+def test_samples_of_a_small_micro_batch_are_not_asked() -> None:
+    """Four samples left out of one another say nothing, however many of such there are."""
+    run = _run(_data(0.0), steps=20).run
+    x, y = _data()
+    run.judge.noise.load_state_dict(NoiseCheck().state_dict())
+    run.judge.noise.see(1.0, 0)
+    noise_check.ask_if_due(run, MicroBatches([(x[i : i + 4], y[i : i + 4]) for i in range(0, 96, 4)]))
+    assert run.judge.noise.unable
 
 
 UNABLE: dict[str, dict[str, Any]] = {

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ..cost import BACKWARD_UNITS, FORWARD_UNITS
-from ..judge.labels import SAMPLES_PER_WEIGHT
 from ..judge.noise import DAMPINGS, NOISE, residuals_of
 from ..keep.isolation import Isolation
 from ..numerics.leave_one_out import left_out_error
-from ..observe.batches import num_samples, picked
+from ..observe.batches import copied, num_samples, picked
 from ..propose.sources import price
 from ..propose.sources.graph import nodes_of
 from ..propose.sources.jacobian import Linearizer
@@ -77,16 +76,13 @@ def ask_if_due(run: State, batch: Any) -> float:
 
 def _concerns(run: State) -> bool:
     """Whether jumps are judged by the loss of the same numbers again and again, and by nothing else."""
-    judge, validation = run.judge, run.safety.validation
+    judge = run.judge
     if not (run.full_batch and run.windows.observing and run.proposer.chooses) or run.config.gate.exact != "auto":
         return False
-    if judge.of_labels or judge.num_samples is None or judge.ledger.switched_off or run.config.never_predicts:
+    if judge.of_labels or judge.ledger.switched_off or run.config.never_predicts or run.validated:
         return False
-    if judge.num_samples < ENOUGH_SAMPLES:
-        return False
-    asked = validation is not None and not validation.failed and not validation.jumps.mute
-    few = judge.num_samples < SAMPLES_PER_WEIGHT * run.subject.groups.num_weights
-    return few and not asked and run.subject.judge_fn is None and not run.subject.ranks.sharded
+    enough = judge.num_samples is not None and judge.num_samples >= ENOUGH_SAMPLES
+    return enough and run.few_samples and run.subject.judge_fn is None and not run.subject.ranks.sharded
 
 
 def _affordable(run: State) -> bool:
@@ -121,15 +117,18 @@ def _measured(run: State, batch: Any, isolation: Isolation) -> list[float] | Non
     batch = batch[0] if isinstance(batch, MicroBatches) else batch
     size = num_samples(batch)
     most = _most_rows(subject.model, weights)
-    if not weights or not all_differentiable(weights) or _hooked(subject.model) or min(size, FEWEST_ROWS) > most:
+    if size < ENOUGH_SAMPLES or min(size, FEWEST_ROWS) > most:  # of the first micro-batch, of this rank's share
+        return None
+    if not weights or not all_differentiable(weights) or _hooked(subject.model):
         return None
     chosen = _chosen(run, size, most)
     isolation.begin()
-    loss = subject.loss_fn(subject.model, picked(batch, chosen))
+    writes = run.judge.evaluation.loss_writes is not False  # into what all samples share as well
+    loss = subject.loss_fn(subject.model, copied(picked(batch, chosen), tensors_too=writes))
     residuals = residuals_of(loss)
     if residuals is None or not residuals.is_floating_point() or residuals.dim() == 0:
         return None
-    if len(residuals) != len(chosen) or len(residuals) < 2 or _is_differentiated(residuals, weights):
+    if len(residuals) != len(chosen) or _is_differentiated(residuals, weights):
         return None
     K, rho, counts = _kernel(run, weights, residuals)
     errors: list[float] = []

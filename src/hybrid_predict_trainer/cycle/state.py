@@ -216,14 +216,21 @@ class State:
         That is known of labels (:mod:`..judge.labels`) and found out of numbers (:mod:`..judge.noise`).  Nothing is
         made faster then, unless a validation loss says where to stop; of labels weight decay does so, too.
         """
-        judge, validation = self.judge, self.safety.validation
-        if not self.full_batch or (validation is not None and not validation.failed and not validation.jumps.mute):
+        if not self.full_batch or self.validated:
             return False
-        if judge.noise.found:
-            return True
-        if not judge.of_labels or judge.num_samples is None or self.decay.present:
-            return False
-        return judge.num_samples < SAMPLES_PER_WEIGHT * self.subject.groups.num_weights
+        known = bool(self.judge.of_labels) and self.few_samples and not self.decay.present
+        return self.judge.noise.found or known
+
+    @property
+    def validated(self) -> bool:
+        """Whether a validation loss has a word on jumps."""
+        return self.safety.validation is not None and self.safety.validation.answers
+
+    @property
+    def few_samples(self) -> bool:
+        """Whether the batch that comes again has few samples for so many weights; see :mod:`..judge.labels`."""
+        num_samples = self.judge.num_samples
+        return num_samples is not None and num_samples < SAMPLES_PER_WEIGHT * self.subject.groups.num_weights
 
     @property
     def proposes_nothing(self) -> bool:

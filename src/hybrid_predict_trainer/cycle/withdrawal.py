@@ -111,18 +111,22 @@ def end_jumps(run: State, why: str) -> None:
         run: Between two steps; holds the state.
         why: What was found.
     """
-    point = run.safety.best_point
-    if point is not None:
-        put_back(run, point)
-    run.safety.begin_anew()
-    run.optimizer_step.scale.begin_anew()
-    run.losses.history.begin_losses_anew()
+    _go_back_to_best(run)
     run.judge.ledger.switch_off()
     warn(
         f"jumps took the training loss down and the validation loss up ({why}): the state of that step came back, and "
         "the rest of the run has no jumps.  The training loss says little of new data here: more data, a smaller model "
         "or weight decay help; enabled = False is the plain loop from the start",
     )
+
+
+def _go_back_to_best(run: State) -> None:
+    """The best point's state, if there is one; guard, multiplier and lookahead begin anew at the losses there."""
+    if run.safety.best_point is not None:
+        put_back(run, run.safety.best_point)
+    run.safety.begin_anew()
+    run.optimizer_step.scale.begin_anew()
+    run.losses.history.begin_losses_anew()
 
 
 def end_by_noise(run: State, untold: float, *, back: bool) -> None:
@@ -139,10 +143,7 @@ def end_by_noise(run: State, untold: float, *, back: bool) -> None:
     if back:
         found = "it fell through what could not be told of samples that were left out"
     if back and point is not None:
-        put_back(run, point)
-        run.safety.begin_anew()
-        run.optimizer_step.scale.begin_anew()
-        run.losses.history.begin_losses_anew()
+        _go_back_to_best(run)
         outcome = "the state before it fell came back"
     run.safety.drop_best()
     warn(

@@ -45,7 +45,7 @@ def is_of_labels(loss: Tensor) -> bool:
         name = name_of(node)
         if name.startswith(LABELS):
             found = True
-        elif name.startswith(SIZES) and is_of_a_weight(node):
+        elif name.startswith(SIZES) and is_of_a_weight(node) and (not name.startswith("Mul") or is_a_square(node)):
             return False
         elif name.partition("Backward")[0] in PASSED:
             waiting.extend(before for before, _ in node.next_functions if before is not None)
@@ -55,6 +55,12 @@ def is_of_labels(loss: Tensor) -> bool:
 def name_of(node: Any) -> str:
     """What torch calls the node of a graph."""
     return str(node.name()).removeprefix("torch::autograd::")
+
+
+def is_a_square(node: Any) -> bool:
+    """Whether a product is one of something with itself."""
+    (left, _), (right, _) = node.next_functions
+    return left is not None and left is right
 
 
 def is_of_a_weight(node: Any) -> bool:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..records import StateDict
-from .labels import PASSED, is_of_a_weight, name_of
+from .labels import PASSED, is_a_square, is_of_a_weight, name_of
 
 T = TypeVar("T")
 
@@ -96,9 +96,8 @@ def _terms(loss: Tensor) -> Iterator[Any]:
 def _measures(node: Any, name: str) -> bool:
     if name.startswith("PowBackward0"):
         return float(node._saved_exponent) == 2
-    if name.startswith("MulBackward"):  # r * r
-        (left, _), (right, _) = node.next_functions
-        return left is not None and left is right
+    if name.startswith("MulBackward"):
+        return is_a_square(node)
     return name.startswith((*COMPARING, *MEASURING))
 
 
@@ -114,7 +113,7 @@ def _weighs_alike(loss: Tensor, node: Any, residuals: Tensor) -> bool:
     base = node._saved_self  # of outputs where the node compares, else the residuals themselves
     (slope,) = torch.autograd.grad(loss, base, retain_graph=True)
     size, name = residuals.detach().abs().double(), name_of(node)
-    if name.startswith(("AbsBackward", "SmoothL1Loss", "HuberLoss", "L1Loss")):  # at least alike on either side of zero
+    if name.startswith(("AbsBackward", "SmoothL1Loss", "HuberLoss")):  # at least alike on either side of zero
         size = torch.ones_like(size)
     large = size > LARGE * size.square().mean().sqrt()
     weights = (slope.detach().abs().double() / size)[large]
@@ -142,7 +141,7 @@ class NoiseCheck:
     """Holds what leaving samples out has said against how far the loss has fallen.
 
     Bookkeeping only.  A question costs as much as some steps, so the next one is asked when the loss comes near what
-    could not be told at the last one: without noise that is two or three times in a run.
+    could not be told at the last one: without noise that is up to some fifteen times in a run.
 
     Attributes:
         found: What is left is noise.

@@ -58,6 +58,11 @@ class Validation:
         """Whether jumps are held against it."""
         return not self.failed and not self.jumps.over
 
+    @property
+    def answers(self) -> bool:
+        """Whether it says something of jumps, or has said what there was to say."""
+        return not self.failed and not self.jumps.mute
+
     def ask(self, model: nn.Module, step: int, ranks: Collective = ALONE) -> float:
         """Return the validation loss at the present weights, the mean over ranks; infinite if it cannot be had."""
         self._next_step = step + max(LEAST_STEPS, int(SHARE * step))
